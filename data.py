@@ -1,0 +1,2717 @@
+"""Scenes, rooms, questions, text and batches: everything the three papers share, and nothing that only one needs.
+
+A `Scene` is one furnished place with posed frames, a coloured point cloud and objects; a `Sample` is one question about
+it with all that scoring needs. Four readers fill scenes, a table of question templates fills samples, `collate` turns
+both into tensors. The geometry at the end of part 2 (`knn`, `farthest_point_sampling`, `over_segment`) is what papers
+share and what is most often copied.
+
+Frames and units: every array is in metres, z up, axis-aligned, right-handed, the floor at z = 0. Cameras follow OpenCV
+(x right, y down, z forward); poses map camera to world; depth is measured along the camera's z axis, 0 = missing.
+Boxes are axis-aligned: [cx, cy, cz, w, d, h], the centre and the full sizes along x, y, z.
+
+Axis legend: S scenes, V views, H W pixels, N points, n objects, Q questions, T tokens, K scene tokens, D width.
+
+Contents: 1 scenes and samples · 2 geometry · 3 procedural rooms · 4 readers and writers · 5 over-segmentation ·
+6 questions and baselines · 7 text · 8 batches · 9 command line
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import re
+import sys
+import warnings
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+COLOURS = {  # name -> RGB in 0..255; also the vocabulary in which real surfaces are described
+    "red": (200, 40, 40), "orange": (235, 130, 30), "yellow": (235, 210, 60), "green": (60, 150, 60),
+    "blue": (50, 90, 190), "purple": (130, 60, 160), "pink": (240, 150, 185), "brown": (125, 80, 45),
+    "white": (238, 238, 232), "gray": (130, 130, 130), "black": (35, 35, 38),
+}  # fmt: skip
+
+
+class DataError(ValueError):
+    """One line for the user: what is wrong, where (file and field), and the remedy. Commands print it and exit 2."""
+
+
+# ---- 1 scenes and samples --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Thing:
+    """An object: `id` is its label in masks and instances (>= 1; 0 is everything else); box in metres, scene frame."""
+
+    id: int
+    category: str  # "chair"; "" where unknown (an unlabelled real scene)
+    colour: str  # a name from COLOURS; "" where unknown
+    box: np.ndarray  # [6] cx, cy, cz, w, d, h
+
+
+@dataclass
+class Frames:
+    """V posed RGB-D views of one size."""
+
+    colour: np.ndarray  # [V, H, W, 3] uint8
+    depth: np.ndarray  # [V, H, W] float32 metres along the camera's z axis, 0 = missing
+    masks: np.ndarray  # [V, H, W] int32 object ids, 0 = none
+    intrinsics: np.ndarray  # [V, 3, 3] float64
+    poses: np.ndarray  # [V, 4, 4] float64, camera to world
+
+
+class LazyFrames:
+    """Frames that are read when one of their arrays is looked at and dropped when the next scene's are: a thousand
+    scans do not fit in memory. `load()` returns a Frames."""
+
+    latest: tuple = (None, None)  # (whose, Frames): shared by all, so that one set is held at a time
+
+    def __init__(self, load: Callable[[], Frames]):
+        self.load = load
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if LazyFrames.latest[0] is not self:
+            LazyFrames.latest = (self, self.load())
+        return getattr(LazyFrames.latest[1], name)
+
+
+@dataclass
+class Scene:
+    """One place. Arrays that a source cannot give are None, and whoever needs them says so in one line."""
+
+    name: str
+    source: str  # "rooms" | "scannet" | "rgbd" | "ply"
+    objects: list[Thing]
+    points: np.ndarray | None = None  # [N, 3] float32
+    colours: np.ndarray | None = None  # [N, 3] uint8
+    normals: np.ndarray | None = None  # [N, 3] float32 unit
+    superpoints: np.ndarray | None = None  # [N] int64, contiguous from 0
+    instances: np.ndarray | None = None  # [N] int64 object ids, 0 = none
+    frames: Frames | LazyFrames | None = None
+    bounds: np.ndarray | None = None  # [2, 3] lowest and highest corner of the room or cloud
+    metric: bool = True  # False: unknown scale, metric questions are refused
+    turn: np.ndarray = field(default_factory=lambda: np.eye(3))  # augmentation already applied to boxes and points;
+    #                                                 encodings cached before it apply it to their own coordinates
+    identifiers: dict[int, int] = field(default_factory=dict)  # object id -> 0..99, drawn per scene and epoch
+    notes: list[str] = field(default_factory=list)  # what the reader did: transforms, dropped poses, guesses
+
+    def thing(self, object_id: int) -> Thing:
+        return next(o for o in self.objects if o.id == object_id)
+
+
+@dataclass
+class Sample:
+    """One question with its exact answer. Text names objects by marks, "<obj 3>" = the object with id 3; each paper
+    replaces them in its own way (`substitute`): Proxy3D by identifiers, Spatial 3D-LLM by boxes in text."""
+
+    id: str  # unique in its benchmark
+    scene: str
+    task: str  # a key of TASKS: "ground", "count", ...
+    question: str
+    answer: str  # the text to write, marks included
+    answers: list[str] = field(default_factory=list)  # every accepted answer; empty = [answer]
+    steps: str = ""  # written before the answer where a model reasons aloud; never scored
+    targets: list[int] | None = None  # object ids (grounding), [] = nothing fits
+    value: float | None = None  # numeric truth: metres, square metres, count
+    point: np.ndarray | None = None  # [3] truth of a coordinate question
+    box: np.ndarray | None = None  # [6] truth of a box question
+    options: list[str] | None = None  # multiple choice, "A. chair"
+    prompt: np.ndarray | None = None  # [6] box or [3] click that belongs to the question
+    wording: str = ""  # which template and slots: what the blind baseline may condition on
+    kind: str = ""  # sub-type for tables: "unique", "multiple", "what", "easy", ...
+
+
+MARK = re.compile(r"<obj (\d+)>")
+
+
+def substitute(text: str, refer: Callable[[int], str]) -> str:
+    """Replace every mark "<obj 3>" by refer(3)."""
+    return MARK.sub(lambda m: refer(int(m.group(1))), text)
+
+
+def number_objects(scene: Scene, rng: np.random.Generator, count: int = 100) -> dict[int, int]:
+    """Random identifiers 0..count-1 for the scene's objects; of more than `count` objects the largest are numbered."""
+    by_volume = sorted(scene.objects, key=lambda o: (-float(np.prod(o.box[3:])), o.id))[:count]
+    ids = rng.permutation(count)[: len(by_volume)]
+    return {o.id: int(i) for o, i in zip(sorted(by_volume, key=lambda o: o.id), ids, strict=True)}
+
+
+def augment(scene: Scene, rng: np.random.Generator, recolour: bool = False) -> Scene:
+    """A copy with new identifiers, mirrored and transposed horizontally at random; `recolour` also draws new object
+    colours (only where the colours shown come from the object table: symbols)."""
+    turn = np.diag([rng.choice([-1.0, 1.0]), rng.choice([-1.0, 1.0]), 1.0])
+    if rng.random() < 0.5:
+        turn = turn[[1, 0, 2]]
+    size = np.abs(turn)
+    names = list(COLOURS)
+    objects = [
+        replace(o, box=np.concatenate([turn @ o.box[:3], size @ o.box[3:]]),
+                colour=names[rng.integers(len(names))] if recolour and o.colour else o.colour)
+        for o in scene.objects
+    ]  # fmt: skip
+    rotate = lambda a: None if a is None else (a @ turn.T).astype(a.dtype)  # noqa: E731
+    bounds = None if scene.bounds is None else np.sort(scene.bounds @ turn.T, axis=0)
+    return replace(scene, objects=objects, points=rotate(scene.points), normals=rotate(scene.normals), bounds=bounds,
+                   turn=turn @ scene.turn, identifiers=number_objects(scene, rng))  # fmt: skip
+
+
+# ---- 2 geometry ------------------------------------------------------------------------------------------------------
+
+
+def knn(queries: torch.Tensor, points: torch.Tensor, k: int, chunk: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k nearest points of every query, nearest first: (distances [M, k] in the unit of the input, indices [M, k]).
+
+    A KD-tree on the CPU (50,000 points: 0.2 s against 7 s for all distances); chunked distances + top-k on a GPU.
+    queries [M, 3], points [N, 3] float. Raises ValueError if k > N.
+    """
+    if not 1 <= k <= len(points):
+        raise ValueError(f"knn: k = {k} neighbours of {len(points)} points")
+    if points.device.type == "cpu":
+        from scipy.spatial import cKDTree
+
+        distance, index = cKDTree(points.numpy()).query(queries.numpy(), k=k, workers=-1)
+        shape = (len(queries), k)
+        return torch.from_numpy(distance.reshape(shape)).to(points), torch.from_numpy(index.reshape(shape))
+    parts = [torch.cdist(q, points).topk(k, dim=1, largest=False) for q in queries.split(chunk)]
+    return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
+
+
+def farthest_point_sampling(points: torch.Tensor, count: int, first: int | None = None) -> torch.Tensor:
+    """Indices [count] of points chosen one by one, each the farthest from those chosen before; ties: lowest index.
+
+    points [N, 3]; starts at `first`, by default the point farthest from the centroid. count is capped at N.
+    """
+    count = min(count, len(points))
+    if first is None:
+        first = int((points - points.mean(0)).square().sum(1).argmax())
+    chosen = torch.empty(count, dtype=torch.long, device=points.device)
+    nearest = torch.full((len(points),), float("inf"), dtype=points.dtype, device=points.device)
+    index = torch.tensor(first, device=points.device)
+    for i in range(count):
+        chosen[i] = index
+        nearest = torch.minimum(nearest, (points - points[index]).square().sum(1))
+        index = nearest.argmax()
+    return chosen
+
+
+def unproject(depth: np.ndarray, intrinsics: np.ndarray, poses: np.ndarray) -> np.ndarray:
+    """World point map [V, H, W, 3] float32 from depth [V, H, W] (0 -> NaN), intrinsics [V, 3, 3], poses [V, 4, 4]."""
+    V, H, W = depth.shape
+    u, v = np.meshgrid(np.arange(W) + 0.5, np.arange(H) + 0.5)
+    fx, fy, cx, cy = (intrinsics[:, i, j, None, None] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
+    rays = np.stack([(u - cx) / fx, (v - cy) / fy, np.ones((V, H, W))], axis=-1)  # [V, H, W, 3]
+    points = (rays * np.where(depth > 0, depth, np.nan)[..., None]).reshape(V, H * W, 3)
+    points = points @ poses[:, :3, :3].swapaxes(1, 2) + poses[:, None, :3, 3]
+    return points.reshape(V, H, W, 3).astype(np.float32)
+
+
+def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """IoU [..., n, m] of axis-aligned boxes a [..., n, 6] and b [..., m, 6] (centre, size)."""
+    lo = np.maximum((a[..., :3] - a[..., 3:] / 2)[..., :, None, :], (b[..., :3] - b[..., 3:] / 2)[..., None, :, :])
+    hi = np.minimum((a[..., :3] + a[..., 3:] / 2)[..., :, None, :], (b[..., :3] + b[..., 3:] / 2)[..., None, :, :])
+    inter = np.clip(hi - lo, 0, None).prod(-1)
+    union = a[..., 3:].prod(-1)[..., :, None] + b[..., 3:].prod(-1)[..., None, :] - inter
+    return inter / np.maximum(union, 1e-12)
+# ---- 3 procedural rooms ----------------------------------------------------------------------------------------------
+#
+# A room is boxes: a piece of furniture is a row of one table, the row a few boxes (a chair: seat, back and legs), and a
+# view is one slab test of boxes against pixels. Layout and rendering use integers and + - * / sqrt only, element by
+# element, which IEEE 754 rounds alike everywhere: the same seed gives the same room on every machine.
+
+ROOM_SEEDS = {"train": range(800_000), "val": range(800_000, 900_000), "test": range(900_000, 1_000_000)}
+
+MATERIALS = {
+    "wood": (168, 124, 80), "metal": (172, 176, 182), "screen": (38, 46, 60), "paper": (232, 226, 208),
+    "leaf": (74, 138, 66), "sheet": (246, 246, 242), "glass": (178, 210, 232), "dark": (52, 48, 46),
+}  # fmt: skip
+
+# category -> width, depth, height in metres; where it stands; its parts. A part is "x0 x1 y0 y1 z0 z1 material" in
+# percent of the size, the back at y = 0; "|" repeats it mirrored left to right; "legs 46 12" are four legs up to 46 %,
+# 12 % thick. No material: the object's own colour, which is most of what is seen. Parts fill the size exactly.
+FURNITURE = {
+    "chair": (0.46, 0.50, 0.92, "seat", "0 100 0 100 46 53, 0 100 0 12 53 100, legs 46 12"),
+    "stool": (0.40, 0.40, 0.62, "free", "0 100 0 100 86 100, legs 86 16 wood"),
+    "sofa": (1.90, 0.90, 0.80, "wall", "10 90 25 100 8 52, 0 100 0 28 8 100, | 0 10 28 100 8 72, legs 8 6 dark,"
+             "| 13 48 28 40 52 85"),
+    "table": (1.40, 0.85, 0.74, "free", "0 100 0 100 92 100, legs 92 7"),
+    "desk": (1.25, 0.65, 0.76, "wall", "0 100 0 100 94 100, 0 32 2 95 5 94, 95 100 2 95 0 94, 32 95 2 6 40 94,"
+             "2 30 4 90 0 5 dark, 10 22 95 98 70 76 metal, 10 22 95 98 38 44 metal"),
+    "nightstand": (0.48, 0.42, 0.55, "wall", "0 100 0 100 94 100, 4 96 0 95 12 94, 38 62 95 100 68 76 metal,"
+                   "38 62 95 100 32 40 metal, legs 12 12 dark"),
+    "dresser": (1.15, 0.48, 0.85, "wall", "0 100 0 97 8 100, legs 8 8 dark, 3 97 97 98 37 39 dark,"
+                "3 97 97 98 67 69 dark, | 20 32 97 100 20 25 metal, | 20 32 97 100 50 55 metal,"
+                "| 20 32 97 100 80 85 metal"),
+    "bookshelf": (0.90, 0.32, 1.85, "wall", "| 0 5 0 100 0 100, 5 95 0 10 0 100, 5 95 10 100 0 3, 5 95 10 100 24 27,"
+                  "5 95 10 100 48 51, 5 95 10 100 72 75, 5 95 10 100 97 100, 6 50 15 80 27 42 paper,"
+                  "52 70 15 75 27 40 wood, 40 92 15 80 51 65 dark, 8 45 15 80 75 90 wood, 50 80 15 80 75 88 paper"),
+    "wardrobe": (1.15, 0.60, 2.00, "wall", "0 100 0 97 4 100, 2 98 2 93 0 4 dark, 49 51 97 98 6 98 dark,"
+                 "| 43 46 97 100 42 60 metal"),
+    "bed": (1.50, 2.05, 0.95, "wall", "0 100 4 100 10 34 wood, 2 98 4 99 34 55, 0 100 0 4 0 100 wood,"
+            "| 10 46 6 24 55 66 sheet, legs 10 6 wood"),
+    "piano": (1.45, 0.62, 1.20, "wall", "0 100 0 55 0 100, 0 100 55 100 50 62, 6 94 58 97 62 65 sheet,"
+              "6 94 58 76 65 66 dark, | 0 6 55 95 0 50"),
+    "fridge": (0.70, 0.68, 1.75, "wall", "0 100 0 95 0 64, 0 100 0 95 66 100, 2 98 0 93 64 66 dark,"
+               "8 14 95 100 35 60 metal, 8 14 95 100 70 88 metal"),
+    "stove": (0.62, 0.62, 0.90, "wall", "0 100 0 97 6 97, 4 96 4 92 0 6 dark, 12 88 97 98 20 62 screen,"
+              "15 85 98 100 66 70 metal, | 12 42 12 42 97 100 dark, | 12 42 58 88 97 100 dark,"
+              "| 12 22 97 100 82 90 dark, 45 55 97 100 82 90 dark"),
+    "sink": (0.60, 0.48, 1.00, "wall", "0 100 0 100 68 74, 0 100 0 12 74 84, | 0 10 12 100 74 84, 10 90 88 100 74 84,"
+             "38 62 20 60 0 68, 46 54 3 10 84 100 metal, 46 54 10 40 95 100 metal"),
+    "toilet": (0.40, 0.66, 0.80, "wall", "0 100 0 28 42 97, 20 80 0 75 0 42, 5 95 28 100 42 52, 25 75 45 88 52 53 dark,"
+               "40 60 10 20 97 100 metal"),
+    "bathtub": (1.60, 0.75, 0.58, "wall", "0 100 0 100 0 30, 0 100 0 12 30 100, 0 100 88 100 30 100,"
+                "| 0 6 12 88 30 100, 6 94 12 88 30 70 glass"),
+    "lamp": (0.44, 0.44, 1.60, "free", "0 100 0 100 74 100, 46 54 46 54 3 74 metal, 20 80 20 80 0 3"),
+    "plant": (0.52, 0.52, 0.95, "free", "14 86 14 86 0 48, 4 96 4 96 42 54, 42 58 42 58 54 80 leaf,"
+              "0 60 34 50 64 72 leaf, 48 100 44 62 74 82 leaf, 34 52 0 100 84 92 leaf, 38 62 38 62 92 100 leaf"),
+    "bin": (0.34, 0.34, 0.52, "free", "8 92 8 92 0 85, 0 100 0 100 85 93, 30 70 30 70 93 100 dark"),
+    "rug": (1.70, 1.15, 0.02, "free", "0 100 0 100 0 60 paper, 6 94 8 92 60 100"),
+    "monitor": (0.58, 0.22, 0.46, "top", "0 100 40 60 25 100, 12 88 60 64 38 90 screen, 44 56 40 60 4 25,"
+                "25 75 0 100 0 5"),
+    "laptop": (0.40, 0.34, 0.28, "top", "0 100 15 100 0 9, 0 100 0 15 4 100, 12 88 15 17 24 88 screen,"
+               "10 90 30 62 9 11 dark"),
+    "bottle": (0.17, 0.17, 0.44, "top", "0 100 0 100 0 62, 28 72 28 72 62 92, 25 75 25 75 92 100 metal"),
+    "vase": (0.24, 0.24, 0.36, "top", "20 80 20 80 0 12, 0 100 0 100 12 62, 30 70 30 70 62 85, 18 82 18 82 85 100"),
+    "pillow": (0.48, 0.32, 0.16, "top", "0 100 0 100 20 80, 12 88 12 88 0 100"),
+    "picture": (0.80, 0.04, 0.60, "hang", "0 100 0 70 0 100 wood, 8 92 70 100 10 90"),
+    "mirror": (0.60, 0.05, 0.95, "hang", "0 100 0 80 0 100, 20 80 80 100 14 86 glass"),
+    "clock": (0.40, 0.06, 0.40, "hang", "18 82 0 80 0 100, 0 100 0 80 18 82, 46 54 80 100 46 88 dark,"
+              "54 76 80 100 46 54 dark"),
+    "tv": (1.10, 0.08, 0.66, "hang", "0 100 0 80 0 100, 20 80 80 100 26 84 screen"),
+    "door": (0.92, 0.06, 2.05, "door", "6 94 0 60 0 97, | 0 6 0 80 0 100 wood, 6 94 0 80 97 100 wood,"
+             "82 90 60 100 47 50 metal"),
+    "window": (1.70, 0.08, 1.30, "window", "28 72 0 50 5 95 glass, | 0 28 20 100 0 95, 28 72 0 60 0 5,"
+               "49 51 50 60 5 95 sheet, 28 72 50 60 48 52 sheet, 0 100 0 100 95 100"),
+}  # fmt: skip
+CATEGORIES = sorted(FURNITURE)
+SURFACES = ("desk", "dresser", "nightstand", "table")  # flat tops on which small things stand
+ORDER = ("door", "window", "wall", "free", "seat", "hang", "top")  # what is placed first
+CLEAR = {"door": 0.8, "window": 0.7, "hang": 0.5}  # metres kept free in front: doors open, pictures are seen
+SHADE = np.array([0.84, 0.90, 0.80, 0.93, 0.72, 1.0])  # light on faces -x +x -y +y -z +z; white never looks gray
+NORMALS = np.array([[-1, 0, 0], [1, 0, 0], [0, -1, 0], [0, 1, 0], [0, 0, -1], [0, 0, 1]], np.float32)
+BACK = np.array([[0, -1], [1, 0], [0, 1], [-1, 0]], float)  # where an object's back points after 0..3 quarter turns
+HALF_FOV = 0.9163312  # tan(85 degrees / 2)
+
+
+def _parse_parts(text: str) -> tuple[np.ndarray, list[str]]:
+    """A row's parts: corners [m, axis, (low, high)] in 0..1 and materials [m]."""
+    ends, materials = [], []
+    for words in (part.split() for part in text.split(",")):
+        mirrored, legs = words[0] == "|", words[0] == "legs"
+        words = words[mirrored or legs :]
+        numbers = [int(w) / 100 for w in words if w.isdigit()]
+        if legs:
+            top, b = numbers
+            boxes = [(x, x + b, y, y + b, 0, top) for x in (0, 1 - b) for y in (0, 1 - b)]
+        else:
+            boxes = [numbers, (1 - numbers[1], 1 - numbers[0], *numbers[2:])][: 1 + mirrored]
+        ends += boxes
+        materials += [words[-1] if words[-1].isalpha() else ""] * len(boxes)
+    return np.array(ends).reshape(-1, 3, 2), materials
+
+
+PARTS = {category: _parse_parts(row[4]) for category, row in FURNITURE.items()}
+CUBE = _parse_parts("0 100 0 100 0 100")
+
+
+def _corners(category: str, size: np.ndarray, turn: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest corners [m, 3] of a category's parts around the centre of its base."""
+    ends = (PARTS.get(category, CUBE)[0] - [[0.5], [0.5], [0.0]]) * size[:, None]
+    x, y, z = ends[:, 0], ends[:, 1], ends[:, 2]
+    for _ in range(turn):
+        x, y = -y[:, ::-1], x
+    return np.stack([x[:, 0], y[:, 0], z[:, 0]], 1), np.stack([x[:, 1], y[:, 1], z[:, 1]], 1)
+
+
+def _propose(where, size, side, tops, tables, rng, n=48):
+    """n candidate boxes (low [n, 3], high [n, 3]) and turns [n] for an object of this size that stands `where`.
+
+    tops, tables: arrays [k, 7] of the boxes (low, high, turn) that carry small things, and that chairs stand around.
+    """
+    turn, u, where_z = rng.integers(4, size=n), rng.uniform(-1, 1, (n, 2)), rng.uniform(1.35, 1.6, n)
+    if where == "top":  # turned as what carries it
+        below = tops[rng.integers(len(tops), size=n)]
+        turn = below[:, 6].astype(int)
+    half = np.where(turn[:, None] % 2, size[[1, 0]], size[:2]) / 2  # half widths along x and y after turning
+    back = BACK[turn]
+    along = 1 - np.abs(back)  # the axis along the wall or the table's edge
+    xy, z = (side / 2 - half - 0.03) * u, np.zeros(n)
+    if where == "top":
+        free = (below[:, 3:5] - below[:, :2]) / 2 - half
+        xy = np.where((free >= 0).all(1, keepdims=True), (below[:, :2] + below[:, 3:5]) / 2 + free * u, np.inf)
+        z = below[:, 5]
+    elif where == "seat" and len(tables):  # at a table, facing it; the second half of the candidates anywhere
+        table = tables[rng.integers(len(tables), size=n)]
+        centre, reach = (table[:, 3:5] + table[:, :2]) / 2, (table[:, 3:5] - table[:, :2]) / 2
+        at_table = centre + back * (reach + half + 0.08 + 0.06 * (u + 1)) + along * reach * 0.8 * u
+        xy = np.where(np.arange(n)[:, None] < n // 2, at_table, xy)
+    elif where not in ("free", "seat"):  # the back against a wall
+        xy = back * (side / 2 - half - (0.03 if where == "wall" else 0.0)) + along * xy
+        z = {"hang": where_z - size[2] / 2, "window": z + 0.95}.get(where, z)
+    return np.column_stack([xy - half, z]), np.column_stack([xy + half, z + size[2]]), turn
+
+
+def _furnish(rng: np.random.Generator, count: int, side: np.ndarray, height: float) -> list[tuple] | None:
+    """`count` objects as (category, colour, low [m, 3], high [m, 3]) of their parts, or None: the room is too small."""
+    others = [c for c in CATEGORIES if c not in ("door", "window")]
+    chosen = [SURFACES[rng.integers(len(SURFACES))]]  # about 12 categories in a room, so several chairs are common
+    others.remove(chosen[0])
+    chosen += [others[i] for i in rng.permutation(len(others))[: max(11, count // 5)]]
+    drawn = [chosen[i] for i in rng.integers(1, len(chosen), max(count - 3, 0))]
+    rank = lambda c: (ORDER.index(FURNITURE[c][3]), -FURNITURE[c][0] * FURNITURE[c][1])  # noqa: E731
+    queue = ["door", "window", *sorted([chosen[0], *drawn], key=rank)]
+    queue += [chosen[i] for i in rng.integers(len(chosen), size=6 * count)]  # stand in for what found no place
+    colours = list(COLOURS)
+    left = {c: [colours[i] for i in rng.permutation(len(colours))] for c in ["door", "window", *chosen]}
+    placed, taken, tops, tables = [], np.empty((0, 6)), np.empty((0, 7)), np.empty((0, 7))
+    for category in queue:
+        if len(placed) == count:
+            break
+        where = FURNITURE[category][3]
+        if not left[category] or (where == "top" and not len(tops)):  # no colour twice in a category
+            continue
+        size = np.array(FURNITURE[category][:3]) * rng.uniform(0.88, 1.12, 3)
+        low, high, turn = _propose(where, size, side, tops, tables, rng)
+        margin = np.array([0.06, 0.06, 0.0]) / (3 if where == "top" else 1)
+        clash = (low - margin)[:, None] < taken[:, 3:] - 1e-6
+        clash &= (high + margin)[:, None] > taken[:, :3] + 1e-6
+        inside = (low[:, :2] >= -side / 2 - 1e-9).all(1) & (high[:, :2] <= side / 2 + 1e-9).all(1)
+        good = np.flatnonzero(inside & (high[:, 2] < height) & ~clash.all(2).any(1))
+        if not len(good):
+            continue
+        low, high, turn = low[good[0]], high[good[0]], int(turn[good[0]])
+        base = np.append((low[:2] + high[:2]) / 2, low[2])
+        lo, hi = _corners(category, size, turn)
+        placed.append((category, left[category].pop(), lo + base, hi + base))
+        row = np.array([[*low, *high, turn]])
+        tops = np.concatenate([tops, row]) if category in SURFACES else tops
+        tables = np.concatenate([tables, row]) if category in ("table", "desk") else tables
+        front = np.append(-BACK[turn] * CLEAR.get(where, 0.0), 0.0)
+        taken = np.concatenate([taken, [[*np.minimum(low, low + front), *np.maximum(high, high + front)]]])
+    return placed if len(placed) == count else None
+
+
+def _look(position: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Camera-to-world poses [V, 4, 4] of upright OpenCV cameras at position [V, 3] that look at target [V, 3]."""
+    unit = lambda a: a / np.sqrt(a[:, :1] ** 2 + a[:, 1:2] ** 2 + a[:, 2:] ** 2)  # noqa: E731
+    forward = unit(target - position)
+    right = unit(np.stack([forward[:, 1], -forward[:, 0], np.zeros(len(forward))], 1))
+    (fx, fy, fz), (rx, ry, _) = forward.T, right.T
+    down = np.stack([-fz * ry, fz * rx, fx * ry - fy * rx], 1)  # forward x right
+    pose = np.tile(np.eye(4), (len(forward), 1, 1))
+    pose[:, :3] = np.stack([right, down, forward, position], 2)
+    return pose
+
+
+def _cameras(rng: np.random.Generator, views: int, side: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Poses [V, 4, 4]: half of the views survey the room from around, half look from near at what those show smallest.
+
+    low, high [n, 3]: the object boxes. Of 24 candidates each view takes the first that is 0.3 m from every box, the
+    near views also one about 0.8 m away with nothing in between.
+    """
+    around, near, tries = (views + 1) // 2, views // 2, 24
+    clearance = lambda eye: np.minimum(np.maximum(low - eye, eye - high).max(3).min(2), 0.3)  # noqa: E731
+    s = (np.arange(around)[:, None] + rng.uniform(0, 1, (around, tries))) / around * 4  # once along the perimeter
+    wall = s.astype(int) % 4
+    xy = BACK[wall] + (2 * (s % 1) - 1)[..., None] * BACK[(wall + 1) % 4]
+    xy = xy * rng.uniform(0.5, 0.8, (around, tries, 1)) * side / 2
+    eye = np.concatenate([xy, rng.uniform(1.7, 2.4, (around, tries, 1))], 2)[:, :, None]  # [around, tries, 1, 3]
+    eye = eye[np.arange(around), clearance(eye).argmax(1), 0]
+    across = eye[:, :2] * rng.uniform(-0.6, -0.2, (around, 1))
+    survey = _look(eye, np.column_stack([across, rng.uniform(0.3, 0.8, around)]))
+
+    centre, extent = (low + high) / 2, np.sort(high - low, axis=1)
+    x, y, z = (((centre - survey[:, None, :3, 3]) * survey[:, None, :3, k]).sum(2) for k in range(3))  # [around, n]
+    inside = np.maximum(np.abs(x), np.abs(y)) < 0.85 * HALF_FOV * z
+    shown = (inside / np.maximum(z, 0.1) ** 2).max(0) * extent[:, 1] * extent[:, 2]
+    pick = np.argsort(shown, kind="stable")[np.arange(near) % len(low)]
+    target = centre[pick]
+    inwards = target[:, :2] * (1 - 1.6 / side)  # what hangs on a wall is seen from the front
+    xy = inwards[:, None] + rng.uniform(-1.0, 1.0, (near, tries, 2))
+    xy = np.clip(xy, -side / 2 + 0.25, side / 2 - 0.25)
+    eye = np.concatenate([xy, rng.uniform(1.5, 1.8, (near, tries, 1))], 2)[:, :, None]
+    path = target[:, None, None] - eye
+    ends = np.sort([(low - eye) / path, (high - eye) / path], axis=0)
+    enter, leave = ends[0].max(3), ends[1].min(3)
+    blocked = (enter < leave) & (leave > 0) & (enter < 1) & (np.arange(len(low)) != pick[:, None, None])
+    fitness = clearance(eye) - 0.3 * np.abs(np.abs(path[:, :, 0, :2]).max(2) - 0.8) - blocked.any(2)
+    return np.concatenate([survey, _look(eye[np.arange(near), fitness.argmax(1), 0], target)])
+
+
+def ray_cast(lo, hi, pose, size, bounds=None, half_fov=HALF_FOV):
+    """What the pixels of one square view hit first, by one slab test of boxes against pixels.
+
+    lo, hi [B, 3]: corners of the boxes; pose [4, 4] camera to world; bounds [2, 3]: a room around it all, seen from
+    inside. Only the pixels in a box's rectangle on the image are tested. Returns for P = size * size pixels: depth [P]
+    float32 along the camera's axis (0 = nothing), box [P] (B = the room, -1 = nothing), face [P] in the order of
+    NORMALS and the points hit [P, 3].
+    """
+    P = size * size
+    right, down, forward, eye = pose[:3].T
+    step = (2 * np.arange(size) + 1 - size) / size * half_fov  # pixel centres at depth 1
+    rays = right[:, None, None] * step + down[:, None, None] * step[:, None] + forward[:, None, None]
+    rays = rays.reshape(3, P).astype(np.float32)
+    rays[rays == 0] = 1e-9
+    inverse = 1 / rays
+    a, b = (lo - eye).astype(np.float32), (hi - eye).astype(np.float32)
+
+    # every box's rectangle on the image, from its eight corners; the whole image where it reaches behind the camera
+    corner = np.array([[(a, b)[i][:, 0], (a, b)[j][:, 1], (a, b)[k][:, 2]] for i, j, k in np.ndindex(2, 2, 2)])
+    x, y, z = ((corner * v[:, None].astype(np.float32)).sum(1) for v in (right, down, forward))  # [8, B] each
+    limit = np.float32(half_fov) * z
+    seen = (z > 0.02).any(0) & ~(x < -limit).all(0) & ~(x > limit).all(0)
+    seen &= ~(y < -limit).all(0) & ~(y > limit).all(0)
+    behind = (z < 0.02).any(0)
+    u, v = ((q / np.maximum(limit, 0.01) + 1) * (size / 2) for q in (x, y))
+    u0, v0 = (np.where(behind, 0, np.floor(np.clip(q.min(0) - 0.01, 0, size))).astype(int) for q in (u, v))
+    u1, v1 = (np.where(behind, size, np.ceil(np.clip(q.max(0) + 0.01, 0, size))).astype(int) for q in (u, v))
+    width = u1 - u0
+    area = np.where(seen, width * (v1 - v0), 0)
+    box = np.repeat(np.arange(len(lo)), area)  # one entry per pair of a box and a pixel of its rectangle
+    row, column = np.divmod(np.arange(len(box)) - np.repeat(np.cumsum(area) - area, area), width[box])
+    pixel = (row + v0[box]) * size + column + u0[box]
+
+    # slab test: a ray is inside a box between its last entry and its first exit over the three axes
+    enter, leave = np.full(len(box), 0.01, np.float32), np.full(len(box), np.inf, np.float32)
+    for axis in range(3):
+        scale = inverse[axis][pixel]
+        t0, t1 = a[:, axis][box] * scale, b[:, axis][box] * scale
+        enter, leave = np.maximum(enter, np.minimum(t0, t1)), np.minimum(leave, np.maximum(t0, t1))
+    hit = np.flatnonzero((enter < leave) & (enter > 0.01))
+    pixel, box, enter = pixel[hit], box[hit], enter[hit]
+    depth, found = np.full(P, np.inf, np.float32), np.full(P, -1)
+    np.minimum.at(depth, pixel, enter)
+    first = enter == depth[pixel]
+    found[pixel[first]] = box[first]
+    axis = (np.where(rays > 0, a.T[:, found], b.T[:, found]) * inverse).argmax(0)  # the axis entered last
+    if bounds is not None:
+        ends = np.where(rays > 0, bounds[1][:, None], bounds[0][:, None]) - eye[:, None]
+        leave = ends.astype(np.float32) * inverse
+        wall = leave.min(0) < depth
+        axis = np.where(wall, leave.argmin(0), axis)
+        depth, found = np.where(wall, leave.min(0), depth), np.where(wall, len(lo), found)
+    depth[found < 0] = 0
+    face = 2 * axis + (rays[axis, np.arange(P)] < 0)  # towards -x a ray meets a +x normal, on a box and on a wall
+    return depth, found, face, (eye[:, None] + depth * rays).T
+
+
+def _sample_surface(lo, hi, bounds, weight, count, rng):
+    """`count` random points on what is not hidden: points [N, 3], box [N] (B = the room), face [N].
+
+    weight [B + 1]: shares of the boxes and the room. A point is kept when 4 mm along its normal lie in the room and
+    outside all boxes, so that faces that touch, the undersides on the floor and the backs at a wall have no points.
+    """
+    B = len(lo)
+    lo_all, hi_all = np.concatenate([lo, bounds[:1]]), np.concatenate([hi, bounds[1:]])
+    w, d, h = (hi_all - lo_all).T
+    area = np.stack([d * h, d * h, w * h, w * h, w * d, w * d], 1)
+    area[B, 4] = 0.0  # no ceiling
+    cumulative = np.cumsum((area / area.sum(1, keepdims=True) * weight[:, None]).ravel())
+    kept, total = [], 0
+    while total < count:
+        n = 2 * count
+        box, face = np.divmod(np.searchsorted(cumulative, rng.uniform(0, cumulative[-1], n)), 6)
+        box = np.minimum(box, B)
+        xyz = lo_all[box] + rng.uniform(0, 1, (n, 3)) * (hi_all - lo_all)[box]
+        axis = face // 2
+        xyz[np.arange(n), axis] = np.where(face % 2 == (box < B), hi_all[box, axis], lo_all[box, axis])
+        probe = xyz + 0.004 * NORMALS[face]
+        hidden = np.ones((n, B), bool)
+        for k in range(3):
+            hidden &= (probe[:, k, None] > lo[:, k]) & (probe[:, k, None] < hi[:, k])
+        seen = ~hidden.any(1) & (probe > bounds[0]).all(1) & (probe < bounds[1]).all(1)
+        kept.append((xyz[seen], box[seen], face[seen]))
+        total += int(seen.sum())
+    return tuple(np.concatenate(part)[:count] for part in zip(*kept, strict=True))
+
+
+def _paint(palette, face, xyz, boards, rng):
+    """Colours [P, 3] uint8: palette [F, 3] of the faces [P], boards on the floor (the last face), slight noise."""
+    colour = palette[face] + rng.integers(-5, 6, (len(face), 1), dtype=np.int8)
+    floor = np.flatnonzero(face == len(palette) - 1)
+    row = np.floor(xyz[floor, 1] * 5).astype(int)
+    column = np.floor(xyz[floor, 0] * 0.8 + boards[row % 64] * 0.1).astype(int)
+    colour[floor] += boards[(row * 7 + column * 13) % 64, None]
+    return np.clip(colour, 0, 255).astype(np.uint8)
+
+
+def room(seed: int, objects: int | None = None, views: int = 12, size: int = 96, points: int = 4096) -> Scene:
+    """A furnished room around x = y = 0; the same seed gives the same room on every machine.
+
+    objects: how many, door and window included (default 8 to 16); the room grows with them. views of size x size
+    pixels; views = 0 or points = 0 leave the frames or the cloud out. Object boxes are the exact extent of their parts
+    and disjoint (small things stand exactly on the tops of big ones); no two objects share category and colour. Half of
+    the cloud lies on objects, shared by the root of their surface, so that small ones have points too; superpoints are
+    the faces of parts, cut at every metre. Raises ValueError for a number of objects that cannot be furnished.
+    """
+    most = len(CATEGORIES) * len(COLOURS) // 2
+    if objects is not None and not 3 <= objects <= most:
+        raise ValueError(f"room: objects = {objects}; give 3 to {most}")
+    rng = np.random.Generator(np.random.PCG64(seed))
+    count, side, height = int(rng.integers(8, 17)), rng.uniform(4.0, 6.5, 2), 2.6
+    if objects is not None:
+        count, side = objects, side * max(1.0, np.sqrt(1.3 * objects / (side[0] * side[1])))
+    while (placed := _furnish(rng, count, side, height)) is None:
+        side = side * 1.08
+    placed = [placed[i] for i in rng.permutation(count)]  # an id says nothing about the category
+    low, high = (np.array([f(p[k], 0) for p in placed]) for f, k in ((np.min, 2), (np.max, 3)))
+    boxes = np.concatenate([(low + high) / 2, high - low], 1)
+    things = [Thing(i + 1, p[0], p[1], boxes[i]) for i, p in enumerate(placed)]
+    bounds = np.array([[*-side / 2, 0.0], [*side / 2, height]])
+    scene = Scene(f"room{seed:06d}", "rooms", things, bounds=bounds)
+
+    lo, hi = np.concatenate([p[2] for p in placed]), np.concatenate([p[3] for p in placed])  # [B, 3] of all parts
+    owner = np.append(np.repeat(np.arange(1, count + 1), [len(p[2]) for p in placed]), 0)  # [B + 1], the room is 0
+    own = [np.array(COLOURS[p[1]]) + rng.integers(-8, 9, 3) for p in placed]
+    rgb = [MATERIALS.get(m, c) for p, c in zip(placed, own, strict=True) for m in PARTS[p[0]][1]]
+    warm = rng.integers(-8, 9)
+    wall = np.array([212 + warm, 208, 202 - warm]) - rng.integers(22)
+    floor = ((158, 128, 98), (140, 122, 104), (176, 152, 122), (150, 150, 146), (122, 104, 88))[rng.integers(5)]
+    shell = [*np.outer([0.94, 0.98, 0.92, 1.0], wall), (236, 236, 232), floor]
+    palette = np.concatenate([(np.array(rgb)[:, None] * SHADE[:, None]).reshape(-1, 3), shell]).astype(np.int16)
+    boards = rng.integers(-10, 11, 64).astype(np.int16)
+
+    if views:
+        poses = _cameras(rng, views, side, low, high)
+        cast = [ray_cast(lo, hi, pose, size, bounds) for pose in poses]
+        depth, box, face, xyz = (np.concatenate(a) for a in zip(*cast, strict=True))
+        focal, shape = size / 2 / HALF_FOV, (views, size, size)
+        intrinsics = np.tile([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]], (views, 1, 1))
+        colour = _paint(palette, 6 * box + face, xyz, boards, rng).reshape(*shape, 3)
+        masks = owner[box].astype(np.int32).reshape(shape)
+        scene.frames = Frames(colour, depth.reshape(shape), masks, intrinsics, poses)
+    if points:
+        w, d, h = (hi - lo).T
+        area = w * d + d * h + w * h
+        total = np.bincount(owner[:-1], area)[1:]  # [count]
+        share = np.sqrt(total) / np.cumsum(np.sqrt(total))[-1]
+        weight = np.append(area * (share / total)[owner[:-1] - 1], 1.0)
+        xyz, box, face = _sample_surface(lo, hi, bounds, weight, points, rng)
+        scene.points, scene.normals, scene.instances = xyz.astype(np.float32), NORMALS[face], owner[box]
+        scene.colours = _paint(palette, 6 * box + face, xyz, boards, rng)
+        cell = np.floor(xyz).astype(np.int64) + 512
+        piece = ((6 * box + face) * 1024 + cell[:, 0]) * 1024 + cell[:, 1] + (cell[:, 2] << 50)
+        scene.superpoints = np.unique(piece, return_inverse=True)[1].reshape(-1)
+    return scene
+
+
+def _room(job: tuple[int, Callable | None, dict]):
+    seed, then, options = job
+    scene = room(seed, **options)
+    return then(scene) if then else scene
+
+
+def rooms(seeds: Iterable[int], workers: int = 2, then: Callable | None = None, **options) -> list:
+    """`room(seed, **options)` for all seeds in their order, made by `workers` forked processes (0: in this one).
+
+    then: a module's function that a worker applies to its scene; what it returns is kept in the scene's place (1,000
+    scenes with frames are 1.4 GB). Workers use numpy's elementwise functions only, so each keeps to one thread and
+    forking a process that runs threads is safe.
+    """
+    jobs = [(int(seed), then, options) for seed in seeds]
+    if workers < 2 or len(jobs) < 8 or "fork" not in multiprocessing.get_all_start_methods():
+        return [_room(job) for job in jobs]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # about forking with threads, see above
+        with multiprocessing.get_context("fork").Pool(workers) as pool:
+            return list(pool.imap(_room, jobs, chunksize=min(16, -(-len(jobs) // (4 * workers)))))
+
+
+def category_icon(category: str, colour: str, size: int) -> np.ndarray:
+    """The category's furniture alone on black in a three-quarter view that fills the image: [size, size, 3] uint8.
+
+    The paper embeds categories from drawn icons (Proxy3D); a category outside the table is drawn as a plain cube.
+    Raises ValueError for a colour that is not in COLOURS.
+    """
+    if colour not in COLOURS:
+        raise ValueError(f"category_icon: colour {colour!r} is not one of {', '.join(COLOURS)}")
+    lo, hi = _corners(category, np.array(FURNITURE.get(category, (1.0, 1.0, 1.0))[:3]), 0)
+    pose, half_fov = _look(np.array([[0.6, 0.8, 0.5]]), np.zeros((1, 3)))[0], 0.35
+    corner = np.array([[(lo, hi)[i][:, 0], (lo, hi)[j][:, 1], (lo, hi)[k][:, 2]] for i, j, k in np.ndindex(2, 2, 2)])
+    x, y, z = ((corner * pose[:3, k, None]).sum(1) for k in range(3))  # [8, m] along the camera's axes
+    # the nearest eye e for which |x - ex| <= s (z - ez) and |y - ey| <= s (z - ez) hold for all corners
+    s = 0.94 * half_fov
+    (x0, x1), (y0, y1) = (((q - s * z).max(), (-q - s * z).max()) for q in (x, y))
+    eye = np.array([(x0 - x1) / 2, (y0 - y1) / 2, -max(x0 + x1, y0 + y1) / (2 * s)])
+    pose[:3, 3] = (pose[:3, :3] * eye).sum(1)
+    _, box, face, _ = ray_cast(lo, hi, pose, size, half_fov=half_fov)
+    rgb = np.array([MATERIALS.get(m, COLOURS[colour]) for m in PARTS.get(category, CUBE)[1]])[:, None] * SHADE[:, None]
+    image = np.where(box[:, None] < 0, 0, rgb[box, face])
+    return image.astype(np.uint8).reshape(size, size, 3)
+
+
+# ---- 4 readers and writers -------------------------------------------------------------------------------------------
+
+
+FRAME_LAYOUTS = (  # colour files; depth and pose of the same stem; where the depth camera's intrinsics may lie
+    ("*.color.*", "{}.depth.png", "{}.pose.txt", ("camera-intrinsics.txt", "intrinsics.txt")),
+    ("color/*", "depth/{}.png", "pose/{}.txt", ("intrinsic/intrinsic_depth.txt", "intrinsic/intrinsic_color.txt")),
+    ("*.jpg", "{}.png", "{}.txt", ("depth_intrinsic.txt", "intrinsic.txt")),
+)
+CONVENTIONS = {  # of pose files -> (the camera's axes in OpenCV's, whether the file maps world to camera)
+    "opencv": ((1, 1, 1, 1), False), "opengl": ((1, -1, -1, 1), False),
+    "opencv_inverse": ((1, 1, 1, 1), True), "opengl_inverse": ((1, -1, -1, 1), True),
+}  # fmt: skip
+UP = {f"{s}{a}": sign * np.eye(3)[i] for i, a in enumerate("xyz") for s, sign in (("+", 1), ("-", -1))}
+SHELL = ("wall", "floor", "ceiling")  # what ScanNet labels and nobody asks about
+SCAN_FILES = ("_vh_clean_2.ply", "_vh_clean_2.0.010000.segs.json", ".aggregation.json", ".txt")
+
+
+def choose(table: dict, key: str, what: str):
+    """table[key]; an unknown key is an error that names the known ones."""
+    if key not in table:
+        raise DataError(f"{what} {key!r} is unknown: choose one of {', '.join(table)}")
+    return table[key]
+
+
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Turns whatever goes wrong inside into one line: the file is missing, or is not a whole `what`."""
+    try:
+        yield
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"{path}: {what} missing; `python data.py check DIR` says what is needed") from None
+    except (OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not a whole {what} ({str(error)[:60]}); copy or export it again") from None
+
+
+def read_image(path: Path, mode: str | None = None) -> np.ndarray:
+    from PIL import Image
+
+    with reading(path, "image"), Image.open(path) as image:
+        return np.asarray(image.convert(mode) if mode else image)
+
+
+def read_matrix(path: Path, rows: int = 4) -> np.ndarray:
+    """The upper left [rows, rows] of a text matrix. Values may be infinite (ScanNet's lost poses)."""
+    with reading(path, f"{rows} x {rows} matrix"):
+        table = [[float(x) for x in line.split()] for line in path.read_text().splitlines() if line.strip()]
+        return np.array(table)[:rows, :rows].reshape(rows, rows)
+
+
+def read_json(path: Path):
+    with reading(path, "JSON file"):
+        return json.loads(path.read_text())
+
+
+def evenly(rows: list, count: int) -> list:
+    """At most `count` of the rows, evenly spaced, first and last among them."""
+    return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
+
+
+def nearest_rigid(pose: np.ndarray, where: object = "pose") -> np.ndarray:
+    """The pose [4, 4] with its rotation replaced by the nearest one (polar decomposition)."""
+    if np.linalg.det(pose[:3, :3]) <= 0:
+        raise DataError(f"{where}: mirrored (determinant <= 0); make the poses right-handed before reading them")
+    u, _, vt = np.linalg.svd(pose[:3, :3])
+    return np.block([[u @ vt, pose[:3, 3:]], [np.zeros((1, 3)), 1.0]])
+
+
+def find_frames(folder: Path) -> tuple[list[tuple[Path, ...]], Path] | None:
+    """[(colour, depth, pose, mask) paths] and the intrinsics file of the first layout that fits; None: no frames."""
+    for colour, depth, pose, cameras in FRAME_LAYOUTS:
+        files = sorted((p for p in folder.glob(colour) if p.is_file()), key=lambda p: (len(p.name), p.name))
+        if files:
+            others = (depth, pose, "instance-filt/{}.png")
+            rows = [(p, *(folder / o.format(p.name.split(".")[0]) for o in others)) for p in files]
+            return rows, next((folder / c for c in cameras if (folder / c).exists()), folder / cameras[0])
+    return None
+
+
+def read_frames(rows: list, camera: Path, convention: str, depth_scale: float, notes: list[str]) -> Iterator[tuple]:
+    """(colour [H, W, 3] u8, depth [H, W] f32 metres, mask [H, W] i32, intrinsics [3, 3], pose [4, 4]) of every usable
+    frame, at the size of its depth. Frames whose pose is not finite or whose depth is empty are dropped and counted."""
+    intrinsics = read_matrix(camera, 3)
+    axes, inverse = choose(CONVENTIONS, convention, "pose convention")
+    dropped = {"a pose that is not finite": 0, "no depth": 0}
+    for colour_path, depth_path, pose_path, mask_path in rows:
+        pose, depth = read_matrix(pose_path), read_image(depth_path)
+        if depth.ndim != 2 or depth.dtype.kind not in "iu":
+            raise DataError(f"{depth_path}: {depth.dtype} {depth.shape}; export one channel of 16-bit integers")
+        depth = np.where(depth == 65535, 0, depth).astype(np.float32) / np.float32(depth_scale)
+        if not np.isfinite(pose).all() or not depth.any():
+            dropped["no depth" if np.isfinite(pose).all() else "a pose that is not finite"] += 1
+            continue
+        pose = nearest_rigid(pose, pose_path)
+        pose = (np.linalg.inv(pose) if inverse else pose) @ np.diag(axes)
+        mask = read_image(mask_path).astype(np.int32) if mask_path.exists() else np.zeros(depth.shape, np.int32)
+        yield resize_frame((read_image(colour_path, "RGB"), depth, mask, intrinsics, pose), depth.shape)
+    notes += [f"dropped {n} of {len(rows)} frames with {what}" for what, n in dropped.items() if n]
+    if sum(dropped.values()) == len(rows):
+        raise DataError(f"{camera.parent}: no usable frame ({'; '.join(notes)}); export the frames again")
+
+
+def nearest_pixels(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return image[np.ix_(*(((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(size, image.shape, strict=True)))]
+
+
+def resize_frame(frame: tuple, size: tuple[int, int]) -> tuple:
+    """A frame at (H, W): colour by area, depth and mask by nearest pixel, intrinsics (of the depth) scaled."""
+    from PIL import Image
+
+    colour, depth, mask, intrinsics, pose = frame
+    (H, W), (h, w) = size, depth.shape
+    if colour.shape[:2] != (H, W):
+        colour = np.asarray(Image.fromarray(colour).resize((W, H), Image.Resampling.BOX))
+    scale = np.diag([W / w, H / h, 1.0])
+    return colour, nearest_pixels(depth, size), nearest_pixels(mask, size), scale @ intrinsics, pose
+
+
+def stack_frames(frames: list[tuple], world: np.ndarray | None = None) -> Frames:
+    out = Frames(*(np.stack([f[i] for f in frames]) for i in range(5)))
+    return out if world is None else replace(out, poses=world @ out.poses)
+
+
+def voxel_mean(points: np.ndarray, values: np.ndarray, weight: np.ndarray, voxel: float) -> tuple[np.ndarray, ...]:
+    """Weighted means of points [N, 3] and values [N, C] in every occupied voxel, and the summed weight."""
+    cell = np.floor(points / voxel).astype(np.int64)
+    cell -= cell.min(0)
+    _, inverse = np.unique((cell[:, 0] << 42) + (cell[:, 1] << 21) + cell[:, 2], return_inverse=True)
+    total = np.bincount(inverse, weight)
+    means = (np.stack([np.bincount(inverse, weight * c) for c in a.T], axis=1) for a in (points, values))
+    return *(m / total[:, None] for m in means), total
+
+
+def thin(points: np.ndarray, values: np.ndarray, weight: np.ndarray, voxel: float, limit: int) -> tuple:
+    """voxel_mean at the first of voxel, 1.2 voxel, ... that leaves at most `limit` points; colours and normals apart:
+    (points f32, colours u8, unit normals f32, voxel). values [N, 6] = colour, normal."""
+    out = voxel_mean(points, values, weight, voxel)
+    while len(out[0]) > limit:
+        voxel *= 1.2
+        out = voxel_mean(*out, voxel)
+    return out[0].astype(np.float32), out[1][:, :3].round().astype(np.uint8), unit(out[1][:, 3:]), voxel
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return (vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)).astype(np.float32)
+
+
+def fuse(frames: Iterable[tuple], limit: int = 100_000, voxel: float | None = None) -> tuple:
+    """One cloud from (colour [H, W, 3], depth [H, W], intrinsics [3, 3], pose [4, 4]) frames: points [N, 3] f32,
+    colours [N, 3] u8, unit normals [N, 3] f32 towards the cameras, voxel edge in metres.
+
+    Everything is averaged per voxel, by default 2.5 cm or a pixel's footprint. Normals are cross products of the depth
+    map's differences. Voxels with a fifth of a single view's samples are flying pixels at the edges of things.
+    """
+    parts = []
+    for colour, depth, K, pose in frames:
+        step = max(1, round((depth.size / 80_000) ** 0.5))
+        colour, depth, K = colour[::step, ::step], depth[::step, ::step], np.diag([1 / step, 1 / step, 1.0]) @ K
+        K[:2, 2] += 0.5 - 0.5 / step  # a pixel picked by [::step] keeps its own ray
+        if not parts:
+            footprint = float(np.median(depth[depth > 0])) / K[0, 0]
+            voxel = voxel or max(0.025, footprint)
+        points = unproject(depth[None], K[None], pose[None])[0]
+        normals = np.cross(*(np.gradient(points, axis=a) for a in (0, 1)))
+        towards = pose[:3, 3] - points
+        facing = (normals * towards).sum(-1)
+        length = np.linalg.norm(normals, axis=-1) * np.linalg.norm(towards, axis=-1)
+        seen = np.abs(facing) > 0.1 * length  # False where the depth or a neighbour's is missing (NaN)
+        values = np.concatenate([colour[seen], unit(normals[seen] * np.sign(facing[seen])[:, None])], axis=1)
+        if seen.any():
+            parts.append(voxel_mean(points[seen], values, np.ones(len(values)), voxel))
+    if not parts:
+        raise DataError("no frame shows a surface; check the depth images and the depth scale")
+    points, values, weight = voxel_mean(*(np.concatenate(p) for p in zip(*parts, strict=True)), voxel)
+    solid = weight >= min(3.0, 0.2 * (voxel / footprint) ** 2)
+    return thin(points[solid], values[solid], weight[solid], voxel, limit)
+
+
+def estimate_normals(points: np.ndarray, k: int = 24) -> np.ndarray:
+    """Unit normals [N, 3] float32 of a bare cloud: least axis of each point's k neighbours, facing the centroid."""
+    tensor = torch.from_numpy(np.ascontiguousarray(points, np.float32))
+    near = points[knn(tensor, tensor, min(k, len(points)))[1].numpy()].astype(np.float32)
+    near = near - near.mean(1, keepdims=True)
+    normals = np.linalg.eigh(np.einsum("nki,nkj->nij", near, near))[1][..., 0]
+    inward = (normals * (points.mean(0) - points)).sum(1, keepdims=True) >= 0
+    return np.where(inward, normals, -normals).astype(np.float32)
+
+
+def fit_plane(points: np.ndarray, direction: np.ndarray) -> np.ndarray:
+    """Unit normal [3] of the thickest layer of points across `direction`: trimmed least squares."""
+    height = points @ direction
+    counts, edges = np.histogram(height, bins=np.arange(height.min() - 0.1, height.max() + 0.2, 0.05))
+    layer = points[np.abs(height - edges[1:][np.argmax(counts[:-1] + counts[1:])]) < 0.1].astype(np.float64)
+    for _ in range(6):
+        offset = layer - layer.mean(0)
+        normal = np.linalg.eigh(offset.T @ offset)[1][:, 0]
+        away = np.abs(offset @ normal)
+        layer = layer[away < 2 * away.mean() + 0.005]
+    return normal * np.sign(normal @ direction)
+
+
+def upright(points: np.ndarray, normals: np.ndarray, up: str, camera_up: np.ndarray | None) -> tuple[np.ndarray, str]:
+    """The rigid 4x4 that turns a cloud z-up, walls along x and y, floor at z = 0; and a line that says how.
+
+    Gravity ("auto"): of the directions within 35 degrees of the cameras' mean up, the normal shared by most points,
+    fitted to its thickest plane. Walls: the peak of the horizontal normals' angle modulo 90 degrees.
+    """
+    if up == "auto" and camera_up is None:
+        raise DataError("up = auto needs cameras; name the axis of the file that points up, e.g. up = +z")
+    if up == "auto":
+        direction, said = camera_up / np.linalg.norm(camera_up), "the cameras' mean up (no plane agrees with it)"
+        near = normals[np.abs(normals @ direction) > np.cos(np.radians(35))]
+        if len(near) >= 100:
+            near = near * np.sign(near @ direction)[:, None]
+            tries = near[np.linspace(0, len(near) - 1, 500).astype(int)].astype(np.float64)
+            best = tries[((near @ tries.T) > np.cos(np.radians(4))).sum(0).argmax()]
+            plane = fit_plane(points[np.abs(normals @ best) > 0.97], best)
+            angle = np.degrees(np.arccos(np.clip(plane @ direction, -1, 1)))
+            direction, said = plane, f"the dominant plane, {angle:.0f} degrees from the cameras' mean up"
+    else:
+        direction, said = choose(UP, up, "up"), f"up = {up} as given"
+    side = np.eye(3)[np.abs(direction).argmin()]
+    side = side - (side @ direction) * direction
+    side /= np.linalg.norm(side)
+    turn = np.stack([side, np.cross(direction, side), direction])
+    level = normals @ turn.T
+    level = level[np.abs(level[:, 2]) < 0.2]
+    if len(level) >= 100:
+        angle = np.degrees(np.arctan2(level[:, 1], level[:, 0])) % 90
+        counts = np.bincount((angle * 2).astype(int) % 180, minlength=180)
+        smooth = sum(np.roll(counts, s) for s in range(-4, 5))
+        if smooth.max() > 2.5 * smooth.mean():
+            peak = smooth.argmax() / 2
+            off = (angle - peak + 45) % 90 - 45
+            peak = np.radians((peak + off[np.abs(off) < 4].mean() + 45) % 90 - 45)  # the least turn that does it
+            c, s = np.cos(peak), np.sin(peak)
+            turn = np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]]) @ turn
+            said += ", walls along x and y"
+    z = points @ turn[2]
+    floor, where = np.percentile(z, 0.5), "at the lowest points"
+    flat = z[np.abs(normals @ turn[2]) > 0.9]
+    counts, edges = np.histogram(flat, bins=np.arange(z.min() - 0.02, z.max() + 0.06, 0.04))
+    low = edges[np.flatnonzero(counts > 0.02 * len(z))]
+    if len(low) and low[0] < floor + 0.5:  # the lowest level surface that is no crumb
+        floor, where = np.median(flat[np.abs(flat - low[0] - 0.02) < 0.06]), "on the lowest level surface"
+    world = np.eye(4)
+    world[:3, :3], world[2, 3] = turn, -floor
+    return world, f"turned z-up by {said}; z = 0 {where}"
+
+
+def move(points: np.ndarray, normals: np.ndarray, world: np.ndarray) -> dict:
+    """The geometry of a scene, moved by a rigid 4x4: keyword arguments of Scene."""
+    points = (points @ world[:3, :3].T + world[:3, 3]).astype(np.float32)
+    bounds = np.stack([points.min(0), points.max(0)]).astype(np.float64)
+    return {"points": points, "normals": (normals @ world[:3, :3].T).astype(np.float32), "bounds": bounds}
+
+
+def load_rgbd(root: str | Path, size: tuple[int, int] | None = (240, 320), max_frames: int = 64, points: int = 100_000,
+              voxel: float | None = None, up: str = "auto", convention: str = "opencv", depth_scale: float = 1000.0,
+              hold_out: int = 0) -> tuple[Scene, Frames | None]:  # fmt: skip
+    """read_rgbd's scene, and every `hold_out`-th frame apart, in the same world but unknown to cloud and gravity."""
+    root, notes = Path(root), []
+    found = find_frames(root)
+    if found is None:
+        known = ", ".join(layout[0] for layout in FRAME_LAYOUTS)
+        raise DataError(f"{root}: no posed frames; expected {known} with depth, pose and intrinsics files")
+    rows, camera = found
+    chosen = evenly(rows, max_frames)
+    kept, held = [], []
+
+    def training() -> Iterator[tuple]:
+        for i, (colour, depth, mask, K, pose) in enumerate(read_frames(chosen, camera, convention, depth_scale, notes)):
+            out = hold_out and i % hold_out == hold_out - 1
+            (held if out else kept).append(resize_frame((colour, depth, mask * 0, K, pose), size or depth.shape))
+            if not out:
+                yield colour, depth, K, pose
+
+    cloud, colours, normals, voxel = fuse(training(), points, voxel)
+    if len(cloud) < 100:
+        raise DataError(f"{root}: the frames give {len(cloud)} points; check depth_scale ({depth_scale:g} per metre)")
+    world, said = upright(cloud, normals, up, -np.mean([f[4][:3, 1] for f in kept], axis=0))
+    scene = Scene(root.resolve().name, "rgbd", [], colours=colours, frames=stack_frames(kept, world), notes=notes,
+                  **move(cloud, normals, world))  # fmt: skip
+    share, seen = (a[0] for a in depth_support(scene.points, np.zeros(len(cloud), np.int64), scene.frames))
+    agree = (share * seen - len(cloud)) / max(seen - len(cloud), 1)  # a point always fits the frame that it came from
+    if seen > 1.05 * len(cloud) and agree < 0.6:  # 0.94 on good poses, below 0.3 with the wrong convention
+        raise DataError(f"{root}: only {agree:.0%} of the depth fits other frames; name the convention of the poses: "
+                        f"{', '.join(CONVENTIONS)}")  # fmt: skip
+    notes += [f"{len(kept)} of {len(rows)} frames used, {len(held)} held out; {voxel * 100:.1f} cm voxels", said]
+    return scene, stack_frames(held, world) if held else None
+
+
+def read_rgbd(root: str | Path, **options) -> Scene:
+    """A folder of posed RGB-D frames (FRAME_LAYOUTS) as a scene without objects (`with_own_segments` finds some).
+
+    Options: size (H, W) of the frames, None = the depth's; max_frames, evenly spaced; points, the most in the cloud;
+    voxel in metres (None: 0.025 or a pixel's footprint); up "auto" or an axis of the file ("-y"); convention of the
+    poses (CONVENTIONS); depth_scale, units per metre. Depth 0 and 65535 are missing. Raises DataError.
+    """
+    return load_rgbd(root, **options)[0]
+
+
+def read_rgbd_split(root: str | Path, hold_out: int = 4, **options) -> tuple[Scene, Scene]:
+    """Two scenes with the same objects, own segments of the training frames: the first shows the training frames, the
+    second every `hold_out`-th frame, and only objects that the depth of those frames confirms (`depth_support`)."""
+    scene, held = load_rgbd(root, hold_out=hold_out, **options)
+    if held is None:
+        raise DataError(f"{root}: no frame to hold out; lower hold_out ({hold_out}) or add frames")
+    scene = with_own_segments(scene)
+    held = replace(held, masks=render_masks(scene.points, scene.instances, held))
+    agree, seen = depth_support(scene.points, scene.instances, held)
+    sure = [o for o in scene.objects if seen[o.id] >= 10 and agree[o.id] >= 0.5]
+    viewed = seen[1:] >= 10
+    note = (f"{len(sure)} of {viewed.sum()} objects in view of {len(held.depth)} held-out frames are confirmed by "
+            f"their depth, mean agreement {agree[1:][viewed].mean() if viewed.any() else 0:.2f}")  # fmt: skip
+    held.masks[~np.isin(held.masks, [o.id for o in sure])] = 0
+    return scene, replace(scene, name=f"{scene.name}_held_out", frames=held, objects=sure, notes=[*scene.notes, note])
+
+
+PLY_TYPES = {"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4",
+             "double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4",
+             "float32": "f4", "float64": "f8"}  # fmt: skip
+PLY_ORDERS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
+
+
+def load_ply(path: str | Path) -> dict[str, np.ndarray | None]:
+    """points [N, 3] f32, colours [N, 3] u8, normals [N, 3] f32 unit, faces [F, 3] i64 of a PLY file, ascii or binary;
+    what it lacks is None. Faces are triangles. Raises DataError."""
+    path, elements, held = Path(path), [], {}
+    with reading(path, "PLY file"):
+        head, _, body = path.read_bytes().partition(b"end_header")
+        _, *header = (line.split() for line in head.decode("ascii").splitlines() if line.strip())
+        order = PLY_ORDERS[dict(words[:2] for words in header)["format"]]
+        for words in header:
+            if words[0] == "element":
+                elements.append((words[1], int(words[2]), []))
+            elif words[:2] == ["property", "list"]:  # a triangle: its count, then three columns
+                elements[-1][2].append(("count", PLY_TYPES[words[2]]))
+                elements[-1][2].extend((f"corner{i}", PLY_TYPES[words[3]]) for i in range(3))
+            elif words[0] == "property":
+                elements[-1][2].append((words[2], PLY_TYPES[words[1]]))
+        body = body[body.index(b"\n") + 1 :]
+        lines = None if order else [line for line in body.decode("ascii").splitlines() if line.strip()]
+        for name, count, fields in elements:
+            dtype = np.dtype([(field, order + code) for field, code in fields])
+            if lines is None:
+                table = np.frombuffer(body, dtype, min(count, len(body) // dtype.itemsize))
+                body = body[table.nbytes :]
+            else:
+                rows, lines = lines[:count], lines[count:]
+                rows = np.loadtxt(rows, usecols=range(len(fields)), ndmin=2) if len(rows) == count > 0 else []
+                table = np.rec.fromarrays(list(np.reshape(rows, (-1, len(fields))).T), dtype=dtype)
+            if len(table) < count:
+                raise DataError(f"{path}: truncated, it ends within the {count} rows of {name}; copy the file again")
+            if "count" in dtype.names and (table["count"] != 3).any():
+                raise DataError(f"{path}: element {name} is not of triangles; triangulate, or export vertices alone")
+            held[name] = table
+        vertex = held["vertex"]
+        known = {"points": ("x", "y", "z"), "colours": ("red", "green", "blue"), "normals": ("nx", "ny", "nz")}
+        out = {k: np.stack([vertex[n] for n in v], 1) if v[0] in vertex.dtype.names else None for k, v in known.items()}
+        out["points"], out["faces"] = out["points"].astype(np.float32), None
+    if out["colours"] is not None:
+        unitary = out["colours"].dtype.kind == "f" and out["colours"].max(initial=0) <= 1
+        out["colours"] = (out["colours"] * (255 if unitary else 1)).round().astype(np.uint8)
+    if out["normals"] is not None:
+        out["normals"] = unit(out["normals"])
+    if len(held.get("face", ())):
+        out["faces"] = np.stack([held["face"][f"corner{i}"] for i in range(3)], 1).astype(np.int64)
+        if out["faces"].min() < 0 or out["faces"].max() >= len(vertex):
+            raise DataError(f"{path}: element face names vertices that the file does not hold; export the mesh again")
+    return out
+
+
+def write_ply(path: str | Path, points: np.ndarray, colours: np.ndarray, normals: np.ndarray) -> None:
+    """A binary PLY of points, normals (float32) and colours (uint8), all [N, 3], without faces."""
+    names = ("x", "y", "z", "nx", "ny", "nz", "red", "green", "blue")
+    table = np.empty(len(points), [(n, "u1" if len(n) > 2 else "<f4") for n in names])
+    for name, column in zip(names, [*points.T, *normals.T, *colours.T], strict=True):
+        table[name] = column
+    words = {"f": "float", "u": "uchar"}
+    properties = "".join(f"property {words[table.dtype[n].kind]} {n}\n" for n in table.dtype.names)
+    header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(table)}\n{properties}end_header\n"
+    Path(path).write_bytes(header.encode() + table.tobytes())
+
+
+def read_ply(path: str | Path, points: int = 200_000, up: str = "+z", scale: float = 1.0) -> Scene:
+    """A bare cloud or mesh as a scene without objects or frames. `up` is the axis of the file that points up, `scale`
+    metres per unit; more than `points` are averaged in voxels, and the mesh dropped. Raises DataError."""
+    held = load_ply(path)
+    finite = np.isfinite(held["points"]).all(1)
+    if finite.sum() < 2:
+        raise DataError(f"{path}: only {finite.sum()} of {len(finite)} points are usable; export the cloud again")
+    notes = [] if finite.all() else [f"dropped {(~finite).sum()} of {len(finite)} points that are not finite"]
+    cloud, faces = held["points"][finite] * np.float32(scale), held["faces"] if finite.all() else None
+    colours, normals = (None if held[k] is None else held[k][finite] for k in ("colours", "normals"))
+    across = float(np.ptp(cloud, axis=0).max())
+    if across > 100:
+        raise DataError(f"{path}: {across:.0f} m across, hardly metres; give scale = 0.001 if these are millimetres")
+    if normals is None:
+        normals = estimate_normals(cloud) if faces is None else unit(vertex_normals(cloud, faces))
+    if len(cloud) > points:
+        notes.append(f"{len(cloud)} points averaged in voxels")
+        grey = np.full((len(cloud), 3), 128, np.uint8)
+        values = np.concatenate([grey if colours is None else colours, normals], axis=1)
+        cloud, mixed, normals, _ = thin(cloud, values, np.ones(len(cloud)), 0.01, points)
+        colours = None if colours is None else mixed
+    world, said = upright(cloud, normals, up, None)
+    return Scene(Path(path).stem, "ply", [], colours=colours, notes=[*notes, said], **move(cloud, normals, world))
+
+
+def scan_fields(path: Path) -> dict[str, str]:
+    """The `key = value` lines of a scan's .txt."""
+    with reading(path, "scan description"):
+        pairs = [line.split("=", 1) for line in path.read_text().splitlines() if "=" in line]
+        return {key.strip(): value.strip() for key, value in pairs}
+
+
+def scan_folder(root: Path, scene_id: str) -> Path:
+    places = [root / p / scene_id for p in ("", "scans", "scans_test")] + [root] * (root.name == scene_id)
+    for place in places:
+        if (place / f"{scene_id}{SCAN_FILES[0]}").exists():
+            return place
+    raise DataError(f"{root}: no {scene_id}/{scene_id}{SCAN_FILES[0]} or under scans/, scans_test/; see data.py check")
+
+
+def read_scannet(root: str | Path, scene_id: str, size: tuple[int, int] | None = None, max_frames: int = 32) -> Scene:
+    """A ScanNet scan: its own files (mesh, segments, aggregation, axis alignment) and, where a colour/depth/pose export
+    lies beside them or under posed_images/<id> or frames/<id>, at most `max_frames` frames at size (H, W).
+
+    The axis alignment is the only transform. Instance = objectId + 1; wall, floor and ceiling are no objects; boxes are
+    the extent of an object's points. Masks are read from instance-filt/ or else rendered. Raises DataError.
+    """
+    root, notes = Path(root), []
+    folder = scan_folder(root, scene_id)
+    mesh, segs, aggregation, info = (folder / f"{scene_id}{suffix}" for suffix in SCAN_FILES)
+    held = load_ply(mesh)
+    raw, faces, colours, normals = (held[k] for k in ("points", "faces", "colours", "normals"))
+    if len(raw) < 2:
+        raise DataError(f"{mesh}: {len(raw)} vertices; a scan needs a cloud, copy the file again")
+    fields = scan_fields(info)
+    if "axisAlignment" not in fields:
+        notes.append(f"{info.name} has no axisAlignment: the scan keeps its own axes")
+    with reading(info, "axisAlignment of 16 numbers"):
+        world = np.array(fields.get("axisAlignment", "1 0 0 0 0 1 0 0 0 0 1 0 0 0 0 1").split(), float).reshape(4, 4)
+    if normals is None:
+        normals = estimate_normals(raw) if faces is None else unit(vertex_normals(raw, faces))
+    scene = Scene(scene_id, "scannet", [], colours=colours, notes=notes, **move(raw, normals, world))
+    scene.instances = np.zeros(len(raw), np.int64)
+    if "roomBounds" in fields:  # write_scannet's
+        scene.bounds = np.array(fields["roomBounds"].split(), float).reshape(2, 3)
+    if not segs.exists() and not aggregation.exists():
+        notes.append("no segments or labels (a test scan): superpoints are our own, objects unknown")
+        scene.superpoints = over_segment(raw, None if faces is not None else normals, faces)
+    else:
+        with reading(segs, "list of segIndices"):
+            segment = read_json(segs)["segIndices"]
+        if len(segment) != len(raw):
+            raise DataError(f"{segs}: segIndices has {len(segment)} entries, the mesh {len(raw)} vertices; copy both")
+        values, scene.superpoints = np.unique(np.array(segment, np.int64), return_inverse=True)
+        seen, groups = [], read_json(aggregation)
+        with reading(aggregation, "list of segGroups with objectId, label, segments"):
+            groups = [(g["objectId"] + 1, g["label"].replace("_", " "), set(g["segments"]), g)
+                      for g in groups["segGroups"]]  # fmt: skip
+        for id, label, parts, group in groups:
+            if label in SHELL or parts in seen:  # scene0217_00 lists its objects twice
+                continue
+            seen.append(parts)
+            mine = np.isin(values, list(parts))[scene.superpoints]
+            if not mine.any():
+                raise DataError(f"{aggregation}: objectId {id - 1} ({label}) has no points; copy one scan's files")
+            scene.instances[mine] = id
+            box = np.array(group["alignedBox"]) if "alignedBox" in group else extent(scene.points[mine])
+            scene.objects.append(Thing(id, label, group.get("colour") or colour_name(colours, mine), box))
+    places = [folder, root / "posed_images" / scene_id, root / "frames" / scene_id]
+    found = next(filter(None, map(find_frames, places)), None)
+    if found is None:
+        notes.append("no exported frames (color/ depth/ pose/ intrinsic/): points only")
+        return scene
+    rows, camera = found
+    chosen = evenly(rows, max_frames)
+    frames = [resize_frame(f, size or f[1].shape) for f in read_frames(chosen, camera, "opencv", 1000.0, notes)]
+    scene.frames = stack_frames(frames, world)
+    if scene.objects and not chosen[0][3].exists():
+        scene.frames.masks = render_masks(scene.points, scene.instances, scene.frames)
+        notes.append("masks rendered from the labelled mesh")
+    ids = np.array([0, *(o.id for o in scene.objects)])
+    scene.frames.masks[~np.isin(scene.frames.masks, ids)] = 0
+    return scene
+
+
+def write_scannet(scene: Scene, out: str | Path) -> Path:
+    """Writes a scene with a cloud as the ScanNet scan <out>/<name>, unaligned as scans are; read_scannet gives it back
+    (superpoints cut at instances, depth to 1 mm). Colour is written as PNG, so that nothing is lost; two extra keys per
+    object (alignedBox, colour) and one line of the .txt (roomBounds) keep what ScanNet has no place for."""
+    from PIL import Image
+
+    if scene.points is None:
+        raise DataError(f"{scene.name}: no cloud to write; make the room with points > 0")
+    folder = Path(out) / scene.name
+    world = np.array([[0.8, -0.6, 0, 1.5], [0.6, 0.8, 0, -0.75], [0, 0, 1, 0.25], [0, 0, 0, 1]])
+    back = np.linalg.inv(world)
+    normals = scene.normals if scene.normals is not None else estimate_normals(scene.points)
+    raw = move(scene.points, normals, back)
+    superpoints = over_segment(scene.points, normals) if scene.superpoints is None else scene.superpoints
+    instances = np.zeros(len(scene.points), np.int64) if scene.instances is None else scene.instances
+    colours = np.full((len(scene.points), 3), 128, np.uint8) if scene.colours is None else scene.colours
+    pairs, segment = np.unique(np.stack([superpoints, instances]), axis=1, return_inverse=True)
+    groups = [{"id": i, "objectId": o.id - 1, "label": o.category, "alignedBox": o.box.tolist(), "colour": o.colour,
+               "segments": np.flatnonzero(pairs[1] == o.id).tolist()} for i, o in enumerate(scene.objects)]  # fmt: skip
+    numbers = {"axisAlignment": world} | ({} if scene.bounds is None else {"roomBounds": scene.bounds})
+    folder.mkdir(parents=True, exist_ok=True)
+    mesh, segs, aggregation, info = (folder / f"{scene.name}{suffix}" for suffix in SCAN_FILES)
+    write_ply(mesh, raw["points"], colours, raw["normals"])
+    segs.write_text(json.dumps({"sceneId": scene.name, "segIndices": segment.ravel().tolist()}))
+    aggregation.write_text(json.dumps({"sceneId": scene.name, "segGroups": groups}))
+    info.write_text("".join(f"{k} = {' '.join(map(repr, map(float, v.ravel())))}\n" for k, v in numbers.items()))
+    if scene.frames is None:
+        return folder
+    f = scene.frames
+    if (f.intrinsics != f.intrinsics[0]).any():
+        raise DataError(f"{scene.name}: frames of several cameras; ScanNet's layout holds one, write them apart")
+    for part in ("color", "depth", "pose", "intrinsic", "instance-filt"):
+        (folder / part).mkdir(exist_ok=True)
+    camera = np.eye(4)
+    camera[:3, :3] = f.intrinsics[0]
+    np.savetxt(folder / "intrinsic/intrinsic_depth.txt", camera, "%.17g")
+    for i, pose in enumerate(back @ f.poses):
+        Image.fromarray(f.colour[i]).save(folder / f"color/{i}.png", compress_level=1)
+        Image.fromarray(np.round(f.depth[i] * 1000).astype(np.uint16)).save(folder / f"depth/{i}.png", compress_level=1)
+        Image.fromarray(f.masks[i].astype(np.uint16)).save(folder / f"instance-filt/{i}.png", compress_level=1)
+        np.savetxt(folder / f"pose/{i}.txt", pose, "%.17g")
+    return folder
+
+
+TERMS = {
+    "scans": "scans: ScanNet's Terms of Use form, on its project page (ScanNet/ScanNet on GitHub), signed and mailed; "
+             f"points need four file types, about 10.6 GB: <id>{', <id>'.join(SCAN_FILES)}",
+    "frames": "frames: exported as color/ depth/ pose/ intrinsic/ from the scans' .sens files (1.2 TB, the same form)",
+    "questions": "questions: ScanQA, SQA3D, ScanRefer, Multi3DRefer, Scan2Cap, Nr3D, VSI-Bench: their project pages",
+}  # fmt: skip
+
+
+def check(path: str | Path) -> list[str]:
+    """What `path` holds, what it lacks, and where that is had under which terms: the lines of `data.py check DIR`."""
+    path = Path(path)
+    if not path.exists():
+        return [f"{path}: nothing there", *TERMS.values()]
+    if path.suffix == ".ply":
+        held = load_ply(path)
+        size = np.ptp(held["points"], axis=0) if len(held["points"]) else np.zeros(3)
+        return [f"{path}: {len(held['points'])} points, {' x '.join(f'{s:.2f}' for s in size)} in the file's unit",
+                *(f"has {'no ' * (held[k] is None)}{k}" for k in ("colours", "normals", "faces"))]  # fmt: skip
+    if path.suffix == ".json":
+        rows = read_json(path)
+        if isinstance(rows, dict):
+            rows = next((rows[k] for k in ("questions", "annotations", "data_list") if k in rows), [rows])
+        scenes = {r["scene_id"] for r in rows if isinstance(r, dict) and "scene_id" in r}
+        return [f"{path}: {len(rows)} rows about {len(scenes)} scenes, fields {', '.join(rows[0]) if rows else 'none'}"]
+    places = (path, path / "scans", path / "scans_test")
+    scans = sorted(p for place in places if place.is_dir() for p in place.glob("scene*_*") if p.is_dir())
+    scans = scans or sorted({p.parent for p in path.glob(f"*/*{SCAN_FILES[0]}")})
+    found = find_frames(path)
+    lines = []
+    if found:
+        rows, camera = found
+        lacks = [p.name for row in rows for p in row[1:3] if not p.exists()] + [camera.name] * (not camera.exists())
+        lines.append(f"{path}: {len(rows)} RGB-D frames, {len(lacks)} files missing {' '.join(lacks[:3])}".rstrip())
+    if scans:
+        frames = sum(any(map(find_frames, (p, path / "posed_images" / p.name))) for p in scans)
+        lines.append(f"{path}: {len(scans)} scans, {frames} with exported frames")
+        lacks = {s: [p.name for p in scans if not (p / f"{p.name}{s}").exists()] for s in SCAN_FILES}
+        lines += [f"missing <id>{s} of {len(names)} scans, first {names[0]}" for s, names in lacks.items() if names]
+        lines += [TERMS["scans"]] * any(lacks.values()) + [TERMS["frames"]] * (frames < len(scans))
+    for file in sorted([*path.glob("*.json"), *path.glob("*.ply")]):
+        try:
+            lines += check(file)
+        except DataError as error:
+            lines.append(str(error))
+    return lines or [f"{path}: nothing that a reader knows", *TERMS.values()]
+
+
+# ---- 5 over-segmentation ---------------------------------------------------------------------------------------------
+
+
+def group_mean(values: np.ndarray, label: np.ndarray, count: int) -> np.ndarray:
+    """Mean of values [N, C] per label 0..count-1."""
+    total = np.stack([np.bincount(label, v, count) for v in values.T], axis=1)
+    return total / np.maximum(np.bincount(label, minlength=count), 1)[:, None]
+
+
+def vertex_normals(points: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Mean of the unit normals of a vertex's faces [N, 3] float32, *not* normalised, as in ScanNet's segmentator."""
+    p = points.astype(np.float32)[faces]
+    normal = np.cross(p[:, 1] - p[:, 0], p[:, 2] - p[:, 0])
+    normal, corner = unit(normal * 1e6), faces.ravel()
+    return group_mean(np.repeat(normal, 3, axis=0), corner, len(points)).astype(np.float32)
+
+
+def neighbour_pairs(points: np.ndarray, k: int, reach: float = np.inf) -> tuple[np.ndarray, np.ndarray, float]:
+    """Every pair a < b of points where one is among the other's k nearest, closer than `reach` times the median
+    distance of nearest points: (a [E], b [E], that distance)."""
+    tensor = torch.from_numpy(np.ascontiguousarray(points, np.float32))
+    distance, near = (t.numpy()[:, 1:] for t in knn(tensor, tensor, min(k + 1, len(points))))
+    spacing = float(np.median(distance[:, 0]))
+    a, b = np.nonzero(distance <= max(reach * spacing, 1e-9))[0], near[distance <= max(reach * spacing, 1e-9)]
+    key = np.sort(np.minimum(a, b) * len(points) + np.maximum(a, b))
+    key = key[np.diff(key, prepend=-1) > 0]
+    return key // len(points), key % len(points), spacing
+
+
+def over_segment(points: np.ndarray, normals: np.ndarray | None = None, faces: np.ndarray | None = None,
+                 threshold: float = 0.01, min_size: int = 20, k: int = 10) -> np.ndarray:  # fmt: skip
+    """Superpoints [N] int64, contiguous from 0: Felzenszwalb-Huttenlocher with the rules of ScanNet's segmentator.
+
+    An edge from a to b weighs 1 - n_a . n_b, squared if convex (n_b along b - a), so that rounded things hold together.
+    Edges are a mesh's (faces [F, 3]; normals default to `vertex_normals`), or the k nearest neighbours' of a bare
+    cloud, there the mean of both directions. Felzenszwalb & Huttenlocher, IJCV 2004; ScanNet's Segmentator calls
+    threshold kThresh and min_size segMinVerts.
+    """
+    if len(points) < 2:
+        return np.zeros(len(points), np.int64)
+    points = np.asarray(points, np.float32)
+    if normals is None:
+        normals = vertex_normals(points, faces) if faces is not None else estimate_normals(points)
+    normals = np.asarray(normals, np.float32)
+
+    def weigh(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        flat = 1 - np.einsum("ij,ij->i", normals[a], normals[b])
+        return np.where(np.einsum("ij,ij->i", normals[b], points[b] - points[a]) > 0, flat * flat, flat)
+
+    if faces is not None:
+        a, b = faces[:, [0, 0, 2]].ravel(), faces[:, [1, 2, 1]].ravel()
+        weight = weigh(a, b)
+    else:
+        a, b, _ = neighbour_pairs(points, k)
+        weight = (weigh(a, b) + weigh(b, a)) / 2
+    return segment_graph(len(points), a, b, weight, threshold, min_size)
+
+
+def segment_graph(count: int, a: np.ndarray, b: np.ndarray, weight: np.ndarray,
+                  threshold: float, min_size: int) -> np.ndarray:  # fmt: skip
+    """Labels [count] of a graph's segments from its edges a, b, weight [E], taken lightest first.
+
+    Two segments join if the edge is no heavier than either's limit, its heaviest inner edge + threshold / size; at the
+    end segments below min_size join a neighbour. A segment that refuses once is final, for later edges weigh more: so
+    all edges inside a segment or at a final one are skipped by whole blocks, and Python sees few.
+    """
+    order = np.argsort(weight, kind="stable")
+    a, b, weight = a[order], b[order], weight[order]
+    parent, size, limit = list(range(count)), [1] * count, [threshold] * count
+    final = np.zeros(count, bool)
+
+    def find(x: int) -> int:
+        while parent[x] != x:
+            parent[x] = x = parent[parent[x]]
+        return x
+
+    def roots() -> np.ndarray:
+        root = np.array(parent)
+        while (root[root] != root).any():
+            root = root[root]
+        parent[:] = root.tolist()
+        return root
+
+    def join(x: int, y: int) -> int:
+        x, y = (x, y) if size[x] >= size[y] else (y, x)
+        parent[y] = x
+        size[x] += size[y]
+        return x
+
+    for start in range(0, len(a), 1 << 16):
+        block, root = slice(start, start + (1 << 16)), roots()
+        x, y = root[a[block]], root[b[block]]
+        live = (x != y) & ~final[x] & ~final[y]
+        for p, q, w in zip(x[live].tolist(), y[live].tolist(), weight[block][live].tolist(), strict=True):
+            p, q = find(p), find(q)
+            if p != q and w <= limit[p] and w <= limit[q]:
+                p = join(p, q)
+                limit[p] = w + threshold / size[p]
+            elif p != q:
+                final[p] |= w > limit[p]
+                final[q] |= w > limit[q]
+    root = roots()
+    across = root[a] != root[b]
+    for p, q in zip(a[across].tolist(), b[across].tolist(), strict=True):
+        p, q = find(p), find(q)
+        if p != q and min(size[p], size[q]) < min_size:
+            join(p, q)
+    return np.unique(roots(), return_inverse=True)[1].astype(np.int64)
+
+
+def extent(points: np.ndarray) -> np.ndarray:
+    """The axis-aligned box [6] of points [N, 3]."""
+    low, high = points.min(0).astype(float), points.max(0).astype(float)
+    return np.concatenate([(low + high) / 2, high - low])
+
+
+def colour_name(colours: np.ndarray | None, mine: np.ndarray) -> str:
+    """The name in COLOURS nearest to the median of the colours [N, 3] at `mine`; "" without colours."""
+    if colours is None:
+        return ""
+    median = np.median(colours[mine], axis=0)
+    return min(COLOURS, key=lambda name: float(np.square(median - COLOURS[name]).sum()))
+
+
+def find_shell(points: np.ndarray, normals: np.ndarray, hue: np.ndarray, superpoints: np.ndarray,
+               spacing: float) -> np.ndarray:  # fmt: skip
+    """Mask [N] of the room itself: points on a large level or upright plane with next to nothing behind it (floor,
+    ceiling, walls), in the plane's own colour (so that a flat rug or a door stays)."""
+    shell, reach = np.zeros(len(points), bool), max(0.05, 1.2 * spacing)
+    size = np.bincount(superpoints)
+    mean = group_mean(normals, superpoints, len(size))
+    flatness = np.linalg.norm(mean, axis=1)
+    for s in np.flatnonzero((size >= 0.01 * len(points)) & (flatness > 0.9)):
+        normal = mean[s] / flatness[s]
+        height = (points - np.median(points[superpoints == s], axis=0)) @ normal
+        if 0.3 < abs(normal[2]) < 0.9 or (height < -reach - 0.05).mean() > 0.03:
+            continue
+        on = (np.abs(height) < reach) & (normals @ normal > 0.8)
+        off = np.linalg.norm(hue - np.median(hue[on], axis=0), axis=1)
+        shell |= on & (off < max(0.1, 2.5 * np.median(off[on])))
+    return shell
+
+
+def merge_segments(points: np.ndarray, normals: np.ndarray, colours: np.ndarray, superpoints: np.ndarray,
+                   colour_scale: float = 0.25, largest: float = 2.6, smallest: float = 0.12) -> np.ndarray:  # fmt: skip
+    """Object-sized pieces of a cloud: instances [N] int64, 0 = the room itself and crumbs. No learning, no categories.
+
+    Superpoints are cut where the colour jumps, the room's shell is taken away, and touching pieces join in order of
+    a cost: colour difference / colour_scale, less for a small piece at a large one (a handle), + the concave share of
+    the contact (things meet in concave edges: Stein et al., CVPR 2014) + the share in which one rests on top of the
+    other in another colour. Nothing grows beyond `largest` metres; what stays below `smallest` is a crumb.
+    points, normals [N, 3] metres z-up, colours [N, 3] u8. The constants were set on procedural rooms.
+    """
+    a, b, spacing = neighbour_pairs(points, 8, reach=3.5)
+    r, g, blue = colours.T.astype(np.float32) / 255
+    hue = np.stack([(r + g + blue) / 6, 0.7 * (r - g), 0.7 * ((r + g) / 2 - blue)], axis=1)  # shade counts less
+    inside = superpoints[a] == superpoints[b]
+    jump = np.linalg.norm(hue[a] - hue[b], axis=1)
+    piece = segment_graph(len(points), a[inside], b[inside], jump[inside], 0.1, 8)
+    S = int(piece.max()) + 1
+    size = np.bincount(piece).astype(float)
+    kept = np.bincount(piece, find_shell(points, normals, hue, superpoints, spacing), S) < 0.5 * size
+    tint = group_mean(hue, piece, S)
+    low, high = np.full((S, 3), np.inf), np.full((S, 3), -np.inf)
+    np.minimum.at(low, piece, points)
+    np.maximum.at(high, piece, points)
+
+    x, y = piece[a], piece[b]
+    touch = (x != y) & kept[x] & kept[y]
+    a, b, x, y = a[touch], b[touch], x[touch], y[touch]
+    gap = points[a] - points[b]
+    concave = ((normals[a] - normals[b]) * gap).sum(1) < -0.2 * np.linalg.norm(gap, axis=1)
+    rests = concave & (((normals[a][:, 2] > 0.8) & (high[y, 2] > high[x, 2] + 2 * spacing))
+                       | ((normals[b][:, 2] > 0.8) & (high[x, 2] > high[y, 2] + 2 * spacing)))  # fmt: skip
+    key, inverse = np.unique(np.minimum(x, y) * S + np.maximum(x, y), return_inverse=True)
+    contacts = np.stack([np.bincount(inverse, w, len(key)) for w in (np.ones(len(a)), concave, rests)], axis=1)
+    links: list[dict[int, np.ndarray]] = [{} for _ in range(S)]
+    for k, contact in zip(key.tolist(), contacts, strict=True):
+        links[k // S][k % S] = links[k % S][k // S] = contact
+
+    def cost(p: int, q: int) -> float:
+        edges, bent, resting = links[p][q]
+        if (np.maximum(high[p], high[q]) - np.minimum(low[p], low[q])).max() > largest:
+            return np.inf
+        differ = float(np.linalg.norm(tint[p] - tint[q])) / colour_scale
+        weight = 0.5 + 0.5 * (min(size[p], size[q]) / max(size[p], size[q])) ** 0.5
+        return weight * differ + bent / edges + (resting / edges if differ > 0.5 else 0.0)
+
+    version, into = [0] * S, list(range(S))
+    heap = [(cost(p, q), p, q, 0, 0) for p in range(S) for q in links[p] if p < q]
+    heapq.heapify(heap)
+    while heap and heap[0][0] <= 1:
+        _, p, q, *seen = heapq.heappop(heap)
+        if seen != [version[p], version[q]]:
+            continue  # one of them has grown since
+        tint[p] = (size[p] * tint[p] + size[q] * tint[q]) / (size[p] + size[q])
+        size[p] += size[q]
+        low[p], high[p] = np.minimum(low[p], low[q]), np.maximum(high[p], high[q])
+        into[q], version[p], version[q] = p, version[p] + 1, -1
+        for other, contact in links[q].items():
+            del links[other][q]
+            if other != p:
+                links[p][other] = links[other][p] = contact + links[p].get(other, 0)
+        links[q] = {}
+        for other in links[p]:
+            u, v = min(p, other), max(p, other)
+            heapq.heappush(heap, (cost(u, v), u, v, version[u], version[v]))
+    root = np.array(into)
+    while (root[root] != root).any():
+        root = root[root]
+    big = kept & (root == np.arange(S)) & (size >= 12) & ((high - low).max(1) >= smallest)
+    return (np.cumsum(big) * big)[root][piece]
+
+
+def render_masks(points: np.ndarray, instances: np.ndarray, frames: Frames, reach: float | None = None) -> np.ndarray:
+    """Masks [V, H, W] int32: every depth pixel takes the instance [N] of the nearest point [N, 3], 0 beyond `reach`
+    metres (default: 5 cm or twice the cloud's spacing). Asked from the pixels, this tests depth and leaves no holes."""
+    cloud = torch.from_numpy(np.ascontiguousarray(points, np.float32))
+    if reach is None:
+        reach = max(0.05, 2 * float(knn(cloud, cloud, min(2, len(cloud)))[0][:, -1].median()))
+    masks = np.zeros(frames.depth.shape, np.int32)
+    for v in range(len(masks)):  # one frame at a time: memory stays that of a frame
+        seen = frames.depth[v] > 0
+        pixels = unproject(frames.depth[v : v + 1], frames.intrinsics[v : v + 1], frames.poses[v : v + 1])[0][seen]
+        distance, near = (t.numpy()[:, 0] for t in knn(torch.from_numpy(pixels), cloud, 1))
+        masks[v][seen] = np.where(distance <= reach, instances[near], 0)
+    return masks
+
+
+def depth_support(points: np.ndarray, instances: np.ndarray, frames: Frames,
+                  reach: float = 0.1) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """What depth that a segmentation has not used says about it: for every instance id the share [n] of its points that
+    lie on the measured surface (to `reach` metres) among those that do or are seen through, and their number [n].
+    A point behind the surface is hidden and has no say."""
+    agree, against = (np.zeros(int(instances.max(initial=0)) + 1) for _ in range(2))
+    H, W = frames.depth.shape[1:]
+    for depth, K, pose in zip(frames.depth, frames.intrinsics, frames.poses, strict=True):
+        camera = (points - pose[:3, 3]) @ pose[:3, :3]
+        z = np.maximum(camera[:, 2], 1e-6)
+        u, v = (np.floor(np.clip(camera[:, i] / z * K[i, i] + K[i, 2], -1, n)).astype(int) for i, n in ((0, W), (1, H)))
+        inside = (camera[:, 2] > 0.1) & (u >= 0) & (u < W) & (v >= 0) & (v < H)
+        measured = depth[v[inside], u[inside]]
+        for total, hit in ((agree, np.abs(measured - z[inside]) <= reach), (against, measured > z[inside] + reach)):
+            total += np.bincount(instances[inside][hit & (measured > 0)], minlength=len(total))
+    return agree / np.maximum(agree + against, 1), (agree + against).astype(int)
+
+
+def with_own_segments(scene: Scene, limit: int = 100_000) -> Scene:
+    """The scene with its own segments for objects (category "", colour by name), its superpoints and masks made anew.
+
+    A room is segmented on the cloud fused from its frames: its own cloud comes from the objects themselves.
+    """
+    points, colours, normals = scene.points, scene.colours, scene.normals
+    if scene.frames is not None and (points is None or scene.source == "rooms"):
+        f = scene.frames
+        points, colours, normals, _ = fuse(zip(f.colour, f.depth, f.intrinsics, f.poses, strict=True), limit)
+    if points is None or len(points) < 2:
+        raise DataError(f"{scene.name}: no cloud and no frames to segment; read them first")
+    normals = estimate_normals(points) if normals is None else normals
+    superpoints = over_segment(points, normals)
+    grey = np.full((len(points), 3), 128, np.uint8) if colours is None else colours
+    instances = merge_segments(points, normals, grey, superpoints)
+    objects = []
+    for i in range(1, int(instances.max()) + 1):
+        mine = instances == i
+        objects.append(Thing(i, "", colour_name(colours, mine), extent(points[mine])))
+    frames = scene.frames and replace(scene.frames, masks=render_masks(points, instances, scene.frames))
+    note = f"objects are {len(objects)} segments of our own, without categories"
+    return replace(scene, points=points, colours=colours, normals=normals, superpoints=superpoints, instances=instances,
+                   objects=objects, frames=frames, notes=[*scene.notes, note])  # fmt: skip
+
+
+# ---- 6 questions and baselines ---------------------------------------------------------------------------------------
+
+# Wordings per template: content words close to the answer, since anything between is one more hop for a small model.
+# {what}, {other}, {at}, {facing} are descriptions ("red chair"), {a} and {b} are marks.
+AT = "i am standing at the {at} facing the {facing}.", "i stand at the {at} and look at the {facing}.", \
+     "from the {at} i face the {facing}."  # fmt: skip
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "ground": ("which one is the {what}?", "find the {what}.", "which object is the {what}?", "point to the {what}."),
+    "multi": ("find all {what}.", "which objects are {what}?", "point to all {what}."),
+    "id_category": ("what is {a}?", "what kind of thing is {a}?", "name {a}."),
+    "id_colour": ("what colour is {a}?", "which colour has {a}?", "name the colour of {a}."),
+    "id_size": ("is {a} larger than {b}?", "is {a} bigger than {b}?", "has {a} more volume than {b}?"),
+    "coordinate": ("where is {a}?", "what is the position of {a}?", "give the coordinates of {a}."),
+    "relation": ("where is {a} relative to {b}?", "on which side is {a} of {b}?", "which way is {a} from {b}?"),
+    "distance_ids": ("how far is {a} from {b}?", "what is the distance of {a} from {b}?",
+                     "how many metres is {a} from {b}?"),
+    "subtract": ("{numbers} =",),
+    "norm": ("{numbers} =",),
+    "colour": ("what colour is the {what}?", "which colour has the {what}?", "name the colour of the {what}."),
+    "what_colour": ("what is {what}?", "which thing is {what}?", "what kind of thing is {what}?"),
+    "what_on": ("what is on the {what}?", "what stands on the {what}?", "which thing is on the {what}?"),
+    "what_near": ("what is nearest to the {what}?", "what is closest to the {what}?", "what is next to the {what}?"),
+    "where_support": ("what does the {what} stand or hang on?", "what is the {what} on?", "what holds the {what}?"),
+    "where_near": ("where is the {what}?", "where can i find the {what}?", "near what is the {what}?"),
+    "count": ("how many {what} are there?", "count the {what}.", "what is the number of {what}?"),
+    "exist": ("is there {what}?", "do you see {what}?", "does the room have {what}?"),
+    "situated_side": tuple(f"{at} is the {{what}} on my left or right?" for at in AT),
+    "situated_depth": tuple(f"{at} is the {{what}} in front of me or behind me?" for at in AT),
+    "situated_turn": tuple(f"{at} must i turn around to see the {{what}}?" for at in AT),
+    "distance": ("how far is the {what} from the {other}?", "what is the distance of the {what} from the {other}?",
+                 "how many metres is the {what} from the {other}?"),
+    "size_height": ("how tall is the {what}?", "how high in metres is the {what}?", "give the height of the {what}."),
+    "size_length": ("how long is the {what}?", "how many metres long is the {what}?", "give the length of the {what}."),
+    "caption": ("describe {a}.", "give a description of {a}.", "tell me about {a}."),
+    "vsi_counting": ("how many {what} are in this room?", "how many {what} do you count here?",
+                     "what is the number of {what} in this room?"),
+    "vsi_abs_distance": ("from closest point to closest point, how many metres are between the {what} and the {other}?",
+                         "what is the shortest distance in metres between the {what} and the {other}?",
+                         "how wide in metres is the gap between the {what} and the {other}?"),
+    "vsi_object_size": ("in centimetres, how long is the longest side (length, width or height) of the {what}?",
+                        "how many centimetres measures the longest dimension of the {what}?",
+                        "give in centimetres the largest of length, width and height of the {what}."),
+    "vsi_room_size": ("how many square metres has this room?", "what is the floor area of this room in square metres?",
+                      "give the size of this room in square metres."),
+    "vsi_rel_distance": ("measured between closest points, which of these is closest to the {what}? {options}",
+                         "by their closest points, which of these is nearest to the {what}? {options}",
+                         "which of these has the narrowest gap to the {what}? {options}"),
+    "vsi_rel_direction": tuple(f"{at} {{note}}where is the {{what}}? {{options}}" for at in AT),
+    "vsi_route": tuple(f"{at} i go to the {{what}}: {{actions}}. which turns are missing? {{options}}" for at in AT),
+    "vsi_order": ("in which order do these first appear in the video: {what}? {options}",
+                  "what is the order of first appearance in the video of {what}? {options}",
+                  "of {what}, which is seen first in the video, and which next? {options}"),
+}  # fmt: skip
+FLOOR, WALL, NOTHING = -1, -2, -3  # in Facts.support
+STRUCTURE = {"wall", "floor", "ceiling"}  # in labelled scans these are instances too; no question is about them
+BUILT = {"door", "window"}  # parts of walls: where they are is not asked
+PLURALS = {"shelf": "shelves", "bookshelf": "bookshelves", "clothes": "clothes"}
+SYNONYMS = {"couch": "sofa", "refrigerator": "fridge", "trash": "bin", "television": "tv", "painting": "picture",
+            "carpet": "rug", "light": "lamp", "closet": "wardrobe", "night": "nightstand"}  # fmt: skip
+WORDS = "a an the thing things on near from floor wall yes no this there it is turn then go forward to back means at " \
+        "least degrees a b c d"  # the words that code below writes besides those of the tables
+DECIDED = 0.15  # metres by which the nearest must beat the second (VSI-Bench's threshold)
+# How one of several is told from the rest: (rows [r, n] in all of which it must have the smallest number, by how much).
+RELATIONS = {
+    "nearest to": (lambda f, anchor: f.apart[:, anchor], DECIDED),
+    "farthest from": (lambda f, anchor: -f.apart[:, anchor], DECIDED),
+    "on": (lambda f, anchor: (f.support != anchor)[None] * 1.0, 1.0),
+}
+EXTREMES = {
+    "largest": (lambda f, _: -f.measures[:1], 0.405), "smallest": (lambda f, _: f.measures[:1], 0.405),
+    "tallest": (lambda f, _: -f.measures[1:2], 0.1), "shortest": (lambda f, _: f.measures[1:2], 0.1),
+    "highest": (lambda f, _: -f.measures[2:], 0.1), "lowest": (lambda f, _: f.measures[2:], 0.1),
+}  # fmt: skip
+SELECT = RELATIONS | EXTREMES
+# Forms of a question about a group: which (category, colour) keys it means.
+FORMS = {"category": lambda key: not key[1], "colour": lambda key: not key[0], "pair": all}
+SIDES = (("left", "right"), ("front", "behind"), ("below", "above"))  # per axis: negative, positive
+# Directions from a situation: answers, degrees between them, margin in degrees, answer from |degrees| and side.
+HEADINGS = {
+    "side": (("left", "right"), (0, 180), 20, lambda a, side: side),
+    "depth": (("front", "behind"), (90,), 20, lambda a, side: "front" if a < 90 else "behind"),
+    "turn": (("no", "yes"), (90,), 20, lambda a, side: "no" if a < 90 else "yes"),
+    "easy": (("left", "right"), (0, 180), 15, lambda a, side: side),  # these three: VSI-Bench's
+    "medium": (("left", "right", "back"), (0, 135), 15, lambda a, side: "back" if a > 135 else side),
+    "hard": (("front-left", "front-right", "back-left", "back-right"), (0, 90, 180), 15,
+             lambda a, side: ("front-" if a < 90 else "back-") + side),
+}  # fmt: skip
+# Numbers read off boxes: template -> (how many things, number in the unit asked for, how it is written).
+MEASURES = {
+    "size_height": (1, lambda f, i: f.boxes[i, 5], "{:.2f}"),
+    "size_length": (1, lambda f, i: f.boxes[i, 3:5].max(), "{:.2f}"),
+    "vsi_object_size": (1, lambda f, i: 100 * f.boxes[i, 3:].max(), "{:.0f}"),
+    "vsi_abs_distance": (2, lambda f, i, j: f.apart[0, i, j], "{:.2f}"),
+    "vsi_room_size": (0, lambda f: np.diff(f.bounds[:, :2], axis=0).prod(), "{:.0f}"),
+}  # fmt: skip
+# Words read off things: template -> (places that may be asked about, the answer, "" = unclear).
+LOOKUPS = {
+    "colour": (lambda f: f.unique, lambda f, i: f.things[i].colour),
+    "what_colour": (lambda f: [m[0] for (c, _), m in f.groups.items() if not c and len(m) == 1],
+                    lambda f, i: f.things[i].category),
+    "what_on": (lambda f: [i for i in f.unique if np.count_nonzero(f.support == i) == 1],
+                lambda f, i: f.things[int(np.argmax(f.support == i))].category),
+    "what_near": (lambda f: f.unique, lambda f, i: f.category(f.select("nearest to", range(len(f.things)), i))),
+    "where_support": (lambda f: f.movable, lambda f, i: f.spot(i)),
+    "where_near": (lambda f: [i for i in f.movable if f.support[i] == FLOOR], lambda f, i: f.neighbour(i)),
+}  # fmt: skip
+
+
+def plural(noun: str) -> str:
+    return PLURALS.get(noun) or noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
+
+
+def phrase(category: str, colour: str, many: bool = False) -> str:
+    """A group of things in words, "" = any: "red chair", "chairs", "red thing"."""
+    noun = category or "thing"
+    return f"{colour} {plural(noun) if many else noun}".lstrip()
+
+
+def article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def mark(thing: Thing) -> str:
+    return f"<obj {thing.id}>"
+
+
+def metres(value: float) -> str:
+    return f"{round(value, 2) + 0.0:.2f}"  # + 0.0: never "-0.00"
+
+
+def pick(rng: np.random.Generator, items: Sequence):
+    """One item drawn uniformly, None of nothing (much cheaper than rng.choice; 256 questions are made a step)."""
+    return items[int(rng.random() * len(items))] if len(items) else None
+
+
+def several(rng: np.random.Generator, items: Sequence, count: int) -> list:
+    """`count` different items in random order, [] where there are fewer."""
+    return [items[i] for i in rng.permutation(len(items))[:count].tolist()] if len(items) >= count else []
+
+
+def bearing(at: np.ndarray, facing: np.ndarray, what: np.ndarray) -> float:
+    """Degrees in -180..180, left positive, that one who stands `at` and looks at `facing` must turn to see `what`."""
+    (ax, ay), (bx, by) = (facing - at)[:2].tolist(), (what - at)[:2].tolist()
+    return math.degrees(math.atan2(ax * by - ay * bx, ax * bx + ay * by))
+
+
+class Facts:
+    """What questions ask of one scene, worked out once; a thing is named by its place i in `things`.
+
+    groups: (category, colour) -> places, "" = any. Reached by `facts(scene)`."""
+
+    def __init__(self, scene: Scene):
+        self.objects, self.bounds, self.frames = scene.objects, scene.bounds, scene.frames  # not scene: no cycle
+        self.things = [o for o in scene.objects if o.category not in STRUCTURE]
+        self.numbered = [i for i, o in enumerate(self.things) if not scene.identifiers or o.id in scene.identifiers]
+        self.is_numbered = set(self.numbered)
+        self.groups: dict[tuple[str, str], list[int]] = defaultdict(list)
+        for i, o in enumerate(self.things):
+            both = ((o.category, o.colour),) if o.category and o.colour else ()
+            for key in ((o.category, ""), ("", o.colour), *both):
+                if any(key):
+                    self.groups[key].append(i)
+        self.groups.default_factory = None
+
+    def number(self, category: str, colour: str) -> int:
+        return len(self.groups.get((category, colour), ()))
+
+    def category(self, i: int | None) -> str:
+        return "" if i is None else self.things[i].category
+
+    @cached_property
+    def boxes(self) -> np.ndarray:
+        """[n, 6] metres."""
+        return np.array([o.box for o in self.things], dtype=float).reshape(-1, 6)
+
+    @cached_property
+    def measures(self) -> np.ndarray:
+        """[4, n]: log volume, height, z of the top, z of the centre."""
+        z, size = self.boxes[:, 2], self.boxes[:, 3:]
+        return np.stack([np.log(np.maximum(size.prod(1), 1e-9)), size[:, 2], z + size[:, 2] / 2, z])
+
+    @cached_property
+    def apart(self) -> np.ndarray:
+        """[2, n, n] metres between the closest points of two boxes, and between their centres."""
+        between = np.abs(self.boxes[:, None, :3] - self.boxes[None, :, :3])
+        size = self.boxes[:, 3:]
+        gap = np.maximum(between - (size[:, None] + size[None]) / 2, 0)
+        return np.sqrt(np.square(np.stack([gap, between])).sum(-1))
+
+    @cached_property
+    def support(self) -> np.ndarray:
+        """[n] what each thing stands or hangs on: FLOOR if its bottom is less than 5 cm above z = 0; else WALL if its
+        box is within 2 cm of a side of the bounds, or the place of the one thing, at least 10 cm high, whose top is
+        within 5 cm of its bottom and below its centre; NOTHING (unknown) where neither or both hold."""
+        c, s = self.boxes[:, :3], self.boxes[:, 3:]
+        bottom, top = c[:, 2] - s[:, 2] / 2, c[:, 2] + s[:, 2] / 2
+        carries = (np.abs(c[:, None, :2] - c[None, :, :2]) <= s[None, :, :2] / 2).all(-1) & (s[:, 2] >= 0.1)
+        carries &= (np.abs(bottom[:, None] - top) < 0.05) & ~np.eye(len(c), dtype=bool)
+        lo, hi = (-np.inf, np.inf) if self.bounds is None else self.bounds[:, :2]
+        wall = (np.minimum(c[:, :2] - lo, hi - c[:, :2]) - s[:, :2] / 2 < 0.02).any(1)
+        count = carries.sum(1)
+        found = np.where((count == 1) & ~wall, carries.argmax(1) if len(c) else 0, NOTHING)
+        return np.where(bottom < 0.05, FLOOR, np.where(wall & (count == 0), WALL, found))
+
+    @cached_property
+    def categories(self) -> list[str]:
+        return [category for category, colour in self.groups if not colour]
+
+    @cached_property
+    def colours(self) -> list[str]:
+        return [colour for category, colour in self.groups if not category]
+
+    @cached_property
+    def missing(self) -> list[str]:
+        """Categories of rooms that nothing here has, not even by another name ("office chair", "couch")."""
+        words = {w for category in self.categories for w in category.split()}
+        return [c for c in CATEGORIES if c not in words | {SYNONYMS[w] for w in words if w in SYNONYMS}]
+
+    @cached_property
+    def names(self) -> dict[int, tuple[str, str]]:
+        """Things that category, or category and colour (only colour without a category), tell from all others."""
+        keys = {}
+        for i, o in enumerate(self.things):
+            key = (o.category, "" if o.category and self.number(o.category, "") == 1 else o.colour)
+            if any(key) and self.number(*key) == 1:
+                keys[i] = key
+        return keys
+
+    @cached_property
+    def unique(self) -> list[int]:
+        """The only things of their category."""
+        return [i for i, (_, colour) in self.names.items() if not colour]
+
+    @cached_property
+    def movable(self) -> list[int]:
+        return [i for i in self.unique if self.things[i].category not in BUILT]
+
+    @cached_property
+    def targets(self) -> dict[str, list[int]]:
+        """Numbered things by the words that single them out."""
+        pairs = {i: self.number(o.category, "") for i in self.numbered if (o := self.things[i]).category and o.colour
+                 and self.number(o.category, o.colour) == 1}  # fmt: skip
+        return {"named": [i for i in self.names if i in self.is_numbered], "ground": list(pairs),
+                "ground_multiple": [i for i, alike in pairs.items() if alike > 1],
+                "ground_category": [i for i in self.unique if i in self.is_numbered]}  # fmt: skip
+
+    @cached_property
+    def first_seen(self) -> dict[int, int]:
+        """Thing -> the first frame of which it fills 0.2 %."""
+        seen, masks = {}, self.frames.masks
+        for v, mask in enumerate(masks):
+            for object_id, pixels in zip(*(a.tolist() for a in np.unique(mask, return_counts=True)), strict=True):
+                if pixels >= 0.002 * mask.size:
+                    seen.setdefault(object_id, v)
+        return {i: seen[o.id] for i, o in enumerate(self.things) if o.id in seen}
+
+    def select(self, how: str, group: Iterable[int], anchor: int | None = None) -> int | None:
+        """The one of the group that SELECT's rows single out ("nearest to" the anchor, "largest"); None: too close."""
+        group = [i for i in group if i != anchor]
+        if not group:
+            return None
+        rows, margin = SELECT[how]
+        rows = rows(self, anchor)[:, group]
+        best = int(rows[0].argmin())
+        ahead = np.count_nonzero(rows - rows[:, best, None] >= margin)
+        return group[best] if ahead == rows.size - len(rows) else None
+
+    def spot(self, i: int) -> str:
+        """What a thing stands or hangs on: "on the desk", "on the floor", "on the wall"; "" = unknown."""
+        j = int(self.support[i])
+        name = {FLOOR: "floor", WALL: "wall", NOTHING: ""}.get(j) if j < 0 else self.things[j].category
+        return f"on the {name}" if name else ""
+
+    def neighbour(self, i: int) -> str:
+        """What a thing on the floor is near: "near the bed", the nearest of the others there; "" = unclear."""
+        name = self.category(self.select("nearest to", np.flatnonzero(self.support == FLOOR).tolist(), i))
+        return f"near the {name}" if name else ""
+
+
+def facts(scene: Scene) -> Facts:
+    """The scene's Facts, kept with the scene; `dataclasses.replace` (augment) leaves them behind, as it must."""
+    known = scene.__dict__.get("facts")
+    if known is None or known.objects is not scene.objects:
+        known = scene.__dict__["facts"] = Facts(scene)
+    return known
+
+
+def selection(f: Facts, how: str, key: tuple[str, str], anchor: int | None) -> str:
+    """ "chair nearest to the bed", "largest red thing"."""
+    return f"{how} {phrase(*key)}" if anchor is None else f"{phrase(*key)} {how} the {f.things[anchor].category}"
+
+
+def describe(scene: Scene, thing: Thing) -> str | None:
+    """Words that fit this thing alone, to be put behind "the": "chair", "red chair", "chair nearest to the bed",
+    "largest red thing"; None where nothing of that kind is unambiguous."""
+    f = facts(scene)
+    i = next((i for i, o in enumerate(f.things) if o.id == thing.id), None)
+    if i is None or i in f.names:
+        return None if i is None else phrase(*f.names[i])
+    everything = list(range(len(f.things)))
+    tries = [(how, (thing.category, ""), anchor) for how in RELATIONS for anchor in f.unique if thing.category]
+    tries += [(how, key, None) for key in ((thing.category, ""), ("", thing.colour), ("", "")) for how in EXTREMES]
+    fits = (t for t in tries if f.select(t[0], f.groups.get(t[1], everything), t[2]) == i)
+    found = next(fits, None)
+    return found and selection(f, *found)
+
+
+def ask(scene: Scene, rng: np.random.Generator, task: str, answer: str, text: dict, slots: dict | None = None,
+        template: str = "", wrong: Iterable[str] = (), **rest) -> Sample | None:  # fmt: skip
+    """A Sample in one of the template's wordings: `text` fills it, `slots` are what a blind guess may know of it. With
+    `wrong` answers it is a multiple choice, answered by a letter. None where metres are asked of an unknown scale."""
+    if task in METRIC and not scene.metric:
+        return None
+    if wrong:
+        texts = [answer, *wrong]
+        order = rng.permutation(len(texts)).tolist()
+        rest["options"] = [f"{'ABCD'[k]}. {texts[j]}" for k, j in enumerate(order)]
+        text, answer = text | {"options": " ".join(rest["options"])}, "ABCD"[order.index(0)]
+    template = template or task
+    wordings = TEMPLATES[template]
+    i = int(rng.random() * len(wordings))
+    wording = f"{template}#{i}" + "".join([f"|{k}={v}" for k, v in slots.items()] if slots else ())
+    return Sample("", scene.name, task, wordings[i].format(**text), answer, wording=wording, **rest)
+
+
+def numbered(scene: Scene, rng: np.random.Generator, count: int = 1, named: bool = False) -> list[Thing] | None:
+    """One or two different things, in random order, that have an identifier (`named`: and a description)."""
+    f = facts(scene)
+    n = f.targets["named"] if named else f.numbered
+    if len(n) < count:
+        return None
+    i = int(rng.random() * len(n))
+    return [f.things[j] for j in (n[i], n[i - 1 - int(rng.random() * (len(n) - 1))])[:count]]
+
+
+# Every function below makes one Sample, or None where the scene (or this draw) cannot give an unambiguous one.
+
+
+def ground(scene: Scene, rng: np.random.Generator, task: str) -> Sample | None:
+    """One thing by category and colour (ground_category: by its unique category). ScanRefer's kinds: "unique" = the
+    only thing of its category, "multiple" = not; ground_multiple asks only the latter."""
+    f = facts(scene)
+    i = pick(rng, f.targets[task])
+    if i is None:
+        return None
+    o = f.things[i]
+    key = (o.category, "" if task == "ground_category" else o.colour)
+    kind = "unique" if f.number(o.category, "") == 1 else "multiple"
+    return ask(scene, rng, task, mark(o), {"what": phrase(*key)}, {"category": key[0], "colour": key[1]}, "ground",
+               targets=[o.id], kind=kind)  # fmt: skip
+
+
+def ground_by(scene: Scene, rng: np.random.Generator, task: str) -> Sample | None:
+    """ground_relation: one of several of a category by its relation to the only thing of another, "chair nearest to the
+    table". ground_superlative: "largest red thing", "tallest chair", "lowest thing", which needs no category; what is
+    alone in its group is asked for without ("red thing", kind "only")."""
+    f = facts(scene)
+    relation = task == "ground_relation"
+    keys = [key for key, m in f.groups.items() if not relation or (len(m) > 1 and not key[1])]
+    for _ in range(4):
+        key, how = pick(rng, keys), pick(rng, tuple(RELATIONS if relation else EXTREMES))
+        anchor = pick(rng, f.unique) if relation else None
+        if relation and None in (key, anchor):
+            return None
+        key = key if key and (relation or rng.random() < 0.5) else ("", "")
+        group = f.groups.get(key) or range(len(f.things))
+        i = f.select(how, group, anchor)
+        if i in f.is_numbered:
+            alone = not relation and len(group) == 1
+            text = phrase(*key) if alone else selection(f, how, key, anchor)
+            slots = {"how": how, "category": f.things[i].category}
+            return ask(scene, rng, task, mark(f.things[i]), {"what": text}, slots, "ground", targets=[f.things[i].id],
+                       kind="only" if alone else how)  # fmt: skip
+    return None
+
+
+def absent(f: Facts, rng: np.random.Generator, form: str) -> tuple[str, str] | None:
+    """A (category, colour) that nothing has. A pair is a hard negative: its category and its colour are both here."""
+    colours = {"category": [""], "colour": list(COLOURS), "pair": f.colours}[form]
+    categories = {"category": f.missing, "colour": [""], "pair": f.categories}[form]
+    keys = ((pick(rng, categories), pick(rng, colours)) for _ in range(8))
+    return next((key for key in keys if None not in key and key not in f.groups), None)
+
+
+def multi(scene: Scene, rng: np.random.Generator) -> Sample | None:
+    """All things of a category, colour or both (Multi3DRefer): "yes. <obj 1> <obj 4>", in the order of their
+    identifiers, or "no.". Kinds: zt, st, mt = zero, one, several targets; w_d, wo_d = with, without distractors (other
+    things of the category)."""
+    f = facts(scene)
+    kind = pick(rng, ("zt_w_d", "zt_wo_d", "st_w_d", "st_wo_d", "mt"))
+    if kind[0] == "z":
+        key = absent(f, rng, "pair" if kind == "zt_w_d" else pick(rng, ("category", "colour")[not f.categories :]))
+    else:
+        fits = {"mt": lambda key, n: n > 1, "st_wo_d": lambda key, n: n == 1 and not key[1],
+                "st_w_d": lambda key, n: n == 1 and all(key) and f.number(key[0], "") > 1}[kind]  # fmt: skip
+        key = pick(rng, [key for key, members in f.groups.items() if fits(key, len(members))])
+    members = f.groups.get(key, [])
+    if key is None or not f.is_numbered.issuperset(members):
+        return None
+    ids = sorted((f.things[i].id for i in members), key=lambda k: scene.identifiers.get(k, k))
+    answer = f"yes. {' '.join(f'<obj {k}>' for k in ids)}" if ids else "no."
+    return ask(scene, rng, "multi", answer, {"what": phrase(*key, many=True)}, {"category": key[0], "colour": key[1]},
+               targets=ids, kind=kind)  # fmt: skip
+
+
+def larger(a: Thing, b: Thing) -> str:
+    """Whether the box of a has more volume, by half at least."""
+    ratio = math.prod(a.box[3:].tolist()) / max(math.prod(b.box[3:].tolist()), 1e-9)
+    return "yes" if ratio > 1.5 else "no" if ratio < 1 / 1.5 else ""
+
+
+def side_of(a: Thing, b: Thing) -> str:
+    """Where a is relative to b along the axis that separates their centres most (by half more than any other, 20 cm at
+    least), for a viewer who looks along +y: x right, y behind (away from the viewer), z above."""
+    apart = (a.box[:3] - b.box[:3]).tolist()
+    second, most = sorted(map(abs, apart))[1:]
+    axis = [abs(v) for v in apart].index(most)
+    return SIDES[axis][apart[axis] > 0] if most >= max(0.2, 1.5 * second) else ""
+
+
+MARKED = {"id_category": (1, lambda o: o.category), "id_colour": (1, lambda o: o.colour), "id_size": (2, larger),
+          "relation": (2, side_of)}  # fmt: skip
+
+
+def marked(scene: Scene, rng: np.random.Generator, task: str) -> Sample | None:
+    """A word about one or two marked things (MARKED)."""
+    things, word = MARKED[task]
+    for chosen in filter(None, (numbered(scene, rng, things) for _ in range(4))):
+        if answer := word(*chosen):
+            return ask(scene, rng, task, answer, dict(zip("ab", map(mark, chosen), strict=False)))
+    return None
+
+
+def coordinate(scene: Scene, rng: np.random.Generator) -> Sample | None:
+    """The centre of a thing's box in metres: "[1.25, -0.80, 0.45]"."""
+    o = numbered(scene, rng)
+    return o and ask(scene, rng, "coordinate", f"[{', '.join(map(metres, o[0].box[:3].tolist()))}]", {"a": mark(o[0])},
+                     point=o[0].box[:3].copy())  # fmt: skip
+
+
+def chain(a: Iterable[float], b: Iterable[float]) -> tuple[str, float]:
+    """The steps of a distance, per axis both coordinates and their unsigned difference ("x1.25 x0.50 0.75 y-0.80 ..."),
+    and the length that follows from the printed numbers."""
+    parts, total = [], 0.0
+    for axis, p, q in zip("xyz", a, b, strict=True):
+        p, q = round(p, 2) + 0.0, round(q, 2) + 0.0
+        parts.append(f"{axis}{p:.2f} {axis}{q:.2f} {abs(p - q):.2f}")
+        total += (p - q) ** 2
+    return " ".join(parts), math.sqrt(total)
+
+
+def distance(scene: Scene, rng: np.random.Generator, task: str) -> Sample | None:
+    """Metres from centre to centre, by marks (distance_ids) or by description; `value` is exact, `answer` follows from
+    the printed steps: 1 cm apart at most. By description the steps first rewrite the question with marks."""
+    a, b = numbered(scene, rng, 2, named=task == "distance") or (None, None)
+    if a is None:
+        return None
+    p, q = a.box[:3].tolist(), b.box[:3].tolist()
+    steps, length = chain(p, q)
+    text, slots = {"a": mark(a), "b": mark(b)}, None
+    if task == "distance":
+        steps = f"{mark(a)} from {mark(b)}? {steps}"
+        text, slots = {"what": describe(scene, a), "other": describe(scene, b)}, {"a": a.category, "b": b.category}
+    return ask(scene, rng, task, metres(length), text, slots, steps=steps + " =", value=math.dist(p, q))
+
+
+def drill(scene: Scene, rng: np.random.Generator, task: str) -> Sample | None:
+    """Text only, from two random points inside the bounds (of the centres, where the scene has none). subtract:
+    "x1.25 x0.50 =" -> "0.75"; norm: the nine numbers of a distance's steps -> the length."""
+    centres = facts(scene).boxes[:, :3] if scene.bounds is None else scene.bounds
+    if not len(centres):
+        return None
+    lo, hi = centres.min(0).tolist(), centres.max(0).tolist()
+    numbers, length = chain(*([x + rng.random() * (y - x) for x, y in zip(lo, hi, strict=True)] for _ in range(2)))
+    if task == "subtract":
+        axis = 3 * int(rng.random() * 3)
+        *pair, difference = numbers.split()[axis : axis + 3]
+        numbers, length = " ".join(pair), float(difference)
+    return ask(scene, rng, task, metres(length), {"numbers": numbers}, value=length)
+
+
+def measure(scene: Scene, rng: np.random.Generator, task: str) -> Sample | None:
+    """A number of MEASURES, at least 0.1; `value` and answer are in the unit asked for: size (height or the longer
+    horizontal side, metres), and for the only things of their category vsi_abs_distance (closest points, metres) and
+    vsi_object_size (longest side, cm); vsi_room_size (floor of the bounds, square metres) is asked of rooms only, since
+    the bounds of a scan are not its walls."""
+    f = facts(scene)
+    template = pick(rng, [t for t in MEASURES if t.startswith(task)])
+    things, number, form = MEASURES[template]
+    chosen = several(rng, list(f.names) if task == "size" else f.unique, things)
+    if len(chosen) < things or (not things and (scene.source != "rooms" or scene.bounds is None)):
+        return None
+    value = float(number(f, *chosen))
+    text = {k: phrase(*f.names[i]) for k, i in zip(("what", "other"), chosen, strict=False)}
+    slots = {k: f.things[i].category for k, i in zip(("what", "other"), chosen, strict=False)}
+    return ask(scene, rng, task, form.format(value), text, slots, template, value=value,
+               kind=template.removeprefix(task).strip("_")) if value >= 0.1 else None  # fmt: skip
+
+
+def lookup(scene: Scene, rng: np.random.Generator, task: str) -> Sample | None:
+    """An answer of LOOKUPS. colour: of the only chair. what: the category of the only red thing, of the only thing on
+    the desk, of the thing nearest to the bed. where: what the only lamp stands or hangs on (`Facts.support`), or in
+    other words what it is near (`Facts.neighbour`)."""
+    f = facts(scene)
+    template = pick(rng, [t for t in LOOKUPS if t.startswith(task)])
+    places, word = LOOKUPS[template]
+    asked = places(f)
+    if template == "where_support":  # the answer is drawn first, or nearly all would be on the floor
+        found = [f.spot(i) for i in asked]
+        answer = pick(rng, list(dict.fromkeys(found)))
+        asked = [i for i, a in zip(asked, found, strict=True) if a == answer]
+    i = pick(rng, asked)
+    answer = "" if i is None else word(f, i)
+    if not answer:
+        return None
+    text = f.things[i].colour if template == "what_colour" else f.things[i].category
+    return ask(scene, rng, task, answer, {"what": text}, {"what": text}, template, kind=template.partition("_")[2])
+
+
+def exist(scene: Scene, rng: np.random.Generator) -> Sample | None:
+    """Is there a red chair? The form is drawn before yes or no, so that the form gives nothing away."""
+    f = facts(scene)
+    form, yes = pick(rng, tuple(FORMS) if f.categories else ("colour",)), rng.random() < 0.5
+    key = pick(rng, [key for key in f.groups if FORMS[form](key)]) if yes else absent(f, rng, form)
+    return key and ask(scene, rng, "exist", "yes" if yes else "no", {"what": article(phrase(*key))},
+                       {"form": form, "category": key[0], "colour": key[1]}, kind=form)  # fmt: skip
+
+
+def count(scene: Scene, rng: np.random.Generator, task: str) -> Sample | None:
+    """How many of a category, a colour or both. The number is drawn first, or small ones would win: from 0 up, for
+    vsi_counting a category's from 2 up."""
+    f = facts(scene)
+    vsi = task == "vsi_counting"
+    form = pick(rng, ("category", "colour", "category", "colour", "pair")) if f.categories else "colour"
+    form = "category" if vsi else form
+    keys = defaultdict(list, {} if vsi else {0: []})
+    for key, members in f.groups.items():
+        if FORMS[form](key) and len(members) > vsi:
+            keys[len(members)].append(key)
+    number = pick(rng, list(keys))
+    key = absent(f, rng, form) if number == 0 else number and pick(rng, keys[number])
+    return key and ask(scene, rng, task, str(number), {"what": phrase(*key, many=True)},
+                       {"form": form, "category": key[0], "colour": key[1]}, value=float(number))  # fmt: skip
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> Sample | None:
+    """What a thing is and where: "this is a red chair near the table."; accepted are paraphrases of the same facts."""
+    f = facts(scene)
+    i = pick(rng, [i for i in f.numbered if f.things[i].category])
+    if i is None:
+        return None
+    o = f.things[i]
+    spot = "" if o.category in BUILT else f.neighbour(i) if f.support[i] == FLOOR else f.spot(i)
+    noun, tail = phrase(o.category, o.colour), f" {spot}." if spot else "."
+    answers = [f"{start}{article(noun)}{tail}" for start in ("this is ", "", "there is ", "it is ")]
+    return ask(scene, rng, "caption", answers[0], {"a": mark(o)}, targets=[o.id],
+               answers=answers + ([f"the {noun} is {spot}."] if spot else []))  # fmt: skip
+
+
+def walk(f: Facts, rng: np.random.Generator, things: Sequence[int], stops: int = 3) -> list[int]:
+    """Different things, each at least 0.8 m from the one before and from the first on the floor plan; [] = no luck."""
+    chosen = several(rng, things, stops)
+    xy = f.boxes[chosen, :2].tolist()
+    return chosen if all(math.dist(xy[i], xy[j]) >= 0.8 for i in range(1, len(xy)) for j in (0, i - 1)) else []
+
+
+def heading(scene: Scene, rng: np.random.Generator, task: str) -> Sample | None:
+    """Direction of a thing for one who stands by another and faces a third (HEADINGS): SQA3D's situations, or
+    VSI-Bench's choices among the only things of their category. The answer is drawn first."""
+    f = facts(scene)
+    vsi = task == "vsi_rel_direction"
+    kind = pick(rng, ("easy", "medium", "hard") if vsi else ("side", "depth", "turn"))
+    answers, edges, margin, label = HEADINGS[kind]
+    wanted = pick(rng, answers)
+    for chosen in filter(None, (walk(f, rng, f.unique if vsi else list(f.names)) for _ in range(8))):
+        angle = bearing(*f.boxes[chosen])
+        clear = min(abs(abs(angle) - edge) for edge in edges) >= margin
+        if clear and label(abs(angle), "left" if angle > 0 else "right") == wanted:
+            at, facing, what = (phrase(*f.names[i]) for i in chosen)
+            note = "back means at least 135 degrees to turn. " if kind == "medium" else ""
+            return ask(scene, rng, task, wanted, {"at": at, "facing": facing, "what": what, "note": note},
+                       {"kind": kind, "what": what}, task if vsi else f"situated_{kind}",
+                       [a for a in answers if a != wanted] if vsi else (), kind=kind)  # fmt: skip
+    return None
+
+
+def vsi_rel_distance(scene: Scene, rng: np.random.Generator) -> Sample | None:
+    """Which of four things is nearest to another (`Facts.select`)."""
+    f = facts(scene)
+    for anchor, *four in filter(None, (several(rng, f.unique, 5) for _ in range(4))):
+        best = f.select("nearest to", four, anchor)
+        if best is not None:
+            what = f.things[anchor].category
+            return ask(scene, rng, "vsi_rel_distance", f.things[best].category, {"what": what}, {"what": what},
+                       wrong=[f.things[i].category for i in four if i != best])  # fmt: skip
+    return None
+
+
+def vsi_route(scene: Scene, rng: np.random.Generator) -> Sample | None:
+    """The one or two turns missing from a walk over three or four things: left and right are 60 to 120 degrees, back is
+    at least 150."""
+    f = facts(scene)
+    for path in filter(None, (walk(f, rng, f.unique, pick(rng, (3, 4))) for _ in range(8))):
+        turns = []
+        for a, b, c in zip(path, path[1:], path[2:], strict=False):
+            angle = bearing(f.boxes[b], 2 * f.boxes[b] - f.boxes[a], f.boxes[c])
+            side = "left" if angle > 0 else "right"
+            turns.append(side if 60 <= abs(angle) <= 120 else "back" if abs(angle) >= 150 else "")
+        if all(turns):
+            names = [f.things[i].category for i in path]
+            right, *wrong = ("turn " + ", turn ".join(t) for t in (turns, *itertools.product(("left", "right", "back"),
+                             repeat=len(turns))) if t != tuple(turns))  # fmt: skip
+            actions = "go forward to the " + ", then turn (?), then go forward to the ".join(names[1:])
+            return ask(scene, rng, "vsi_route", right, {"at": names[0], "facing": names[1], "what": names[-1],
+                       "actions": actions}, {"turns": len(turns)}, wrong=several(rng, wrong, min(3, len(wrong))),
+                       kind=f"{len(turns)} turns")  # fmt: skip
+    return None
+
+
+def vsi_order(scene: Scene, rng: np.random.Generator) -> Sample | None:
+    """Order in which four things first appear in the frames (`Facts.first_seen`), each in another frame."""
+    f = facts(scene)
+    first = defaultdict(list)
+    for i in f.unique if scene.frames else ():
+        if i in f.first_seen:
+            first[f.first_seen[i]].append(f.things[i].category)
+    seen = [pick(rng, first[v]) for v in sorted(several(rng, sorted(first), 4))]
+    if not seen:
+        return None
+    right, *wrong = map(", ".join, itertools.permutations(seen))
+    return ask(scene, rng, "vsi_order", right, {"what": ", ".join(several(rng, seen, 4))}, wrong=several(rng, wrong, 3))
+
+
+TASKS: dict[str, Callable[[Scene, np.random.Generator], Sample | None]] = {
+    "multi": multi, "coordinate": coordinate, "exist": exist, "caption": caption,
+    "vsi_rel_distance": vsi_rel_distance, "vsi_route": vsi_route, "vsi_order": vsi_order,
+    **{task: partial(make, task=task) for make, tasks in (
+        (ground, ("ground", "ground_multiple", "ground_category")), (marked, MARKED),
+        (ground_by, ("ground_relation", "ground_superlative")), (distance, ("distance", "distance_ids")),
+        (drill, ("subtract", "norm")), (lookup, ("colour", "what", "where")), (count, ("count", "vsi_counting")),
+        (measure, ("size", "vsi_object_size", "vsi_abs_distance", "vsi_room_size")),
+        (heading, ("situated", "vsi_rel_direction")),
+    ) for task in tasks},
+}  # fmt: skip
+METRIC = {"coordinate", "distance_ids", "distance", "subtract", "norm", "size", "vsi_abs_distance", "vsi_object_size",
+          "vsi_room_size"}  # fmt: skip
+NEVER_TRAINED = {"vsi_route", "vsi_order"}  # asked in evaluation only, as in the paper
+# what an unlabelled scene can be asked: no category needed, colour where there is one
+GEOMETRY_TASKS = ("coordinate", "distance_ids", "relation", "id_size", "id_colour", "ground_superlative", "distance",
+                  "size")  # fmt: skip
+
+
+def refusal(scene: Scene, task: str) -> str | None:
+    """Why a task cannot be asked of a scene at all, in one line; None = it can."""
+    if task in METRIC and not scene.metric:
+        return f"{task}: scene {scene.name} has no metric scale; give poses, depth or a known length"
+    return None
+
+
+def vocabulary(categories: Iterable[str] = CATEGORIES) -> list[str]:
+    """Every word that a question, its steps or its answer may hold, for a tokenizer that knows only whole words."""
+    parts = [w for wordings in TEMPLATES.values() for w in wordings] + [w for c in categories for w in (c, plural(c))]
+    parts += [*COLOURS, *SELECT, *itertools.chain(*SIDES, *(row[0] for row in HEADINGS.values())), WORDS]
+    return sorted({w for text in parts for w in re.findall(r"[a-z]+", re.sub(r"\{\w+\}", " ", text))})
+
+
+def questions(scene: Scene, mix: dict[str, float], count: int, rng: np.random.Generator) -> list[Sample]:
+    """`count` questions, tasks drawn by the weights of `mix`. A draw that the scene cannot give is replaced by another,
+    four per question at most, so a poor scene may give fewer."""
+    names, edges = list(mix), np.cumsum(list(mix.values()))
+    samples = []
+    for k in np.searchsorted(edges, rng.random(4 * count) * edges[-1], side="right").tolist():
+        sample = TASKS[names[k]](scene, rng) if len(samples) < count else None
+        if sample is not None:
+            sample.id = f"{scene.name}/{sample.task}/{len(samples)}"
+            samples.append(sample)
+    return samples
+
+
+def question_set(scenes: Iterable[Scene], tasks: Iterable[str], per_scene: int, seed: int) -> list[Sample]:
+    """The evaluation's questions: per scene and task up to `per_scene` different ones. Every (scene, task) has a random
+    stream of its own, so a subset of scenes or tasks gets the same questions."""
+    samples, tasks = [], list(tasks)
+    for scene in scenes:
+        for task in tasks:
+            rng = np.random.default_rng([seed, zlib.crc32(scene.name.encode()), zlib.crc32(task.encode())])
+            found: dict[str, Sample] = {}
+            for _ in range(8 * per_scene):
+                sample = TASKS[task](scene, rng)
+                if sample and sample.question not in found and len(found) < per_scene:
+                    sample.id = f"{scene.name}/{task}/{len(found)}"
+                    found[sample.question] = sample
+            samples += found.values()
+    return samples
+
+
+# Baselines: what a score must be seen against.
+
+
+def backoff(sample: Sample) -> list[str]:
+    """What a blind guess conditions on, most specific first: the wording, its template with all slots, with fewer and
+    fewer of them, the bare template, the task."""
+    head, *slots = sample.wording.split("|")
+    template = head.split("#")[0]
+    keys = ["|".join([template, *slots[:n]]) for n in range(len(slots), -1, -1)]
+    return list(dict.fromkeys([sample.wording, *keys, sample.task]))
+
+
+def blind_content(sample: Sample) -> str:
+    """The answer without what cannot be known blindly: an option's text for its letter, nothing for marks."""
+    chosen = [o.partition(". ")[2] for o in sample.options or () if o.startswith(sample.answer + ".")]
+    return chosen[0] if chosen else MARK.sub("", sample.answer).strip()
+
+
+class Blind:
+    """Answers without looking at the scene: the most frequent training answer of the same wording, backing off slot by
+    slot until at least `least` training questions share it; the median of metres, the mean point of coordinates, and
+    for marks an arbitrary object of the scene."""
+
+    def __init__(self, samples: Iterable[Sample], least: int = 5):
+        self.least, self.seen, self.cache = least, defaultdict(list), {}
+        for s in samples:
+            for key in backoff(s):
+                self.seen[key].append(s)
+
+    def answers(self, task: str, most: int = 200) -> list[str]:
+        """Distinct training answers of a task, evenly thinned to `most`: what `chance` draws from."""
+        distinct = sorted({s.answer for s in self.seen.get(task, ())})
+        return distinct[:: -(-len(distinct) // most) or 1]
+
+    def _best(self, key: str) -> tuple[Counter, str]:
+        seen = self.seen[key]
+        counts = Counter(map(blind_content, seen))
+        if seen[0].point is not None:
+            return counts, f"[{', '.join(map(metres, np.mean([s.point for s in seen], axis=0)))}]"
+        if seen[0].task in METRIC:
+            decimals = len(seen[0].answer.partition(".")[2])
+            return counts, f"{np.median([s.value for s in seen]):.{decimals}f}"
+        return counts, min(counts, key=lambda a: (-counts[a], a))
+
+    def predict(self, sample: Sample, scene: Scene) -> str:
+        """The blind answer; "" where training had no question of the task."""
+        keys = backoff(sample)
+        key = next((k for k in keys if len(self.seen.get(k, ())) >= self.least), keys[-1])
+        if key not in self.seen:
+            return ""
+        counts, text = self.cache.get(key) or self.cache.setdefault(key, self._best(key))
+        if sample.options:
+            return max(sample.options, key=lambda o: counts[o.partition(". ")[2]]).partition(".")[0]
+        if sample.targets is not None and sample.task != "caption" and text != "no." and (n := facts(scene).numbered):
+            return f"{text} {mark(facts(scene).things[n[zlib.crc32(sample.id.encode()) % len(n)]])}".strip()
+        return text
+
+
+PAIRS = ({"yes", "no"}, {"left", "right"}, {"front", "behind"})
+
+
+def chance(sample: Sample, scene: Scene, answers: Sequence[str] = (),
+           score: Callable[[str], float] | None = None) -> float:  # fmt: skip
+    """Expected score of a guess drawn uniformly from what the very question allows: the numbered objects of the scene
+    (for "multi" also "no"; one object against m targets has F1 2 / (1 + m)), the options, the two of a pair such as yes
+    and no, else the task's training `answers` (`Blind.answers`), scored by `score` (default: exact match)."""
+    n = len(facts(scene).numbered)
+    if sample.task == "multi":
+        m = len(sample.targets)
+        return (2 * m / (1 + m) if m else 1.0) / (n + 1)
+    if sample.task.startswith("ground"):
+        return 1 / n
+    if sample.options:
+        return 1 / len(sample.options)
+    if any(sample.answer in pair for pair in PAIRS) and sample.task != "relation":
+        return 0.5
+    score = score or (lambda text: float(text in (sample.answers or [sample.answer])))
+    return sum(map(score, answers)) / len(answers) if answers else 0.0
+
+
+# ---- 7 text ----------------------------------------------------------------------------------------------------------
+
+SCENE, PROMPT = -1, -2  # placeholder ids for scene tokens and for a question's own click or box; never in a vocabulary
+IGNORE = -100  # label of a position that carries no loss
+NUMBERS = {"x": (-8, 8), "y": (-8, 8), "z": (-1, 4), "w": (0, 8), "d": (0, 8), "h": (0, 4), "l": (0, 16)}  # metres
+BINS = 16  # number tokens per metre: 6.25 cm
+PIECE = re.compile(r"<obj\d{3}>|\[[^\[\]]*\]|[xyzwdh][+-]?\d+\.\d+|-?\d+\.\d+|\d+|[a-z]+(?:'[a-z]+)?|[^\sa-z0-9]")
+
+
+class TinyText:
+    """Word-level text for models trained from scratch: one token per word, identifier, punctuation mark or number.
+
+    Text is lower-cased. Metres become number tokens, one per 1/16 m and axis: a bracketed triple "[1.25, -0.80, 0.45]"
+    is an x, a y and a z token (a six-tuple adds w d h), "x1.25" names its axis, any other decimal is a length. A number
+    outside its axis' range is written as the range's end. A pre-trained model needs none of this: its digits already
+    carry meaning (`HubText`). Words outside the vocabulary become <unk>; `unknown(text)` lists them.
+    """
+
+    template = ("", "", "")  # text before the scene tokens, between scene and question, between question and answer
+
+    def __init__(self, words: Iterable[str]):
+        identifiers = [f"<obj{i:03d}>" for i in range(100)]
+        numbers = [f"{a}#{i}" for a, (lo, hi) in NUMBERS.items() for i in range((hi - lo) * BINS + 1)]
+        pieces = ["<pad>", "<eos>", "<unk>", *identifiers, *numbers, *(str(i) for i in range(301)), *".,?!:;=-()"]
+        self.pieces = list(dict.fromkeys([*pieces, *sorted(set(words))]))
+        self.index = {p: i for i, p in enumerate(self.pieces)}
+        self.pad, self.eos, self.unk = 0, 1, 2
+        number = lambda p: (p[0], NUMBERS[p[0]][0] + int(p[2:]) / BINS)  # noqa: E731
+        self.number = {i: number(p) for i, p in enumerate(self.pieces) if p[1:2] == "#"}
+
+    @classmethod
+    def train(cls, texts: Iterable[str]) -> TinyText:
+        """Vocabulary = every word of the texts."""
+        return cls({p for t in texts for p in PIECE.findall(t.lower()) if p.isalpha() or "'" in p})
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def _number(self, axis: str, value: float) -> int:
+        lo, hi = NUMBERS[axis]
+        return self.index[f"{axis}#{min(max(round((value - lo) * BINS), 0), (hi - lo) * BINS)}"]
+
+    def encode(self, text: str) -> list[int]:
+        ids = []
+        for p in PIECE.findall(text.lower()):
+            if p in self.index:
+                ids.append(self.index[p])
+            elif p[0] == "[":
+                values = re.findall(r"-?\d+\.?\d*", p)
+                axes = "xyzwdh"[: len(values)] if len(values) in (3, 6) else "l" * len(values)
+                ids += [self._number(a, float(v)) for a, v in zip(axes, values, strict=True)]
+            elif p[-1].isdigit() and "." in p:
+                ids.append(self._number(p[0], float(p[1:])) if p[0] in "xyzwdh" else self._number("l", abs(float(p))))
+            else:
+                ids.append(self.unk)
+        return ids
+
+    def unknown(self, text: str) -> list[str]:
+        return [p for p in PIECE.findall(text.lower()) if p.isalpha() and p not in self.index]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids up to <eos>; runs of x y z (w d h) tokens come back as a bracketed tuple."""
+        ids = [int(i) for i in ids]
+        ids = [i for i in (ids[: ids.index(self.eos)] if self.eos in ids else ids) if i != self.pad]
+        axes = "".join(self.number[i][0] if i in self.number else "." for i in ids)
+        out, t = [], 0
+        while t < len(ids):
+            run = next((r for r in ("xyzwdh", "xyz") if axes.startswith(r, t)), "")
+            if run:
+                out.append("[" + ", ".join(f"{self.number[i][1]:.2f}" for i in ids[t : t + len(run)]) + "]")
+            elif axes[t] != ".":
+                out.append(("" if axes[t] == "l" else axes[t]) + f"{self.number[ids[t]][1]:.2f}")
+            else:
+                out.append(self.pieces[ids[t]])
+            t += len(run) or 1
+        text = re.sub(r" ([.,?!:;])", r"\1", " ".join(out))
+        return re.sub(r"<obj(\d{3})>", r"<OBJ\1>", text)
+
+    def state(self) -> dict:
+        return {"kind": "tiny", "words": [p for p in self.pieces if p.isalpha() or "'" in p]}
+
+
+class HubText:
+    """The tokenizer of a pre-trained model (any `AutoTokenizer` name or folder), with its own chat template where it
+    has one, else the plain "### human: ... ### assistant:" form. Numbers stay text, metres with two decimals."""
+
+    def __init__(self, name: str):
+        from transformers import AutoTokenizer
+
+        self.name, self.tokenizer = name, AutoTokenizer.from_pretrained(name)
+        self.eos = self.tokenizer.eos_token_id
+        self.pad = self.eos if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        if self.tokenizer.chat_template:
+            message = [{"role": "user", "content": "\0scene\0question\0"}]
+            chat = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        else:
+            chat = "### human: \0scene\0question\0 ### assistant: "
+        before, _, _, after = chat.split("\0")
+        vision = "<|vision_start|>" in self.tokenizer.get_vocab()
+        self.template = (before + "<|vision_start|>" * vision, "<|vision_end|>" * vision + "\n", after)
+
+    def __len__(self) -> int:
+        return len(self.tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def unknown(self, text: str) -> list[str]:
+        return []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True).strip()
+
+    def state(self) -> dict:
+        return {"kind": "hub", "name": self.name}
+
+
+TEXTS = {"tiny": lambda state: TinyText(state["words"]), "hub": lambda state: HubText(state["name"])}
+
+
+def load_text(state: dict) -> TinyText | HubText:
+    """The tokenizer that `state()` described."""
+    return TEXTS[state["kind"]](state)
+
+
+# ---- 8 batches -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Stage:
+    """The whole recipe of one training stage; a paper's table of stages is a list of these."""
+
+    name: str
+    tasks: dict[str, float]  # question mix: names of TASKS or of the paper's own; {} for an encoder without questions
+    trains: tuple[str, ...]  # parts of the model that train, as model.begin reads them
+    visual: str = "proxies"  # what the model sees, as model.begin reads it
+    iterations: int | None = None  # optimizer steps, or
+    epochs: float | None = None  # passes over the stage's samples (exactly one of the two)
+    samples: int | None = None  # questions that make one pass, where they are drawn rather than listed
+    batch: int = 256  # GLOBAL: questions (or scenes, in a stage without questions) per optimizer step
+    per_scene: int = 16  # questions asked about one scene in a batch
+    lr: float = 5e-6
+    final_lr: float = 0.0
+    schedule: str = "cosine"
+    warmup: float = 0.1  # share of the steps
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    accumulate: int = 1  # micro-batches per step: memory only, never the result
+    until: float | None = None  # leave once the running answer-token accuracy exceeds this
+    steps: bool = False  # write Sample.steps before the answer
+    recolour: bool = False  # draw new object colours at every use (symbols only)
+
+
+def collate(groups: Sequence[tuple[Scene, Sequence[Sample]]], text: TinyText | HubText, lengths: Sequence[int],
+            refer: Callable[[Scene, int], str], steps: bool = False) -> dict:  # fmt: skip
+    """Pack every scene's questions behind its scene tokens: one row per scene, scene tokens once, all questions.
+
+    A question sees the scene and itself, never its neighbours (`packed_mask`), and its positions restart behind the
+    scene, so a packed row gives every question exactly the logits it would have alone.
+
+    lengths: scene tokens per scene. Returns ids [S, T] with SCENE and PROMPT placeholders, labels [S, T] (the id that
+    position t must predict, IGNORE elsewhere), positions [S, T], block [S, T] (-1 padding, 0 shared prefix, q >= 1 the
+    question), prompts [P, 6], scenes, samples.
+    """
+    before, between, after = (text.encode(t) for t in text.template)
+    rows, prompts = [], []
+    for (scene, samples), K in zip(groups, lengths, strict=True):
+        ids = [*before, *[SCENE] * K, *between]
+        shared = len(ids)
+        labels, positions, block = [IGNORE] * shared, list(range(shared)), [0] * shared
+        for q, sample in enumerate(samples, start=1):
+            mark = lambda t, scene=scene: substitute(t, lambda i: refer(scene, i))  # noqa: E731
+            if sample.prompt is not None:
+                prompts.append(np.resize(np.append(sample.prompt, np.zeros(3)), 6))
+            question = [*[PROMPT] * (sample.prompt is not None), *text.encode(mark(sample.question)), *after]
+            reasoning = sample.steps + " " if steps and sample.steps else ""
+            answer = [*text.encode(mark(reasoning + sample.answer)), text.eos]
+            ids += question + answer[:-1]
+            labels += [IGNORE] * (len(question) - 1) + answer
+            positions += range(shared, shared + len(question) + len(answer) - 1)
+            block += [q] * (len(question) + len(answer) - 1)
+        rows.append((ids, labels, positions, block))
+    T = max(len(r[0]) for r in rows)
+    pad = [text.pad, IGNORE, 0, -1]
+    ids, labels, positions, block = (
+        torch.tensor([list(r[i]) + [pad[i]] * (T - len(r[i])) for r in rows]) for i in range(4)
+    )
+    return {"ids": ids, "labels": labels, "positions": positions, "block": block,
+            "prompts": torch.tensor(np.array(prompts).reshape(-1, 6), dtype=torch.float32),
+            "scenes": [g[0] for g in groups], "samples": [list(g[1]) for g in groups]}  # fmt: skip
+
+
+def packed_mask(block: torch.Tensor) -> torch.Tensor:
+    """[S, 1, T, T] bool, True = may attend: causal, in the shared prefix or the own question; padding sees itself."""
+    T = block.shape[1]
+    query, key = block[:, :, None], block[:, None, :]  # [S, T, 1], [S, 1, T]
+    order = torch.ones(T, T, dtype=torch.bool, device=block.device).tril()
+    visible = ((key == 0) | (key == query)) & order & (key >= 0)
+    return (visible | torch.eye(T, dtype=torch.bool, device=block.device))[:, None]
+
+
+def unpack_for_generation(batch: dict, text: TinyText | HubText) -> dict:
+    """One left-padded row per question, ending where its answer would begin: ids [Q, T], positions [Q, T],
+    attention [Q, T] bool, scene [Q] (which scene of the batch each row belongs to)."""
+    rows, owners = [], []
+    for s in range(len(batch["ids"])):
+        ids, block, labels = (batch[k][s].tolist() for k in ("ids", "block", "labels"))
+        shared = [i for i, b in zip(ids, block, strict=True) if b == 0]
+        for q in range(1, len(batch["samples"][s]) + 1):
+            own = [(i, target) for i, b, target in zip(ids, block, labels, strict=True) if b == q]
+            first = next(t for t, (_, target) in enumerate(own) if target != IGNORE)  # predicts the first answer token
+            rows.append(shared + [i for i, _ in own[: first + 1]])
+            owners.append(s)
+    T = max((len(r) for r in rows), default=0)
+    ids = torch.tensor([[text.pad] * (T - len(r)) + r for r in rows])
+    attention = torch.tensor([[0] * (T - len(r)) + [1] * len(r) for r in rows]).bool()
+    return {"ids": ids, "attention": attention, "positions": (attention.long().cumsum(1) - 1).clamp(min=0),
+            "scene": torch.tensor(owners), "prompts": batch["prompts"]}  # fmt: skip
+
+
+def write_npz(path: Path, **arrays: np.ndarray) -> None:
+    """Write arrays so that a reader never sees half a file: to a neighbour first, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    with open(part, "wb") as f:
+        np.savez(f, **arrays)
+    os.replace(part, path)
+
+
+# ---- 9 runs, own scenes, command line --------------------------------------------------------------------------------
+
+
+def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers, the tensors themselves, tied ones once."""
+    first = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        first.setdefault(id(tensor), (name, tensor))
+    return dict(first.values())
+
+
+def read_state(run: Path) -> dict:
+    """state.json of a run's checkpoint: {"number", "files", "position", "run", ...}."""
+    path = run / "checkpoint" / "state.json"
+    if not path.exists():
+        raise DataError(f"{path}: missing, so there is no trained model here; train one, or name its folder with --out")
+    try:
+        state = json.loads(path.read_text())
+    except ValueError:
+        state = None
+    if not isinstance(state, dict) or {"number", "files", "position", "run"} - set(state):
+        raise DataError(f"{path}: not the state of a checkpoint; copy the run again")
+    return state
+
+
+def read_tensors(run: Path, kind: str) -> dict[str, torch.Tensor]:
+    path = run / "checkpoint" / read_state(run)["files"][kind]
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: missing or damaged ({error}); copy the run again") from None
+
+
+def load_weights(model: torch.nn.Module, run: Path) -> None:
+    """Copy a run's weights into a model that is not sharded: every name and shape must agree."""
+    saved, own = read_tensors(run, "weights"), named_weights(model)
+    for name in sorted(saved.keys() | own.keys()):
+        there, here = (tuple(t[name].shape) if name in t else "missing" for t in (saved, own))
+        if there != here:
+            raise DataError(f"{run}/checkpoint: {name} is {there} there, {here} in this model; {run}/config.json says "
+                            "which model and settings it belongs to")  # fmt: skip
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
+
+
+def load_model(paper, run: Path) -> torch.nn.Module:
+    """The trained model of a run folder, ready to answer: `paper` is the module that offers Config and Model."""
+    record = read_state(run)["run"]
+    name = Path(paper.__file__).stem
+    if record["model"] != name:
+        raise DataError(f"{run} holds a {record['model']}; ask it with python {record['model']}.py, or train {name}")
+    known = {f.name: f.type for f in fields(paper.Config)}
+    config = {k: tuple(v) if isinstance(v, list) else v for k, v in record["config"].items() if k in known}
+    model = paper.Model(paper.Config(**config), load_text(record["text"]))
+    load_weights(model, run)
+    return model.eval()
+
+
+def scan_ids(root: Path) -> dict[str, list[str]]:
+    """The scans below a ScanNet root as {"train", "test"}: by scannetv2_{train,val}.txt where those lists lie there,
+    else every fifth scan is a test scan."""
+    found = sorted({p.parent.name for place in ("", "scans") for p in (root / place).glob(f"*/*{SCAN_FILES[0]}")})
+    if not found:
+        raise DataError(f"{root}: no <id>/<id>{SCAN_FILES[0]} here or under scans/; see python data.py check {root}")
+    lists = {split: root / f"scannetv2_{name}.txt" for split, name in (("train", "train"), ("test", "val"))}
+    if all(path.exists() for path in lists.values()):
+        return {split: [i for i in path.read_text().split() if i in found] for split, path in lists.items()}
+    return {"train": [i for n, i in enumerate(found) if n % 5 != 4], "test": found[4::5] or found[-1:]}
+
+
+def open_scan(root: Path, scene_id: str, **options) -> Scene:
+    """A ScanNet scan whose frames stay on disk until they are looked at."""
+    scene = read_scannet(root, scene_id, **options)
+    if scene.frames is not None:
+        scene.frames = LazyFrames(lambda: read_scannet(root, scene_id, **options).frames)
+    return scene
+
+
+def open_scene(path: str | Path) -> Scene:
+    """A scene of one's own: a .ply cloud, a ScanNet-layout scan or a folder of RGB-D frames. Where nothing is labelled
+    the objects are its own segments."""
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such scene; give a .ply, a scan's folder or a folder of posed RGB-D frames")
+    if path.suffix == ".ply":
+        scene = read_ply(path)
+    elif (path / f"{path.name}{SCAN_FILES[0]}").exists():
+        scene = read_scannet(path.parent, path.name)
+    else:
+        scene = read_rgbd(path)
+    return scene if scene.objects else with_own_segments(scene)
+
+
+def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.ndarray | None = None) -> None:
+    """A picture: two frames with their masks, the cloud from above and from the side coloured by object, boxes with
+    identifiers, scene tokens [K, 3] as dots, and lines of text below."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    figure = Figure(figsize=(15, 9 + 0.25 * len(lines)), layout="constrained")
+    panels = figure.subplots(2, 3, gridspec_kw={"width_ratios": [1, 1, 1.6]})
+    palette = np.random.default_rng(0).uniform(0.15, 0.95, (max([o.id for o in scene.objects], default=0) + 1, 3))
+    palette[0] = 0.85
+    for panel, row in zip(panels[:, :2], (0, -1), strict=True):
+        for axis in panel:
+            axis.axis("off")
+        if scene.frames is not None:
+            panel[0].imshow(scene.frames.colour[row])
+            panel[1].imshow(palette[scene.frames.masks[row]])
+    if scene.points is not None:
+        label = np.zeros(len(scene.points), int) if scene.instances is None else scene.instances
+        colour = palette[label] if scene.objects else (scene.colours / 255 if scene.colours is not None else "0.5")
+        for axis, (u, v, w) in zip(panels[:, 2], ((0, 1, 2), (0, 2, 1)), strict=True):
+            order = np.argsort(scene.points[:, w] * (1 if w == 2 else -1))  # what is nearer the eye is drawn last
+            if w == 2:  # seen from above: no ceiling
+                order = order[scene.points[order, 2] < 2.3]
+            axis.scatter(*scene.points[order][:, [u, v]].T, s=1, c=colour if isinstance(colour, str) else colour[order])
+            axis.set_aspect("equal")
+            axis.set(xlabel="xyz"[u] + " (m)", ylabel="xyz"[v] + " (m)")
+    for o in scene.objects:
+        low = o.box[:2] - o.box[3:5] / 2
+        panels[0, 2].add_patch(Rectangle(low, *o.box[3:5], fill=False, lw=0.7))
+        name = f"{scene.identifiers.get(o.id, '')} {o.category}".strip()
+        panels[0, 2].annotate(name, o.box[:2], fontsize=7, ha="center")
+    if tokens is not None:
+        for axis, (u, v) in zip(panels[:, 2], ((0, 1), (0, 2)), strict=True):
+            axis.scatter(tokens[:, u], tokens[:, v], s=14, c="black", marker="x", lw=0.8)
+    panels[0, 2].set_title(f"{scene.name} from above, and from the side; crosses: scene tokens", fontsize=9)
+    figure.supxlabel("\n".join(lines), fontsize=10, x=0.02, ha="left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
+
+
+def ask_scene(paper, arguments: Sequence[str]) -> None:
+    """The command line of a paper: `--scene PATH --ask QUESTION [--ask ...] --run DIR`: prints the answers, and where
+    the picture is. Raises DataError."""
+    parser = argparse.ArgumentParser(description="Questions about a scene of your own.", allow_abbrev=False)
+    parser.error = lambda message: (_ for _ in ()).throw(DataError(message))
+    parser.add_argument("--scene", type=Path, required=True, help=".ply, a scan's folder, or a folder of RGB-D frames")
+    parser.add_argument("--ask", action="append", required=True, help="a question; may be given several times")
+    name = Path(paper.__file__).stem
+    parser.add_argument("--run", type=Path, help="folder of a trained run")
+    parser.add_argument("--out", type=Path, help="picture to write (default: <run>/ask.png)")
+    a = parser.parse_args(arguments)
+    if a.run is None:
+        raise DataError(f"--run: name a trained run; python train.py --model {name} makes runs/{name}")
+    model = load_model(paper, a.run)
+    record = read_state(a.run)["run"]
+    stages = [s for s in paper.STAGES[record["preset"]] if s.tasks]
+    model.begin(stages[-1])
+    scene = open_scene(a.scene)
+    scene.identifiers = number_objects(scene, np.random.default_rng(0))
+    for note in scene.notes:
+        print(f"note: {note}")
+    samples = [Sample(str(i), scene.name, "ask", question, "") for i, question in enumerate(a.ask)]
+    for word in sorted({w for q in a.ask for w in model.text.unknown(q)}):
+        print(f"note: the model has never read the word {word!r}")
+    answers = model.generate(model.batch([(scene, samples)]), max_new_tokens=48)
+    lines = [f"{q}  {t.rpartition('=')[2].strip()}" for q, t in zip(a.ask, answers, strict=True)]
+    print("\n".join(lines))
+    picture = a.out or a.run / "ask.png"
+    draw_scene(scene, picture, lines, model.token_centres(scene))
+    print(f"picture: {picture}")
+
+
+def write_rooms(out: Path, count: int, objects: int | None, first: int) -> None:
+    """Procedural rooms in ScanNet's own layout, below OUT/scans."""
+    for seed in range(first, first + count):
+        scene = replace(room(seed, objects, size=240, views=16, points=20_000), name=f"scene{seed % 10_000:04d}_00")
+        print(write_scannet(scene, out / "scans"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Look at data, or make some.", allow_abbrev=False)
+    parser.error = lambda message: (_ for _ in ()).throw(DataError(message))
+    commands = parser.add_subparsers(dest="command", required=True)
+    look = commands.add_parser("check", help="what is there, what is missing, and where it is had")
+    look.add_argument("path", type=Path)
+    make = commands.add_parser("rooms", help="procedural rooms in ScanNet's file layout")
+    make.add_argument("out", type=Path)
+    make.add_argument("--count", type=int, default=10)
+    make.add_argument("--objects", type=int, help="objects per room (default: 8 to 16)")
+    make.add_argument("--seed", type=int, default=0, help="of the first room")
+    try:
+        a = parser.parse_args(arguments)
+        if a.command == "check":
+            print("\n".join(check(a.path)))
+        else:
+            write_rooms(a.out, a.count, a.objects, a.seed)
+    except DataError as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

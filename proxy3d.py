@@ -1,0 +1,969 @@
+"""Proxy3D: Efficient 3D Representations for Vision-Language Models via Semantic Clustering and Alignment.
+
+CVPR 2026, arXiv 2605.08064. Supplementary Tables 1-3 give the recipe; equation numbers below are the paper's.
+
+Idea. A video of a room is ten thousands of image patches, but only a few dozen things. Lift every patch to 3D, group
+the patches by the object they show, summarise each group by a few *proxies* (mean feature, mean position), and give the
+language model those few hundred tokens instead of all patches. Identifiers ("<OBJ012>") are added to an object's
+proxies as the picture of their digits, seen by the same vision tower; no embedding table is learned.
+
+  frames [V,H,W,3] --tower (frozen)--> features [V,h,w,C] --.
+  depth/VGGT ------------------------> points  [V,H,W,3] ---+-> triplets f [L,C], p [L,3], m [L]     L = V*h*w
+  masks/SAM 2 -----------------------> masks   [V,H,W] -----'        |
+                                                     group by m, allocate K, cluster on p            (1) (2) (3)
+                                                                     v
+  z [K,C], c [K,3], owner [K] -> BFS order -> R(c_height) z + F(c_horizontal) + f_id[owner] -> LLM -> text   (4) (5) (6)
+
+Axes: B scenes, V frames, H W pixels, h w patches, L = V h w triplets, G groups, K proxies, C = D width, T text,
+n objects.
+
+| paper                                  | here                                          |
+| sec. 3.1 patch triplets                | patch_triplets                                |
+| (1) groups, (2) centres, (3) proxies   | cluster, CLUSTERING                           |
+| allocation K_g ~ |G_g| / L             | allocate                                      |
+| BFS serialization, (5)                 | bfs_order                                     |
+| (4) z' = R(c^H) z + F(c^WxL)           | rotate_height, HorizontalFourier              |
+| G_sem, G_id (symbol images)            | draw_identifier, data.category_icon, Model.symbols |
+| (6) next-token loss on answers         | Model.forward                                 |
+| supp. Table 1, four stages             | STAGES                                        |
+| supp. Table 2, SpaceSpan-318K          | SPACESPAN                                     |
+| supp. Fig. 3, proxy attention map      | attention_map                                 |
+| main Tables 4-5, ablations             | last section                                  |
+
+What the paper leaves open, and what we chose
+- "KNN" clustering: farthest-point seeds inside the group (first: the patch nearest the group's centroid), every patch
+  to its nearest seed, mean of features and of coordinates. DPC-kNN and Lloyd steps are alternatives.
+- Patches without a mask form one more group (label 0), so that floor and walls keep tokens; it gets no identifier.
+- Allocation is exact: floor for every group, the rest in proportion by largest remainders, never more than a group has.
+  With more groups than tokens the largest groups get one each.
+- BFS runs over groups on the symmetric 6-NN graph of their centroids (components joined by their closest pair), from
+  the group nearest the origin, nearer neighbours first; inside a group over its proxies, from the one nearest the
+  last token.
+- R rotates feature pairs by height / height_unit * 10000^(-2i/C): R(0) = I and norms are kept. F is a learnable Fourier
+  embedding (Li et al. 2021) whose last layer starts small. Both act from stage II on.
+- Proxies take ordinary sequential positions in MRoPE (t = h = w), like words.
+- Inter-frame attention: the tower's full-attention blocks see all frames of a scene at once. No parameters.
+- 16x21 (32x42) merged tokens = frames resized to exactly 448x588 (896x1176), whatever the camera.
+- Category symbols come from the data's categories (the paper's list of 213 is not public) and are drawn icons; a folder
+  of images named after categories replaces them. Stage IV adds identifiers only, as in the notes on the paper.
+- Without semantic grouping the whole scene is one group and a proxy's identifier is the majority of its patches.
+- Point maps and masks come from the scene (sensor depth; instance masks or our own segments). VGGT and SAM 2 would
+  enter at the same place, `Frames.depth` and `Frames.masks`.
+- The tiny preset has no pre-trained parts, so it adds a stage 0 (patch -> the words for its category and colour) in
+  place of vision-language pre-training, a tinted icon per object, an initialisation that attends to what shares content
+  and copies it (`start_tiny`), and answers that write their steps. None of that touches a loaded model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import data
+from data import IGNORE, SCENE, Sample, Scene, Stage
+
+# ---- configuration ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    """Every number of the model; `paper()` are the paper's, `tiny()` trains from nothing on a laptop."""
+
+    llm: str | None = None  # a Qwen2.5-VL name or folder; None builds a tiny one from the fields below
+    budget: int = 700  # proxies per scene; paper 450, 700, 1000
+    floor: int = 2  # proxies that every object gets at least; paper 2 (2, 5, 10 in Table 5)
+    grid: tuple[int, int] = (16, 21)  # merged tokens per frame, rows x columns; paper 16x21 or 32x42
+    frames: int = 32  # frames per scene, evenly spaced; paper 32
+    semantic_grouping: bool = True  # False: Table 4, "no semantic grouping"
+    coordinate_stage: bool = True  # False: Table 4, stage II skipped, F trains in stage IV
+    inter_frame: bool = True  # Table 4, full-attention blocks see all frames
+    clustering: str = "fps"  # a key of CLUSTERING
+    lloyd: int = 0  # Lloyd steps after the seeds
+    neighbours: int = 6  # of the BFS graph
+    height_unit: float = 0.05  # metres per rotary position
+    fourier: int = 256  # random features of F
+    fourier_hidden: int = 256  # hidden width of F
+    fourier_gamma: float = 1.0  # metres: frequencies start as N(0, 1 / gamma^2)
+    symbol: int = 28  # pixels of a symbol image; 28 = one merged token of Qwen2.5-VL
+    symbols: str | None = None  # folder of images that replace the drawn icons, named after categories
+    # the tiny model, used only where llm is None
+    width: int = 128
+    layers: int = 2
+    heads: int = 4
+    hidden: int = 256
+    patch: int = 14  # pixels per patch of the tower
+    merge: int = 2  # patches per merged token and side
+    tower: str = "conv"  # or "qwen": Qwen2.5-VL's own vision transformer, tiny
+    vision_width: int = 64
+    vision_layers: int = 3
+    attention: str = "sdpa"
+    dtype: str = "float32"
+
+    @classmethod
+    def tiny(cls, **changes) -> Config:
+        small = dict(budget=96, grid=(12, 12), frames=12, inter_frame=False, symbol=16, patch=8, merge=1, fourier=24,
+                     fourier_hidden=48)  # fmt: skip
+        return cls(**{**small, **changes})
+
+    @classmethod
+    def paper(cls, **changes) -> Config:
+        return cls(**{**dict(llm="Qwen/Qwen2.5-VL-7B-Instruct", dtype="bfloat16"), **changes})
+
+
+# ---- 1 patches to triplets -------------------------------------------------------------------------------------------
+
+
+def patch_triplets(features: Tensor, points: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One (feature, 3D point, mask label) per patch; patches without a measured point are dropped.
+
+    features [V, h, w, C]; points [V, H, W, 3] metres, NaN = missing; masks [V, H, W] labels, 0 = none. A patch's label
+    is the one that covers most of it (ties: the lowest), its point the mean over the measured pixels of that label.
+    H and W need not be multiples of h and w. Returns f [L, C], p [L, 3], m [L].
+    """
+    V, h, w, _ = features.shape
+    H, W = masks.shape[1:]
+    patch = patch_of_pixel(V, h, w, H, W, masks.device)  # [V*H*W]
+    major = majority(masks, h, w).flatten()  # [L]
+    counted = torch.isfinite(points).all(-1).flatten() & (masks.flatten() == major[patch])
+    total = torch.zeros(V * h * w, 3, device=points.device)
+    total.index_add_(0, patch[counted], points.reshape(-1, 3)[counted].float())
+    count = torch.bincount(patch[counted], minlength=V * h * w)
+    keep = count > 0
+    return features.reshape(V * h * w, -1)[keep], (total / count.clamp(min=1)[:, None])[keep], major[keep]
+
+
+def patch_of_pixel(V: int, h: int, w: int, H: int, W: int, device: torch.device) -> Tensor:
+    """Number of the patch, of V * h * w, that each of V * H * W pixels lies in."""
+    row = torch.arange(H, device=device) * h // H
+    column = torch.arange(W, device=device) * w // W
+    frame = torch.arange(V, device=device)
+    return ((frame[:, None, None] * h + row[:, None]) * w + column).flatten()
+
+
+def majority(masks: Tensor, h: int, w: int) -> Tensor:
+    """The label that covers most of each patch: masks [V, H, W] >= 0 -> [V, h, w]; ties: the lowest label."""
+    V, H, W = masks.shape
+    n = int(masks.max()) + 1
+    pair = patch_of_pixel(V, h, w, H, W, masks.device) * n + masks.flatten()  # (patch, label)
+    return torch.bincount(pair, minlength=V * h * w * n).view(V, h, w, n).argmax(-1)
+
+
+# ---- 2 allocation and clustering -------------------------------------------------------------------------------------
+
+
+def allocate(sizes: Sequence[int], budget: int, floor: int = 2) -> list[int]:
+    """How many proxies each group gets: exactly min(budget, sum of sizes) in all, at most a group's size, at least
+    min(floor, size), the rest in proportion to size by largest remainders (ties: the larger group, then the first).
+
+    When even the floors exceed the budget the floor becomes max(1, budget // G); when G > budget the `budget` largest
+    groups get one each. sizes [G] patches per group, all >= 1. (Sec. 3.2, "K_g proportional to |G_g| / L".)
+    """
+    size = np.asarray(sizes, dtype=np.int64)
+    G, budget = len(size), min(budget, int(size.sum()))
+    by_size = np.lexsort((np.arange(G), -size))
+    if budget < G:
+        given = np.zeros(G, dtype=np.int64)
+        given[by_size[:budget]] = 1
+        return given.tolist()
+    floor = floor if np.minimum(size, floor).sum() <= budget else max(1, budget // G)
+    given = np.minimum(size, floor)
+    while (left := budget - int(given.sum())) > 0:
+        room = size - given
+        share, remainder = np.divmod(np.where(room > 0, size, 0) * left, size[room > 0].sum())
+        full = (room > 0) & (share >= room)
+        if full.any():  # it gets all it can hold, and the others share the surplus
+            given[full] = size[full]
+        else:
+            given += share
+            given[np.lexsort((np.arange(G), -size, -remainder))[: left - share.sum()]] += 1
+    return given.tolist()
+
+
+def farthest_seeds(points: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Farthest-point seeds of one group: (seed indices [count], nearest seed of every point [n] as 0..count-1).
+
+    points [n, 3], count <= n; the first seed is the point nearest the centroid. The nearest seed comes for free: a
+    point changes owner when a new seed is nearer. One small step per seed on the CPU, where 700 steps cost 12 ms; a GPU
+    would spend longer on launching them, so only the features of `cluster` ever live there.
+    """
+    x, y, z = np.ascontiguousarray(points.T)  # separate axes: contiguous reads
+    seed = int(np.square(points - points.mean(0)).sum(1).argmin())
+    nearest = np.full(len(points), np.inf, dtype=points.dtype)
+    owner = np.zeros(len(points), dtype=np.int64)
+    seeds = np.empty(count, dtype=np.int64)
+    for j in range(count):
+        seeds[j] = seed
+        distance = np.square(x - x[seed])
+        distance += np.square(y - y[seed])
+        distance += np.square(z - z[seed])
+        owner[distance < nearest] = j
+        np.minimum(nearest, distance, out=nearest)
+        owner[seed], nearest[seed] = j, -1  # a seed owns itself, also among duplicates, and is chosen once
+        seed = int(nearest.argmax())
+    return seeds, owner
+
+
+def lloyd_step(points: np.ndarray, owner: np.ndarray, count: int) -> np.ndarray:
+    """One k-means step: the nearest mean of every point; a mean that loses all its points keeps the ones it had."""
+    total = np.stack([np.bincount(owner, weights=c, minlength=count) for c in points.T], 1)
+    means = total / np.bincount(owner, minlength=count)[:, None]
+    moved = np.argmin(np.square(means).sum(1) - 2 * points @ means.T, axis=1)  # |p|^2 is the same for all means
+    return moved if len(np.unique(moved)) == count else owner
+
+
+def cluster(features: Tensor, points: Tensor, labels: Tensor, budget: int, floor: int = 2, method: str = "fps",
+            lloyd: int = 0) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Semantic-aware clustering, Eq. (1)-(3): group patches by label, cluster each group on coordinates, average.
+
+    features [L, C], points [L, 3] metres, labels [L] (any integers). Returns proxy features z [K, C], centres c [K, 3]
+    and labels [K], K = min(budget, L), groups contiguous by label. Only coordinates decide who belongs together.
+    Raises ValueError on no patches or an unknown method.
+    """
+    if len(points) == 0:
+        raise ValueError("cluster: no patches with a measured point; check the depth and the masks of the scene")
+    if method not in CLUSTERING:
+        raise ValueError(f"cluster: unknown method {method!r}; known: {', '.join(CLUSTERING)}")
+    order = torch.argsort(labels, stable=True)
+    groups, sizes = labels[order].unique_consecutive(return_counts=True)
+    counts = allocate(sizes.tolist(), budget, floor)
+    xyz = points[order].detach().float().cpu().numpy()
+    owner, start, K = np.full(len(xyz), -1, dtype=np.int64), 0, 0
+    for size, count in zip(sizes.tolist(), counts, strict=True):
+        if count:  # a group is left out only when there are more groups than tokens
+            members = xyz[start : start + size]
+            own = CLUSTERING[method](members, count)
+            for _ in range(lloyd):
+                own = lloyd_step(members, own, count)
+            owner[start : start + size] = own + K
+        start, K = start + size, K + count
+    owner = torch.from_numpy(owner).to(points.device)
+    kept, owner = order[owner >= 0], owner[owner >= 0]
+    number = torch.bincount(owner, minlength=K)[:, None]
+    mean = lambda x: x.new_zeros(K, x.shape[1], dtype=torch.float32).index_add_(0, owner, x[kept].float()) / number  # noqa: E731
+    z, c = mean(features), mean(points)
+    return z, c, groups.repeat_interleave(torch.tensor(counts, device=groups.device))
+
+
+# ---- 3 serialization -------------------------------------------------------------------------------------------------
+
+
+def bfs_order(centres: Tensor, groups: Tensor, neighbours: int = 6) -> Tensor:
+    """Serialization (sec. 3.3, Eq. 5): an order [K] of the proxies, groups contiguous, neighbours near in line.
+
+    Breadth first over groups on the k-NN graph of their centroids, root = the group nearest the origin; then breadth
+    first inside each group, from the proxy nearest the last one emitted. Nearer neighbours first; ties break by
+    coordinates, so the sequence of centres does not depend on the order of the input. centres [K, 3], groups [K].
+    """
+    c, g = centres.detach().double().cpu().numpy(), groups.detach().cpu().numpy()
+    canonical = np.lexsort((g, c[:, 2], c[:, 1], c[:, 0]))
+    names, first, group = np.unique(g[canonical], return_index=True, return_inverse=True)
+    rank = np.argsort(np.argsort(first))  # name groups by their first proxy, not by their label
+    group, c = rank[group], c[canonical]
+    centroids = np.stack([c[group == i].mean(0) for i in range(len(names))])
+    members = [np.flatnonzero(group == i) for i in range(len(names))]
+    out: list[int] = []
+    for i in breadth_first(centroids, int(np.square(centroids).sum(1).argmin()), neighbours):
+        here = members[i]
+        last = c[out[-1]] if out else np.zeros(3)
+        start = int(np.square(c[here] - last).sum(1).argmin())
+        out += here[breadth_first(c[here], start, neighbours)].tolist()
+    return torch.from_numpy(canonical[out]).to(centres.device)
+
+
+def breadth_first(points: np.ndarray, root: int, neighbours: int) -> list[int]:
+    """Breadth-first order of the symmetric k-NN graph of points [n, 3]; a component that ends hands over to the
+    unvisited point nearest to any visited one, which is what joining components by their closest pair would do."""
+    n = len(points)
+    distance = np.square(points[:, None] - points[None]).sum(-1)  # [n, n]
+    near = np.argsort(distance, axis=1, kind="stable")[:, 1 : neighbours + 1]
+    linked = np.zeros((n, n), dtype=bool)
+    np.put_along_axis(linked, near, True, axis=1)
+    linked |= linked.T
+    order, seen = [root], np.zeros(n, dtype=bool)
+    seen[root] = True
+    head = 0
+    while len(order) < n:
+        if head == len(order):  # this component is done
+            gap = np.where(seen[:, None] & ~seen[None], distance, np.inf)
+            new = np.array([int(gap.min(0).argmin())])
+        else:
+            new = np.flatnonzero(linked[order[head]] & ~seen)
+            new = new[np.argsort(distance[order[head], new], kind="stable")]
+            head += 1
+        seen[new] = True
+        order += new.tolist()
+    return order
+
+
+# ---- 4 hybrid 3D positional encoding, Eq. (4) ------------------------------------------------------------------------
+
+
+def rotate_height(z: Tensor, height: Tensor, unit: float = 0.05, base: float = 10000.0) -> Tensor:
+    """R(c^H) z: rotate feature pairs (2i, 2i+1) by height / unit * base^(-2i/C). R(0) = I; norms are kept.
+
+    z [..., C] with C even, height [...] metres above the floor.
+    """
+    C = z.shape[-1]
+    frequency = base ** (-torch.arange(0, C, 2, device=z.device, dtype=torch.float32) / C)  # [C/2]
+    angle = height.float()[..., None] / unit * frequency  # [..., C/2]
+    cos, sin = angle.cos().to(z), angle.sin().to(z)
+    a, b = z[..., 0::2], z[..., 1::2]  # [..., C/2]
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)  # [..., C]
+
+
+class HorizontalFourier(nn.Module):
+    """F(c^WxL): learnable Fourier features of the horizontal position (Li et al. 2021, arXiv 2106.02795).
+
+    F(x) = W2 GELU(W1 r), r = [cos(x Wr), sin(x Wr)] / sqrt(D); Wr starts as N(0, 1 / gamma^2), W2 small but not zero.
+    """
+
+    def __init__(self, features: int, hidden: int, width: int, gamma: float = 1.0):
+        super().__init__()
+        self.frequencies = nn.Parameter(torch.randn(2, features // 2) / gamma)
+        self.lift = nn.Linear(features, hidden, bias=False)
+        self.out = nn.Linear(hidden, width, bias=False)
+        nn.init.normal_(self.out.weight, std=0.02 / math.sqrt(hidden))
+
+    def forward(self, xy: Tensor) -> Tensor:
+        """xy [..., 2] metres -> [..., C]."""
+        phase = xy.to(self.frequencies) @ self.frequencies  # [..., D/2]
+        r = torch.cat([phase.cos(), phase.sin()], dim=-1) / math.sqrt(2 * phase.shape[-1])  # [..., D]
+        return self.out(F.gelu(self.lift(r)))  # [..., C]
+
+
+# ---- 5 object reference embeddings: pictures of digits and of things -------------------------------------------------
+
+# five rows of three pixels, as octal
+DIGITS = ["75557", "26227", "71747", "71717", "55711", "74717", "74757", "71222", "75757", "75717"]
+
+
+def draw_identifier(number: int, size: int) -> np.ndarray:
+    """G_id's picture: white digits on black, [size, size, 3] uint8; three digits where they fit, else two."""
+    text = f"{number:03d}" if size >= 11 else f"{number:02d}"
+    rows = [[int(bit) for d in text for bit in f"{int(DIGITS[int(d)][r]):03b}0"][:-1] for r in range(5)]
+    zoom = size // len(rows[0])
+    glyph = np.kron(np.array(rows), np.ones((zoom, zoom))).astype(np.uint8) * 255
+    top, left = (size - glyph.shape[0]) // 2, (size - glyph.shape[1]) // 2
+    image = np.zeros((size, size, 3), dtype=np.uint8)
+    image[top : top + glyph.shape[0], left : left + glyph.shape[1]] = glyph[..., None]
+    return image
+
+
+def draw_category(category: str, colour: str, size: int, folder: str | None = None) -> np.ndarray:
+    """G_sem's picture [size, size, 3] uint8: folder/<category>.png where a folder is given, else the drawn icon."""
+    if folder is None:
+        return data.category_icon(category, colour, size)
+    from PIL import Image
+
+    path = Path(folder) / f"{category}.png"
+    if not path.exists():
+        raise data.DataError(f"no symbol image {path}; add one, or leave `symbols` unset to draw icons")
+    return np.asarray(Image.open(path).convert("RGB").resize((size, size)))
+
+
+# ---- 6 the model -----------------------------------------------------------------------------------------------------
+
+
+def build_llm(config: Config, vocabulary: int):
+    """A small Qwen2.5-VL from its configuration: the same classes that `from_pretrained` loads."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    half = config.width // config.heads // 2  # rotary pairs per head, shared among time, height and width
+    text = dict(vocab_size=vocabulary, hidden_size=config.width, intermediate_size=config.hidden,
+                num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.heads,
+                max_position_embeddings=32768, pad_token_id=0, bos_token_id=1, eos_token_id=1, tie_word_embeddings=True,
+                rope_parameters={"rope_type": "default", "rope_theta": 1e6,
+                                 "mrope_section": [half - 2 * (3 * half // 8), *[3 * half // 8] * 2]})  # fmt: skip
+    vision = dict(depth=config.vision_layers, hidden_size=config.vision_width,
+                  intermediate_size=2 * config.vision_width, num_heads=4, patch_size=config.patch,
+                  spatial_merge_size=config.merge, out_hidden_size=config.width, temporal_patch_size=2,
+                  window_size=max(config.grid) * config.patch * config.merge,
+                  fullatt_block_indexes=[config.vision_layers - 1])  # fmt: skip
+    whole = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=0,
+                             video_token_id=0, vision_start_token_id=0, vision_end_token_id=0)  # fmt: skip
+    whole._attn_implementation = config.attention
+    return Qwen2_5_VLForConditionalGeneration(whole)
+
+
+class TinyTower(nn.Module):
+    """A convolutional stand-in for the vision tower: [V, H, W, 3] uint8 -> [V, H/8, W/8, C]. Where nothing is
+    pre-trained, convolutions learn in a minute the shapes for which a transformer would need an hour."""
+
+    patch = 8  # pixels per token
+
+    def __init__(self, width: int, layers: int, out: int):
+        super().__init__()
+        self.stem = nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1) for a, b in
+                                  ((3, width // 4), (width // 4, width // 2), (width // 2, width)))  # fmt: skip
+        self.norms = nn.ModuleList(nn.GroupNorm(1, width) for _ in range(layers))
+        self.spread = nn.ModuleList(nn.Conv2d(width, width, 3, 1, 1) for _ in range(layers))
+        self.mix = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(layers))
+        self.out = nn.Linear(width, out)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = ((images.float() / 255 - 0.5) / 0.27).permute(0, 3, 1, 2)  # [V, 3, H, W]
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.stem[2](F.gelu(self.stem[1](F.gelu(self.stem[0](x)))))  # [V, E, h, w]
+        for norm, spread, mix in zip(self.norms, self.spread, self.mix, strict=True):
+            x = x + mix(F.gelu(spread(norm(x))))  # [V, E, h, w]
+        return self.out(x.permute(0, 2, 3, 1))  # [V, h, w, C]
+
+
+def qwen_tokens(visual: nn.Module, images: Tensor, inter_frame: bool) -> Tensor:
+    """Qwen2.5-VL's vision tower: images [V, H, W, 3] uint8 -> merged tokens [V, h, w, C], every frame an image of its
+    own; with inter_frame its full-attention blocks run over all frames as one sequence. H, W: multiples of h, w."""
+    p, m, t = visual.config.patch_size, visual.config.spatial_merge_size, visual.config.temporal_patch_size
+    V, H, W, _ = images.shape
+    h, w = H // (p * m), W // (p * m)
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], device=images.device)  # the tower's own normalisation
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711], device=images.device)
+    x = (images.float() / 255 - mean) / std  # [V, H, W, 3]
+    x = x.view(V, h, m, p, w, m, p, 3).permute(0, 1, 4, 2, 5, 7, 3, 6)  # [V, h, w, m, m, 3, p, p]
+    x = x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, t, -1, -1)  # a still image fills the temporal patch
+    x = x.reshape(V * h * w * m * m, -1).to(visual.dtype)  # [patches, 3 * t * p * p]
+    grid = torch.tensor([[1, h * m, w * m]] * V, device=images.device)
+    joint = {"cu_seqlens": torch.tensor([0, len(x)], dtype=torch.int32, device=images.device)} if inter_frame else {}
+    return visual(x, grid_thw=grid, **joint).pooler_output.view(V, h, w, -1)  # [V, h, w, C]
+
+
+def start_weights(part: nn.Module) -> None:
+    """Every linear map and convolution from N(0, 1 / inputs), the scale for widths of hundreds; biases zero."""
+    for module in part.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def start_tiny(model: Model, text: data.TinyText) -> None:
+    """Give a model from a configuration what pre-training would: attend to what shares content, copy it unchanged.
+
+    With keys = queries and output = transposed values every head starts as "find the token like me and add it"; the
+    weights are scaled for a width of 100s, not 1000s; embeddings have unit size and the logits a small gain. Numbers
+    start as smooth codes of their value in the very vectors that F and R write into the scene tokens, so that reading
+    a coordinate is the same copy as reading a name. All of it is trained on.
+    """
+    llm, C = model.llm.model.language_model, model.width
+    for part in (llm, model.llm.model.visual):
+        start_weights(part)
+    for layer in llm.layers:
+        layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+        layer.self_attn.o_proj.weight.copy_(layer.self_attn.v_proj.weight.T)
+    look_back(llm.layers[0].self_attn, model.config.heads)
+    llm.norm.weight.fill_(0.1)
+    table = llm.embed_tokens.weight
+    nn.init.normal_(table)
+
+    wave = 2 * math.pi / 0.5 / 2 ** torch.arange(6.0)  # wavelengths 0.5 .. 16 m
+    fourier = model.fourier
+    fourier.frequencies.copy_(torch.block_diag(wave[None], wave[None]))  # each axis its own
+    D, gain = 24, 3**-0.5  # three axes share the unit variance of a position code
+    fourier.lift.weight.copy_(torch.cat([torch.eye(D), -torch.eye(D)]))  # GELU(a) - GELU(-a) = a: F starts linear in r
+    code = torch.randn(C, D) * math.sqrt(D) * gain / math.sqrt(6)
+    fourier.out.weight.copy_(torch.cat([code, -code], dim=1))
+    nn.init.normal_(model.anchor, std=gain)
+    other = {axis: torch.randn(12, C) / math.sqrt(6) for axis in "wdhl"}
+    for token, (axis, value) in text.number.items():
+        if axis in "xy":  # the axis' own half of F
+            place = torch.tensor([value, 0.0] if axis == "x" else [0.0, value])
+            vector = _half(fourier, axis, place) / gain
+        elif axis == "z":
+            vector = rotate_height(model.anchor, torch.tensor(value), model.config.height_unit) / gain
+        else:
+            vector = torch.cat([(value * wave).cos(), (value * wave).sin()]) @ other[axis]
+        table[token] = vector + 0.3 * torch.randn(C)
+
+
+def look_back(attention: nn.Module, heads: int, gain: float = 2.0) -> None:
+    """Turn the first two heads into "the word before" and "the one before that": constant queries and keys (biases)
+    whose rotary angles agree at that distance, so that a question's end knows its last words."""
+    size = attention.q_proj.out_features // heads
+    theta = 1e6 ** (-torch.arange(size // 2) * 2.0 / size)[:4]  # the four fastest rotary pairs
+    strength = math.sqrt(gain * math.sqrt(size))
+    for head in range(2):
+        rows = slice(head * size, (head + 1) * size)
+        for projection, turn in ((attention.q_proj, 0.0), (attention.k_proj, head + 1.0)):
+            projection.weight[rows] = 0
+            projection.bias[rows][:4] = strength * (turn * theta).cos()
+            projection.bias[rows][size // 2 : size // 2 + 4] = strength * (turn * theta).sin()
+        attention.v_proj.weight[rows] *= 1.5
+        attention.o_proj.weight[:, rows] *= 1.5
+
+
+def _half(fourier: HorizontalFourier, axis: str, place: Tensor) -> Tensor:
+    """The share of F at `place` that comes from one axis, while F is still linear in its features."""
+    phase = place @ fourier.frequencies
+    r = torch.cat([phase.cos(), phase.sin()]) / math.sqrt(2 * len(phase))
+    own = torch.arange(len(r)) % len(phase) < len(phase) // 2
+    return fourier.out(F.gelu(fourier.lift(r * (own if axis == "x" else ~own))))
+
+
+class Model(nn.Module):
+    """Proxy3D around a Qwen2.5-VL: frozen tower -> proxies -> language model. See the file's docstring for shapes."""
+
+    def __init__(self, config: Config, text: data.TinyText | data.HubText):
+        super().__init__()
+        self.config, self.text = config, text
+        if config.attention != "sdpa":  # eager would add the mask's booleans, flash attention takes none
+            raise data.DataError(f"attention = {config.attention}: packed questions need the mask of sdpa; leave it unset")
+        if config.llm is None:
+            self.llm = build_llm(config, len(text))
+            if config.tower == "conv":
+                self.llm.model.visual = TinyTower(config.vision_width, config.vision_layers, config.width)
+        else:
+            from transformers import Qwen2_5_VLForConditionalGeneration
+
+            self.llm = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+                config.llm, dtype=getattr(torch, config.dtype), attn_implementation=config.attention)  # fmt: skip
+        self.width = C = self.llm.config.text_config.hidden_size
+        self.fourier = HorizontalFourier(config.fourier, config.fourier_hidden, C, config.fourier_gamma)
+        self.norm, self.anchor = nn.Identity(), None
+        if config.llm is None:  # a tower from scratch ends at the scale of the embeddings; a loaded one is left alone
+            self.norm = nn.LayerNorm(C, bias=False)
+            self.anchor = nn.Parameter(torch.zeros(C))
+            start_tiny(self, text)
+        self.visual, self.cache, self.drawn, self.symbol_features = "proxies", {}, {}, {}
+        self.stage_steps, self.cache_folder, self.contrast = False, None, []
+
+    # -- what trains, and on what
+
+    def parts(self) -> dict[str, list[nn.Module | nn.Parameter]]:
+        anchor = [] if self.anchor is None else [self.anchor]
+        return {"tower": [self.llm.model.visual], "3d": [self.fourier, *anchor],
+                "lm": [self.llm.model.language_model, self.llm.lm_head]}  # fmt: skip
+
+    def begin(self, stage: Stage) -> None:
+        """Freeze everything but the parts the stage trains, and choose what the model sees: "tower" (frames, no
+        questions), "symbols", "symbols+3d" (with positions) or "proxies"."""
+        known = ("tower", "symbols", "symbols+3d", "proxies")
+        if stage.visual not in known or not set(stage.trains) <= set(self.parts()):
+            raise ValueError(f"stage {stage.name}: visual is one of {known}, trains a subset of {tuple(self.parts())}")
+        self.requires_grad_(False)
+        for name in stage.trains:
+            if name == "3d" and stage.visual == "symbols":
+                continue  # the paper lists it from stage I on; before positions are seen it has no gradient
+            for part in self.parts()[name]:
+                part.requires_grad_(True)
+        if "tower" in stage.trains:
+            self.symbol_features, self.cache = {}, {}
+        self.visual, self.stage_steps = stage.visual, stage.steps
+
+    # -- the vision tower
+
+    @property
+    def cell(self) -> int:
+        """Pixels per token and side."""
+        visual = self.llm.model.visual
+        return visual.patch if isinstance(visual, TinyTower) else \
+            visual.config.patch_size * visual.config.spatial_merge_size  # fmt: skip
+
+    def look(self, images: Tensor, together: bool = False) -> Tensor:
+        """The vision tower: images [V, H, W, 3] uint8 -> tokens [V, h, w, C]; `together`: frames of one scene, which
+        may see each other."""
+        visual, images = self.llm.model.visual, images.to(self.llm.device)
+        if isinstance(visual, TinyTower):
+            return self.norm(visual(images))
+        return self.norm(qwen_tokens(visual, images, together and self.config.inter_frame))
+
+    def symbols(self, keys: Sequence[tuple]) -> Tensor:
+        """Symbol features [len(keys), C]: ("id", 12) or ("category", name, colour); the tower sees each image once."""
+        missing = [k for k in dict.fromkeys(keys) if k not in self.symbol_features]
+        if missing:
+            draw = {"id": lambda i: draw_identifier(i, self.config.symbol),
+                    "category": lambda c, colour: draw_category(c, colour, self.config.symbol, self.config.symbols)}
+            self.drawn.update({k: draw[k[0]](*k[1:]) for k in missing if k not in self.drawn})
+            images = np.stack([self.drawn[k] for k in missing])
+            whole = images.shape[1] // self.cell * self.cell
+            seen = self.look(torch.from_numpy(images[:, :whole, :whole])).flatten(1, 2).mean(1)
+            fresh = dict(zip(missing, self.norm(seen), strict=True))
+            if "tower" in self.visual:  # the tower is training: nothing may be kept
+                return torch.stack([fresh[k] for k in keys])
+            self.symbol_features.update({k: v.detach() for k, v in fresh.items()})
+        return torch.stack([self.symbol_features[k] for k in keys])
+
+    # -- scenes to tokens
+
+    def cache_key(self) -> str:
+        """Short hash of all that the proxies depend on: settings and the tower's weights."""
+        c = self.config
+        about = repr((c.budget, c.floor, c.grid, c.frames, c.semantic_grouping, c.inter_frame, c.clustering, c.lloyd,
+                      c.neighbours)).encode()  # fmt: skip
+        digest = hashlib.sha256(about)
+        for name, value in self.llm.model.visual.named_parameters():
+            digest.update(name.encode() + value.detach().float().cpu().clone().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @torch.no_grad()
+    def proxies(self, scene: Scene) -> dict[str, Tensor]:
+        """All frozen work on one scene: {"z" [K, C] float16, "c" [K, 3] metres, "owner" [K] object id, 0 = none}."""
+        config, frames = self.config, scene.frames
+        if frames is None:
+            raise data.DataError(f"{scene.name}: Proxy3D needs posed frames with depth; this source has points only")
+        V = len(frames.colour)
+        pick = np.unique(np.linspace(0, V - 1, min(config.frames, V)).round().astype(int))
+        colour = torch.from_numpy(frames.colour[pick]).to(self.llm.device)
+        want = (config.grid[0] * self.cell, config.grid[1] * self.cell)
+        if tuple(colour.shape[1:3]) != want:
+            colour = F.interpolate(colour.permute(0, 3, 1, 2).float(), want, mode="bilinear", antialias=True)
+            colour = colour.round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+        points = data.unproject(frames.depth[pick], frames.intrinsics[pick], frames.poses[pick])
+        f, p, m = patch_triplets(self.look(colour, together=True).float(), torch.from_numpy(points).to(colour.device),
+                                 torch.from_numpy(frames.masks[pick]).to(colour.device).long())  # fmt: skip
+        if config.semantic_grouping:
+            z, c, owner = cluster(f, p, m, config.budget, config.floor, config.clustering, config.lloyd)
+            order = bfs_order(c, owner, config.neighbours)
+        else:
+            z, c, owner = cluster_without_groups(f, p, m, config.budget, config.clustering, config.lloyd)
+            order = bfs_order(c, torch.zeros_like(owner), config.neighbours)
+        return {"z": z[order].half(), "c": c[order], "owner": owner[order]}
+
+    def prepare(self, scenes: Sequence[Scene], cache: Path | None = None, rank: int = 0, world: int = 1,
+                progress=lambda items, what: items) -> None:  # fmt: skip
+        """Frozen work, once: the pictures of all symbols of these scenes and, where real proxies are seen, the proxies,
+        each rank its share (the others' are then read from the cache folder)."""
+        things = {(o.category, o.colour) for s in scenes for o in s.objects}
+        colours = sorted({*data.COLOURS, *(colour for _, colour in things)})  # recolouring draws any
+        categories = sorted({category for category, _ in things})
+        words = [self.text.encode(n)[0] for n in (*categories, *colours) if n]
+        self.contrast = sorted({*words, *(self.text.encode(f"<OBJ{i:03d}>")[0] for i in range(100))})
+        if self.visual == "tower":
+            return
+        icons = [("category", c, k) for c in categories for k in (*colours, "white")] * (self.visual != "proxies")
+        self.symbols([*(("id", i) for i in range(100)), *icons])
+        if self.visual == "proxies":
+            self.cache_folder = None if cache is None else Path(cache) / self.cache_key()
+            for scene in progress([s for i, s in enumerate(scenes) if i % world == rank], "proxies"):
+                self.load_proxies(scene)
+
+    def load_proxies(self, scene: Scene) -> dict[str, Tensor]:
+        """From memory, else from the cache folder, else computed (and written)."""
+        if scene.name not in self.cache:
+            path = None if self.cache_folder is None else self.cache_folder / f"{scene.name}.npz"
+            if path is not None and path.exists():
+                with np.load(path, allow_pickle=False) as stored:
+                    found = {k: torch.from_numpy(stored[k]) for k in ("z", "c", "owner")}
+            else:
+                found = {k: v.cpu() for k, v in self.proxies(scene).items()}
+                if path is not None:
+                    data.write_npz(path, **{k: v.numpy() for k, v in found.items()})
+            self.cache[scene.name] = found
+        return self.cache[scene.name]
+
+    def scene_length(self, scene: Scene) -> int:
+        """How many tokens the scene will take."""
+        if self.visual == "proxies":
+            return len(self.load_proxies(scene)["c"])
+        return len(scene.identifiers)
+
+    def encode(self, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
+        """Scene tokens [B, K, D] and valid [B, K]; what they are depends on the stage."""
+        device = self.llm.device
+        B, K = len(scenes), max(self.scene_length(s) for s in scenes)
+        z = torch.zeros(B, K, self.width, device=device)  # [B, K, D] what is seen
+        c = torch.zeros(B, K, 3, device=device)  # [B, K, 3] where
+        identifier = torch.full((B, K), -1)  # [B, K] 0..99, -1 = none
+        valid = torch.zeros(B, K, dtype=torch.bool, device=device)  # [B, K]
+        for b, scene in enumerate(scenes):
+            seen, centre, number = (self.proxy_tokens if self.visual == "proxies" else self.symbol_tokens)(scene)
+            k = len(seen)
+            z[b, :k], c[b, :k], identifier[b, :k], valid[b, :k] = seen, centre, number, True
+        if self.visual != "symbols":  # spatial encodings act from stage II on
+            if self.anchor is not None:
+                z = z + self.anchor  # [B, K, D]
+            z = rotate_height(z, c[..., 2], self.config.height_unit) + self.fourier(c[..., :2]).to(z)  # Eq. (4)
+        used = identifier >= 0
+        numbers, index = identifier[used].unique(return_inverse=True)
+        if len(numbers):
+            f_id = self.symbols([("id", i) for i in numbers.tolist()])[index.to(device)]  # [number of used, D]
+            z = z.masked_scatter(used[..., None].to(device), z[used.to(device)] + f_id)  # [B, K, D]
+        return z, valid
+
+    def symbol_tokens(self, scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
+        """Stages I-III: one "chess piece" per object: f_sem [n, D], centres [n, 3], identifiers [n]."""
+        things = [o for o in scene.objects if o.id in scene.identifiers]
+        tint = self.config.llm is None or not any(o.category for o in things)
+        f_sem = self.symbols([("category", o.category, o.colour if tint else "white") for o in things])
+        centres = torch.from_numpy(np.stack([o.box[:3] for o in things])).float()
+        order = self.object_order(scene, centres)
+        numbers = torch.tensor([scene.identifiers[o.id] for o in things])
+        return f_sem[order.to(f_sem.device)], centres[order].to(f_sem.device), numbers[order]
+
+    def object_order(self, scene: Scene, centres: Tensor) -> Tensor:
+        """BFS order of the objects; mirroring a scene does not change it, so it is computed once per scene."""
+        key = ("order", scene.name)
+        if key not in self.cache or len(self.cache[key]) != len(centres):
+            self.cache[key] = bfs_order(centres, torch.arange(len(centres)), self.config.neighbours)
+        return self.cache[key]
+
+    def proxy_tokens(self, scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
+        """Stage IV: real proxies z [K, D], centres [K, 3] turned with the scene, identifiers [K] of their objects."""
+        found = self.load_proxies(scene)
+        device = self.llm.device
+        turn = torch.from_numpy(scene.turn).float().to(device)
+        numbers = torch.tensor([scene.identifiers.get(i, -1) for i in found["owner"].tolist()])
+        z = self.norm(found["z"].to(device).to(self.llm.dtype))
+        return z.float(), found["c"].to(device) @ turn.T, numbers
+
+    def token_centres(self, scene: Scene) -> np.ndarray:
+        """Where the scene's tokens are [K, 3], for pictures."""
+        return (self.proxy_tokens if self.visual == "proxies" else self.symbol_tokens)(scene)[1].cpu().numpy()
+
+    def pictures(self, scenes: Sequence[Scene], folder: Path, count: int = 4) -> list[Path]:
+        """Some scenes with their segments, boxes, identifiers and proxies; returns the files."""
+        paths = []
+        for scene in scenes[:count]:
+            shown = scene if scene.identifiers else replace(
+                scene, identifiers=data.number_objects(scene, np.random.default_rng(0)))  # fmt: skip
+            paths.append(folder / f"{scene.name}.png")
+            data.draw_scene(shown, paths[-1], tokens=self.token_centres(shown))
+        return paths
+
+    @contextlib.contextmanager
+    def untrained_tower(self):
+        """The same model, but what it sees comes from a tower at its initial weights."""
+        visual = self.llm.model.visual
+        kept = {k: v.clone() for k, v in visual.state_dict().items()}, self.cache, self.symbol_features, self.cache_folder
+        self.cache, self.symbol_features, self.cache_folder = {}, {}, None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            start_weights(visual)
+        yield
+        visual.load_state_dict(kept[0])
+        _, self.cache, self.symbol_features, self.cache_folder = kept
+
+    def baselines(self) -> dict:
+        """Columns beside the score: only where the tower was trained here."""
+        return {} if self.config.llm else {"untrained tower": self.untrained_tower()}
+
+    # -- questions
+
+    @staticmethod
+    def refer(scene: Scene, object_id: int) -> str:
+        """How a question names an object: by its identifier."""
+        return f"<OBJ{scene.identifiers[object_id]:03d}>"
+
+    def batch(self, groups: Sequence[tuple[Scene, Sequence[Sample]]]) -> dict:
+        """Scenes with their questions -> tensors (see data.collate)."""
+        if self.visual == "tower":
+            return {"scenes": [scene for scene, _ in groups], "samples": []}
+        lengths = [self.scene_length(scene) for scene, _ in groups]
+        return data.collate(groups, self.text, lengths, self.refer, self.stage_steps)
+
+    def embed(self, ids: Tensor, tokens: Tensor, valid: Tensor) -> Tensor:
+        """Word embeddings with the scene's tokens in place of the placeholders: ids [R, T] -> [R, T, D]."""
+        embeds = self.llm.get_input_embeddings()(ids.clamp(min=0))  # [R, T, D]
+        return embeds.masked_scatter((ids == SCENE)[..., None], tokens[valid].to(embeds))  # [R, T, D]
+
+    def forward(self, batch: dict) -> dict[str, Tensor]:
+        """Eq. (6): summed next-token loss over answer tokens, {"loss", "weight", "correct"} (weight = how many)."""
+        if self.visual == "tower":
+            return self.tower_loss(batch["scenes"])
+        device = self.llm.device
+        ids, labels, positions, block = (batch[k].to(device) for k in ("ids", "labels", "positions", "block"))
+        tokens, valid = self.encode(batch["scenes"])  # [S, K, D], [S, K]
+        embeds = self.embed(ids, tokens, valid)  # [S, T, D]
+        mask = data.packed_mask(block)  # [S, 1, T, T]
+        hidden = self.llm.model.language_model(
+            inputs_embeds=embeds, attention_mask={"full_attention": mask}, position_ids=positions.expand(3, -1, -1),
+            use_cache=False).last_hidden_state  # [S, T, D]  # fmt: skip
+        answered = labels != IGNORE  # [S, T]
+        logits = self.llm.lm_head(hidden[answered]).float()  # [A, vocabulary]
+        target = labels[answered]  # [A]
+        correct = (logits.argmax(-1) == target).sum()
+        return {"loss": F.cross_entropy(logits, target, reduction="sum"), "weight": answered.sum(), "correct": correct}
+
+    @torch.no_grad()
+    def generate(self, batch: dict, max_new_tokens: int = 64) -> list[str]:
+        """Greedy answers, one per question in the batch's order; rows are left-padded so that all end together."""
+        device = self.llm.device
+        tokens, valid = self.encode(batch["scenes"])  # [S, K, D]
+        rows = data.unpack_for_generation(batch, self.text)
+        ids, attention, positions, scene = (rows[k].to(device) for k in ("ids", "attention", "positions", "scene"))
+        embeds = self.embed(ids, tokens[scene], valid[scene])  # [Q, T, D]
+        self.llm.model.rope_deltas = None
+        out = self.llm.generate(inputs_embeds=embeds, attention_mask=attention,
+                                position_ids=positions.expand(3, -1, -1), max_new_tokens=max_new_tokens,
+                                do_sample=False, repetition_penalty=1.0, pad_token_id=self.text.pad,
+                                eos_token_id=self.text.eos)  # fmt: skip
+        return [self.text.decode(row) for row in out.tolist()]
+
+    # -- stage 0 of the tiny preset
+
+    def names(self, thing: data.Thing) -> tuple[int, int]:
+        """The words of its category and colour; where one is unknown the other stands for both."""
+        category, colour = (self.text.encode(n)[:1] for n in (thing.category, thing.colour))
+        return tuple((category or colour) + (colour or category))
+
+    def sightings(self, scene: Scene) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Patch labels [V, h, w] and, per object, rows of (view, patch row, patch column) of its middle; found once."""
+        key = ("seen", scene.name)
+        if key not in self.cache:
+            label = majority(torch.from_numpy(scene.frames.masks).long(), *self.config.grid).numpy()  # [V, h, w]
+            view, row, column = np.indices(label.shape)
+            n = int(label.max()) + 1
+            pair = (view * n + label).ravel()  # (view, label)
+            count = np.maximum(np.bincount(pair, minlength=len(label) * n), 1)
+            middle = [np.bincount(pair, weights=x.ravel(), minlength=len(label) * n) / count for x in (row, column)]
+            rows = np.stack([np.repeat(np.arange(len(label)), n), *middle], 1).reshape(-1, n, 3)
+            seen = np.bincount(pair, minlength=len(label) * n).reshape(-1, n) > 0
+            shown = [o.id for o in scene.objects if o.id < n and seen[:, o.id].any()]
+            self.cache[key] = label, [rows[seen[:, i], i] for i in shown]
+        return self.cache[key]
+
+    def tower_loss(self, scenes: Sequence[Scene], crops: int = 6) -> dict[str, Tensor]:
+        """Stand-in for vision-language pre-training: every patch names its object's category and colour, in the
+        language model's own word vectors; so do the symbol images, and the pictures of digits name identifiers.
+
+        Trained on crops of half a frame around objects, so that small and rare things are seen as often as large ones.
+        """
+        (h, w), cell = self.config.grid, self.cell
+        h, w = h // 2, w // 2
+        images, targets, weights = [], [], []
+        words = self.llm.get_input_embeddings().weight.detach()  # [vocabulary, D], frozen in this stage
+        for scene in scenes:
+            rng = np.random.default_rng(list(scene.identifiers.values()))
+            label, seen = self.sightings(scene)
+            name = torch.zeros(int(label.max()) + 1, 2, dtype=torch.long)
+            for o in scene.objects:
+                if o.id < len(name):
+                    name[o.id] = torch.tensor(self.names(o))
+            for _ in range(crops):
+                places = seen[rng.integers(len(seen))]
+                view, row, column = places[rng.integers(len(places))] + [0, *rng.uniform(-1.5, 1.5, 2)]
+                v, top = int(view), int(np.clip(round(row - h / 2), 0, label.shape[1] - h))
+                left = int(np.clip(round(column - w / 2), 0, label.shape[2] - w))
+                images.append(scene.frames.colour[v, top * cell : (top + h) * cell, left * cell : (left + w) * cell])
+                inside = torch.from_numpy(label[v, top : top + h, left : left + w]).flatten()
+                weight = torch.bincount(inside, minlength=len(name)).clamp(min=1).float().rsqrt()  # patches per object
+                weight[0] = 0  # floor and walls have no name
+                targets.append(name[inside])
+                weights.append(weight[inside])
+        seen = self.look(torch.from_numpy(np.stack(images))).flatten(0, 2)  # [patches, D]
+        target, weight = torch.cat(targets), torch.cat(weights)
+        seen, target, weight = seen[weight > 0], target[weight > 0], weight[weight > 0]
+
+        things = [o for s in scenes for o in s.objects[:2]]  # objects come in no order
+        numbers = [i for s in scenes for i in list(s.identifiers.values())[:2]]
+        symbols = [*(("category", o.category, o.colour) for o in things), *(("id", i) for i in numbers)]
+        symbol_names = [*(self.names(o) for o in things), *(self.text.encode(f"<OBJ{i:03d}>") * 2 for i in numbers)]
+
+        features = torch.cat([seen, self.symbols(symbols)])  # [R, D]
+        target = torch.cat([target, torch.tensor(symbol_names)]).to(words.device)  # [R, 2] both words are right
+        weight = torch.cat([weight, torch.full((len(symbols),), 4.0)]).to(words.device)  # [R] few, and they matter
+        names = torch.tensor(self.contrast, device=words.device)
+        target = torch.searchsorted(names, target)  # [R, 2] as places in the list of names
+        logits = 0.2 * features @ words[names].T  # [R, names]
+        told = -logits.log_softmax(-1).gather(1, target).mean(1)  # [R] which names, and
+        apart = 1 - F.cosine_similarity(features, words[names][target].sum(1), dim=-1)  # [R] written as their sum
+        loss = ((told + apart) * weight).sum()
+        top = logits[: len(seen)].topk(2).indices
+        both = (top[:, :, None] == target[: len(seen), None, :]).any(1).all(1).float()  # patches with both words on top
+        return {"loss": loss, "weight": weight.sum(), "correct": both.mean() * weight.sum()}
+
+
+# ---- 7 the paper's recipe --------------------------------------------------------------------------------------------
+
+TASKS: dict = {}  # Proxy3D needs no question types beyond data.TASKS
+
+SPACESPAN = {  # supp. Table 2: source -> (thousands of questions, what they ask); the rounded rows give 319K, not 318K
+    "ScanQA": (26, "text"), "SQA3D": (26, "text"), "Scan2Cap": (32, "text"), "ScanRefer": (32, "id"),
+    "Multi3DRefer": (39, "id"), "MMScan-QA": (57, "text"), "MMScan-VG": (57, "id"), "SR-91K-number": (30, "number"),
+    "SR-91K-choice": (20, "choice"),
+}  # fmt: skip
+_MIX = {"colour": 13, "what": 13, "situated": 26, "caption": 32, "ground": 32, "multi": 39, "where": 29, "exist": 28,
+        "ground_relation": 29, "ground_multiple": 28, "count": 10, "vsi_abs_distance": 10, "vsi_object_size": 5,
+        "vsi_room_size": 5, "vsi_rel_distance": 10, "vsi_rel_direction": 10}  # fmt: skip  # drawn in SpaceSpan's shares
+
+_RETRIEVE = {"ground": 0.25, "ground_category": 0.2, "id_category": 0.25, "id_colour": 0.2, "colour": 0.1}
+_TINY = dict(lr=2e-3, weight_decay=0.01, per_scene=16, batch=256, schedule="constant", warmup=0.1, steps=True)
+
+STAGES = {
+    "paper": [  # supp. Table 1; the questions of stages I-III are generated, stage IV's are SpaceSpan's shares
+        Stage("I identifiers", {"id_category": 0.5, "ground_category": 0.5}, ("3d", "lm"), "symbols", epochs=1,
+              samples=30_000),
+        Stage("II coordinates", {"coordinate": 1.0}, ("3d", "lm"), "symbols+3d", epochs=3, samples=30_000),
+        Stage("III relations", {"relation": 0.5, "distance_ids": 0.2, "id_colour": 0.3}, ("lm",), "symbols+3d",
+              epochs=3, samples=115_000),
+        Stage("IV proxies", _MIX, ("lm",), "proxies", epochs=1, samples=318_000, batch=128, accumulate=2),
+    ],
+    "tiny": [
+        Stage("0 tower", {}, ("tower",), "tower", iterations=1500, batch=16, lr=4e-3, schedule="cosine",
+              warmup=0.03),
+        Stage("I identifiers", _RETRIEVE, ("3d", "lm"), "symbols", iterations=700, until=0.96, recolour=True, **_TINY),
+        Stage("II coordinates", {"coordinate": 0.6, "ground": 0.2, "id_category": 0.1, "id_colour": 0.1}, ("3d", "lm"),
+              "symbols+3d", iterations=350, until=0.8, recolour=True, **_TINY),
+        Stage("III relations", {"subtract": 0.6, "norm": 0.1, "distance_ids": 0.08, "coordinate": 0.08, "ground": 0.04,
+                                "id_category": 0.03, "relation": 0.07}, ("lm",), "symbols+3d", iterations=400,
+              recolour=True, **{**_TINY, "batch": 768, "per_scene": 48}),
+        Stage("IV proxies", {"ground": 0.1, "ground_multiple": 0.1, "coordinate": 0.1, "distance_ids": 0.15,
+                             "colour": 0.1, "what": 0.1, "count": 0.1, "exist": 0.1, "where": 0.1, "id_category": 0.05},
+              ("lm",), "proxies", iterations=900, **{**_TINY, "schedule": "linear"}),
+    ],
+}  # fmt: skip
+
+
+# ---- 8 alternatives the paper compares with --------------------------------------------------------------------------
+
+
+def dpc_knn(points: np.ndarray, count: int, k: int = 5) -> np.ndarray:
+    """Density-peak clustering: owner [n] in 0..count-1 of points [n, 3]. Density from the k nearest points; centres are
+    dense points far from any denser one; every point goes to its nearest centre. Ties: the lower index is denser."""
+    n = len(points)
+    distance = np.sqrt(np.maximum(np.square(points[:, None] - points[None]).sum(-1), 0))  # [n, n]
+    density = np.exp(-np.square(np.sort(distance, axis=1)[:, 1 : min(k, n - 1) + 1]).mean(1)) if n > 1 else np.ones(1)
+    rank = np.empty(n, dtype=np.int64)
+    rank[np.lexsort((np.arange(n), -density))] = np.arange(n)
+    denser = rank[None] < rank[:, None]  # [n, n] column is denser than row
+    peak = np.where(denser, distance, np.inf).min(1)
+    peak[rank == 0] = distance.max()
+    centres = np.lexsort((np.arange(n), -density * peak))[:count]
+    owner = distance[:, centres].argmin(1)
+    owner[centres] = np.arange(count)  # a centre owns itself also among duplicates, so no proxy is empty
+    return owner
+
+
+CLUSTERING = {"fps": lambda points, count: farthest_seeds(points, count)[1], "dpc_knn": dpc_knn}
+
+
+def cluster_without_groups(features: Tensor, points: Tensor, labels: Tensor, budget: int, method: str = "fps",
+                           lloyd: int = 0) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Table 4, "no semantic grouping": one clustering of the whole scene; a proxy's label is its patches' majority
+    (ties: the lowest label). Shapes as in `cluster`."""
+    classes, which = labels.unique(return_inverse=True)
+    hot = F.one_hot(which, len(classes)).to(features)  # averaging one-hot labels counts votes, in cluster's own sums
+    both = torch.cat([features.float(), hot.float()], 1)
+    z, c, _ = cluster(both, points, torch.zeros_like(labels), budget, 1, method, lloyd)
+    C = features.shape[1]
+    return z[:, :C], c, classes[z[:, C:].argmax(1)]
+
+
+@torch.no_grad()
+def attention_map(model: Model, scene: Scene, sample: Sample) -> Tensor:
+    """Supp. Fig. 3: how much the last layer looks at every scene token, over all text queries and heads: [K], sum 1."""
+    batch = model.batch([(scene, [sample])])
+    device = model.llm.device
+    ids, positions, block = (batch[k].to(device) for k in ("ids", "positions", "block"))
+    tokens, valid = model.encode(batch["scenes"])
+    mask = torch.zeros(data.packed_mask(block).shape, device=device, dtype=model.llm.dtype)
+    mask = mask.masked_fill(~data.packed_mask(block), torch.finfo(mask.dtype).min)
+    before = model.llm.config._attn_implementation
+    model.llm.set_attn_implementation("eager")  # the fused kernels do not return their weights
+    try:
+        attention = model.llm.model.language_model(
+            inputs_embeds=model.embed(ids, tokens, valid), attention_mask={"full_attention": mask},
+            position_ids=positions.expand(3, -1, -1), use_cache=False,
+            output_attentions=True).attentions[-1]  # fmt: skip
+    finally:
+        model.llm.set_attn_implementation(before)
+    looked = attention[0].mean(0)[(block[0] > 0)][:, ids[0] == SCENE].sum(0)  # [K]
+    return looked / looked.sum()
