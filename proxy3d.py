@@ -361,7 +361,7 @@ def draw_identifier(number: int, size: int) -> np.ndarray:
 def draw_category(category: str, colour: str, size: int, folder: str | None = None) -> np.ndarray:
     """G_sem's picture [size, size, 3] uint8: folder/<category>.png where a folder is given, else the drawn icon."""
     if folder is None:
-        return data.category_icon(category, colour, size)
+        return data.category_icon(category, colour or "white", size)
     from PIL import Image
 
     path = Path(folder) / f"{category}.png"
@@ -515,7 +515,7 @@ class Model(nn.Module):
         super().__init__()
         self.config, self.text = config, text
         if config.attention != "sdpa":  # eager would add the mask's booleans, flash attention takes none
-            raise data.DataError(f"attention = {config.attention}: packed questions need the mask of sdpa; leave it unset")
+            raise data.DataError(f"attention = {config.attention}: packed questions need sdpa's mask; leave it unset")
         if config.llm is None:
             self.llm = build_llm(config, len(text))
             if config.tower == "conv":
@@ -732,14 +732,17 @@ class Model(nn.Module):
     def untrained_tower(self):
         """The same model, but what it sees comes from a tower at its initial weights."""
         visual = self.llm.model.visual
-        kept = {k: v.clone() for k, v in visual.state_dict().items()}, self.cache, self.symbol_features, self.cache_folder
+        weights = {k: v.clone() for k, v in visual.state_dict().items()}
+        kept = weights, self.cache, self.symbol_features, self.cache_folder
         self.cache, self.symbol_features, self.cache_folder = {}, {}, None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             start_weights(visual)
-        yield
-        visual.load_state_dict(kept[0])
-        _, self.cache, self.symbol_features, self.cache_folder = kept
+        try:
+            yield
+        finally:
+            visual.load_state_dict(kept[0])
+            _, self.cache, self.symbol_features, self.cache_folder = kept
 
     def baselines(self) -> dict:
         """Columns beside the score: only where the tower was trained here."""
@@ -852,19 +855,20 @@ class Model(nn.Module):
         target, weight = torch.cat(targets), torch.cat(weights)
         seen, target, weight = seen[weight > 0], target[weight > 0], weight[weight > 0]
 
-        things = [o for s in scenes for o in s.objects[:2]]  # objects come in no order
-        numbers = [i for s in scenes for i in list(s.identifiers.values())[:2]]
+        things = [o for s in scenes for o in s.objects[:4]]  # objects come in no order
+        numbers = [i for s in scenes for i in list(s.identifiers.values())[:4]]
         symbols = [*(("category", o.category, o.colour) for o in things), *(("id", i) for i in numbers)]
         symbol_names = [*(self.names(o) for o in things), *(self.text.encode(f"<OBJ{i:03d}>") * 2 for i in numbers)]
 
         features = torch.cat([seen, self.symbols(symbols)])  # [R, D]
         target = torch.cat([target, torch.tensor(symbol_names)]).to(words.device)  # [R, 2] both words are right
-        weight = torch.cat([weight, torch.full((len(symbols),), 4.0)]).to(words.device)  # [R] few, and they matter
+        weight = torch.cat([weight, torch.full((len(symbols),), 3.0)]).to(words.device)  # [R] few, and they matter
         names = torch.tensor(self.contrast, device=words.device)
         target = torch.searchsorted(names, target)  # [R, 2] as places in the list of names
         logits = 0.2 * features @ words[names].T  # [R, names]
         told = -logits.log_softmax(-1).gather(1, target).mean(1)  # [R] which names, and
         apart = 1 - F.cosine_similarity(features, words[names][target].sum(1), dim=-1)  # [R] written as their sum
+        apart[len(seen) :] *= 4  # symbols are drawn, not seen: they can be exact
         loss = ((told + apart) * weight).sum()
         top = logits[: len(seen)].topk(2).indices
         both = (top[:, :, None] == target[: len(seen), None, :]).any(1).all(1).float()  # patches with both words on top
@@ -897,19 +901,27 @@ STAGES = {
         Stage("IV proxies", _MIX, ("lm",), "proxies", epochs=1, samples=318_000, batch=128, accumulate=2),
     ],
     "tiny": [
-        Stage("0 tower", {}, ("tower",), "tower", iterations=1500, batch=16, lr=4e-3, schedule="cosine",
+        Stage("0 tower", {}, ("tower",), "tower", iterations=1600, batch=16, lr=4e-3, schedule="cosine",
               warmup=0.03),
-        Stage("I identifiers", _RETRIEVE, ("3d", "lm"), "symbols", iterations=700, until=0.96, recolour=True, **_TINY),
+        Stage("I identifiers", _RETRIEVE, ("3d", "lm"), "symbols", iterations=1100, until=0.96, recolour=True, **_TINY),
         Stage("II coordinates", {"coordinate": 0.6, "ground": 0.2, "id_category": 0.1, "id_colour": 0.1}, ("3d", "lm"),
-              "symbols+3d", iterations=350, until=0.8, recolour=True, **_TINY),
+              "symbols+3d", iterations=400, until=0.96, recolour=True, **_TINY),
         Stage("III relations", {"subtract": 0.6, "norm": 0.1, "distance_ids": 0.08, "coordinate": 0.08, "ground": 0.04,
-                                "id_category": 0.03, "relation": 0.07}, ("lm",), "symbols+3d", iterations=400,
+                                "id_category": 0.03, "relation": 0.07}, ("lm",), "symbols+3d", iterations=350,
               recolour=True, **{**_TINY, "batch": 768, "per_scene": 48}),
         Stage("IV proxies", {"ground": 0.1, "ground_multiple": 0.1, "coordinate": 0.1, "distance_ids": 0.15,
                              "colour": 0.1, "what": 0.1, "count": 0.1, "exist": 0.1, "where": 0.1, "id_category": 0.05},
-              ("lm",), "proxies", iterations=900, **{**_TINY, "schedule": "linear"}),
+              ("lm",), "proxies", iterations=1200, **{**_TINY, "schedule": "linear"}),
     ],
 }  # fmt: skip
+
+
+def recipe(config: Config, stages: list[Stage]) -> list[Stage]:
+    """The stages for a configuration. Table 4, without coordinate alignment: no stage II, and F trains in stage IV."""
+    if config.coordinate_stage:
+        return stages
+    kept = [s for s in stages if not s.name.startswith("II ")]
+    return [*kept[:-1], replace(kept[-1], trains=("3d", *kept[-1].trains))]
 
 
 # ---- 8 alternatives the paper compares with --------------------------------------------------------------------------
@@ -956,14 +968,15 @@ def attention_map(model: Model, scene: Scene, sample: Sample) -> Tensor:
     tokens, valid = model.encode(batch["scenes"])
     mask = torch.zeros(data.packed_mask(block).shape, device=device, dtype=model.llm.dtype)
     mask = mask.masked_fill(~data.packed_mask(block), torch.finfo(mask.dtype).min)
-    before = model.llm.config._attn_implementation
-    model.llm.set_attn_implementation("eager")  # the fused kernels do not return their weights
+    language = model.llm.model.language_model
+    before = language.config._attn_implementation
+    language.set_attn_implementation("eager")  # the fused kernels do not return their weights
     try:
-        attention = model.llm.model.language_model(
+        attention = language(
             inputs_embeds=model.embed(ids, tokens, valid), attention_mask={"full_attention": mask},
             position_ids=positions.expand(3, -1, -1), use_cache=False,
             output_attentions=True).attentions[-1]  # fmt: skip
     finally:
-        model.llm.set_attn_implementation(before)
-    looked = attention[0].mean(0)[(block[0] > 0)][:, ids[0] == SCENE].sum(0)  # [K]
+        language.set_attn_implementation(before)
+    looked = attention[0].float().mean(0)[(block[0] > 0)][:, ids[0] == SCENE].sum(0)  # [K]
     return looked / looked.sum()

@@ -173,6 +173,8 @@ def configure(args: argparse.Namespace, paper) -> tuple[object, list[Stage]]:
         else:
             changes[key] = value
     config = changed(getattr(paper.Config, preset)(), changes, f"key of {args.model}'s Config")
+    if hasattr(paper, "recipe"):  # a setting may add or drop stages
+        stages = {s.name: s for s in paper.recipe(config, list(stages.values()))}
     names = args.stages.split(",") if args.stages else stages
     return config, [stages[pick(n.strip(), stages, "stage")] for n in names]
 

@@ -43,7 +43,6 @@ NOT_RUN = {
         "a GPU",
     "python evaluate.py --run runs/proxy3d --proposals segments": "tests/test_evaluate.py scores segments",
     "python evaluate.py --benchmark rooms/qa --annotations FILE --predictions FILE": "tests/test_evaluate.py",
-    "python data.py cache DIR": "needs the weights of real encoders",
     "python tests/bench.py proxy3d": "timings belong to a quiet machine",
     "python tests/ablate.py proxy3d": "half an hour",
 }
@@ -69,7 +68,7 @@ def test_every_flag_of_a_command_is_in_its_help(command, capsys, monkeypatch):
     """`--help` is what the program's own parser knows; words that are no flag must be known to it too, or be values."""
     program, *words = command
     flags = [w for w in words if w.startswith("--")]
-    branch = [w for w in words[:1] if w in ("check", "rooms", "cache")]
+    branch = [w for w in words[:1] if w in ("check", "rooms")]
     said = help_of(program, branch, capsys, monkeypatch)
     assert [f for f in flags if not re.search(rf"{f}\b", said)] == []
 
