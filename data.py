@@ -2439,6 +2439,7 @@ class Stage:
     until: float | None = None  # leave once the running answer-token accuracy exceeds this
     steps: bool = False  # write Sample.steps before the answer
     recolour: bool = False  # draw new object colours at every use (symbols only)
+    score: tuple[str, ...] = ()  # benchmarks to ask at the end of this stage, before the next changes the model
 
 
 def collate(groups: Sequence[tuple[Scene, Sequence[Sample]]], text: TinyText | HubText, lengths: Sequence[int],

@@ -634,9 +634,9 @@ class Model(nn.Module):
         things = {(o.category, o.colour) for s in scenes for o in s.objects}
         colours = sorted({*data.COLOURS, *(colour for _, colour in things)})  # recolouring draws any
         categories = sorted({category for category, _ in things})
-        words = [self.text.encode(n)[0] for n in (*categories, *colours) if n]
-        self.contrast = sorted({*words, *(self.text.encode(f"<OBJ{i:03d}>")[0] for i in range(100))})
-        if self.visual == "tower":
+        if self.visual == "tower":  # the names that stage 0 tells apart
+            names = [*categories, *colours, *(f"<OBJ{i:03d}>" for i in range(100))]
+            self.contrast = sorted({self.text.unk, *(self.text.encode(n)[0] for n in names if n)})
             return
         icons = [("category", c, k) for c in categories for k in (*colours, "white")] * (self.visual != "proxies")
         self.symbols([*(("id", i) for i in range(100)), *icons])
@@ -824,54 +824,53 @@ class Model(nn.Module):
         return self.cache[key]
 
     def tower_loss(self, scenes: Sequence[Scene], crops: int = 6) -> dict[str, Tensor]:
-        """Stand-in for vision-language pre-training: every patch names its object's category and colour, in the
-        language model's own word vectors; so do the symbol images, and the pictures of digits name identifiers.
+        """Stand-in for vision-language pre-training: the mean feature of a piece of an object names its category and
+        colour, in the language model's own word vectors; what belongs to no object is <unk>. So do the symbol images,
+        and the pictures of digits name identifiers.
 
-        Trained on crops of half a frame around objects, so that small and rare things are seen as often as large ones.
+        Trained on crops of half a frame around objects, so that small and rare things are seen as often as large ones,
+        and on means over pieces (an object's patches in a quarter of the crop), because proxies are such means.
         """
         (h, w), cell = self.config.grid, self.cell
         h, w = h // 2, w // 2
-        images, targets, weights = [], [], []
-        words = self.llm.get_input_embeddings().weight.detach()  # [vocabulary, D], frozen in this stage
+        quarter = (torch.arange(h) * 2 // h)[:, None] * 2 + (torch.arange(w) * 2 // w)[None]  # [h, w] in 0..3
+        images, pieces, names = [], [], {}  # pieces: (crop, object, quarter) of every patch as one number
         for scene in scenes:
             rng = np.random.default_rng(list(scene.identifiers.values()))
             label, seen = self.sightings(scene)
-            name = torch.zeros(int(label.max()) + 1, 2, dtype=torch.long)
-            for o in scene.objects:
-                if o.id < len(name):
-                    name[o.id] = torch.tensor(self.names(o))
+            known = {o.id: self.names(o) for o in scene.objects}
             for _ in range(crops):
                 places = seen[rng.integers(len(seen))]
                 view, row, column = places[rng.integers(len(places))] + [0, *rng.uniform(-1.5, 1.5, 2)]
                 v, top = int(view), int(np.clip(round(row - h / 2), 0, label.shape[1] - h))
                 left = int(np.clip(round(column - w / 2), 0, label.shape[2] - w))
+                here = torch.from_numpy(label[v, top : top + h, left : left + w])  # [h, w]
+                names.update({(len(images), i): known.get(i, (self.text.unk,) * 2) for i in here.unique().tolist()})
+                pieces.append((len(images) * 4096 + here) * 4 + quarter)
                 images.append(scene.frames.colour[v, top * cell : (top + h) * cell, left * cell : (left + w) * cell])
-                inside = torch.from_numpy(label[v, top : top + h, left : left + w]).flatten()
-                weight = torch.bincount(inside, minlength=len(name)).clamp(min=1).float().rsqrt()  # patches per object
-                weight[0] = 0  # floor and walls have no name
-                targets.append(name[inside])
-                weights.append(weight[inside])
-        seen = self.look(torch.from_numpy(np.stack(images))).flatten(0, 2)  # [patches, D]
-        target, weight = torch.cat(targets), torch.cat(weights)
-        seen, target, weight = seen[weight > 0], target[weight > 0], weight[weight > 0]
+        patches = self.look(torch.from_numpy(np.stack(images))).flatten(0, 2)  # [patches, D]
+        piece, which, count = torch.stack(pieces).flatten().unique(return_inverse=True, return_counts=True)
+        which, count = which.to(patches.device), count.to(patches.device)
+        seen = patches.new_zeros(len(piece), self.width).index_add(0, which, patches) / count[:, None]  # [pieces, D]
 
         things = [o for s in scenes for o in s.objects[:4]]  # objects come in no order
         numbers = [i for s in scenes for i in list(s.identifiers.values())[:4]]
         symbols = [*(("category", o.category, o.colour) for o in things), *(("id", i) for i in numbers)]
-        symbol_names = [*(self.names(o) for o in things), *(self.text.encode(f"<OBJ{i:03d}>") * 2 for i in numbers)]
+        target = [names[i // 16384, i // 4 % 4096] for i in piece.tolist()]
+        target += [*(self.names(o) for o in things), *(self.text.encode(f"<OBJ{i:03d}>") * 2 for i in numbers)]
 
-        features = torch.cat([seen, self.symbols(symbols)])  # [R, D]
-        target = torch.cat([target, torch.tensor(symbol_names)]).to(words.device)  # [R, 2] both words are right
-        weight = torch.cat([weight, torch.full((len(symbols),), 3.0)]).to(words.device)  # [R] few, and they matter
-        names = torch.tensor(self.contrast, device=words.device)
-        target = torch.searchsorted(names, target)  # [R, 2] as places in the list of names
-        logits = 0.2 * features @ words[names].T  # [R, names]
-        told = -logits.log_softmax(-1).gather(1, target).mean(1)  # [R] which names, and
-        apart = 1 - F.cosine_similarity(features, words[names][target].sum(1), dim=-1)  # [R] written as their sum
+        features = torch.cat([self.norm(seen), self.symbols(symbols)])  # [R, D]
+        words = self.llm.get_input_embeddings().weight.detach()[self.contrast]  # [names, D], frozen in this stage
+        target = torch.searchsorted(torch.tensor(self.contrast), torch.tensor(target)).to(words.device)  # [R, 2]
+        weight = torch.ones(len(target), device=words.device)  # [R]
+        weight[len(seen) :] = 2.0
+        weight[: len(seen)][piece // 4 % 4096 == 0] = 0.3  # walls and floor are in every crop
+        told = -(0.2 * features @ words.T).log_softmax(-1).gather(1, target).mean(1)  # [R] which names, and
+        apart = 1 - F.cosine_similarity(features, words[target].sum(1), dim=-1)  # [R] written as their sum
         apart[len(seen) :] *= 4  # symbols are drawn, not seen: they can be exact
+        top = (features[: len(seen)] @ words.T).topk(2).indices  # [pieces, 2]
+        both = (top[:, :, None] == target[: len(seen), None]).any(1).all(1).float()  # pieces with both words on top
         loss = ((told + apart) * weight).sum()
-        top = logits[: len(seen)].topk(2).indices
-        both = (top[:, :, None] == target[: len(seen), None, :]).any(1).all(1).float()  # patches with both words on top
         return {"loss": loss, "weight": weight.sum(), "correct": both.mean() * weight.sum()}
 
 
@@ -895,7 +894,8 @@ STAGES = {
     "paper": [  # supp. Table 1; the questions of stages I-III are generated, stage IV's are SpaceSpan's shares
         Stage("I identifiers", {"id_category": 0.5, "ground_category": 0.5}, ("3d", "lm"), "symbols", epochs=1,
               samples=30_000),
-        Stage("II coordinates", {"coordinate": 1.0}, ("3d", "lm"), "symbols+3d", epochs=3, samples=30_000),
+        Stage("II coordinates", {"coordinate": 1.0}, ("3d", "lm"), "symbols+3d", epochs=3, samples=30_000,
+              score=("rooms/coordinate",)),
         Stage("III relations", {"relation": 0.5, "distance_ids": 0.2, "id_colour": 0.3}, ("lm",), "symbols+3d",
               epochs=3, samples=115_000),
         Stage("IV proxies", _MIX, ("lm",), "proxies", epochs=1, samples=318_000, batch=128, accumulate=2),
@@ -904,14 +904,16 @@ STAGES = {
         Stage("0 tower", {}, ("tower",), "tower", iterations=1600, batch=16, lr=4e-3, schedule="cosine",
               warmup=0.03),
         Stage("I identifiers", _RETRIEVE, ("3d", "lm"), "symbols", iterations=1100, until=0.96, recolour=True, **_TINY),
-        Stage("II coordinates", {"coordinate": 0.6, "ground": 0.2, "id_category": 0.1, "id_colour": 0.1}, ("3d", "lm"),
-              "symbols+3d", iterations=400, until=0.96, recolour=True, **_TINY),
-        Stage("III relations", {"subtract": 0.6, "norm": 0.1, "distance_ids": 0.08, "coordinate": 0.08, "ground": 0.04,
-                                "id_category": 0.03, "relation": 0.07}, ("lm",), "symbols+3d", iterations=350,
-              recolour=True, **{**_TINY, "batch": 768, "per_scene": 48}),
-        Stage("IV proxies", {"ground": 0.1, "ground_multiple": 0.1, "coordinate": 0.1, "distance_ids": 0.15,
-                             "colour": 0.1, "what": 0.1, "count": 0.1, "exist": 0.1, "where": 0.1, "id_category": 0.05},
-              ("lm",), "proxies", iterations=1200, **{**_TINY, "schedule": "linear"}),
+        Stage("II coordinates", {"coordinate": 0.45, "ground": 0.12, "id_category": 0.1, "id_colour": 0.1, "exist": 0.13,
+                                 "what": 0.1}, ("3d", "lm"), "symbols+3d", iterations=450, until=0.96, recolour=True,
+              score=("rooms/coordinate",), **_TINY),
+        Stage("III relations", {"subtract": 0.42, "norm": 0.08, "distance_ids": 0.1, "coordinate": 0.06, "ground": 0.06,
+                                "id_category": 0.05, "colour": 0.05, "exist": 0.09, "what": 0.05, "relation": 0.04},
+              ("lm",), "symbols+3d", iterations=300, recolour=True, **{**_TINY, "batch": 768, "per_scene": 48}),
+        Stage("IV proxies", {"ground": 0.1, "ground_multiple": 0.1, "ground_category": 0.05, "multi": 0.03,
+                             "id_category": 0.05, "id_colour": 0.03, "colour": 0.11, "what": 0.13, "where": 0.08,
+                             "count": 0.08, "exist": 0.1, "caption": 0.03, "coordinate": 0.04, "distance_ids": 0.07},
+              ("lm",), "proxies", iterations=1600, **{**_TINY, "schedule": "trapezoid"}),
     ],
 }  # fmt: skip
 

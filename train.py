@@ -657,6 +657,9 @@ def train_stage(run: Run, index: int, position: dict) -> None:
             run.save({**position, "adam": bool(optimizer.state)}, optimizer)
     position.update(stage=index + 1, step=0, running=0.0, adam=False)
     run.save(position)
+    if stage.score and not args.no_eval:
+        ranks.say(f"after stage {stage.name}:")
+        evaluate_run(run, stage, stage.score, args.out / f"after {stage.name}")
 
 
 def update(optimizer: torch.optim.Optimizer, numbers: dict, position: dict, run: Run, draws: Draws) -> None:
@@ -742,6 +745,7 @@ def load_run(folder: Path, paper=None, scenes: tuple | None = None) -> Run:
 
 def run(args: argparse.Namespace, paper=None, scenes: tuple | None = None) -> Run:
     """Train all stages and score the result."""
+    started = time.monotonic()
     begun = check_run(args)
     ranks = start_processes(args.shard)
     whole = build(args, ranks, paper, scenes)
@@ -770,19 +774,27 @@ def run(args: argparse.Namespace, paper=None, scenes: tuple | None = None) -> Ru
     for index in range(position["stage"], len(stages)):
         train_stage(whole, index, position)
     if not args.no_eval:
-        evaluate_run(whole)
+        evaluate_run(whole, stages[-1])
+        draw_pictures(whole)
+    ranks.say(f"{args.out}: done in {(time.monotonic() - started) / 60:.1f} minutes")
     return whole
 
 
-def evaluate_run(run: Run) -> None:
-    """Score the trained model in scenes it never saw, and print the table; every rank takes part."""
+def evaluate_run(run: Run, stage: Stage, names: tuple[str, ...] = (), out: Path | None = None) -> None:
+    """Score the model, as that stage sees, in scenes it never saw, and print the table; every rank takes part."""
+    run.model.begin(stage)
     run.model.eval()
     run.prepare(run.test)
     with gathered(run.model), torch.no_grad():
-        evaluate.evaluate_run(run)
+        evaluate.evaluate_run(run, names, out=out, stage=stage)
+
+
+def draw_pictures(run: Run) -> None:
+    """Some test scenes as the model sees them, where it can show that."""
+    found = [run.args.out / "loss.png"]
     if run.ranks.rank == 0 and hasattr(run.model, "pictures"):
-        for path in run.model.pictures(run.test, run.args.out / "pictures"):
-            run.ranks.say(f"picture: {path}")
+        found += run.model.pictures(run.test, run.args.out / "pictures")
+    run.ranks.say("\n".join(f"picture: {path}" for path in found))
 
 
 def main(argv: list[str] | None = None, paper=None, scenes: tuple | None = None) -> int:

@@ -55,7 +55,7 @@ def clustering(budget: int = 700) -> None:
     theirs = best(kmeans)
     print(f"clustering, {len(p):,} patches in {len(groups)} groups -> {budget} proxies (coordinates, without features)")
     near = kmeans()
-    print(f"  scikit-learn KMeans                 {1000 * theirs:8.1f} ms   mean distance to the own centre {near:.4f} m")
+    print(f"  scikit-learn KMeans                 {1000 * theirs:8.1f} ms   mean distance to own centre {near:.4f} m")
     for name, steps in (("farthest seeds", 0), ("farthest seeds + 1 Lloyd step", 1)):
         ours = best(lambda steps=steps: proxy3d.cluster(narrow, p, m, budget, lloyd=steps), 5)
         total = 0.0
@@ -116,8 +116,8 @@ def latency() -> None:
     spent = best(step, 5)
     questions = sum(len(qs) for _, qs in groups)
     packed = batch["ids"].numel()
-    print(f"training step, stage IV: {spent:.3f} s, {packed / spent:,.0f} tokens/s, {questions / spent:,.0f} questions/s; "
-          f"packing reads {packed:,} tokens where one row per question reads {apart:,} ({apart / packed:.1f} x)")
+    print(f"training step, stage IV: {spent:.3f} s, {packed / spent:,.0f} tokens/s, {questions / spent:,.0f} questions/s;"
+          f" packing reads {packed:,} tokens where one row per question reads {apart:,} ({apart / packed:.1f} x)")
 
 
 BENCHES = {"proxy3d": (clustering, rooms, latency)}
