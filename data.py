@@ -561,7 +561,7 @@ def room(seed: int, objects: int | None = None, views: int = 12, size: int = 96,
     the cloud lies on objects, shared by the root of their surface, so that small ones have points too; superpoints are
     the faces of parts, cut at every metre. Raises ValueError for a number of objects that cannot be furnished.
     """
-    most = len(CATEGORIES) * len(COLOURS) // 2
+    most = len(CATEGORIES) * len(COLOURS) * 2 // 3  # beyond, too few pairs of category and colour are left
     if objects is not None and not 3 <= objects <= most:
         raise ValueError(f"room: objects = {objects}; give 3 to {most}")
     rng = np.random.Generator(np.random.PCG64(seed))

@@ -874,12 +874,13 @@ def run(model: torch.nn.Module, questions: Questions, stage: data.Stage, out: Pa
 
 
 def evaluate_run(done: object, names: Sequence[str] = (), proposals: str = "gt", partial: bool = False,
-                 out: Path | None = None, per_scene: int = 3, batch_size: int = 256,
+                 out: Path | None = None, per_scene: int | None = None, batch_size: int = 256,
                  stage: data.Stage | None = None) -> dict[str, dict]:  # fmt: skip
     """Score a run of train.py (`train.load_run`: model, stages, train and test scenes, args) in its test scenes, as
     `stage` sees (default: its last), in every benchmark of which that stage trained a task, or those named. A model may
     offer `baselines() -> {column: context manager}`: itself without something, asked the same. Returns as `run`."""
     stage = stage or done.stages[-1]
+    per_scene = per_scene or max(3, 60 // len(done.test))  # of every task; more where there are few scenes
     done.model.begin(stage)
     seed, trained = done.args.seed, set(stage.tasks)
     rows = [BENCHMARKS[n] for n in names or BENCHMARKS if names or trained & set(BENCHMARKS[n].tasks)]

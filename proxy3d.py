@@ -59,6 +59,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -904,9 +905,9 @@ STAGES = {
         Stage("0 tower", {}, ("tower",), "tower", iterations=1600, batch=16, lr=4e-3, schedule="cosine",
               warmup=0.03),
         Stage("I identifiers", _RETRIEVE, ("3d", "lm"), "symbols", iterations=1100, until=0.96, recolour=True, **_TINY),
-        Stage("II coordinates", {"coordinate": 0.45, "ground": 0.12, "id_category": 0.1, "id_colour": 0.1, "exist": 0.13,
-                                 "what": 0.1}, ("3d", "lm"), "symbols+3d", iterations=450, until=0.96, recolour=True,
-              score=("rooms/coordinate",), **_TINY),
+        Stage("II coordinates", {"coordinate": 0.45, "ground": 0.12, "id_category": 0.1, "id_colour": 0.1,
+                                 "exist": 0.13, "what": 0.1}, ("3d", "lm"), "symbols+3d", iterations=450, until=0.96,
+              recolour=True, score=("rooms/coordinate",), **_TINY),
         Stage("III relations", {"subtract": 0.42, "norm": 0.08, "distance_ids": 0.1, "coordinate": 0.06, "ground": 0.06,
                                 "id_category": 0.05, "colour": 0.05, "exist": 0.09, "what": 0.05, "relation": 0.04},
               ("lm",), "symbols+3d", iterations=300, recolour=True, **{**_TINY, "batch": 768, "per_scene": 48}),
@@ -982,3 +983,61 @@ def attention_map(model: Model, scene: Scene, sample: Sample) -> Tensor:
         language.set_attn_implementation(before)
     looked = attention[0].float().mean(0)[(block[0] > 0)][:, ids[0] == SCENE].sum(0)  # [K]
     return looked / looked.sum()
+
+
+# ---- 9 demo and command line -----------------------------------------------------------------------------------------
+
+
+def demo() -> None:
+    """One room from pixels to an answer, with real shapes, and a tiny model that learns its questions by heart."""
+    torch.manual_seed(0)
+    scene = data.room(1)
+    scene.identifiers = data.number_objects(scene, np.random.default_rng(0))
+    model = Model(Config.tiny(), data.TinyText(data.vocabulary()))
+    frames, config = scene.frames, model.config
+    with torch.no_grad():
+        f = model.look(torch.from_numpy(frames.colour))
+        p = torch.from_numpy(data.unproject(frames.depth, frames.intrinsics, frames.poses))
+        triplets = patch_triplets(f, p, torch.from_numpy(frames.masks).long())
+        z, c, owner = cluster(*triplets, config.budget, config.floor)
+        order = bfs_order(c, owner)
+    shape = lambda *tensors: ", ".join(str(list(t.shape)) for t in tensors)  # noqa: E731
+    print(f"frames [V, H, W, 3]          {shape(frames.colour)}")
+    print(f"features [V, h, w, C]        {shape(f)}")
+    print(f"triplets f, p, m             {shape(*triplets)}")
+    print(f"groups -> proxies z, c       {len(triplets[2].unique())} -> {shape(z, c)}")
+    print(f"BFS order, first groups      {owner[order].unique_consecutive()[:8].tolist()}")
+    stage = Stage("demo", {"ground": 1.0, "id_colour": 1.0, "colour": 1.0}, ("3d", "lm"), "proxies", iterations=60)
+    model.begin(stage)
+    model.prepare([scene])
+    samples = data.questions(scene, stage.tasks, 24, np.random.default_rng(1))
+    batch = model.batch([(scene, samples)])
+    print(f"packed questions [S, T]      {shape(batch['ids'])}, {len(samples)} of them")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    print(f"parameters that train        {sum(p.numel() for p in model.parameters() if p.requires_grad):,}")
+    for step in range(stage.iterations):
+        out = model(batch)
+        loss = out["loss"] / out["weight"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 10 == 0 or step == stage.iterations - 1:
+            print(f"step {step:3d}  loss {loss.item():.3f}")
+    answer = model.generate(model.batch([(scene, samples[:1])]))[0]
+    texts = (samples[0].question, samples[0].answer)
+    question, truth = (data.substitute(t, lambda i: model.refer(scene, i)) for t in texts)
+    print(f"{question}  ->  {answer}  (true: {truth}; learned by heart, python train.py --model proxy3d learns to see)")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Without arguments the demo; with --scene, --ask and --run, answers about a scene."""
+    try:
+        data.ask_scene(sys.modules[__name__], arguments) if arguments else demo()
+    except data.DataError as error:
+        print(f"proxy3d.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

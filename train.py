@@ -719,6 +719,8 @@ def build(args: argparse.Namespace, ranks: Ranks, paper=None, scenes: tuple | No
     train, test = scenes
     for note in dict.fromkeys(n for s in (*train, *test) for n in s.notes) if len(train) == 1 else ():
         ranks.say(f"note: {note}")
+    if len(train) == 1:
+        ranks.say("note: one scene shows that everything works; it cannot show learning")
     stages = askable(stages, train, ranks.say)
     steps = stage_steps(stages, len(train), args.steps)
     text = data.load_text(text) if text else make_text(config, train)

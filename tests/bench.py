@@ -116,8 +116,9 @@ def latency() -> None:
     spent = best(step, 5)
     questions = sum(len(qs) for _, qs in groups)
     packed = batch["ids"].numel()
-    print(f"training step, stage IV: {spent:.3f} s, {packed / spent:,.0f} tokens/s, {questions / spent:,.0f} questions/s;"
-          f" packing reads {packed:,} tokens where one row per question reads {apart:,} ({apart / packed:.1f} x)")
+    print(f"training step, stage IV: {spent:.3f} s, {packed / spent:,.0f} tokens/s, "
+          f"{questions / spent:,.0f} questions/s; packing reads {packed:,} tokens where one row per question reads "
+          f"{apart:,} ({apart / packed:.1f} x)")
 
 
 BENCHES = {"proxy3d": (clustering, rooms, latency)}

@@ -402,6 +402,9 @@ class Echo(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.asked = []
 
+    def begin(self, stage):
+        self.stage = stage
+
     def batch(self, groups):
         self.asked.append([(place.name, [s.id for s in samples]) for place, samples in groups])
         return groups
@@ -524,7 +527,7 @@ def test_a_run_leaves_metrics_with_provenance_and_files_to_score_again(tmp_path,
 def finished(folder: Path) -> SimpleNamespace:
     """What train.load_run gives, as far as scoring needs it."""
     args = SimpleNamespace(seed=3, model="proxy3d", data="rooms", out=folder)
-    stages = [Stage("I", {"ground": 1.0}, ()), replace(STAGE, tasks={"count": 1.0})]
+    stages = [Stage("I", {"coordinate": 1.0}, ()), replace(STAGE, tasks={"ground": 1.0, "count": 1.0})]
     return SimpleNamespace(args=args, model=Echo(), stages=stages, train=[scene("t")], test=[scene("a"), scene("b")],
                            prepare=lambda scenes: prepared.extend(s.name for s in scenes))  # fmt: skip
 
@@ -533,7 +536,8 @@ prepared: list[str] = []
 
 
 def test_a_finished_run_is_scored_in_what_it_trained(tmp_path, monkeypatch, capsys):
-    """Questions come from the test scenes, blind answers from the training scenes; `--run` is this and nothing more."""
+    """In its last stage: what an earlier one trained may be forgotten. Questions come from the test scenes, blind
+    answers from the training scenes; `--run` is this and nothing more."""
     prepared.clear()
     monkeypatch.setitem(sys.modules, "train", SimpleNamespace(load_run=finished))
     evaluate.main(["--run", str(tmp_path)])
