@@ -49,9 +49,10 @@ What the paper leaves open, and what we chose
 - Without semantic grouping the whole scene is one group and a proxy's identifier is the majority of its patches.
 - Point maps and masks come from the scene (sensor depth; instance masks or our own segments). VGGT and SAM 2 would
   enter at the same place, `Frames.depth` and `Frames.masks`.
-- The tiny preset has no pre-trained parts, so it adds a stage 0 (patch -> the words for its category and colour) in
-  place of vision-language pre-training, a tinted icon per object, an initialisation that attends to what shares content
-  and copies it (`start_tiny`), and answers that write their steps. None of that touches a loaded model.
+- The tiny preset has no pre-trained parts. In their place: a convolutional tower with a stage 0 of its own (pieces of
+  objects -> the words for their category and colour), icons tinted in the object's colour, an initialisation that looks
+  back at the last words, attends to what shares content and copies it (`start_tiny`), a constant vector whose rotation
+  by R makes the height readable (`anchor`), and answers that write their steps. None of that touches a loaded model.
 """
 
 from __future__ import annotations

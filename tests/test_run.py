@@ -1,0 +1,74 @@
+"""The commands a stranger types, in little and in one process: train, look at data, ask about a scene of one's own.
+
+    pytest tests/test_run.py
+"""
+
+import json
+
+import pytest
+
+import data
+import proxy3d
+import train
+
+SMALL = ["--set", "0 tower.batch=2", "I identifiers.batch=16", "II coordinates.batch=16", "III relations.batch=48",
+         "IV proxies.batch=16"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder of five steps, one per stage."""
+    out = tmp_path_factory.mktemp("runs") / "proxy3d"
+    command = ["--model", "proxy3d", "--steps", "5", "--train-scenes", "3", "--test-scenes", "1", "--workers", "0"]
+    assert train.main([*command, "--no-eval", "--out", str(out), *SMALL]) == 0
+    return out
+
+
+def test_every_stage_trains_in_turn(run):
+    """A stage that was skipped, or a checkpoint that belongs to an earlier one, would show here."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in lines] == [stage.name for stage in proxy3d.STAGES["tiny"]]
+    assert data.read_state(run)["position"]["stage"] == 5
+
+
+def test_rooms_written_as_scans_can_be_checked_and_asked(run, tmp_path, capsys):
+    """From files alone: the labelled objects come back with their categories, and an answer comes with a picture."""
+    assert data.main(["rooms", str(tmp_path), "--count", "1", "--seed", "7"]) == 0
+    scan = tmp_path / "scans" / "scene0007_00"
+    assert data.main(["check", str(tmp_path)]) == 0 and "1 scans, 1 with exported frames" in capsys.readouterr().out
+    picture = tmp_path / "ask.png"
+    ask = ["--scene", str(scan), "--run", str(run), "--out", str(picture)]
+    assert proxy3d.main([*ask, "--ask", "what is <OBJ007>?", "--ask", "how many gizmos are there?"]) == 0
+    said = capsys.readouterr().out
+    assert "what is <OBJ007>?" in said and "'gizmos'" in said and picture.stat().st_size > 10_000
+    assert data.open_scene(scan).objects[0].category in data.CATEGORIES
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["--scene", "nowhere", "--ask", "x"], "--run: name a trained run"),
+    (["--scene", "nowhere", "--ask", "x", "--run", "RUN"], "nowhere: no such scene"),
+    (["--scene", "nowhere", "--ask", "x", "--run", "nothing"], "no trained model here"),
+    (["--ask", "x"], "--scene"),
+])  # fmt: skip
+def test_a_wrong_question_gets_one_line_and_status_2(run, arguments, says, capsys):
+    assert proxy3d.main([str(run) if a == "RUN" else a for a in arguments]) == 2
+    said = capsys.readouterr().err
+    assert says in said and said.count("\n") == 1
+
+
+def test_a_run_of_another_paper_is_refused(run, tmp_path, capsys):
+    """Its weights would not fit, and the message of a failing load names tensors, not the mistake."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    state = data.read_state(run)
+    (folder / "state.json").write_text(json.dumps(state | {"run": state["run"] | {"model": "fase3d"}}))
+    assert proxy3d.main(["--scene", str(tmp_path), "--ask", "x", "--run", str(tmp_path)]) == 2
+    assert "holds a fase3d" in capsys.readouterr().err
+
+
+def test_the_demo_shows_shapes_a_falling_loss_and_an_answer(capsys):
+    """What `python proxy3d.py` prints; CI also runs it in a folder that holds only proxy3d.py and data.py."""
+    assert proxy3d.main([]) == 0
+    said = capsys.readouterr().out
+    losses = [float(line.split()[-1]) for line in said.splitlines() if line.startswith("step")]
+    assert losses[-1] < 0.1 * losses[0] and "[96, 3]" in said and "->" in said
