@@ -44,7 +44,7 @@ NOT_RUN = {
     "python evaluate.py --run runs/proxy3d --proposals segments": "tests/test_evaluate.py scores segments",
     "python evaluate.py --benchmark rooms/qa --annotations FILE --predictions FILE": "tests/test_evaluate.py",
     "python tests/bench.py proxy3d": "timings belong to a quiet machine",
-    "python tests/ablate.py proxy3d": "half an hour",
+    "python tests/ablate.py proxy3d": "a quarter of an hour",
 }
 
 
