@@ -555,8 +555,8 @@ def test_own_segments_are_scored_beside_true_objects(tmp_path, monkeypatch):
     half = np.array([0.3, 0, 0, 0.6, 0, 0])
     halves = [Thing(i, "", "", moved(x) - half) for i, x in enumerate((9, 6, 3, 0), start=1)]
     monkeypatch.setattr(data, "with_own_segments", lambda s: replace(s, objects=halves), raising=False)
-    evaluate.evaluate_run(finished(tmp_path), ["rooms/grounding"])
-    entries = evaluate.evaluate_run(finished(tmp_path), ["rooms/grounding"], "segments")
+    evaluate.evaluate_run(finished(tmp_path), ["rooms/grounding"], per_scene=3)
+    entries = evaluate.evaluate_run(finished(tmp_path), ["rooms/grounding"], "segments", per_scene=3)
     entry = entries["rooms/grounding@segments"]
     assert entry["acc@0.25/scanrefer"] == 1 and entry["acc@0.5/scanrefer"] == 0 == entry["proposals"]["recall@0.5"]
     assert prepared == ["a", "b", "a@segments", "b@segments"]
