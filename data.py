@@ -12,7 +12,7 @@ Boxes are axis-aligned: [cx, cy, cz, w, d, h], the centre and the full sizes alo
 Axis legend: S scenes, V views, H W pixels, N points, n objects, Q questions, T tokens, K scene tokens, D width.
 
 Contents: 1 scenes and samples · 2 geometry · 3 procedural rooms · 4 readers and writers · 5 over-segmentation ·
-6 questions and baselines · 7 text · 8 batches · 9 command line
+6 questions and baselines · 7 text · 8 batches · 9 runs, own scenes, command line
 """
 
 from __future__ import annotations

@@ -215,7 +215,7 @@ def farthest_seeds(points: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarr
 
 
 def lloyd_step(points: np.ndarray, owner: np.ndarray, count: int) -> np.ndarray:
-    """One k-means step: the nearest mean of every point; a mean that loses all its points keeps the ones it had."""
+    """One k-means step: the nearest mean of every point; a step that would leave a mean without points is not taken."""
     total = np.stack([np.bincount(owner, weights=c, minlength=count) for c in points.T], 1)
     means = total / np.bincount(owner, minlength=count)[:, None]
     moved = np.argmin(np.square(means).sum(1) - 2 * points @ means.T, axis=1)  # |p|^2 is the same for all means
@@ -805,9 +805,9 @@ class Model(nn.Module):
     # -- stage 0 of the tiny preset
 
     def names(self, thing: data.Thing) -> tuple[int, int]:
-        """The words of its category and colour; where one is unknown the other stands for both."""
+        """The words of its category and colour; an unknown one is replaced by the other, both by <unk>."""
         category, colour = (self.text.encode(n)[:1] for n in (thing.category, thing.colour))
-        return tuple((category or colour) + (colour or category))
+        return tuple((category or colour or [self.text.unk]) + (colour or category or [self.text.unk]))
 
     def sightings(self, scene: Scene) -> tuple[np.ndarray, list[np.ndarray]]:
         """Patch labels [V, h, w] and, per object, rows of (view, patch row, patch column) of its middle; found once."""
