@@ -2570,8 +2570,9 @@ def load_model(paper, run: Path) -> torch.nn.Module:
     name = Path(paper.__file__).stem
     if record["model"] != name:
         raise DataError(f"{run} holds a {record['model']}; ask it with python {record['model']}.py, or train {name}")
-    known = {f.name: f.type for f in fields(paper.Config)}
-    config = {k: tuple(v) if isinstance(v, list) else v for k, v in record["config"].items() if k in known}
+    config = {k: tuple(v) if isinstance(v, list) else v for k, v in record["config"].items()}
+    if strange := sorted(config.keys() ^ {f.name for f in fields(paper.Config)}):
+        raise DataError(f"{run}: its settings and {name}.Config differ in {', '.join(strange)}; train with this code")
     model = paper.Model(paper.Config(**config), load_text(record["text"]))
     load_weights(model, run)
     return model.eval()
@@ -2620,7 +2621,9 @@ def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.n
 
     figure = Figure(figsize=(15, 9 + 0.25 * len(lines)), layout="constrained")
     panels = figure.subplots(2, 3, gridspec_kw={"width_ratios": [1, 1, 1.6]})
-    palette = np.random.default_rng(0).uniform(0.15, 0.95, (max([o.id for o in scene.objects], default=0) + 1, 3))
+    shown = [[o.id for o in scene.objects], [] if scene.instances is None else scene.instances]  # not all are objects
+    most = max(int(np.max(ids, initial=0)) for ids in (*shown, scene.frames.masks if scene.frames is not None else []))
+    palette = np.random.default_rng(0).uniform(0.15, 0.95, (most + 1, 3))
     palette[0] = 0.85
     for panel, row in zip(panels[:, :2], (0, -1), strict=True):
         for axis in panel:

@@ -716,6 +716,10 @@ def build(args: argparse.Namespace, ranks: Ranks, paper=None, scenes: tuple | No
         if args.data != "rooms" and not args.root:
             raise DataError(f"--data {args.data}: name the folder with --root")
         scenes = source(args)
+        if not scenes[0] or not (scenes[1] or args.no_eval):
+            counts = "{} scenes to train in, {} to score in".format(*map(len, scenes))
+            raise DataError(f"--data {args.data}: {counts}; give one of each at least (--train-scenes, --test-scenes, "
+                            "scans of both splits), or --no-eval")  # fmt: skip
     train, test = scenes
     for note in dict.fromkeys(n for s in (*train, *test) for n in s.notes) if len(train) == 1 else ():
         ranks.say(f"note: {note}")

@@ -56,6 +56,15 @@ def test_a_wrong_question_gets_one_line_and_status_2(run, arguments, says, capsy
     assert says in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("flag", ["--train-scenes", "--test-scenes"])
+def test_no_scenes_are_refused_in_one_line(tmp_path, flag, capsys):
+    """They would divide by zero, the test scenes only after all the training is done."""
+    assert train.main(["--model", "proxy3d", "--workers", "0", "--train-scenes", "1", "--test-scenes", "1", flag, "0",
+                       "--out", str(tmp_path / "run")]) == 2  # fmt: skip
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and ("0 to score in" in said or "0 scenes to train in" in said)
+
+
 def test_a_run_of_another_paper_is_refused(run, tmp_path, capsys):
     """Its weights would not fit, and the message of a failing load names tensors, not the mistake."""
     folder = tmp_path / "checkpoint"
@@ -64,6 +73,24 @@ def test_a_run_of_another_paper_is_refused(run, tmp_path, capsys):
     (folder / "state.json").write_text(json.dumps(state | {"run": state["run"] | {"model": "fase3d"}}))
     assert proxy3d.main(["--scene", str(tmp_path), "--ask", "x", "--run", str(tmp_path)]) == 2
     assert "holds a fase3d" in capsys.readouterr().err
+
+
+def test_a_run_of_other_settings_is_refused(run, tmp_path, capsys):
+    """Dropping what this code does not know would build another model than the one that was trained."""
+    (tmp_path / "checkpoint").mkdir()
+    state = data.read_state(run)
+    state["run"]["config"]["colour_of_the_sky"] = "blue"
+    (tmp_path / "checkpoint" / "state.json").write_text(json.dumps(state))
+    assert proxy3d.main(["--scene", str(tmp_path), "--ask", "x", "--run", str(tmp_path)]) == 2
+    assert "colour_of_the_sky" in capsys.readouterr().err
+
+
+def test_a_picture_shows_segments_that_are_no_objects(tmp_path):
+    """Held-out frames confirm only some segments: the cloud still holds the ids of the others, also larger ones."""
+    scene = data.room(3, views=2, size=32, points=256)
+    scene.objects = [o for o in scene.objects if o.id < 4]
+    data.draw_scene(scene, tmp_path / "scene.png")
+    assert (tmp_path / "scene.png").stat().st_size > 10_000
 
 
 def test_the_demo_shows_shapes_a_falling_loss_and_an_answer(capsys):
