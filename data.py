@@ -2161,6 +2161,7 @@ NEVER_TRAINED = {"vsi_route", "vsi_order"}  # asked in evaluation only, as in th
 # what an unlabelled scene can be asked: no category needed, colour where there is one
 GEOMETRY_TASKS = ("coordinate", "distance_ids", "relation", "id_size", "id_colour", "ground_superlative", "distance",
                   "size")  # fmt: skip
+UNLABELLED = ("ground_superlative", "id_colour", "id_size")  # what stands in there for a question that needs a name
 
 
 def refusal(scene: Scene, task: str) -> str | None:
@@ -2412,6 +2413,43 @@ def load_text(state: dict) -> TinyText | HubText:
     return TEXTS[state["kind"]](state)
 
 
+def start_weights(part: torch.nn.Module) -> None:
+    """Every linear map and convolution from N(0, 1 / inputs), the scale for widths of hundreds; biases zero."""
+    for module in part.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            torch.nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def start_decoder(decoder: torch.nn.Module, heads: int) -> None:
+    """A small decoder (Qwen2 or Llama layers, weights from `start_weights`) begins where pre-training would lead: with
+    keys = queries and output = transposed values every head is "find the token like me and add it unchanged", two
+    heads of the first layer look back, and the last norm keeps logits small."""
+    for layer in decoder.layers:
+        layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+        layer.self_attn.o_proj.weight.copy_(layer.self_attn.v_proj.weight.T)
+    look_back(decoder.layers[0].self_attn, heads)
+    decoder.norm.weight.fill_(0.1)
+
+
+def look_back(attention: torch.nn.Module, heads: int, gain: float = 2.0) -> None:
+    """Turn the first two heads into "the word before" and "the one before that": constant queries and keys (biases)
+    whose rotary angles agree at that distance, so that a question's end knows its last words."""
+    size = attention.q_proj.out_features // heads
+    theta = 1e6 ** (-torch.arange(size // 2) * 2.0 / size)[:4]  # the four fastest rotary pairs
+    strength = math.sqrt(gain * math.sqrt(size))
+    for head in range(2):
+        rows = slice(head * size, (head + 1) * size)
+        for projection, turn in ((attention.q_proj, 0.0), (attention.k_proj, head + 1.0)):
+            projection.weight[rows] = 0
+            projection.bias[rows][:4] = strength * (turn * theta).cos()
+            projection.bias[rows][size // 2 : size // 2 + 4] = strength * (turn * theta).sin()
+        attention.v_proj.weight[rows] *= 1.5
+        attention.o_proj.weight[:, rows] *= 1.5
+
+
 # ---- 8 batches -------------------------------------------------------------------------------------------------------
 
 
@@ -2522,10 +2560,12 @@ def write_npz(path: Path, **arrays: np.ndarray) -> None:
 
 
 def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers, the tensors themselves, tied ones once."""
-    first = {}
+    """Parameters and persistent buffers, the tensors themselves, tied ones once; without those that the model names in
+    `borrowed`: frozen ones that its Config loads from elsewhere."""
+    first, borrowed = {}, set(getattr(model, "borrowed", ()))
     for name, tensor in model.state_dict(keep_vars=True).items():
-        first.setdefault(id(tensor), (name, tensor))
+        if name not in borrowed:
+            first.setdefault(id(tensor), (name, tensor))
     return dict(first.values())
 
 
