@@ -42,7 +42,7 @@ import torch
 import torch.distributed as dist
 
 import data
-from data import DataError, Sample, Scene, Thing, substitute
+from data import TUPLE, DataError, Sample, Scene, Thing, substitute, tuples
 
 LIMIT = 10_000  # characters of an answer; refined EM and captions would reward one that says everything
 FAR = 10.0  # metres: the largest error charged, and the error of no answer, so that silence never lowers a mean error
@@ -52,7 +52,6 @@ MISS = "noanswer"  # a word of no reference; stands in captions for what was not
 
 IDENTIFIER = re.compile(r"OBJ(\d{3})(?!\d)")
 NUMBER = re.compile(r"(?:(?<![\w.])[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+")
-TUPLE = re.compile(r"\[([^\[\]]{1,200})\]")
 UNITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
          "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"]  # fmt: skip
 CLEANED = {  # word -> word of the cleaner that ScanQA and SQA3D are scored with (LEO's, used by six code bases)
@@ -105,20 +104,6 @@ def official_number(text: str) -> float | None:
 
 def first_word(text: str) -> str:
     return text.split(" ")[0].rstrip(".").strip()
-
-
-def tuples(text: str, size: int) -> list[np.ndarray | None]:
-    """Every bracketed list of `size` entries, [size] float each; None where an entry is not a finite number."""
-    found = []
-    for inside in TUPLE.findall(text):
-        entries = re.split(r"[,;\s]+", inside.strip())
-        if len(entries) == size:
-            try:
-                values = np.array([float(e) for e in entries])
-            except ValueError:
-                values = np.full(size, np.nan)
-            found.append(values if np.isfinite(values).all() else None)
-    return found
 
 
 @functools.lru_cache(4096)
@@ -360,6 +345,8 @@ class Benchmark:
     group: Callable[[Sample], str] = lambda sample: sample.kind
     macro: Callable[[str], str] | None = None
     fault: Callable[[Case], str] = lambda case: ""  # what an answer with text lacks, for the report
+    beside: tuple[str, ...] = ()  # this row is asked wherever one of these tasks was trained, its own never are
+    baselines: Mapping[str, Callable[[Case], str]] = field(default_factory=dict)  # column -> answer made from the truth
     tokens: int = 24  # the longest answer
     ask: str = "{question}"  # the prompt around the question; part of the result
     read: Callable[[Path], Questions] | None = None  # its annotations; None: the file a run writes, `read_questions`
@@ -390,6 +377,80 @@ def vsi(case: Case, parse: Callable[[str], float | None], choose: Callable[[str,
     return choose(case.text, s.answer, s.options) if s.options else mra(parse(case.text), s.value)
 
 
+@functools.lru_cache(4096)
+def box(text: str) -> np.ndarray | None:
+    """The first bracketed six-tuple, [6] metres, or None."""
+    return next(iter(boxes(text)), None)
+
+
+def centre_error(case: Case) -> float:
+    """Metres between the centres of the answered and the true box, at most FAR; no answer is FAR."""
+    found = box(case.text)
+    return metre_error(None if found is None else found[:3], case.sample.box[:3])
+
+
+def over_move(case: Case) -> float:
+    """The centre error over the length of the true move: 0 = there, 1 = as good as not moved, at most 2 (no answer, or
+    moved the opposite way)."""
+    was = case.scene.thing(case.sample.about[0]).box
+    return min(centre_error(case) / max(float(np.linalg.norm((case.sample.box - was)[:3])), 1e-6), 2.0)
+
+
+def others(case: Case) -> np.ndarray:
+    """Boxes [n, 6] of all things but the one that is moved."""
+    f = data.facts(case.scene)
+    return f.boxes[[o.id != case.sample.about[0] for o in f.things]]
+
+
+def collides(case: Case) -> float:
+    """1 if the answered box stands in another thing by more than 5 cm (`data.collide`), or is none."""
+    found = box(case.text)
+    return float(found is None or data.collide(found[None], others(case), 0.05).any())
+
+
+def supported(case: Case) -> float:
+    """1 if something holds the answered box, to 5 cm (`data.carried`): the floor, the top of a thing under its centre,
+    or a wall."""
+    found = box(case.text)
+    if found is None:
+        return 0.0
+    floor, wall, carries = data.carried(found[None], others(case), case.scene.bounds, wall=0.05)
+    return float(carries.any() or wall[0] or (floor[0] and found[2] - found[5] / 2 > -0.05))
+
+
+def unmoved(case: Case) -> str:
+    """The answer of who leaves the thing where it is."""
+    return data.listed(case.scene.thing(case.sample.about[0]).box)
+
+
+def parsed_edit(case: Case) -> str:
+    """The answer of who sees every true box and reads amount, direction and relation off the question's words."""
+    thing, *anchor = (case.scene.thing(i) for i in case.sample.about)
+    words = case.sample.question
+    for o in (thing, *anchor):  # names may hold such words too
+        words = words.replace(f"the {data.describe(case.scene, o)}", "it")
+    new, amount = thing.box.copy(), next(iter(numbers(words)), None)
+    axis, side = re.search(r"\balong ([xy])\b", words), re.search(rf"\b({'|'.join(data.DIRECTIONS)})\b", words)
+    if anchor and (side or amount is None):  # from where the other thing is
+        new[:2] = anchor[0].box[:2]
+    if side:
+        k, sign = data.DIRECTIONS[side[1]]
+        new[k] += sign * amount
+    elif amount is not None:  # towards it
+        k = "xy".index(axis[1])
+        new[k] += np.sign(anchor[0].box[k] - new[k]) * amount
+    if "floor" in words:
+        new[2] = new[5] / 2
+    elif amount is None:  # on top of it
+        new[2] = anchor[0].box[2] + (anchor[0].box[5] + new[5]) / 2
+    return data.listed(new)
+
+
+def true_category(case: Case) -> str:
+    """A caption that knows nothing but the true category."""
+    return f"this is {data.article(data.phrase(case.scene.thing(case.sample.targets[0]).category, ''))}."
+
+
 def axis_error(case: Case, axis: int) -> float:
     found = point(case.text)
     return metre_error(None if found is None else found[axis], case.sample.point[axis])
@@ -416,6 +477,14 @@ LENGTH = {
     "mae_m/capped": lambda c: metre_error(number(c.text), c.sample.value),
     "relative_error/capped": lambda c: share_error(number(c.text), c.sample.value),
 }
+EDIT = {
+    "acc@0.25/box": lambda c: accuracy_at(box(c.text), c.sample.box, 0.25),
+    "acc@0.5/box": lambda c: accuracy_at(box(c.text), c.sample.box, 0.5),
+    "centre_error_over_move/capped": over_move,
+    "centre_error_m/capped": centre_error,
+    "collision_rate/5_cm": collides,
+    "support_rate/5_cm": supported,
+}
 POSITION = {
     "within_0.5_m/triple": lambda c: float(metre_error(point(c.text), c.sample.point) <= 0.5),
     "within_0.25_m/triple": lambda c: float(metre_error(point(c.text), c.sample.point) <= 0.25),
@@ -427,6 +496,16 @@ SPATIAL = {
     "score/official": lambda c: vsi(c, official_number, choice_official),
     "score/lenient": lambda c: vsi(c, number, choice_lenient),
 }
+
+
+MODLE = {  # task -> what its rows share; each is scored in wordings that were trained and in looser ones that never are
+    "distance": dict(metrics=LENGTH | {"mra/number": lambda c: mra(number(c.text), c.sample.value)}, tokens=64,
+                     fault=lambda c: "" if number(c.text) is not None else "no number"),
+    **{name: dict(metrics=EDIT, tokens=64, fault=lambda c: "" if box(c.text) is not None else "no [box]",
+                  baselines={"unmoved box": unmoved, "true box + parsed move": parsed_edit})
+       for name in ("move", "place")},
+    "refuse": dict(metrics={"em/cleaned": EXACT["em/cleaned"]}),
+}  # fmt: skip
 
 
 def by_task(sample: Sample) -> str:
@@ -448,8 +527,12 @@ BENCHMARKS: dict[str, Benchmark] = {
                                   fault=lambda c: "" if point(c.text) is not None else "no [x, y, z]"),
     "rooms/distance": Benchmark(("distance", "distance_ids", "size"), LENGTH, group=by_task, tokens=64,
                                 fault=lambda c: "" if number(c.text) is not None else "no number"),
-    "rooms/caption": Benchmark(("caption",), tokens=64, corpus=lambda cases: caption_scores(
-        [c.text for c in cases], [c.references for c in cases])),
+    **{f"rooms/modle_{name}{part}": Benchmark((f"modle_{name}{part}",), beside=(f"modle_{name}",) * bool(part), **row)
+       for name, row in MODLE.items() for part in ("", "_loose", "_one_view")
+       if part != "_one_view" or name in ("distance", "move")},
+    "rooms/caption": Benchmark(("caption",), tokens=64, baselines={"true category": true_category},
+                               corpus=lambda cases: caption_scores([c.text for c in cases],
+                                                                   [c.references for c in cases])),
     "rooms/vsi": Benchmark(
         ("vsi_counting", "vsi_abs_distance", "vsi_object_size", "vsi_room_size", "vsi_rel_distance",
          "vsi_rel_direction", "vsi_route", "vsi_order"), SPATIAL, tokens=16,
@@ -554,7 +637,7 @@ def score(name: str, questions: Questions, answers: Iterable[tuple[object, objec
           columns: Mapping[str, Mapping[str, str]] | None = None, faults: Counter | None = None) -> dict:  # fmt: skip
     """One benchmark's entry of metrics.json: every score of `answers` (id -> text, or pairs as read from a file), the
     headline's chance and blind, the count, what was malformed, the proposals, and under "columns" the same scores for
-    blind, chance and each further set of answers in `columns`."""
+    blind, chance, the row's baselines and each further set of answers in `columns`."""
     row = find_benchmark(name)
     samples = select(row, questions.samples)
     ids = [s.id for s in samples]
@@ -565,6 +648,7 @@ def score(name: str, questions: Questions, answers: Iterable[tuple[object, objec
 
     values = measure(row, cases(texts))
     others = {"blind": questions.blind} if questions.blind.keys() & set(ids) else {}
+    others |= {k: {c.sample.id: answer(c) for c in cases(texts)} for k, answer in row.baselines.items()}
     others |= columns or {}
     others = {k: measure(row, cases(admit(ids, v.items())[0])) for k, v in others.items()}
     others["chance"] = chance_scores(row, questions, samples)
@@ -719,7 +803,7 @@ def write_questions(path: Path, questions: Questions, samples: Sequence[Sample])
 
     def scene(name: str, s: Scene) -> dict:
         return {"name": name, "source": s.source, "objects": [asdict(o) for o in s.objects],
-                "identifiers": list(s.identifiers.items())}  # fmt: skip
+                "identifiers": list(s.identifiers.items()), "bounds": s.bounds}  # fmt: skip
 
     lines = [{"proposals": questions.proposals, "guesses": questions.guesses}]
     for name in sorted({s.scene for s in samples}):
@@ -755,7 +839,9 @@ def read_questions(path: Path) -> Questions:
                 key = "scene" if "scene" in line else "shown"
                 known = line[key]
                 things = [Thing(**o | {"box": np.array(o["box"], float)}) for o in known["objects"]]
-                scene = Scene(known["name"], known["source"], things, identifiers=dict(known["identifiers"]))
+                bounds = known.get("bounds") and np.array(known["bounds"], float)
+                scene = Scene(known["name"], known["source"], things, identifiers=dict(known["identifiers"]),
+                              bounds=bounds)  # fmt: skip
                 (questions.scenes if key == "scene" else shown)[scene.name] = scene
             else:
                 questions.proposals, questions.guesses = line["proposals"], line["guesses"]
@@ -883,8 +969,9 @@ def evaluate_run(done: object, names: Sequence[str] = (), proposals: str = "gt",
     per_scene = per_scene or max(3, 60 // len(done.test))  # of every task; more where there are few scenes
     done.model.begin(stage)
     seed, trained = done.args.seed, set(stage.tasks)
-    rows = [BENCHMARKS[n] for n in names or BENCHMARKS if names or trained & set(BENCHMARKS[n].tasks)]
-    tasks = [task for row in rows for task in row.tasks if task in data.TASKS and (task in trained or names)]
+    rows = [BENCHMARKS[n] for n in names or BENCHMARKS]
+    tasks = [task for row in rows for task in row.tasks
+             if task in data.TASKS and (names or task in trained or trained.intersection(row.beside))]
     scenes = {s.name: numbered(s, seed) for s in done.test}
     samples = data.question_set(scenes.values(), tasks, per_scene, seed)
     blind = data.Blind(data.question_set(done.train[:300], tasks, 3, seed + 1))
