@@ -1111,7 +1111,7 @@ def scan_folder(root: Path, scene_id: str) -> Path:
 
 def read_scannet(root: str | Path, scene_id: str, size: tuple[int, int] | None = None, max_frames: int = 32) -> Scene:
     """A ScanNet scan: its own files (mesh, segments, aggregation, axis alignment) and, where a colour/depth/pose export
-    lies beside them or under posed_images/<id> or frames/<id>, at most `max_frames` frames at size (H, W).
+    lies beside them or under posed_images/<id> or frames/<id>, at most `max_frames` (0: none) at size (H, W).
 
     The axis alignment is the only transform. Instance = objectId + 1; wall, floor and ceiling are no objects; boxes are
     the extent of an object's points. Masks are read from instance-filt/ or else rendered. Raises DataError.
@@ -1157,6 +1157,8 @@ def read_scannet(root: str | Path, scene_id: str, size: tuple[int, int] | None =
             scene.instances[mine] = id
             box = np.array(group["alignedBox"]) if "alignedBox" in group else extent(scene.points[mine])
             scene.objects.append(Thing(id, label, group.get("colour") or colour_name(colours, mine), box))
+    if not max_frames:
+        return scene
     places = [folder, root / "posed_images" / scene_id, root / "frames" / scene_id]
     found = next(filter(None, map(find_frames, places)), None)
     if found is None:

@@ -1,6 +1,6 @@
 """Scores under named protocols: run a finished model, or score a file of predictions with no model at all.
 
-    python evaluate.py --run runs/proxy3d [--benchmark rooms/qa ...] [--proposals gt|segments] [--partial]
+    python evaluate.py --run runs/proxy3d [--benchmark rooms/qa ...] [--proposals gt|segments] [--objects 50 100]
     python evaluate.py --benchmark rooms/qa --annotations FILE --predictions FILE.jsonl [--out metrics.json]
 
 A benchmark is one row of `BENCHMARKS`: how to read its file, how to ask, how to score. A metric is a small pure
@@ -961,18 +961,20 @@ def run(model: torch.nn.Module, questions: Questions, stage: data.Stage, out: Pa
 
 def evaluate_run(done: object, names: Sequence[str] = (), proposals: str = "gt", partial: bool = False,
                  out: Path | None = None, per_scene: int | None = None, batch_size: int = 256,
-                 stage: data.Stage | None = None) -> dict[str, dict]:  # fmt: skip
-    """Score a run of train.py (`train.load_run`: model, stages, train and test scenes, args) in its test scenes, as
-    `stage` sees (default: its last), in every benchmark of which that stage trained a task, or those named. A model may
-    offer `baselines() -> {column: context manager}`: itself without something, asked the same. Returns as `run`."""
+                 stage: data.Stage | None = None, objects: int | None = None) -> dict[str, dict]:  # fmt: skip
+    """Score a run of train.py (`train.load_run`: model, stages, train and test scenes, args) in its test scenes, or in
+    as many fresh rooms of so many `objects`, as `stage` sees (default: its last), in every benchmark of which that
+    stage trained a task, or those named. A model may offer `baselines() -> {column: context manager}`: itself without
+    something, asked the same. Returns as `run`."""
     stage = stage or done.stages[-1]
-    per_scene = per_scene or max(3, 60 // len(done.test))  # of every task; more where there are few scenes
+    test = rooms_of(objects, len(done.test)) if objects else done.test
+    per_scene = per_scene or max(3, 60 // len(test))  # of every task; more where there are few scenes
     done.model.begin(stage)
     seed, trained = done.args.seed, set(stage.tasks)
     rows = [BENCHMARKS[n] for n in names or BENCHMARKS]
     tasks = [task for row in rows for task in row.tasks
              if task in data.TASKS and (names or task in trained or trained.intersection(row.beside))]
-    scenes = {s.name: numbered(s, seed) for s in done.test}
+    scenes = {s.name: numbered(s, seed) for s in test}
     samples = data.question_set(scenes.values(), tasks, per_scene, seed)
     blind = data.Blind(data.question_set(done.train[:300], tasks, 3, seed + 1))
     questions = prepare(samples, scenes, blind, proposals, seed)
@@ -983,7 +985,14 @@ def evaluate_run(done: object, names: Sequence[str] = (), proposals: str = "gt",
         with without:
             columns[column] = ask_all(done.model, questions, stage, asked, batch_size) if asked else {}
     return run(done.model, questions, stage, out or done.args.out, names, partial, columns, batch_size,
-               seed=seed, paper=done.args.model, scenes_from=done.args.data, scenes=len(questions.scenes))  # fmt: skip
+               seed=seed, paper=done.args.model, scenes_from=f"rooms of {objects} objects" if objects else done.args.data,
+               scenes=len(questions.scenes))  # fmt: skip
+
+
+def rooms_of(objects: int, count: int) -> list[Scene]:
+    """Test rooms of a given number of objects, none of them a default room, with as many points per object as those."""
+    first = data.ROOM_SEEDS["test"].start + 10_000 + 100 * objects
+    return [data.room(seed, objects, points=max(4096, 340 * objects)) for seed in range(first, first + count)]
 
 
 def ask_all(model: torch.nn.Module, questions: Questions, stage: data.Stage, names: Sequence[str] = (),
@@ -1027,6 +1036,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, help="folder of a finished run")
     parser.add_argument("--benchmark", nargs="+", default=[], metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument("--proposals", default="gt", help="what identifiers stand for: " + ", ".join(PROPOSALS))
+    parser.add_argument("--objects", type=int, nargs="+", default=[None], metavar="N",
+                        help="with --run: ask in fresh rooms of N objects each; scores go to OUT/objects-N")  # fmt: skip
     parser.add_argument("--partial", action="store_true", help="accept fewer questions or answers than there should be")
     parser.add_argument("--annotations", type=Path, help="the benchmark's questions; no model is needed then")
     parser.add_argument("--predictions", type=Path, help='lines of {"id": .., "prediction": "text"}')
@@ -1038,7 +1049,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if a.run and not (a.annotations or a.predictions):
             import train
 
-            evaluate_run(train.load_run(a.run), a.benchmark, a.proposals, a.partial, a.out)
+            done = train.load_run(a.run)
+            for n in a.objects:
+                out = (a.out or a.run) / f"objects-{n}" if n else a.out
+                evaluate_run(done, a.benchmark, a.proposals, a.partial, out, objects=n)
         elif a.annotations and a.predictions and len(a.benchmark) == 1 and not a.run:
             score_file(a.benchmark[0], a.annotations, a.predictions, a.out, a.partial)
         else:

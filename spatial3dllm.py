@@ -9,7 +9,6 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -411,3 +410,87 @@ TASKS: dict[str, Callable[[Scene, np.random.Generator], Sample | None]] = {
 data.TEMPLATES.update(TEMPLATES)
 data.METRIC.update(task for task in TASKS if "refuse" not in task)
 data.NEVER_TRAINED.update(task for task in TASKS if task.endswith(("_loose", "_one_view")))
+
+# Writing them down. 219 questions for each of ScanNet's 1,201 training scans are the paper's 263K.
+
+SHARES = {"modle_distance": 0.40, "modle_move": 0.35, "modle_place": 0.20, "modle_refuse": 0.05}
+WORDINGS = {"train": ("",), "val": ("", "_loose")}  # the looser ones are for validation only
+PER_SCENE = 219
+
+
+def distinct(scene: Scene, task: str, seed: int, patience: int = 100) -> Iterator[Sample]:
+    """Different questions of a task until `patience` draws in a row bring no new one. The random stream belongs to
+    (seed, scene, task), so a subset of scenes or tasks gets the same questions."""
+    rng = np.random.default_rng([seed, zlib.crc32(scene.name.encode()), zlib.crc32(task.encode())])
+    seen, idle = set(), 0
+    while idle < patience:
+        sample = TASKS[task](scene, rng)
+        idle = 0 if sample and sample.question not in seen else idle + 1
+        if idle == 0:
+            seen.add(sample.question)
+            sample.id = f"{scene.name}/{task}/{len(seen) - 1}"
+            yield sample
+
+
+def spread(streams: Sequence[Iterator[Sample]], total: int) -> list[Sample]:
+    """`total` samples, one of every stream in turn; what a poor scene cannot give, the others do."""
+    samples, streams = [], list(streams)
+    while streams and len(samples) < total:
+        row = [next(stream, None) for stream in streams[: total - len(samples)]]
+        streams = [stream for stream, s in itertools.zip_longest(streams, row, fillvalue=True) if s is not None]
+        samples += [s for s in row if s is not None]
+    return samples
+
+
+def annotation(sample: Sample, scene: Scene) -> dict:
+    """A question as JSON: metres, boxes [cx, cy, cz, w, d, h] in the scan's aligned axes, ScanNet's own object numbers.
+    `source` is the box before an edit: whoever wants the thing gone from the cloud drops the first of object_ids."""
+    value = sample.value and round(sample.value, 4)
+    exact = {"value": value} if sample.box is None else {
+        "box": sample.box.round(4).tolist(), "source": scene.thing(sample.about[0]).box.round(4).tolist()}  # fmt: skip
+    return {"id": sample.id, "scene_id": sample.scene, "task": sample.task, "kind": sample.kind,
+            "question": sample.question, "answers": [sample.answer], "steps": sample.steps,
+            "object_ids": [i - 1 for i in sample.about], **exact}  # fmt: skip
+
+
+def write_modle(root: Path, out: Path, per_scene: int = PER_SCENE, seed: int = 0) -> dict:
+    """MODLE for the scans below a ScanNet-layout root (`data.scan_ids` splits them): OUT/train.json and OUT/val.json,
+    and OUT/manifest.json with the seed, the wordings and the counts per task and scene, which is returned. Each split
+    has `per_scene` questions times its scans, shared out over tasks by SHARES, as far as its scans can give them; the
+    validation scans are asked as many once more in the looser wordings. The same seed gives the same files."""
+    manifest = {"seed": seed, "per_scene": per_scene, "shares": SHARES, "wordings": TEMPLATES}
+    out.mkdir(parents=True, exist_ok=True)
+    for split, ids in zip(("train", "val"), data.scan_ids(root).values(), strict=True):
+        scenes = {}
+        for scene_id in ids:  # only what questions need is kept
+            scan = data.read_scannet(root, scene_id, max_frames=0)
+            scenes[scene_id] = Scene(scene_id, scan.source, scan.objects, bounds=scan.bounds)
+        samples = []
+        for task, share in SHARES.items():
+            for wording in WORDINGS[split]:
+                streams = [distinct(scene, task + wording, seed) for scene in scenes.values()]
+                samples += spread(streams, round(share * per_scene * len(scenes)))
+        rows = [json.dumps(annotation(s, scenes[s.scene])) for s in samples]
+        (out / f"{split}.json").write_text("[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8")
+        counts = {scene_id: Counter(s.task for s in samples if s.scene == scene_id) for scene_id in scenes}
+        manifest[split] = {"questions": len(rows), "tasks": Counter(s.task for s in samples), "scenes": counts,
+                           "wordings": ["loose" if w else "trained" for w in WORDINGS[split]]}  # fmt: skip
+    (out / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    return manifest
+
+
+def modle_main(arguments: Sequence[str]) -> None:
+    """`python spatial3dllm.py modle --root SCANS --out modle/`. Raises DataError."""
+    parser = argparse.ArgumentParser(prog="spatial3dllm.py modle", description=write_modle.__doc__, allow_abbrev=False)
+    parser.error = lambda message: (_ for _ in ()).throw(DataError(f"modle: {message}"))
+    parser.add_argument("--root", type=Path, required=True, help="a folder of scans in ScanNet's layout")
+    parser.add_argument("--out", type=Path, required=True, help="folder for train.json, val.json and manifest.json")
+    parser.add_argument("--per-scene", type=int, default=PER_SCENE, help="questions per scan, on average")
+    parser.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args(arguments)
+    manifest = write_modle(a.root, a.out, a.per_scene, a.seed)
+    for split in WORDINGS:
+        tasks = ", ".join(f"{task} {n}" for task, n in manifest[split]["tasks"].items())
+        counts = f"{manifest[split]['questions']} questions about {len(manifest[split]['scenes'])} scans"
+        print(f"{a.out / split}.json: {counts}; {tasks}")
+    print(a.out / "manifest.json")
