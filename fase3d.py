@@ -619,9 +619,11 @@ def adapt(llm: nn.Module, layers: int, rank: int, alpha: float, names: dict[str,
         if isinstance(module, Linear):
             module.forward = lambda x, *_, layer=module, **__: routed_linear(layer, x, router.mask(x), names)
     filters = nn.ModuleList()
-    for block in blocks[:layers] if where != "none" else ():
+    for block in blocks[:layers]:
         own = FourierFilter(llm.config.hidden_size, heads)
         filters.append(own)
+        if where == "none":  # it exists all the same, so that ablations start from the same weights
+            continue
 
         def before(_, inputs: tuple, own: nn.Module = own) -> Tensor:
             x = inputs[0]
@@ -681,13 +683,14 @@ class Model(nn.Module):
         if not channels:
             raise data.DataError("colour = false and normals = false: points would carry nothing; leave one on")
         self.initial = Initial(channels, config.hidden, config.dim)
-        self.enhancer = Enhancer(config.heads, config.window) if config.enhancer else None
+        self.enhancer = Enhancer(config.heads, config.window)
         self.merger = Merger(config.dim, D, scale)
         self.place = Place(D, scale)
         self.coordinate = CoordinateToken(config.dim, D, scale)
         self.selector = SELECTORS[config.selector][1](config) or None
         if config.llm is not None:  # a checkpoint need not repeat what `llm` names
-            self.borrowed = tuple(n for n, _ in self.llm.named_parameters(prefix="llm") if "lora_" not in n)
+            names = self.llm.named_parameters(prefix="llm", remove_duplicate=False)  # a tied weight has two
+            self.borrowed = tuple(n for n, _ in names if "lora_" not in n)
             if config.adapters == "full":
                 self.borrowed = ()
         self.visual, self.cache, self.cache_folder, self.stage_steps, self.contrast = "tokens", {}, None, False, []
@@ -696,10 +699,12 @@ class Model(nn.Module):
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         llm = dict(self.llm.named_parameters())
-        modules = [m for m in (self.initial, self.enhancer, self.merger, self.selector) if m is not None]
+        used = (self.initial, self.enhancer if self.config.enhancer else None, self.merger, self.selector)
+        modules = [m for m in used if m is not None]
         return {"tokenizer": [p for m in modules for p in m.parameters()], "place": list(self.place.parameters()),
                 "prompt": list(self.coordinate.parameters()),
-                "adapters": [p for n, p in llm.items() if "lora_" in n], "filter": list(self.filters.parameters()),
+                "adapters": [p for n, p in llm.items() if "lora_" in n],
+                "filter": list(self.filters.parameters()) if self.config.filter != "none" else [],
                 "lm": [p for n, p in llm.items() if "lora_" not in n]}  # fmt: skip
 
     def begin(self, stage: Stage) -> None:
@@ -733,11 +738,10 @@ class Model(nn.Module):
             raise data.DataError(f"{scene.name}: Fase3D needs points; this source has none")
         if scene.superpoints is None and c.superpoint:
             raise data.DataError(f"{scene.name}: no superpoints; make them with data.over_segment")
-        rng = np.random.default_rng(len(scene.points))
-        index = rng.choice(len(scene.points), min(c.points, len(scene.points)), replace=False)
-        points = torch.from_numpy(np.ascontiguousarray(scene.points[index] @ scene.turn)).float()  # unturned
-        order = canonical(points)
-        index, points = index[order.numpy()], points[order]
+        points = torch.from_numpy(np.ascontiguousarray(scene.points @ scene.turn)).float()  # unturned
+        drawn = np.random.default_rng(len(points)).choice(len(points), min(c.points, len(points)), replace=False)
+        index = canonical(points)[np.sort(drawn)].numpy()  # drawn from the sorted points: their order never matters
+        points = points[index]
         label = torch.from_numpy(scene.superpoints[index]).long() if c.superpoint else torch.arange(len(points))
         label = label.unique(return_inverse=True)[1]
         centres = superpoint_mean(points, label, int(label.max()) + 1)
@@ -821,7 +825,7 @@ class Model(nn.Module):
         scene = torch.arange(len(scenes)).repeat_interleave(torch.tensor([len(g["index"]) for g in found]))
         places = unit_box(points.float(), scene).to(device)  # [N, 3] in 0..1
         S = self.initial(features.to(device), places, owner.to(device), int(start[-1]))  # [M, d]
-        if self.enhancer is not None:
+        if self.config.enhancer:
             B, most = len(scenes), max(sizes)
             valid = torch.arange(most) < torch.tensor(sizes)[:, None]  # [B, most]
             orders = torch.arange(most).repeat(B, self.config.curves, 1)  # [B, C, most]
@@ -1025,6 +1029,10 @@ class Model(nn.Module):
         note = f"objects are {len(things)} spectral clusters of the superpoint graph"
         return replace(scene, objects=things, instances=instances, notes=[*scene.notes, note])
 
+    def proposals(self) -> dict:
+        """What `evaluate.py --proposals` may name besides its own."""
+        return {"clusters": self.propose}
+
     def token_centres(self, scene: Scene) -> np.ndarray:
         """Where the scene's tokens are [T, 3], for pictures."""
         return self.centres(scene).numpy()
@@ -1172,7 +1180,7 @@ STAGES = {
         Stage("0 language", _mix(qa=(0.35, _QA), caption=(0.1, _CAPTION), name=(0.55, _NAME)), ("lm", "place"),
               "symbols", iterations=800, recolour=True, **{**_TINY, "per_scene": 16}),
         Stage("0 words", _ALL, ("lm", "place"), "words", iterations=300, recolour=True, **_TINY),
-        Stage("0 tokenizer", {}, ("tokenizer",), "tokenizer", iterations=500, batch=16, lr=4e-3, schedule="cosine",
+        Stage("0 tokenizer", {}, ("tokenizer",), "tokenizer", iterations=400, batch=16, lr=8e-3, schedule="cosine",
               warmup=0.05),
         Stage("1 generalist", _ALL, _PARTS, "tokens", iterations=500, **_TINY),
         Stage("2 task", {}, _PARTS, "tokens", iterations=300, **{**_TINY, "schedule": "linear"}),
