@@ -2756,15 +2756,23 @@ def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.n
 
 def ask_scene(paper, arguments: Sequence[str]) -> None:
     """The command line of a paper: `--scene PATH --ask QUESTION [--ask ...] --run DIR`: prints the answers, and where
-    the picture is. Raises DataError."""
+    the picture is. A model may offer `refusal(scene, question)`: why this question cannot be answered about this scene,
+    or None. Raises DataError."""
     parser = argparse.ArgumentParser(description="Questions about a scene of your own.", allow_abbrev=False)
     parser.error = lambda message: (_ for _ in ()).throw(DataError(message))
     parser.add_argument("--scene", type=Path, required=True, help=".ply, a scan's folder, or a folder of RGB-D frames")
     parser.add_argument("--ask", action="append", required=True, help="a question; may be given several times")
     name = Path(paper.__file__).stem
     parser.add_argument("--run", type=Path, help="folder of a trained run")
+    parser.add_argument("--at", help="X,Y,Z metres: the place that the questions mean by \"this\" (Fase3D)")
     parser.add_argument("--out", type=Path, help="picture to write (default: <run>/ask.png)")
     a = parser.parse_args(arguments)
+    try:
+        place = None if a.at is None else np.array([float(v) for v in a.at.split(",")]).reshape(3)
+    except ValueError:
+        raise DataError(f"--at {a.at}: give three numbers in metres, such as 1.2,-0.5,0.4") from None
+    if place is not None and not hasattr(paper, "CoordinateToken"):
+        raise DataError(f"--at: {name} takes no places; fase3d does")
     if a.run is None:
         raise DataError(f"--run: name a trained run; python train.py --model {name} makes runs/{name}")
     model = load_model(paper, a.run)
@@ -2775,11 +2783,13 @@ def ask_scene(paper, arguments: Sequence[str]) -> None:
     scene.identifiers = number_objects(scene, np.random.default_rng(0))
     for note in scene.notes:
         print(f"note: {note}")
-    samples = [Sample(str(i), scene.name, "ask", question, "") for i, question in enumerate(a.ask)]
+    samples = [Sample(str(i), scene.name, "ask", q, "", prompt=place) for i, q in enumerate(a.ask)]
     for word in sorted({w for q in a.ask for w in model.text.unknown(q)}):
         print(f"note: the model has never read the word {word!r}")
     answers = model.generate(model.batch([(scene, samples)]), max_new_tokens=48)
-    lines = [f"{q}  {t.rpartition('=')[2].strip()}" for q, t in zip(a.ask, answers, strict=True)]
+    refused = [getattr(model, "refusal", lambda scene, question: None)(scene, q) for q in a.ask]
+    texts = [r or t.rpartition("=")[2].strip() for r, t in zip(refused, answers, strict=True)]
+    lines = [f"{q}  {t}" for q, t in zip(a.ask, texts, strict=True)]
     print("\n".join(lines))
     picture = a.out or a.run / "ask.png"
     draw_scene(scene, picture, lines, model.token_centres(scene))

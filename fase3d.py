@@ -917,6 +917,11 @@ class Model(nn.Module):
         """How a question names an object: a coordinate token stands in front of the text."""
         return "this"
 
+    def refusal(self, scene: Scene, question: str) -> str | None:
+        """Why a question cannot be answered about a scene of one's own, or None."""
+        about_colour = {"colour", "color", *data.COLOURS} & set(question.lower().replace("?", " ").split())
+        return "this cloud has no colour." if about_colour and scene.colours is None else None
+
     def with_prompt(self, scene: Scene, sample: Sample, rng: np.random.Generator) -> Sample:
         """A question about a marked object, with the object's place for a prompt: its box, or in training half of the
         time a click on it, one of its points. Raises DataError for more than one object."""
