@@ -63,7 +63,7 @@ def read_locations(text: str, size: int, bounds: np.ndarray | None = None, form:
     read = data.choose(LOCATIONS, form, "form of locations")[1]
     found = data.tuples(text, size) or data.tuples(re.sub(r"\(([^()]*)\)", r"[\1]", text), size)
     if not found:
-        numbers = np.array([float(n) for n in re.findall(r"-?\d{1,6}(?:\.\d{1,9})?(?![\d.])", text)])
+        numbers = np.array([float(n) for n in re.findall(r"(?<![\d.])-?\d{1,6}(?:\.\d{1,9})?(?![\d.]*\d)", text)])
         found = list(numbers[: len(numbers) // size * size].reshape(-1, size))
     located = [read(values, bounds) for values in found if values is not None]
     return [v for v in located if np.isfinite(v).all() and (v[3:] > 0).all()]
