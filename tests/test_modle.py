@@ -14,6 +14,7 @@ from test_questions import ends, find, only, support
 import data
 import evaluate
 import spatial3dllm as modle
+import train
 from data import DataError, Sample, Scene, Thing
 from evaluate import BENCHMARKS, Case, Questions
 from spatial3dllm import TASKS, TEMPLATES, distinct, read_locations, translate
@@ -250,6 +251,13 @@ def test_a_scene_of_unknown_scale_or_without_things_is_asked_nothing():
         sample = TASKS[task](scene, rng)
         assert sample is None or "refuse" in task or (scene.metric and not sample.about)
         assert "refuse" in task or data.refusal(two, task)
+
+
+def test_a_run_on_an_unlabelled_scene_keeps_modles_tasks():
+    """Questions about names are swapped for others there; MODLE's speak of colour and size."""
+    stage = data.Stage("I", {"modle_move": 0.5, "modle_add": 0.2, "count": 0.3}, ())
+    (kept,) = train.askable([stage], [hand(thing(1, "", "red", 0, 0))], print, modle.GEOMETRY_TASKS)
+    assert kept.tasks["modle_move"] == 0.5 and kept.tasks["modle_add"] == 0.2 and "count" not in kept.tasks
 
 
 def test_an_unlabelled_scene_is_asked_by_colour_and_size():
