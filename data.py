@@ -2455,7 +2455,7 @@ class Stage:
     until: float | None = None  # leave once the running answer-token accuracy exceeds this
     steps: bool = False  # write Sample.steps before the answer
     recolour: bool = False  # draw new object colours at every use (symbols only)
-    score: tuple[str, ...] = ()  # benchmarks to score at the end of this stage, before the next changes the model
+    score: tuple[str, ...] = ()  # benchmarks to ask at the end of this stage, before the next changes the model
     files: dict[str, Source] = field(default_factory=dict)  # official files asked instead, where a run is given them
 
 

@@ -263,24 +263,31 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]],
     and Chat-Scene do, "/raw" split at spaces, as LL3DA does. Without Java what needs it is None.
 
     CIDEr weighs words by the references of this very set: one sample scores 0, one-word answers at most 2.5. No answer
-    counts as words that match nothing, as many as its longest reference has: with no words at all, corpus BLEU and
-    METEOR would be better than with wrong ones.
+    counts as words that match nothing, as many as the longest text here has: with no words at all, corpus BLEU and
+    METEOR would be better than with wrong ones. Corpus BLEU has its maximum where the lengths agree, so it is taken
+    with one such word as well, and the worse of both counts: then no answer is worth less than silence.
     """
     texts = [[one_line(r) for r in group] for group in references] + [[one_line(c)] for c in captions]
     scores: dict[str, float | None] = {f"{name}/{p}": None for p in protocols for name in (*NGRAM, "meteor")}
     for protocol in protocols:
         with contextlib.suppress(OSError, ValueError):  # Java is there but fails: not available either
             if protocol == "raw" or java():
-                pair = beside(ptb(texts) if protocol == "ptb" else texts, len(captions))
-                scores |= ngram_scores(*pair, protocol)
-                scores |= {f"meteor/{protocol}": float(meteor().compute_score(*pair)[0])} if java() else {}
+                words = ptb(texts) if protocol == "ptb" else texts
+                pair, short = (beside(words, len(captions), filler) for filler in (None, 1))
+                found = ngram_scores(*pair, protocol)
+                if short != pair:
+                    worse = ngram_scores(*short, protocol)
+                    found = {key: min(value, worse[key]) for key, value in found.items()}
+                scores |= found | ({f"meteor/{protocol}": float(meteor().compute_score(*pair)[0])} if java() else {})
     return scores
 
 
-def beside(words: Sequence[Sequence[str]], count: int) -> tuple[dict, dict]:
-    """(references, captions) by number, from the references of `count` captions and then the captions."""
+def beside(words: Sequence[Sequence[str]], count: int, filler: int | None = None) -> tuple[dict, dict]:
+    """(references, captions) by number, from the references of `count` captions and then the captions; in place of an
+    empty one `filler` words that match nothing (default: as many as the longest text has)."""
     known, said = dict(enumerate(words[:count])), dict(enumerate(words[count:]))
-    return known, {i: [c or " ".join([MISS] * max(len(r.split()) for r in known[i]))] for i, (c,) in said.items()}
+    silence = " ".join([MISS] * (filler or max(len(t.split()) for group in words for t in group)))
+    return known, {i: [c or silence] for i, (c,) in said.items()}
 
 
 def ngram_scores(known: dict, said: dict, protocol: str) -> dict[str, float]:
@@ -810,17 +817,15 @@ def texts(cases: list[Case]) -> dict[str, float | None]:
 
 def dense_captions(cases: list[Case]) -> dict[str, float | None]:
     """m@kIoU over the annotated objects, in both conventions: "/chat-scene" IoU >= k with the PTB tokenizer, "/ll3da"
-    IoU > k without, against each reference's first 30 tokens. An object that no proposal fits counts as "sos eos". No
-    answer is worse than a misfit: words that match nothing, or silence would lift corpus BLEU."""
+    IoU > k without, against each reference's first 30 tokens. An object that no proposal fits counts as "sos eos"; no
+    answer has not even these."""
     scores: dict[str, float | None] = {}
     for k in (0.5, 0.25):
         for name, protocol, strict in (("chat-scene", "ptb", False), ("ll3da", "raw", True)):
             known = [c.sample.tokens if strict and c.sample.tokens else c.references for c in cases]
-            longest = [max(len(r.split()) for r in group) for group in known]
-            said = [c.caption or " ".join([MISS] * n) for c, n in zip(cases, longest, strict=True)]
-            fits = [c.fit if c.caption else 1.0 for c in cases]
-            found = caption_scores(captions_at_iou(said, fits, k, strict),
-                                   [[f"sos {r} eos" for r in group] for group in known], [protocol])  # fmt: skip
+            said = captions_at_iou([c.caption for c in cases], [c.fit for c in cases], k, strict)
+            said = [text if c.caption else "" for text, c in zip(said, cases, strict=True)]
+            found = caption_scores(said, [[f"sos {r} eos" for r in group] for group in known], [protocol])
             scores |= {f"{key.partition('/')[0]}@{k}/{name}": value for key, value in found.items()}
     return scores
 
@@ -1284,7 +1289,8 @@ def mixture(sources: Mapping[str, data.Source], folder: Path, root: Path, train:
     for name, source in sources.items():
         format = find_benchmark(source.benchmark).format
         paths = {split: path for split in source.splits if (path := find_split(folder, format, split))}
-        samples = [s for split, path in paths.items() for s in read_official(source.benchmark, path, root, split).samples]
+        read = [read_official(source.benchmark, path, root, split) for split, path in paths.items()]
+        samples = [s for questions in read for s in questions.samples]
         row = {"source": name, "asks": source.asks, "printed": source.printed, "found": len(samples)}
         tests = (FORMS[source.asks], lambda s: space(s.scene) not in spaces, lambda s: s.scene in there,
                  lambda s, fit=source.fit: reachable(s, fit))  # fmt: skip
@@ -1301,7 +1307,7 @@ def mixture(sources: Mapping[str, data.Source], folder: Path, root: Path, train:
         for s in samples:
             listed.setdefault(s.scene, []).append(s)
     if not listed:
-        names = ", ".join(find_benchmark(b).format.splits["train"][0] for b in benchmarks)
+        names = ", ".join(sorted({find_benchmark(b).format.splits["train"][0] for b in benchmarks}))
         raise DataError(f"{folder}: no question to train on is left of {names}; found were "
                         f"{sum(r['found'] for r in report)}, see the scans' ids and splits")  # fmt: skip
     return listed, report
@@ -1329,12 +1335,12 @@ def draw_mixture(listed: Mapping[str, Sequence[Sample]], report: Sequence[Mappin
         first[a] += n
     order = sorted(words, key=lambda w: (-first[w[0]], w[0], -words[w]))
     share = lambda n: n > 0.015 * sum(first.values())  # noqa: E731
-    for counts, names, radius, size in (([first[a] for a in dict.fromkeys(w[0] for w in order)],
-                                         list(dict.fromkeys(w[0] for w in order)), 0.7, 0.45),
-                                        ([words[w] for w in order], [w[1] for w in order], 1.0, 0.3)):  # fmt: skip
+    inner = list(dict.fromkeys(a for a, _ in order))
+    rings = (([first[a] for a in inner], inner, 0.7, 0.72), ([words[w] for w in order], [b for _, b in order], 1, 1.03))
+    for counts, names, radius, place in rings:
         labels = [name if share(n) else "" for name, n in zip(names, counts, strict=True)]
-        left.pie(counts, labels=labels, radius=radius, labeldistance=0.72 if radius < 1 else 1.03,
-                 wedgeprops={"width": size, "edgecolor": "white", "linewidth": 0.5}, textprops={"fontsize": 8})  # fmt: skip
+        left.pie(counts, labels=labels, radius=radius, labeldistance=place, textprops={"fontsize": 8},
+                 wedgeprops={"width": 0.3, "edgecolor": "white", "linewidth": 0.5})  # fmt: skip
     kept = [r for r in report if r["kept"]]
     right.pie([r["kept"] for r in kept], labels=[f"{r['source']}, {r['asks']}\n{r['kept']:,}" for r in kept],
               wedgeprops={"width": 0.45, "edgecolor": "white"}, textprops={"fontsize": 9})  # fmt: skip
@@ -1510,7 +1516,9 @@ def table(entries: Mapping[str, dict]) -> str:
         remarks = [f"{n} answers: {fault}" for fault, n in entry["malformed"].items()]
         remarks += [f"proposals: {entry['proposals']['source']}, {', '.join(recall)}"] if recall else []
         remarks += entry["notes"] + [f"questions: {entry['file']}"] * bool(entry["file"])
-        remarks += [f"{key} not available: {why}" for key, why in entry.get("not_available", {}).items()]
+        lacks = entry.get("not_available", {})
+        remarks += [f"{', '.join(k for k in lacks if lacks[k] == why)} not available: {why}"
+                    for why in dict.fromkeys(lacks.values())]  # fmt: skip
         for remark in remarks:
             notes.setdefault(remark, []).append(name)
     lines = columns_of(rows, 2) + [f"{remark} ({', '.join(names)})" for remark, names in notes.items()]
@@ -1667,7 +1675,8 @@ def failures(name: str, questions: Questions, answers: Mapping[str, str], count:
         values = Cider().compute_score(*beside([[*map(one_line, c.references)] for c in cases] + [[t] for t in said],
                                                len(cases)))[1]  # fmt: skip
     lines = []
-    for n, i in enumerate(np.argsort(values, kind="stable")[:count].tolist(), start=1):
+    order = [i for i in np.argsort(values, kind="stable").tolist() if values[i] < 1 or not row.metrics]
+    for n, i in enumerate(order[:count], start=1):
         c = cases[i]
         facts = {"asked": row.prompt(c.sample), "answered": c.text or "(nothing)", "true": " / ".join(c.references)}
         told = [f"{n}. {c.sample.id} in {c.sample.scene}: {values[i]:.3f}",

@@ -883,8 +883,8 @@ TASKS: dict = {}  # Proxy3D needs no question types beyond data.TASKS
 SPACESPAN = {  # supp. Table 2, training splits; its rounded rows give 319K, not 318K. Best proposal's IoU: Chat-Scene
     "ScanQA": Source("scanqa", 26_000), "SQA3D": Source("sqa3d", 26_000),
     "Scan2Cap": Source("scan2cap", 32_000, fit=0.75), "ScanRefer": Source("scanrefer", 32_000, "id", fit=0.75),
-    "Multi3DRefer": Source("multi3drefer", 39_000, "id", fit=0.75), "MMScan QA": Source("mmscan/qa", 57_000, most=57_000),
-    "MMScan VG": Source("mmscan/vg", 57_000, "id", most=57_000),
+    "Multi3DRefer": Source("multi3drefer", 39_000, "id", fit=0.75),
+    "MMScan QA": Source("mmscan/qa", 57_000, most=57_000), "MMScan VG": Source("mmscan/vg", 57_000, "id", most=57_000),
     "SR-91K numbers": Source("sr91k", 30_000, "number", most=30_000),
     "SR-91K choices": Source("sr91k", 20_000, "choice", most=20_000),
 }  # fmt: skip

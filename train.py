@@ -738,9 +738,9 @@ def make_text(config, scenes: list[Scene], listed: dict[str, dict]) -> data.Tiny
     if getattr(config, "llm", None):
         return data.HubText(config.llm)
     words = data.vocabulary({*data.CATEGORIES, *(o.category for s in scenes for o in s.objects)})
-    samples = [s for by_scene in listed.values() for own in by_scene.values() for s in own]
-    return data.TinyText({*words, *data.TinyText.train(t for s in samples for t in (s.question, s.answer)).state()["words"]}
-                         if samples else words)  # fmt: skip
+    samples = (s for by_scene in listed.values() for own in by_scene.values() for s in own)
+    read = data.TinyText.train(t for s in samples for t in (s.question, s.answer))
+    return data.TinyText({*words, *read.state()["words"]})
 
 
 def read_listed(args: argparse.Namespace, stages: list[Stage], train: list[Scene],
