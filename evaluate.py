@@ -1,6 +1,6 @@
 """Scores under named protocols: run a finished model, or score a file of predictions with no model at all.
 
-    python evaluate.py --run runs/proxy3d [--benchmark rooms/qa ...] [--proposals gt|segments] [--partial]
+    python evaluate.py --run runs/proxy3d [--benchmark rooms/qa ...] [--proposals gt|segments] [--objects 50 100]
     python evaluate.py --run runs/proxy3d --benchmark scanqa --annotations FILE [--root SCANS]
     python evaluate.py --benchmark scanqa --annotations FILE --predictions FILE.jsonl [--root SCANS] [--out FILE]
 
@@ -47,7 +47,7 @@ import torch
 import torch.distributed as dist
 
 import data
-from data import DataError, Sample, Scene, Thing, substitute
+from data import TUPLE, DataError, Sample, Scene, Thing, substitute, tuples
 
 LIMIT = 10_000  # characters of an answer; refined EM and captions would reward one that says everything
 FAR = 10.0  # metres: the largest error charged, and the error of no answer, so that silence never lowers a mean error
@@ -57,7 +57,6 @@ MISS = "noanswer"  # a word of no reference; stands in captions for what was not
 
 IDENTIFIER = re.compile(r"OBJ(\d{3})(?!\d)")
 NUMBER = re.compile(r"(?:(?<![\w.])[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+")
-TUPLE = re.compile(r"\[([^\[\]]{1,200})\]")
 UNITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
          "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"]  # fmt: skip
 CLEANED = {  # word -> word of the cleaner that ScanQA and SQA3D are scored with (LEO's, used by six code bases)
@@ -110,20 +109,6 @@ def official_number(text: str) -> float | None:
 
 def first_word(text: str) -> str:
     return text.split(" ")[0].rstrip(".").strip()
-
-
-def tuples(text: str, size: int) -> list[np.ndarray | None]:
-    """Every bracketed list of `size` entries, [size] float each; None where an entry is not a finite number."""
-    found = []
-    for inside in TUPLE.findall(text):
-        entries = re.split(r"[,;\s]+", inside.strip())
-        if len(entries) == size:
-            try:
-                values = np.array([float(e) for e in entries])
-            except ValueError:
-                values = np.full(size, np.nan)
-            found.append(values if np.isfinite(values).all() else None)
-    return found
 
 
 @functools.lru_cache(4096)
@@ -398,6 +383,8 @@ class Benchmark:
     group: Callable[[Sample], str | tuple[str, ...]] = lambda sample: sample.kind
     macro: Callable[[str], str] | None = None
     fault: Callable[[Case], str] = lambda case: ""  # what an answer with text lacks, for the report
+    beside: tuple[str, ...] = ()  # this row is asked wherever one of these tasks was trained, its own never are
+    baselines: Mapping[str, Callable[[Case], str]] = field(default_factory=dict)  # column -> answer made from the truth
     tokens: int = 24  # the longest answer
     ask: str = "{question}"  # the prompt around the question; part of the result
     ask_choice: str = ""  # the same where the question has {options}, one per line
@@ -432,6 +419,80 @@ def vsi(case: Case, parse: Callable[[str], float | None], choose: Callable[[str,
     return choose(case.text, s.answer, s.options) if s.options else mra(parse(case.text), s.value)
 
 
+@functools.lru_cache(4096)
+def box(text: str) -> np.ndarray | None:
+    """The first bracketed six-tuple, [6] metres, or None."""
+    return next(iter(boxes(text)), None)
+
+
+def centre_error(case: Case) -> float:
+    """Metres between the centres of the answered and the true box, at most FAR; no answer is FAR."""
+    found = box(case.text)
+    return metre_error(None if found is None else found[:3], case.sample.box[:3])
+
+
+def over_move(case: Case) -> float:
+    """The centre error over the length of the true move: 0 = there, 1 = as good as not moved, at most 2 (no answer, or
+    moved the opposite way)."""
+    was = case.scene.thing(case.sample.about[0]).box
+    return min(centre_error(case) / max(float(np.linalg.norm((case.sample.box - was)[:3])), 1e-6), 2.0)
+
+
+def others(case: Case) -> np.ndarray:
+    """Boxes [n, 6] of all things but the one that is moved."""
+    f = data.facts(case.scene)
+    return f.boxes[[o.id != case.sample.about[0] for o in f.things]]
+
+
+def collides(case: Case) -> float:
+    """1 if the answered box stands in another thing by more than 5 cm (`data.collide`), or is none."""
+    found = box(case.text)
+    return float(found is None or data.collide(found[None], others(case), 0.05).any())
+
+
+def supported(case: Case) -> float:
+    """1 if something holds the answered box, to 5 cm (`data.carried`): the floor, the top of a thing under its centre,
+    or a wall."""
+    found = box(case.text)
+    if found is None:
+        return 0.0
+    floor, wall, carries = data.carried(found[None], others(case), case.scene.bounds, wall=0.05)
+    return float(carries.any() or wall[0] or (floor[0] and found[2] - found[5] / 2 > -0.05))
+
+
+def unmoved(case: Case) -> str:
+    """The answer of who leaves the thing where it is."""
+    return data.listed(case.scene.thing(case.sample.about[0]).box)
+
+
+def parsed_edit(case: Case) -> str:
+    """The answer of who sees every true box and reads amount, direction and relation off the question's words."""
+    thing, *anchor = (case.scene.thing(i) for i in case.sample.about)
+    words = case.sample.question
+    for o in (thing, *anchor):  # names may hold such words too
+        words = words.replace(f"the {data.describe(case.scene, o)}", "it")
+    new, amount = thing.box.copy(), next(iter(numbers(words)), None)
+    axis, side = re.search(r"\balong ([xy])\b", words), re.search(rf"\b({'|'.join(data.DIRECTIONS)})\b", words)
+    if anchor and (side or amount is None):  # from where the other thing is
+        new[:2] = anchor[0].box[:2]
+    if side:
+        k, sign = data.DIRECTIONS[side[1]]
+        new[k] += sign * amount
+    elif amount is not None:  # towards it
+        k = "xy".index(axis[1])
+        new[k] += np.sign(anchor[0].box[k] - new[k]) * amount
+    if "floor" in words:
+        new[2] = new[5] / 2
+    elif amount is None:  # on top of it
+        new[2] = anchor[0].box[2] + (anchor[0].box[5] + new[5]) / 2
+    return data.listed(new)
+
+
+def true_category(case: Case) -> str:
+    """A caption that knows nothing but the true category."""
+    return f"this is {data.article(data.phrase(case.scene.thing(case.sample.targets[0]).category, ''))}."
+
+
 def axis_error(case: Case, axis: int) -> float:
     found = point(case.text)
     return metre_error(None if found is None else found[axis], case.sample.point[axis])
@@ -458,6 +519,14 @@ LENGTH = {
     "mae_m/capped": lambda c: metre_error(number(c.text), c.sample.value),
     "relative_error/capped": lambda c: share_error(number(c.text), c.sample.value),
 }
+EDIT = {
+    "acc@0.25/box": lambda c: accuracy_at(box(c.text), c.sample.box, 0.25),
+    "acc@0.5/box": lambda c: accuracy_at(box(c.text), c.sample.box, 0.5),
+    "centre_error_over_move/capped": over_move,
+    "centre_error_m/capped": centre_error,
+    "collision_rate/5_cm": collides,
+    "support_rate/5_cm": supported,
+}
 POSITION = {
     "within_0.5_m/triple": lambda c: float(metre_error(point(c.text), c.sample.point) <= 0.5),
     "within_0.25_m/triple": lambda c: float(metre_error(point(c.text), c.sample.point) <= 0.25),
@@ -469,6 +538,16 @@ SPATIAL = {
     "score/official": lambda c: vsi(c, official_number, choice_official),
     "score/lenient": lambda c: vsi(c, number, choice_lenient),
 }
+
+
+MODLE = {  # task -> what its rows share; each is scored in wordings that were trained and in looser ones that never are
+    "distance": dict(metrics=LENGTH | {"mra/number": lambda c: mra(number(c.text), c.sample.value)}, tokens=64,
+                     fault=lambda c: "" if number(c.text) is not None else "no number"),
+    **{name: dict(metrics=EDIT, tokens=64, fault=lambda c: "" if box(c.text) is not None else "no [box]",
+                  baselines={"unmoved box": unmoved, "true box + parsed move": parsed_edit})
+       for name in ("move", "place")},
+    "refuse": dict(metrics={"em/cleaned": EXACT["em/cleaned"]}),
+}  # fmt: skip
 
 
 def by_task(sample: Sample) -> str:
@@ -490,8 +569,12 @@ BENCHMARKS: dict[str, Benchmark] = {
                                   fault=lambda c: "" if point(c.text) is not None else "no [x, y, z]"),
     "rooms/distance": Benchmark(("distance", "distance_ids", "size"), LENGTH, group=by_task, tokens=64,
                                 fault=lambda c: "" if number(c.text) is not None else "no number"),
-    "rooms/caption": Benchmark(("caption",), tokens=64, corpus=lambda cases: caption_scores(
-        [c.text for c in cases], [c.references for c in cases])),
+    **{f"rooms/modle_{name}{part}": Benchmark((f"modle_{name}{part}",), beside=(f"modle_{name}",) * bool(part), **row)
+       for name, row in MODLE.items() for part in ("", "_loose", "_one_view")
+       if part != "_one_view" or name in ("distance", "move")},
+    "rooms/caption": Benchmark(("caption",), tokens=64, baselines={"true category": true_category},
+                               corpus=lambda cases: caption_scores([c.text for c in cases],
+                                                                   [c.references for c in cases])),
     "rooms/vsi": Benchmark(
         ("vsi_counting", "vsi_abs_distance", "vsi_object_size", "vsi_room_size", "vsi_rel_distance",
          "vsi_rel_direction", "vsi_route", "vsi_order"), SPATIAL, tokens=16,
@@ -1107,7 +1190,7 @@ def score(name: str, questions: Questions, answers: Iterable[tuple[object, objec
           columns: Mapping[str, Mapping[str, str]] | None = None, faults: Counter | None = None) -> dict:  # fmt: skip
     """One benchmark's entry of metrics.json: every score of `answers` (id -> text, or pairs as read from a file), the
     headline's chance and blind, the count, what was malformed, the proposals, and under "columns" the same scores for
-    blind, chance and each further set of answers in `columns`."""
+    blind, chance, the row's baselines and each further set of answers in `columns`."""
     row = find_benchmark(name)
     samples = select(row, questions.samples)
     ids = [s.id for s in samples]
@@ -1118,6 +1201,7 @@ def score(name: str, questions: Questions, answers: Iterable[tuple[object, objec
 
     values = measure(row, cases(texts))
     others = {"blind": questions.blind} if questions.blind.keys() & set(ids) else {}
+    others |= {k: {c.sample.id: answer(c) for c in cases(texts)} for k, answer in row.baselines.items()}
     others |= majority(samples) if row.format else {}
     others |= columns or {}
     others = {k: measure(row, cases(admit(ids, v.items())[0])) for k, v in others.items()}
@@ -1140,11 +1224,14 @@ PROPOSALS = {"gt": lambda scene: scene, "segments": lambda scene: data.with_own_
 
 
 def prepare(samples: list[Sample], scenes: Mapping[str, Scene], blind: object = None, proposals: str = "gt",
-            seed: int = 0, official: Questions | None = None) -> Questions:  # fmt: skip
-    """Questions for `run`: fixed identifiers, the chosen proposals, blind answers and guesses (blind: `data.Blind`).
-    official: what `with_scans` gave, where the objects shown are not quite the truth."""
-    if proposals not in PROPOSALS:
-        raise DataError(f"unknown proposals {proposals}; known: {', '.join(PROPOSALS)}")
+            seed: int = 0, more: Mapping[str, Callable[[Scene], Scene]] | None = None,
+            official: Questions | None = None) -> Questions:  # fmt: skip
+    """Questions for `run`: fixed identifiers, the chosen proposals, blind answers and guesses (blind: `data.Blind`);
+    `more` proposals, by name, come from the model. official: what `with_scans` gave, where the objects shown are not
+    quite the truth."""
+    sources = PROPOSALS | dict(more or {})
+    if proposals not in sources:
+        raise DataError(f"unknown proposals {proposals}; known: {', '.join(sources)}")
     names = sorted({s.scene for s in samples})
     seen = {n: numbered((official.shown if official else scenes)[n], seed) for n in names}
     if official:
@@ -1153,7 +1240,7 @@ def prepare(samples: list[Sample], scenes: Mapping[str, Scene], blind: object = 
     else:
         scenes = seen
     shown = seen if proposals == "gt" else {  # under a name of their own, or caches would mix them up
-        name: numbered(PROPOSALS[proposals](replace(scene, name=f"{name}@{proposals}", identifiers={})), seed)
+        name: numbered(sources[proposals](replace(scene, name=f"{name}@{proposals}", identifiers={})), seed)
         for name, scene in seen.items()
     }  # fmt: skip
     questions = replace(official or Questions(samples, scenes), scenes=scenes, shown=shown, proposals=proposals)
@@ -1255,6 +1342,9 @@ def evaluation_spaces(names: Iterable[str], folder: Path, root: Path, held: Iter
         for split in format.splits.keys() - {"train", "all"}:
             if path := find_split(folder, format, split):
                 scenes |= read_official(name, path, root, split).scenes.keys()
+    if not scenes:
+        raise DataError(f"{folder}: nothing says which rooms are for evaluation; put scannetv2_val.txt and "
+                        "scannetv2_test.txt there or beside the scans")  # fmt: skip
     return {space(scene) for scene in scenes}
 
 
@@ -1336,11 +1426,13 @@ def draw_mixture(listed: Mapping[str, Sequence[Sample]], report: Sequence[Mappin
     order = sorted(words, key=lambda w: (-first[w[0]], w[0], -words[w]))
     share = lambda n: n > 0.015 * sum(first.values())  # noqa: E731
     inner = list(dict.fromkeys(a for a, _ in order))
-    rings = (([first[a] for a in inner], inner, 0.7, 0.72), ([words[w] for w in order], [b for _, b in order], 1, 1.03))
-    for counts, names, radius, place in rings:
+    colour = {a: f"C{i % 10}" for i, a in enumerate(inner)}
+    rings = (([first[a] for a in inner], inner, inner, 0.7, 0.72),
+             ([words[w] for w in order], [b for _, b in order], [a for a, _ in order], 1, 1.03))  # fmt: skip
+    for counts, names, starts, radius, place in rings:
         labels = [name if share(n) else "" for name, n in zip(names, counts, strict=True)]
-        left.pie(counts, labels=labels, radius=radius, labeldistance=place, textprops={"fontsize": 8},
-                 wedgeprops={"width": 0.3, "edgecolor": "white", "linewidth": 0.5})  # fmt: skip
+        left.pie(counts, labels=labels, colors=[colour[a] for a in starts], radius=radius, labeldistance=place,
+                 textprops={"fontsize": 8}, wedgeprops={"width": 0.3, "edgecolor": "white"})  # fmt: skip
     kept = [r for r in report if r["kept"]]
     right.pie([r["kept"] for r in kept], labels=[f"{r['source']}, {r['asks']}\n{r['kept']:,}" for r in kept],
               wedgeprops={"width": 0.45, "edgecolor": "white"}, textprops={"fontsize": 9})  # fmt: skip
@@ -1398,7 +1490,7 @@ def write_questions(path: Path, questions: Questions, samples: Sequence[Sample])
 
     def scene(name: str, s: Scene) -> dict:
         return {"name": name, "source": s.source, "objects": [asdict(o) for o in s.objects],
-                "identifiers": list(s.identifiers.items())}  # fmt: skip
+                "identifiers": list(s.identifiers.items()), "bounds": s.bounds}  # fmt: skip
 
     lines = [{"proposals": questions.proposals, "guesses": questions.guesses}]
     for name in sorted({s.scene for s in samples}):
@@ -1434,7 +1526,9 @@ def read_questions(path: Path) -> Questions:
                 key = "scene" if "scene" in line else "shown"
                 known = line[key]
                 things = [Thing(**o | {"box": np.array(o["box"], float)}) for o in known["objects"]]
-                scene = Scene(known["name"], known["source"], things, identifiers=dict(known["identifiers"]))
+                bounds = known.get("bounds") and np.array(known["bounds"], float)
+                scene = Scene(known["name"], known["source"], things, identifiers=dict(known["identifiers"]),
+                              bounds=bounds)  # fmt: skip
                 (questions.scenes if key == "scene" else shown)[scene.name] = scene
             else:
                 questions.proposals, questions.guesses = line["proposals"], line["guesses"]
@@ -1542,6 +1636,10 @@ Proxy3D, 700 tokens | 93.6 25.2a -
 Qwen2-VL-7B | 53.9 19.0a -
 Chat-Scene | 87.7 21.6a -
 GPT4Scene (HDM) | 90.9b 28.2ab -
+Descrip3D | 93.7 22.67a -
+ScanQA | 64.9 21.1 -
+LEO | 80.0 - 24.5d
+Spatial-MLLM-4B | 91.8d 26.3d -
 LLaVA-3D | 91.7d - 27.0d
 LEO-VL | 100.4d - 22.6d
 scanqa: cider/raw bleu4/raw meteor/raw rouge_l/raw em/strict
@@ -1559,8 +1657,14 @@ Proxy3D, 700 tokens | 57.5
 Fase3D, Qwen2.5-3B | 53.9d
 Fase3D, Vicuna-7B | 54.3d
 3D-LLaVA | 54.5d
+Qwen2-VL-7B | 40.7
 Chat-Scene | 54.6
 GPT4Scene (HDM) | 57.4b
+Descrip3D | 55.7
+ScanQA | 47.2d
+LEO | 50.0
+Spatial-MLLM-4B | 55.9d
+LLaVA-3D | 55.6
 Video-3D-LLM | 58.6
 3DRS | 60.6
 LEO-VL | 60.8d
@@ -1568,6 +1672,10 @@ scanrefer: acc@0.5/scanrefer acc@0.25/scanrefer acc@0.5/scanrefer/unique
 Proxy3D, 700 tokens | 54.1f 59.6f 84.0f
 Chat-Scene | 50.2f 55.5f 82.5f
 GPT4Scene (HDM) | 57.0bf 62.6bf 83.7bf
+Descrip3D | 51.8f 57.2f 83.2f
+Qwen2-VL-7B | 5.1f 5.4f 6.3f
+LLaVA-3D | 42.4g 54.1g -
+LEO | - 38.2i -
 Video-3D-LLM | 51.7g 58.1g 78.3g
 3DRS | 56.1g 62.9g 77.9g
 ScanRefer | 24.3g 37.3g 53.5g
@@ -1575,15 +1683,26 @@ multi3drefer: f1@0.5/multi3drefer f1@0.25/multi3drefer
 Proxy3D, 700 tokens | 57.5f 62.0f
 Chat-Scene | 52.4f 57.1f
 GPT4Scene (HDM) | 59.8bf 64.5bf
+Descrip3D | 55.1f 59.4f
+Qwen2-VL-7B | 19.9f 21.1f
 Video-3D-LLM | 52.7g 58.0g
 3DRS | 54.9g 60.4g
 scan2cap: cider@0.5/chat-scene bleu4@0.5/chat-scene
 Proxy3D, 700 tokens | 73.3f 34.7f
 Chat-Scene | 77.1f 36.3f
+GPT4Scene (HDM) | 86.3bf 40.6bf
+Descrip3D | 77.2f 34.5f
+Qwen2-VL-7B | 0.0f 3.8f
+Video-3D-LLM | 83.8g 41.4g
+3DRS | 86.1g 41.6g
+LLaVA-3D | 79.2g 41.1g
+Scan2Cap | 39.1g 23.3g
+LEO | - 72.4i
 scan2cap: cider@0.5/ll3da bleu4@0.5/ll3da meteor@0.5/ll3da rouge_l@0.5/ll3da
 Spatial 3D-LLM | 72.2d 34.6d 23.1d 54.3d
 Fase3D + Mask3D | 78.14g 41.34g 27.92g 57.63g
 Fase3D, own clusters | 70.72g 37.83g 26.81g 56.37g
+3D-LLaVA | 78.80g 36.90g 27.10g 57.70g
 LL3DA | 65.19g 36.79g 25.97g 55.06g
 PerLA | 69.41g 38.02g 29.07g 56.80g
 nr3d/caption: cider@0.5/ll3da bleu4@0.5/ll3da meteor@0.5/ll3da rouge_l@0.5/ll3da
@@ -1615,6 +1734,7 @@ REMARKS = {
     "f": "objects are Mask3D proposals, and an answer without an id counts as object 0",
     "g": "objects are proposals of a detector",
     "h": "not trained on",
+    "i": "as printed there, probably one column too far to the right: CIDEr 72.4 and BLEU-4 38.2 of Scan2Cap",
 }
 
 
@@ -1746,20 +1866,24 @@ def submission(name: str, questions: Questions, answers: Mapping[str, str], path
 
 def evaluate_run(done: object, names: Sequence[str] = (), proposals: str = "gt", partial: bool = False,
                  out: Path | None = None, per_scene: int | None = None, batch_size: int = 256,
-                 stage: data.Stage | None = None, worst: int = 0) -> dict[str, dict]:  # fmt: skip
-    """Score a run of train.py (`train.load_run`: model, stages, train and test scenes, args) in its test scenes, as
-    `stage` sees (default: its last), in every benchmark of which that stage trained a task, or those named. A model may
-    offer `baselines() -> {column: context manager}`: itself without something, asked the same. Returns as `run`."""
+                 stage: data.Stage | None = None, objects: int | None = None,
+                 worst: int = 0) -> dict[str, dict]:  # fmt: skip
+    """Score a run of train.py (`train.load_run`: model, stages, train and test scenes, args) in its test scenes, or in
+    as many fresh rooms of so many `objects`, as `stage` sees (default: its last), in every benchmark of which that
+    stage trained a task, or those named. A model may offer `baselines() -> {column: context manager}`: itself without
+    something, asked the same; and `proposals() -> {name: scene -> that with other objects}`. Returns as `run`."""
     stage = stage or done.stages[-1]
-    per_scene = per_scene or max(3, 60 // len(done.test))  # of every task; more where there are few scenes
+    test = rooms_of(objects, len(done.test)) if objects else done.test
+    per_scene = per_scene or max(3, 60 // len(test))  # of every task; more where there are few scenes
     done.model.begin(stage)
     seed, trained = done.args.seed, set(stage.tasks)
-    rows = [BENCHMARKS[n] for n in names or GENERATED if names or trained & set(BENCHMARKS[n].tasks)]
-    tasks = [task for row in rows for task in row.tasks if task in data.TASKS and (task in trained or names)]
-    scenes = {s.name: numbered(s, seed) for s in done.test}
+    rows = [BENCHMARKS[n] for n in names or GENERATED]
+    tasks = [task for row in rows for task in row.tasks
+             if task in data.TASKS and (names or task in trained or trained.intersection(row.beside))]
+    scenes = {s.name: numbered(s, seed) for s in test}
     samples = data.question_set(scenes.values(), tasks, per_scene, seed)
     blind = data.Blind(data.question_set(done.train[:300], tasks, 3, seed + 1))
-    questions = prepare(samples, scenes, blind, proposals, seed)
+    questions = prepare(samples, scenes, blind, proposals, seed, getattr(done.model, "proposals", dict)())
     done.prepare(list(questions.shown.values()))
     columns = {}
     for column, without in getattr(done.model, "baselines", dict)().items():
@@ -1767,7 +1891,14 @@ def evaluate_run(done: object, names: Sequence[str] = (), proposals: str = "gt",
         with without:
             columns[column] = ask_all(done.model, questions, stage, asked, batch_size) if asked else {}
     return run(done.model, questions, stage, out or done.args.out, names, partial, columns, batch_size, worst,
-               seed=seed, paper=done.args.model, scenes_from=done.args.data, scenes=len(questions.scenes))  # fmt: skip
+               seed=seed, paper=done.args.model, scenes=len(questions.scenes),
+               scenes_from=f"rooms of {objects} objects" if objects else done.args.data)  # fmt: skip
+
+
+def rooms_of(objects: int, count: int) -> list[Scene]:
+    """Test rooms of a given number of objects, none of them a default room, with as many points per object as those."""
+    first = data.ROOM_SEEDS["test"].start + 10_000 + 100 * objects
+    return [data.room(seed, objects, points=max(4096, 340 * objects)) for seed in range(first, first + count)]
 
 
 def ask_all(model: torch.nn.Module, questions: Questions, stage: data.Stage, names: Sequence[str] = (),
@@ -1809,7 +1940,9 @@ def evaluate_official(done: object, name: str, annotations: Path, root: Path | N
     questions = with_scans(name, questions, Path(root), partial)
     stage, seed = done.stages[-1], done.args.seed
     done.model.begin(stage)
-    questions = prepare(questions.samples, questions.scenes, blind_of(name, annotations), proposals, seed, questions)
+    more = getattr(done.model, "proposals", dict)()
+    blind = blind_of(name, annotations)
+    questions = prepare(questions.samples, questions.scenes, blind, proposals, seed, more, questions)
     done.prepare(list(questions.shown.values()))
     return run(done.model, questions, stage, out or done.args.out, [name], partial, None, batch_size, worst,
                seed=seed, paper=done.args.model, scenes_from=str(root), scenes=len(questions.scenes))  # fmt: skip
@@ -1884,8 +2017,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.error = lambda message: parser.exit(2, f"evaluate.py: {message}\n")
     parser.add_argument("--run", type=Path, help="folder of a finished run")
     parser.add_argument("--benchmark", nargs="+", default=[], metavar="NAME", help=", ".join(BENCHMARKS))
-    parser.add_argument("--proposals", default="gt", help="what identifiers stand for: " + ", ".join(PROPOSALS)
-                        + "; without a run a JSON file {scene: [[cx, cy, cz, w, d, h], ..]}")  # fmt: skip
+    parser.add_argument("--proposals", default="gt",
+                        help=f"what stands for objects: {', '.join(PROPOSALS)}; fase3d also: clusters; without a run "
+                        "a JSON file {scene: [[cx, cy, cz, w, d, h], ..]}")  # fmt: skip
+    parser.add_argument("--objects", type=int, nargs="+", default=[None], metavar="N",
+                        help="with --run: ask in fresh rooms of N objects each; scores to OUT/objects-N")  # fmt: skip
     parser.add_argument("--partial", action="store_true", help="accept fewer questions or answers than there should be")
     parser.add_argument("--annotations", type=Path, help="the benchmark's questions: a file, or a folder that holds it")
     parser.add_argument("--predictions", type=Path, help='lines of {"id": .., "prediction": "text"}; no model then')
@@ -1895,15 +2031,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     a = parser.parse_args(arguments)
     try:
         official = [n for n in a.benchmark if find_benchmark(n).format]
-        if a.run and not a.predictions and bool(official) == bool(a.annotations) and len(official or [0]) == 1:
+        if a.run and not a.predictions and official in ([], a.benchmark) and bool(official) == bool(a.annotations):
             import train
 
             done = train.load_run(a.run)
-            if official:
-                evaluate_official(done, official[0], a.annotations, a.root, a.proposals, a.partial, a.out,
-                                  worst=a.failures)  # fmt: skip
-            else:
-                evaluate_run(done, a.benchmark, a.proposals, a.partial, a.out, worst=a.failures)
+            for name in official:
+                evaluate_official(done, name, a.annotations, a.root, a.proposals, a.partial, a.out, worst=a.failures)
+            for n in [] if official else a.objects:
+                out = (a.out or a.run) / f"objects-{n}" if n else a.out
+                evaluate_run(done, a.benchmark, a.proposals, a.partial, out, objects=n, worst=a.failures)
         elif a.annotations and a.predictions and len(a.benchmark) == 1 and not a.run:
             score_file(a.benchmark[0], a.annotations, a.predictions, a.out, a.partial, a.root, a.proposals, a.failures)
         else:

@@ -282,7 +282,7 @@ def test_a_damaged_file_is_refused_with_file_row_and_field(world, tmp_path, name
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_split_of_another_size_is_refused_unless_partial(world, tmp_path):
+def test_a_split_of_another_size_is_refused_unless_partial(world, tmp_path, no_java):
     path = tmp_path / "p.jsonl"
     ids = [s.id for s in world.samples["scanqa"]]
     path.write_text("".join(json.dumps({"id": i, "prediction": "red"}) + "\n" for i in ids))
