@@ -614,7 +614,8 @@ def adapt(llm: nn.Module, layers: int, rank: int, alpha: float, names: dict[str,
             wrapped = get_peft_model(llm, settings, adapter_name=name)
         else:
             wrapped.add_adapter(name, settings)
-    llm.wrapped = (wrapped,)  # in a tuple: a second path to the same modules would save them twice
+    if wrapped is not None:
+        llm.wrapped = (wrapped,)  # in a tuple: a second path to the same modules would save them twice
     for module in blocks.modules():
         if isinstance(module, Linear):
             module.forward = lambda x, *_, layer=module, **__: routed_linear(layer, x, router.mask(x), names)
@@ -942,8 +943,8 @@ class Model(nn.Module):
         """Scenes with their questions -> tensors (see data.collate), and which scene each prompt belongs to."""
         if self.visual == "tokenizer":
             return {"scenes": [scene for scene, _ in groups], "samples": []}
-        rng = np.random.default_rng([i for s, _ in groups for i in (5, *s.identifiers.values())])
-        groups = [(s, [self.with_prompt(s, q, rng) for q in samples]) for s, samples in groups]
+        draws = [np.random.default_rng([5, *s.identifiers.values()]) for s, _ in groups]  # a scene's own, on any rank
+        groups = [(s, [self.with_prompt(s, q, r) for q in qs]) for (s, qs), r in zip(groups, draws, strict=True)]
         batch = data.collate(groups, self.text, [self.scene_length(s) for s, _ in groups], self.refer, self.stage_steps)
         owner = [b for b, (_, samples) in enumerate(groups) for q in samples if q.prompt is not None]
         return batch | {"prompt_scene": torch.tensor(owner, dtype=torch.long)}
