@@ -1003,7 +1003,11 @@ BENCHMARKS |= {
            ("planning", "embodied_planning_filtered", 256, (None, 2_282)),
            ("qa", "embodied_question_answer", 24, (14_944, 1_938)))},
 }  # fmt: skip
-GENERATED = [name for name, row in BENCHMARKS.items() if row.format is None]  # asked of a run where nothing is named
+
+
+def generated() -> list[str]:
+    """Benchmarks of generated questions: what a run is asked where nothing is named."""
+    return [name for name, row in BENCHMARKS.items() if row.format is None]
 
 
 def find_split(folder: Path, format: Format, split: str) -> Path | None:
@@ -1880,7 +1884,7 @@ def evaluate_run(done: object, names: Sequence[str] = (), proposals: str = "gt",
     per_scene = per_scene or max(3, 60 // len(test))  # of every task; more where there are few scenes
     done.model.begin(stage)
     seed, trained = done.args.seed, set(stage.tasks)
-    rows = [BENCHMARKS[n] for n in names or GENERATED]
+    rows = [BENCHMARKS[n] for n in names or generated()]
     tasks = [task for row in rows for task in row.tasks
              if task in data.TASKS and (names or task in trained or trained.intersection(row.beside))]
     scenes = {s.name: numbered(s, seed) for s in test}
@@ -1907,7 +1911,7 @@ def rooms_of(objects: int, count: int) -> list[Scene]:
 def ask_all(model: torch.nn.Module, questions: Questions, stage: data.Stage, names: Sequence[str] = (),
             batch_size: int = 64) -> dict[str, dict[str, str]]:  # fmt: skip
     """Benchmark -> id -> answer, on every rank."""
-    chosen = {name: select(find_benchmark(name), questions.samples) for name in names or GENERATED}
+    chosen = {name: select(find_benchmark(name), questions.samples) for name in names or generated()}
     empty = [name for name, samples in chosen.items() if not samples]
     if names and empty:
         raise DataError(f"{empty[0]}: this run has no such questions; it has {', '.join(ask_names(questions))}")
@@ -1919,7 +1923,7 @@ def ask_all(model: torch.nn.Module, questions: Questions, stage: data.Stage, nam
 
 
 def ask_names(questions: Questions) -> list[str]:
-    return [name for name in GENERATED if select(BENCHMARKS[name], questions.samples)]
+    return [name for name in generated() if select(BENCHMARKS[name], questions.samples)]
 
 
 def blind_of(name: str, annotations: Path) -> data.Blind | None:
