@@ -43,6 +43,10 @@ NOT_RUN = {
         "a GPU",
     "python evaluate.py --run runs/proxy3d --proposals segments": "tests/test_evaluate.py scores segments",
     "python evaluate.py --benchmark rooms/qa --annotations FILE --predictions FILE": "tests/test_evaluate.py",
+    "python evaluate.py --benchmark scanqa --annotations FILE --predictions FILE --failures 20":
+        "tests/test_official.py",
+    "python evaluate.py --run runs/proxy3d --benchmark scanqa --annotations FILE --root DIR": "tests/test_official.py",
+    "torchrun train.py --model proxy3d --data scannet --root DIR --annotations FILES": "tests/test_official.py",
     "python tests/bench.py proxy3d": "timings belong to a quiet machine",
     "python tests/ablate.py proxy3d": "a quarter of an hour",
 }
