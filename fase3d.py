@@ -1123,7 +1123,7 @@ def load_adapters(model: Model, folder: Path) -> None:
     for name in dict.fromkeys(ADAPTERS[model.config.adapters].values()) if hasattr(model.llm, "wrapped") else ():
         path = folder / name / "adapter_model.safetensors"
         if not path.exists():
-            raise data.DataError(f"{path}: missing, this model has an adapter {name!r}; use the Config the folder is from")
+            raise data.DataError(f"{path}: missing, this model has an adapter {name!r}; use the Config it is from")
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118
                 inner = key.removeprefix("base_model.model.")

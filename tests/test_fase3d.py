@@ -246,7 +246,7 @@ def test_keys_are_bijections_with_exact_inverses(keys, cells, bits):
         grid = torch.randint(0, top + 1, (5000, 3), generator=torch.Generator().manual_seed(0))
         grid = torch.cat([grid, torch.tensor([[0, 0, 0], [top, top, top], [top, 0, 0], [0, top, 0], [0, 0, top]])])
     key = keys(grid, bits)
-    assert key.dtype == torch.int64 and 0 <= int(key.min()) and int(key.max()) < 8**bits
+    assert key.dtype == torch.int64 and int(key.min()) >= 0 and int(key.max()) < 8**bits
     assert torch.equal(cells(key, bits).long(), grid.long())
 
 
@@ -754,9 +754,8 @@ def test_an_adapter_moves_the_paths_of_its_own_tokens_only(hubs, family):
 @pytest.mark.parametrize("where", FILTERS)
 def test_the_filter_acts_on_the_tokens_it_is_for(hubs, where):
     """What enters the FFN of an adapted layer: vision tokens, all, or none, and nothing behind the adapted layers."""
-    plain, model = load(hubs["llama"], adapters="none", filter="none"), load(hubs["llama"], adapters="none", filter=where)
-    x, vision = some_input(model)
-    wake(model)
+    plain, model = (load(hubs["llama"], adapters="none", filter=f) for f in ("none", where))
+    x, vision = some_input(wake(model))
     seen = {}
     for name, m in (("plain", plain), ("own", model)):
         blocks = m.llm.model.layers
@@ -775,7 +774,7 @@ def test_a_language_model_with_another_ffn_is_refused():
     """In one line that names the linear maps that are known."""
     strange = nn.Module()
     strange.layers = nn.ModuleList([nn.Sequential(nn.Linear(3, 3))])
-    with pytest.raises(DataError, match=r"^Module: its FFN has none of down_proj, fc1, fc2, gate_proj, up_proj; choose"):
+    with pytest.raises(DataError, match=r"^Module: its FFN has none of down_proj, fc1, fc2, gate_proj, up_proj;"):
         fase3d.adapt(strange, 1, 2, 2, ADAPTERS["decoupled"], "none", 1, Router())
 
 
@@ -843,7 +842,6 @@ def test_beams_take_the_routes_of_their_rows(hubs, scenes, family):
                                  return_dict_in_generate=True, output_scores=True)  # fmt: skip
     for s, q, ids, score in zip((scene, other), (*samples, *more), out.sequences, out.sequences_scores, strict=True):
         found, start = uncached(model, s, q, ids.tolist())
-        found[:, model.text.eos] += torch.tensor([0.0] * (start - 1) + [-math.inf] * (len(found) - start + 1))
         logp = found.log_softmax(-1)[start - 1 : -1].gather(1, ids[:, None]).sum()
         assert float(score) == pytest.approx(float(logp), abs=1e-3)
 
@@ -974,7 +972,7 @@ def test_what_a_seed_shows_is_the_most_frequent_object_on_its_superpoint(text, s
 
 
 @pytest.mark.parametrize("unknown", ["category", "colour"])
-@pytest.mark.parametrize("stage", STAGES["tiny"], ids=lambda s: s.name)
+@pytest.mark.parametrize("stage", recipe(Config.tiny(), STAGES["tiny"]), ids=lambda s: s.name)
 def test_things_of_unknown_category_or_colour_pass_every_stage(text, scenes, unknown, stage):
     """A real scene has segments without categories, a scan without colours has things without colours."""
     scene = replace(scenes[0], name="bare", objects=[replace(o, **{unknown: ""}) for o in scenes[0].objects])
@@ -1193,7 +1191,7 @@ def check_gradients(model, stage, scenes, mix=None):
     assert moved <= {n for n, p in model.named_parameters() if id(p) in trained}
 
 
-@pytest.mark.parametrize("stage", STAGES["tiny"], ids=lambda s: s.name)
+@pytest.mark.parametrize("stage", recipe(Config.tiny(), STAGES["tiny"]), ids=lambda s: s.name)
 def test_gradients_reach_all_that_a_tiny_stage_trains_and_nothing_frozen(text, scenes, stage):
     """A parameter without a gradient hangs data-parallel training; a frozen one that moves was not frozen."""
     check_gradients(make(text), stage, scenes)
@@ -1206,7 +1204,7 @@ def test_gradients_reach_all_that_a_stage_of_the_paper_trains_and_nothing_frozen
     check_gradients(load(hubs[family]), stage, scenes)
 
 
-@pytest.mark.parametrize("stage", [s for s in STAGES["tiny"] if s.tasks], ids=lambda s: s.name)
+@pytest.mark.parametrize("stage", [s for s in recipe(Config.tiny(), STAGES["tiny"]) if s.tasks], ids=lambda s: s.name)
 def test_a_batch_without_any_click_trains_too(text, scenes, stage):
     """No question of a step need have a coordinate token; its layers then have a gradient of zero, not none."""
     check_gradients(make(text), stage, scenes, {"count": 1, "exist": 1})
@@ -1224,6 +1222,18 @@ def test_every_alternative_trains(text, scenes, change):
     """Tables 3 to 6 and the switches of points: one step under each."""
     stage = next(s for s in STAGES["tiny"] if s.name == "1 generalist")
     check_gradients(make(text, **change), stage, scenes)
+
+
+def test_vision_adapters_of_the_last_layer_reach_no_answer(text, scenes):
+    """Behind it only the text is read. With every layer adapted (Table 4's columns ask for at most 12 of them) exactly
+    these get gradients of zero."""
+    model = wake(make(text, adapted_layers=99))
+    model.begin(next(s for s in STAGES["tiny"] if s.name == "1 generalist"))
+    out = model(model.batch(asked(scenes)))
+    out["loss"].backward()
+    dead = {n for n, p in model.named_parameters() if p.requires_grad and not p.grad.abs().sum() > 0}
+    last = {n for n, _ in model.named_parameters() if "layers.2." in n and ".vision." in n} | {"filters.2.gain"}
+    assert dead == last and len(last) == 7
 
 
 @pytest.mark.parametrize(("change", "same"), [(dict(superpoint=False), False), (dict(enhancer=False), False),
@@ -1288,7 +1298,8 @@ def test_spectral_clusters_cut_where_the_weights_are_small():
     label = spectral_clusters(edges, weight, 16, 2)
     assert len(set(zip(owner.tolist(), label.tolist(), strict=True))) == 2
     none = np.zeros((0, 2), int)
-    assert spectral_clusters(none, np.zeros(0), 2).tolist() == [0, 1] and len(spectral_clusters(none, np.zeros(0), 9)) == 9
+    assert spectral_clusters(none, np.zeros(0), 2).tolist() == [0, 1]
+    assert set(spectral_clusters(none, np.zeros(0), 9, 4)) == {0, 1, 2, 3}, "without edges any labels, but no more"
 
 
 def test_proposals_are_clusters_of_superpoints_with_the_extent_of_their_points(text, scenes):
@@ -1401,7 +1412,8 @@ def test_a_checkpoint_holds_no_borrowed_weight_and_reloads_to_equal_logits(hubs,
     train.save(tmp_path, first, None, {"position": {}, "run": json.loads(json.dumps(record))})
     names = set(data.read_tensors(tmp_path, "weights"))
     assert all("lora_" in n for n in names if n.startswith("llm.")) and any("lora_B" in n for n in names)
-    assert {n.split(".")[0] for n in names} == {"llm", "filters", "initial", "enhancer", "merger", "place", "coordinate"}
+    parts = {"llm", "filters", "initial", "enhancer", "merger", "place", "coordinate"}
+    assert {n.split(".")[0] for n in names} == parts
     again = data.load_model(fase3d, tmp_path)
     again.begin(TOKENS)
     assert torch.equal(told(again, groups)[0], expected)
@@ -1410,9 +1422,7 @@ def test_a_checkpoint_holds_no_borrowed_weight_and_reloads_to_equal_logits(hubs,
 def test_a_language_model_that_trains_is_in_the_checkpoint(text, hubs):
     """The tiny one, and a loaded one under full fine-tuning."""
     for model in (make(text), load(hubs["llama"], adapters="full")):
-        assert "llm.lm_head.weight" in data.named_weights(model) or "llm.model.embed_tokens.weight" in data.named_weights(
-            model
-        )
+        assert {"llm.model.embed_tokens.weight", "llm.model.norm.weight"} <= set(data.named_weights(model))
 
 
 # ---- alternatives ----------------------------------------------------------------------------------------------------
@@ -1426,7 +1436,7 @@ def test_farthest_seeds_are_the_superpoints_of_the_farthest_points():
         seeds, places = farthest_seeds(points, owner, edges, count)
         expected = list(dict.fromkeys(owner[data.farthest_point_sampling(points, len(points))].tolist()))
         assert seeds.tolist() == expected[:count]
-        assert all(int(owner[(points == p).all(1).nonzero()[0, 0]]) == s for s, p in zip(seeds.tolist(), places))
+        assert all((points[owner == s] == p).all(1).any() for s, p in zip(seeds.tolist(), places, strict=True))
 
 
 def test_the_q_former_reads_each_scene_alone():
@@ -1448,17 +1458,16 @@ def shape_comments():
     lines = inspect.getsource(fase3d).splitlines()
     found = defaultdict(list)
     for function in ast.walk(ast.parse("\n".join(lines))):
-        if not isinstance(function, ast.FunctionDef):
+        if not isinstance(function, ast.FunctionDef) or function.name.startswith("draw"):
             continue
         for node in ast.walk(function):
-            comment = lines[node.end_lineno - 1].partition("  # ")[2] if isinstance(node, ast.Assign | ast.Return) else ""
-            shapes = re.findall(r"\[[^\[\]]+\]", comment)
-            if not shapes:
+            if not isinstance(node, ast.Assign | ast.Return):
                 continue
+            shapes = re.findall(r"\[[^\[\]]+\]", lines[node.end_lineno - 1].partition("  # ")[2])
             target = node.targets[0] if isinstance(node, ast.Assign) else None
             names = ["return"] if target is None else [n.id for n in getattr(target, "elts", [target])
                                                        if isinstance(n, ast.Name)]  # fmt: skip
-            if names:
+            if names and shapes:
                 found[function.name].append((node.lineno, node.end_lineno, names, shapes))
     return dict(found)
 
@@ -1516,18 +1525,20 @@ def test_every_shape_in_a_comment_is_true_with_all_axes_different(text, hubs, sc
             pending[id(frame)] = None
         if event in ("line", "return"):
             last = pending[id(frame)]
-            if last is not None and (event == "return" or not inside(last)):
+            if last and last[2] == ["return"] and event == "line":  # leaving a `with` on the way out
+                return trace
+            if last and (event == "return" or not inside(last)):
                 check(frame, last, arg)
                 pending[id(frame)] = None
             if event == "line":
                 pending[id(frame)] = next((s for s in known[name] if inside(s)), None)
         return trace
 
-    models = [make(text, heads=6, window=10), load(hubs["qwen"], heads=6, window=10),
-              make(text, selector="qformer", window=10)]  # fmt: skip
     groups = asked(scenes, 4, {"id_category": 1})
     sys.settrace(trace)
     try:
+        models = [make(text, window=10), load(hubs["qwen"], window=10),
+                  make(text, selector="qformer", window=10)]  # fmt: skip
         for model in models:
             model(model.batch(groups))
             model.eval().propose(scenes[0])
