@@ -134,6 +134,7 @@ class Sample:
     box: np.ndarray | None = None  # [6] truth of a box question
     options: list[str] | None = None  # multiple choice, "A. chair"
     prompt: np.ndarray | None = None  # [6] box or [3] click that belongs to the question
+    about: list[int] = field(default_factory=list)  # object ids that the question describes, in the order of its truth
     wording: str = ""  # which template and slots: what the blind baseline may condition on
     kind: str = ""  # sub-type for tables: "unique", "multiple", "what", "easy", ...
 
@@ -229,6 +230,31 @@ def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     inter = np.clip(hi - lo, 0, None).prod(-1)
     union = a[..., 3:].prod(-1)[..., :, None] + b[..., 3:].prod(-1)[..., None, :] - inter
     return inter / np.maximum(union, 1e-12)
+FLAT = 0.05  # metres: what is lower, a rug, is no obstacle
+
+
+def collide(a: np.ndarray, b: np.ndarray, slack: float) -> np.ndarray:
+    """Whether boxes a [m, 6] stand in boxes b [n, 6], [m, n] bool: along every axis they share more than `slack` metres
+    or than half of the thinner one. What is lower than FLAT is no obstacle."""
+    lo = np.maximum((a[:, :3] - a[:, 3:] / 2)[:, None], b[:, :3] - b[:, 3:] / 2)
+    hi = np.minimum((a[:, :3] + a[:, 3:] / 2)[:, None], b[:, :3] + b[:, 3:] / 2)
+    thin = np.minimum(a[:, None, 3:], b[:, 3:]) / 2
+    return (hi - lo > np.minimum(thin, slack)).all(-1) & (b[:, 5] >= FLAT)
+
+
+def carried(boxes: np.ndarray, tops: np.ndarray, bounds: np.ndarray | None,
+            wall: float = 0.02) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """What may hold boxes [m, 6]: floor [m] (the bottom is less than 5 cm above z = 0), wall [m] (within `wall` metres
+    of a side of the bounds [2, 3]) and carries [m, n] (which of tops [n, 6], at least 10 cm high, has its upper side
+    within 5 cm of the bottom and below the centre)."""
+    c, s, at, size = boxes[:, :3], boxes[:, 3:], tops[:, :3], tops[:, 3:]
+    bottom, top = c[:, 2] - s[:, 2] / 2, at[:, 2] + size[:, 2] / 2
+    carries = (np.abs(c[:, None, :2] - at[:, :2]) <= size[:, :2] / 2).all(-1) & (size[:, 2] >= 0.1)
+    carries &= np.abs(bottom[:, None] - top) < 0.05
+    lo, hi = (-np.inf, np.inf) if bounds is None else bounds[:, :2]
+    return bottom < 0.05, (np.minimum(c[:, :2] - lo, hi - c[:, :2]) - s[:, :2] / 2 < wall).any(1), carries
+
+
 # ---- 3 procedural rooms ----------------------------------------------------------------------------------------------
 #
 # A room is boxes: a piece of furniture is a row of one table, the row a few boxes (a chair: seat, back and legs), and a
@@ -563,7 +589,7 @@ def room(seed: int, objects: int | None = None, views: int = 12, size: int = 96,
     """
     most = len(CATEGORIES) * len(COLOURS) * 2 // 3  # beyond, too few pairs of category and colour are left
     if objects is not None and not 3 <= objects <= most:
-        raise ValueError(f"room: objects = {objects}; give 3 to {most}")
+        raise DataError(f"room: objects = {objects}; give 3 to {most}")
     rng = np.random.Generator(np.random.PCG64(seed))
     count, side, height = int(rng.integers(8, 17)), rng.uniform(4.0, 6.5, 2), 2.6
     if objects is not None:
@@ -1085,7 +1111,7 @@ def scan_folder(root: Path, scene_id: str) -> Path:
 
 def read_scannet(root: str | Path, scene_id: str, size: tuple[int, int] | None = None, max_frames: int = 32) -> Scene:
     """A ScanNet scan: its own files (mesh, segments, aggregation, axis alignment) and, where a colour/depth/pose export
-    lies beside them or under posed_images/<id> or frames/<id>, at most `max_frames` frames at size (H, W).
+    lies beside them or under posed_images/<id> or frames/<id>, at most `max_frames` (0: none) at size (H, W).
 
     The axis alignment is the only transform. Instance = objectId + 1; wall, floor and ceiling are no objects; boxes are
     the extent of an object's points. Masks are read from instance-filt/ or else rendered. Raises DataError.
@@ -1131,6 +1157,8 @@ def read_scannet(root: str | Path, scene_id: str, size: tuple[int, int] | None =
             scene.instances[mine] = id
             box = np.array(group["alignedBox"]) if "alignedBox" in group else extent(scene.points[mine])
             scene.objects.append(Thing(id, label, group.get("colour") or colour_name(colours, mine), box))
+    if not max_frames:
+        return scene
     places = [folder, root / "posed_images" / scene_id, root / "frames" / scene_id]
     found = next(filter(None, map(find_frames, places)), None)
     if found is None:
@@ -1588,6 +1616,8 @@ SELECT = RELATIONS | EXTREMES
 # Forms of a question about a group: which (category, colour) keys it means.
 FORMS = {"category": lambda key: not key[1], "colour": lambda key: not key[0], "pair": all}
 SIDES = (("left", "right"), ("front", "behind"), ("below", "above"))  # per axis: negative, positive
+DIRECTIONS = {"left": (0, -1), "right": (0, 1), "front": (1, -1), "back": (1, 1)}  # where to move: axis, sign; seen as
+#                                                                                   `side_of` does, looking along +y
 # Directions from a situation: answers, degrees between them, margin in degrees, answer from |degrees| and side.
 HEADINGS = {
     "side": (("left", "right"), (0, 180), 20, lambda a, side: side),
@@ -1639,6 +1669,11 @@ def mark(thing: Thing) -> str:
 
 def metres(value: float) -> str:
     return f"{round(value, 2) + 0.0:.2f}"  # + 0.0: never "-0.00"
+
+
+def listed(values: Iterable[float]) -> str:
+    """A point or a box as text: "[1.25, -0.80, 0.45]"."""
+    return f"[{', '.join(map(metres, values))}]"
 
 
 def pick(rng: np.random.Generator, items: Sequence):
@@ -1702,18 +1737,13 @@ class Facts:
 
     @cached_property
     def support(self) -> np.ndarray:
-        """[n] what each thing stands or hangs on: FLOOR if its bottom is less than 5 cm above z = 0; else WALL if its
-        box is within 2 cm of a side of the bounds, or the place of the one thing, at least 10 cm high, whose top is
-        within 5 cm of its bottom and below its centre; NOTHING (unknown) where neither or both hold."""
-        c, s = self.boxes[:, :3], self.boxes[:, 3:]
-        bottom, top = c[:, 2] - s[:, 2] / 2, c[:, 2] + s[:, 2] / 2
-        carries = (np.abs(c[:, None, :2] - c[None, :, :2]) <= s[None, :, :2] / 2).all(-1) & (s[:, 2] >= 0.1)
-        carries &= (np.abs(bottom[:, None] - top) < 0.05) & ~np.eye(len(c), dtype=bool)
-        lo, hi = (-np.inf, np.inf) if self.bounds is None else self.bounds[:, :2]
-        wall = (np.minimum(c[:, :2] - lo, hi - c[:, :2]) - s[:, :2] / 2 < 0.02).any(1)
+        """[n] what each thing stands or hangs on (`carried`): FLOOR before all; else WALL, or the place of the one
+        thing that carries it; NOTHING (unknown) where neither or both hold."""
+        floor, wall, carries = carried(self.boxes, self.boxes, self.bounds)
+        carries &= ~np.eye(len(carries), dtype=bool)
         count = carries.sum(1)
-        found = np.where((count == 1) & ~wall, carries.argmax(1) if len(c) else 0, NOTHING)
-        return np.where(bottom < 0.05, FLOOR, np.where(wall & (count == 0), WALL, found))
+        found = np.where((count == 1) & ~wall, carries.argmax(1) if len(carries) else 0, NOTHING)
+        return np.where(floor, FLOOR, np.where(wall & (count == 0), WALL, found))
 
     @cached_property
     def categories(self) -> list[str]:
@@ -1758,14 +1788,19 @@ class Facts:
                 "ground_category": [i for i in self.unique if i in self.is_numbered]}  # fmt: skip
 
     @cached_property
-    def first_seen(self) -> dict[int, int]:
-        """Thing -> the first frame of which it fills 0.2 %."""
-        seen, masks = {}, self.frames.masks
+    def views(self) -> dict[int, list[int]]:
+        """Thing -> the frames of which it fills 0.2 %, in order; those of none are left out."""
+        seen, masks = defaultdict(list), self.frames.masks
         for v, mask in enumerate(masks):
             for object_id, pixels in zip(*(a.tolist() for a in np.unique(mask, return_counts=True)), strict=True):
                 if pixels >= 0.002 * mask.size:
-                    seen.setdefault(object_id, v)
+                    seen[object_id].append(v)
         return {i: seen[o.id] for i, o in enumerate(self.things) if o.id in seen}
+
+    @cached_property
+    def described(self) -> dict[int, str]:
+        """The words for every thing that has some (`words`)."""
+        return {i: words for i in range(len(self.things)) if (words := self.words(i))}
 
     def select(self, how: str, group: Iterable[int], anchor: int | None = None) -> int | None:
         """The one of the group that SELECT's rows single out ("nearest to" the anchor, "largest"); None: too close."""
@@ -1777,6 +1812,17 @@ class Facts:
         best = int(rows[0].argmin())
         ahead = np.count_nonzero(rows - rows[:, best, None] >= margin)
         return group[best] if ahead == rows.size - len(rows) else None
+
+    def words(self, i: int) -> str | None:
+        """What `describe` says of a thing."""
+        if i in self.names:
+            return phrase(*self.names[i])
+        thing, everything = self.things[i], range(len(self.things))
+        tries = [(how, (thing.category, ""), anchor) for how in RELATIONS for anchor in self.unique if thing.category]
+        tries += [(how, key, None) for key in ((thing.category, ""), ("", thing.colour), ("", "")) for how in EXTREMES]
+        fits = (t for t in tries if self.select(t[0], self.groups.get(t[1], everything), t[2]) == i)
+        found = next(fits, None)
+        return found and selection(self, *found)
 
     def spot(self, i: int) -> str:
         """What a thing stands or hangs on: "on the desk", "on the floor", "on the wall"; "" = unknown."""
@@ -1808,14 +1854,7 @@ def describe(scene: Scene, thing: Thing) -> str | None:
     "largest red thing"; None where nothing of that kind is unambiguous."""
     f = facts(scene)
     i = next((i for i, o in enumerate(f.things) if o.id == thing.id), None)
-    if i is None or i in f.names:
-        return None if i is None else phrase(*f.names[i])
-    everything = list(range(len(f.things)))
-    tries = [(how, (thing.category, ""), anchor) for how in RELATIONS for anchor in f.unique if thing.category]
-    tries += [(how, key, None) for key in ((thing.category, ""), ("", thing.colour), ("", "")) for how in EXTREMES]
-    fits = (t for t in tries if f.select(t[0], f.groups.get(t[1], everything), t[2]) == i)
-    found = next(fits, None)
-    return found and selection(f, *found)
+    return None if i is None else f.words(i)
 
 
 def ask(scene: Scene, rng: np.random.Generator, task: str, answer: str, text: dict, slots: dict | None = None,
@@ -1947,7 +1986,7 @@ def marked(scene: Scene, rng: np.random.Generator, task: str) -> Sample | None:
 def coordinate(scene: Scene, rng: np.random.Generator) -> Sample | None:
     """The centre of a thing's box in metres: "[1.25, -0.80, 0.45]"."""
     o = numbered(scene, rng)
-    return o and ask(scene, rng, "coordinate", f"[{', '.join(map(metres, o[0].box[:3].tolist()))}]", {"a": mark(o[0])},
+    return o and ask(scene, rng, "coordinate", listed(o[0].box[:3].tolist()), {"a": mark(o[0])},
                      point=o[0].box[:3].copy())  # fmt: skip
 
 
@@ -1964,7 +2003,7 @@ def chain(a: Iterable[float], b: Iterable[float]) -> tuple[str, float]:
 
 def distance(scene: Scene, rng: np.random.Generator, task: str) -> Sample | None:
     """Metres from centre to centre, by marks (distance_ids) or by description; `value` is exact, `answer` follows from
-    the printed steps: 1 cm apart at most. By description the steps first rewrite the question with marks."""
+    the printed steps: 1.4 cm apart at most. By description the steps first rewrite the question with marks."""
     a, b = numbered(scene, rng, 2, named=task == "distance") or (None, None)
     if a is None:
         return None
@@ -2131,12 +2170,12 @@ def vsi_route(scene: Scene, rng: np.random.Generator) -> Sample | None:
 
 
 def vsi_order(scene: Scene, rng: np.random.Generator) -> Sample | None:
-    """Order in which four things first appear in the frames (`Facts.first_seen`), each in another frame."""
+    """Order in which four things first appear in the frames (`Facts.views`), each in another frame."""
     f = facts(scene)
     first = defaultdict(list)
     for i in f.unique if scene.frames else ():
-        if i in f.first_seen:
-            first[f.first_seen[i]].append(f.things[i].category)
+        if i in f.views:
+            first[f.views[i][0]].append(f.things[i].category)
     seen = [pick(rng, first[v]) for v in sorted(several(rng, sorted(first), 4))]
     if not seen:
         return None
@@ -2228,7 +2267,7 @@ def blind_content(sample: Sample) -> str:
 
 class Blind:
     """Answers without looking at the scene: the most frequent training answer of the same wording, backing off slot by
-    slot until at least `least` training questions share it; the median of metres, the mean point of coordinates, and
+    slot until at least `least` training questions share it; the median of metres, the mean of points and boxes, and
     for marks an arbitrary object of the scene."""
 
     def __init__(self, samples: Iterable[Sample], least: int = 5):
@@ -2243,10 +2282,13 @@ class Blind:
         return distinct[:: -(-len(distinct) // most) or 1]
 
     def _best(self, key: str) -> tuple[Counter, str]:
-        seen = self.seen[key]
+        seen = self.seen[key]  # of the task most common among them: one wording may serve several
+        task = Counter(s.task for s in seen).most_common(1)[0][0]
+        seen = [s for s in seen if s.task == task]
         counts = Counter(map(blind_content, seen))
-        if seen[0].point is not None:
-            return counts, f"[{', '.join(map(metres, np.mean([s.point for s in seen], axis=0)))}]"
+        for place in ("point", "box"):
+            if getattr(seen[0], place) is not None:
+                return counts, listed(np.mean([getattr(s, place) for s in seen], axis=0))
         if seen[0].task in METRIC:
             decimals = len(seen[0].answer.partition(".")[2])
             return counts, f"{np.median([s.value for s in seen]):.{decimals}f}"
@@ -2295,6 +2337,23 @@ IGNORE = -100  # label of a position that carries no loss
 NUMBERS = {"x": (-8, 8), "y": (-8, 8), "z": (-1, 4), "w": (0, 8), "d": (0, 8), "h": (0, 4), "l": (0, 16)}  # metres
 BINS = 16  # number tokens per metre: 6.25 cm
 PIECE = re.compile(r"<obj\d{3}>|\[[^\[\]]*\]|[xyzwdh][+-]?\d+\.\d+|-?\d+\.\d+|\d+|[a-z]+(?:'[a-z]+)?|[^\sa-z0-9]")
+
+
+TUPLE = re.compile(r"\[([^\[\]]{1,200})\]")
+
+
+def tuples(text: str, size: int) -> list[np.ndarray | None]:
+    """Every bracketed list of `size` entries, [size] float each; None where an entry is not a finite number."""
+    found = []
+    for inside in TUPLE.findall(text):
+        entries = re.split(r"[,;\s]+", inside.strip())
+        if len(entries) == size:
+            try:
+                values = np.array([float(e) for e in entries])
+            except ValueError:
+                values = np.full(size, np.nan)
+            found.append(values if np.isfinite(values).all() else None)
+    return found
 
 
 class TinyText:
@@ -2697,15 +2756,23 @@ def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.n
 
 def ask_scene(paper, arguments: Sequence[str]) -> None:
     """The command line of a paper: `--scene PATH --ask QUESTION [--ask ...] --run DIR`: prints the answers, and where
-    the picture is. Raises DataError."""
+    the picture is. A model may offer `refusal(scene, question)`: why this question cannot be answered about this scene,
+    or None. Raises DataError."""
     parser = argparse.ArgumentParser(description="Questions about a scene of your own.", allow_abbrev=False)
     parser.error = lambda message: (_ for _ in ()).throw(DataError(message))
     parser.add_argument("--scene", type=Path, required=True, help=".ply, a scan's folder, or a folder of RGB-D frames")
     parser.add_argument("--ask", action="append", required=True, help="a question; may be given several times")
     name = Path(paper.__file__).stem
     parser.add_argument("--run", type=Path, help="folder of a trained run")
+    parser.add_argument("--at", help="X,Y,Z metres: the place that the questions mean by \"this\" (Fase3D)")
     parser.add_argument("--out", type=Path, help="picture to write (default: <run>/ask.png)")
     a = parser.parse_args(arguments)
+    try:
+        place = None if a.at is None else np.array([float(v) for v in a.at.split(",")]).reshape(3)
+    except ValueError:
+        raise DataError(f"--at {a.at}: give three numbers in metres, such as 1.2,-0.5,0.4") from None
+    if place is not None and not hasattr(paper, "CoordinateToken"):
+        raise DataError(f"--at: {name} takes no places; fase3d does")
     if a.run is None:
         raise DataError(f"--run: name a trained run; python train.py --model {name} makes runs/{name}")
     model = load_model(paper, a.run)
@@ -2716,11 +2783,13 @@ def ask_scene(paper, arguments: Sequence[str]) -> None:
     scene.identifiers = number_objects(scene, np.random.default_rng(0))
     for note in scene.notes:
         print(f"note: {note}")
-    samples = [Sample(str(i), scene.name, "ask", question, "") for i, question in enumerate(a.ask)]
+    samples = [Sample(str(i), scene.name, "ask", q, "", prompt=place) for i, q in enumerate(a.ask)]
     for word in sorted({w for q in a.ask for w in model.text.unknown(q)}):
         print(f"note: the model has never read the word {word!r}")
     answers = model.generate(model.batch([(scene, samples)]), max_new_tokens=48)
-    lines = [f"{q}  {t.rpartition('=')[2].strip()}" for q, t in zip(a.ask, answers, strict=True)]
+    refused = [getattr(model, "refusal", lambda scene, question: None)(scene, q) for q in a.ask]
+    texts = [r or t.rpartition("=")[2].strip() for r, t in zip(refused, answers, strict=True)]
+    lines = [f"{q}  {t}" for q, t in zip(a.ask, texts, strict=True)]
     print("\n".join(lines))
     picture = a.out or a.run / "ask.png"
     draw_scene(scene, picture, lines, model.token_centres(scene))

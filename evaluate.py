@@ -1,6 +1,6 @@
 """Scores under named protocols: run a finished model, or score a file of predictions with no model at all.
 
-    python evaluate.py --run runs/proxy3d [--benchmark rooms/qa ...] [--proposals gt|segments] [--partial]
+    python evaluate.py --run runs/proxy3d [--benchmark rooms/qa ...] [--proposals gt|segments] [--objects 50 100]
     python evaluate.py --benchmark rooms/qa --annotations FILE --predictions FILE.jsonl [--out metrics.json]
 
 A benchmark is one row of `BENCHMARKS`: how to read its file, how to ask, how to score. A metric is a small pure
@@ -42,7 +42,7 @@ import torch
 import torch.distributed as dist
 
 import data
-from data import DataError, Sample, Scene, Thing, substitute
+from data import TUPLE, DataError, Sample, Scene, Thing, substitute, tuples
 
 LIMIT = 10_000  # characters of an answer; refined EM and captions would reward one that says everything
 FAR = 10.0  # metres: the largest error charged, and the error of no answer, so that silence never lowers a mean error
@@ -52,7 +52,6 @@ MISS = "noanswer"  # a word of no reference; stands in captions for what was not
 
 IDENTIFIER = re.compile(r"OBJ(\d{3})(?!\d)")
 NUMBER = re.compile(r"(?:(?<![\w.])[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+")
-TUPLE = re.compile(r"\[([^\[\]]{1,200})\]")
 UNITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
          "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"]  # fmt: skip
 CLEANED = {  # word -> word of the cleaner that ScanQA and SQA3D are scored with (LEO's, used by six code bases)
@@ -105,20 +104,6 @@ def official_number(text: str) -> float | None:
 
 def first_word(text: str) -> str:
     return text.split(" ")[0].rstrip(".").strip()
-
-
-def tuples(text: str, size: int) -> list[np.ndarray | None]:
-    """Every bracketed list of `size` entries, [size] float each; None where an entry is not a finite number."""
-    found = []
-    for inside in TUPLE.findall(text):
-        entries = re.split(r"[,;\s]+", inside.strip())
-        if len(entries) == size:
-            try:
-                values = np.array([float(e) for e in entries])
-            except ValueError:
-                values = np.full(size, np.nan)
-            found.append(values if np.isfinite(values).all() else None)
-    return found
 
 
 @functools.lru_cache(4096)
@@ -360,6 +345,8 @@ class Benchmark:
     group: Callable[[Sample], str] = lambda sample: sample.kind
     macro: Callable[[str], str] | None = None
     fault: Callable[[Case], str] = lambda case: ""  # what an answer with text lacks, for the report
+    beside: tuple[str, ...] = ()  # this row is asked wherever one of these tasks was trained, its own never are
+    baselines: Mapping[str, Callable[[Case], str]] = field(default_factory=dict)  # column -> answer made from the truth
     tokens: int = 24  # the longest answer
     ask: str = "{question}"  # the prompt around the question; part of the result
     read: Callable[[Path], Questions] | None = None  # its annotations; None: the file a run writes, `read_questions`
@@ -390,6 +377,83 @@ def vsi(case: Case, parse: Callable[[str], float | None], choose: Callable[[str,
     return choose(case.text, s.answer, s.options) if s.options else mra(parse(case.text), s.value)
 
 
+@functools.lru_cache(4096)
+def box(text: str) -> np.ndarray | None:
+    """The first bracketed six-tuple, [6] metres, or None."""
+    return next(iter(boxes(text)), None)
+
+
+def centre_error(case: Case) -> float:
+    """Metres between the centres of the answered and the true box, at most FAR; no answer is FAR."""
+    found = box(case.text)
+    return metre_error(None if found is None else found[:3], case.sample.box[:3])
+
+
+def over_move(case: Case) -> float:
+    """The centre error over the length of the true move: 0 = there, 1 = as good as not moved, at most 2 (no answer, or
+    moved the opposite way)."""
+    was = case.scene.thing(case.sample.about[0]).box
+    return min(centre_error(case) / max(float(np.linalg.norm((case.sample.box - was)[:3])), 1e-6), 2.0)
+
+
+def others(case: Case) -> np.ndarray:
+    """Boxes [n, 6] of all things but the one that is moved."""
+    f = data.facts(case.scene)
+    return f.boxes[[o.id != case.sample.about[0] for o in f.things]]
+
+
+def collides(case: Case) -> float:
+    """1 if the answered box stands in another thing (`data.collide`) or out of the room by over 5 cm, or is none."""
+    found, room = box(case.text), case.scene.bounds
+    if found is None or data.collide(found[None], others(case), 0.05).any():
+        return 1.0
+    low, high = found[:3] - found[3:] / 2, found[:3] + found[3:] / 2
+    return float(room is not None and ((low < room[0] - 0.05) | (high > room[1] + 0.05)).any())
+
+
+def supported(case: Case) -> float:
+    """1 if something holds the answered box, to 5 cm (`data.carried`): the floor, the top of a thing under its centre,
+    or a wall."""
+    found = box(case.text)
+    if found is None:
+        return 0.0
+    floor, wall, carries = data.carried(found[None], others(case), case.scene.bounds, wall=0.05)
+    return float(carries.any() or wall[0] or (floor[0] and found[2] - found[5] / 2 > -0.05))
+
+
+def unmoved(case: Case) -> str:
+    """The answer of who leaves the thing where it is."""
+    return data.listed(case.scene.thing(case.sample.about[0]).box)
+
+
+def parsed_edit(case: Case) -> str:
+    """The answer of who sees every true box and reads amount, direction and relation off the question's words."""
+    thing, *anchor = (case.scene.thing(i) for i in case.sample.about)
+    words = case.sample.question
+    for o in (thing, *anchor):  # names may hold such words too
+        words = words.replace(f"the {data.describe(case.scene, o)}", "it")
+    new, amount = thing.box.copy(), next(iter(numbers(words)), None)
+    axis, side = re.search(r"\balong ([xy])\b", words), re.search(rf"\b({'|'.join(data.DIRECTIONS)})\b", words)
+    if anchor and (side or amount is None):  # from where the other thing is
+        new[:2] = anchor[0].box[:2]
+    if side:
+        k, sign = data.DIRECTIONS[side[1]]
+        new[k] += sign * amount
+    elif amount is not None:  # towards it
+        k = "xy".index(axis[1])
+        new[k] += np.sign(anchor[0].box[k] - new[k]) * amount
+    if "floor" in words:
+        new[2] = new[5] / 2
+    elif amount is None:  # on top of it
+        new[2] = anchor[0].box[2] + (anchor[0].box[5] + new[5]) / 2
+    return data.listed(new)
+
+
+def true_category(case: Case) -> str:
+    """A caption that knows nothing but the true category."""
+    return f"this is {data.article(data.phrase(case.scene.thing(case.sample.targets[0]).category, ''))}."
+
+
 def axis_error(case: Case, axis: int) -> float:
     found = point(case.text)
     return metre_error(None if found is None else found[axis], case.sample.point[axis])
@@ -416,6 +480,14 @@ LENGTH = {
     "mae_m/capped": lambda c: metre_error(number(c.text), c.sample.value),
     "relative_error/capped": lambda c: share_error(number(c.text), c.sample.value),
 }
+EDIT = {
+    "acc@0.25/box": lambda c: accuracy_at(box(c.text), c.sample.box, 0.25),
+    "acc@0.5/box": lambda c: accuracy_at(box(c.text), c.sample.box, 0.5),
+    "centre_error_over_move/capped": over_move,
+    "centre_error_m/capped": centre_error,
+    "collision_rate/5_cm": collides,
+    "support_rate/5_cm": supported,
+}
 POSITION = {
     "within_0.5_m/triple": lambda c: float(metre_error(point(c.text), c.sample.point) <= 0.5),
     "within_0.25_m/triple": lambda c: float(metre_error(point(c.text), c.sample.point) <= 0.25),
@@ -427,6 +499,16 @@ SPATIAL = {
     "score/official": lambda c: vsi(c, official_number, choice_official),
     "score/lenient": lambda c: vsi(c, number, choice_lenient),
 }
+
+
+MODLE = {  # task -> what its rows share; each is scored in wordings that were trained and in looser ones that never are
+    "distance": dict(metrics=LENGTH | {"mra/number": lambda c: mra(number(c.text), c.sample.value)}, tokens=64,
+                     fault=lambda c: "" if number(c.text) is not None else "no number"),
+    **{name: dict(metrics=EDIT, tokens=64, fault=lambda c: "" if box(c.text) is not None else "no [box]",
+                  baselines={"unmoved box": unmoved, "true box + parsed move": parsed_edit})
+       for name in ("move", "place")},
+    "refuse": dict(metrics={"em/cleaned": EXACT["em/cleaned"]}),
+}  # fmt: skip
 
 
 def by_task(sample: Sample) -> str:
@@ -448,8 +530,12 @@ BENCHMARKS: dict[str, Benchmark] = {
                                   fault=lambda c: "" if point(c.text) is not None else "no [x, y, z]"),
     "rooms/distance": Benchmark(("distance", "distance_ids", "size"), LENGTH, group=by_task, tokens=64,
                                 fault=lambda c: "" if number(c.text) is not None else "no number"),
-    "rooms/caption": Benchmark(("caption",), tokens=64, corpus=lambda cases: caption_scores(
-        [c.text for c in cases], [c.references for c in cases])),
+    **{f"rooms/modle_{name}{part}": Benchmark((f"modle_{name}{part}",), beside=(f"modle_{name}",) * bool(part), **row)
+       for name, row in MODLE.items() for part in ("", "_loose", "_one_view")
+       if part != "_one_view" or name in ("distance", "move")},
+    "rooms/caption": Benchmark(("caption",), tokens=64, baselines={"true category": true_category},
+                               corpus=lambda cases: caption_scores([c.text for c in cases],
+                                                                   [c.references for c in cases])),
     "rooms/vsi": Benchmark(
         ("vsi_counting", "vsi_abs_distance", "vsi_object_size", "vsi_room_size", "vsi_rel_distance",
          "vsi_rel_direction", "vsi_route", "vsi_order"), SPATIAL, tokens=16,
@@ -554,7 +640,7 @@ def score(name: str, questions: Questions, answers: Iterable[tuple[object, objec
           columns: Mapping[str, Mapping[str, str]] | None = None, faults: Counter | None = None) -> dict:  # fmt: skip
     """One benchmark's entry of metrics.json: every score of `answers` (id -> text, or pairs as read from a file), the
     headline's chance and blind, the count, what was malformed, the proposals, and under "columns" the same scores for
-    blind, chance and each further set of answers in `columns`."""
+    blind, chance, the row's baselines and each further set of answers in `columns`."""
     row = find_benchmark(name)
     samples = select(row, questions.samples)
     ids = [s.id for s in samples]
@@ -565,6 +651,7 @@ def score(name: str, questions: Questions, answers: Iterable[tuple[object, objec
 
     values = measure(row, cases(texts))
     others = {"blind": questions.blind} if questions.blind.keys() & set(ids) else {}
+    others |= {k: {c.sample.id: answer(c) for c in cases(texts)} for k, answer in row.baselines.items()}
     others |= columns or {}
     others = {k: measure(row, cases(admit(ids, v.items())[0])) for k, v in others.items()}
     others["chance"] = chance_scores(row, questions, samples)
@@ -585,13 +672,15 @@ PROPOSALS = {"gt": lambda scene: scene, "segments": lambda scene: data.with_own_
 
 
 def prepare(samples: list[Sample], scenes: Mapping[str, Scene], blind: object = None, proposals: str = "gt",
-            seed: int = 0) -> Questions:  # fmt: skip
-    """Questions for `run`: fixed identifiers, the chosen proposals, blind answers and guesses (blind: `data.Blind`)."""
-    if proposals not in PROPOSALS:
-        raise DataError(f"unknown proposals {proposals}; known: {', '.join(PROPOSALS)}")
+            seed: int = 0, more: Mapping[str, Callable[[Scene], Scene]] | None = None) -> Questions:  # fmt: skip
+    """Questions for `run`: fixed identifiers, the chosen proposals, blind answers and guesses (blind: `data.Blind`);
+    `more` proposals, by name, come from the model."""
+    sources = PROPOSALS | dict(more or {})
+    if proposals not in sources:
+        raise DataError(f"unknown proposals {proposals}; known: {', '.join(sources)}")
     scenes = {s.scene: numbered(scenes[s.scene], seed) for s in samples}
     shown = scenes if proposals == "gt" else {  # under a name of their own, or caches would mix them up
-        name: numbered(PROPOSALS[proposals](replace(scene, name=f"{name}@{proposals}", identifiers={})), seed)
+        name: numbered(sources[proposals](replace(scene, name=f"{name}@{proposals}", identifiers={})), seed)
         for name, scene in scenes.items()
     }  # fmt: skip
     questions = Questions(samples, scenes, shown, proposals=proposals)
@@ -719,7 +808,7 @@ def write_questions(path: Path, questions: Questions, samples: Sequence[Sample])
 
     def scene(name: str, s: Scene) -> dict:
         return {"name": name, "source": s.source, "objects": [asdict(o) for o in s.objects],
-                "identifiers": list(s.identifiers.items())}  # fmt: skip
+                "identifiers": list(s.identifiers.items()), "bounds": s.bounds}  # fmt: skip
 
     lines = [{"proposals": questions.proposals, "guesses": questions.guesses}]
     for name in sorted({s.scene for s in samples}):
@@ -755,7 +844,9 @@ def read_questions(path: Path) -> Questions:
                 key = "scene" if "scene" in line else "shown"
                 known = line[key]
                 things = [Thing(**o | {"box": np.array(o["box"], float)}) for o in known["objects"]]
-                scene = Scene(known["name"], known["source"], things, identifiers=dict(known["identifiers"]))
+                bounds = known.get("bounds") and np.array(known["bounds"], float)
+                scene = Scene(known["name"], known["source"], things, identifiers=dict(known["identifiers"]),
+                              bounds=bounds)  # fmt: skip
                 (questions.scenes if key == "scene" else shown)[scene.name] = scene
             else:
                 questions.proposals, questions.guesses = line["proposals"], line["guesses"]
@@ -875,28 +966,38 @@ def run(model: torch.nn.Module, questions: Questions, stage: data.Stage, out: Pa
 
 def evaluate_run(done: object, names: Sequence[str] = (), proposals: str = "gt", partial: bool = False,
                  out: Path | None = None, per_scene: int | None = None, batch_size: int = 256,
-                 stage: data.Stage | None = None) -> dict[str, dict]:  # fmt: skip
-    """Score a run of train.py (`train.load_run`: model, stages, train and test scenes, args) in its test scenes, as
-    `stage` sees (default: its last), in every benchmark of which that stage trained a task, or those named. A model may
-    offer `baselines() -> {column: context manager}`: itself without something, asked the same. Returns as `run`."""
+                 stage: data.Stage | None = None, objects: int | None = None) -> dict[str, dict]:  # fmt: skip
+    """Score a run of train.py (`train.load_run`: model, stages, train and test scenes, args) in its test scenes, or in
+    as many fresh rooms of so many `objects`, as `stage` sees (default: its last), in every benchmark of which that
+    stage trained a task, or those named. A model may offer `baselines() -> {column: context manager}`: itself without
+    something, asked the same; and `proposals() -> {name: scene -> that with other objects}`. Returns as `run`."""
     stage = stage or done.stages[-1]
-    per_scene = per_scene or max(3, 60 // len(done.test))  # of every task; more where there are few scenes
+    test = rooms_of(objects, len(done.test)) if objects else done.test
+    per_scene = per_scene or max(3, 60 // len(test))  # of every task; more where there are few scenes
     done.model.begin(stage)
     seed, trained = done.args.seed, set(stage.tasks)
-    rows = [BENCHMARKS[n] for n in names or BENCHMARKS if names or trained & set(BENCHMARKS[n].tasks)]
-    tasks = [task for row in rows for task in row.tasks if task in data.TASKS and (task in trained or names)]
-    scenes = {s.name: numbered(s, seed) for s in done.test}
+    rows = [BENCHMARKS[n] for n in names or BENCHMARKS]
+    tasks = [task for row in rows for task in row.tasks
+             if task in data.TASKS and (names or task in trained or trained.intersection(row.beside))]
+    scenes = {s.name: numbered(s, seed) for s in test}
     samples = data.question_set(scenes.values(), tasks, per_scene, seed)
     blind = data.Blind(data.question_set(done.train[:300], tasks, 3, seed + 1))
-    questions = prepare(samples, scenes, blind, proposals, seed)
+    questions = prepare(samples, scenes, blind, proposals, seed, getattr(done.model, "proposals", dict)())
     done.prepare(list(questions.shown.values()))
     columns = {}
     for column, without in getattr(done.model, "baselines", dict)().items():
         asked = [n for n in ask_names(questions) if n in ("rooms/grounding", "rooms/qa")]
         with without:
             columns[column] = ask_all(done.model, questions, stage, asked, batch_size) if asked else {}
+    source = f"rooms of {objects} objects" if objects else done.args.data
     return run(done.model, questions, stage, out or done.args.out, names, partial, columns, batch_size,
-               seed=seed, paper=done.args.model, scenes_from=done.args.data, scenes=len(questions.scenes))  # fmt: skip
+               seed=seed, paper=done.args.model, scenes_from=source, scenes=len(questions.scenes))  # fmt: skip
+
+
+def rooms_of(objects: int, count: int) -> list[Scene]:
+    """Test rooms of a given number of objects, none of them a default room, with as many points per object as those."""
+    first = data.ROOM_SEEDS["test"].start + 10_000 + 100 * objects
+    return [data.room(seed, objects, points=max(4096, 340 * objects)) for seed in range(first, first + count)]
 
 
 def ask_all(model: torch.nn.Module, questions: Questions, stage: data.Stage, names: Sequence[str] = (),
@@ -939,7 +1040,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.error = lambda message: parser.exit(2, f"evaluate.py: {message}\n")
     parser.add_argument("--run", type=Path, help="folder of a finished run")
     parser.add_argument("--benchmark", nargs="+", default=[], metavar="NAME", help=", ".join(BENCHMARKS))
-    parser.add_argument("--proposals", default="gt", help="what identifiers stand for: " + ", ".join(PROPOSALS))
+    parser.add_argument("--proposals", default="gt",
+                        help=f"what stands for objects: {', '.join(PROPOSALS)}; fase3d also: clusters")  # fmt: skip
+    parser.add_argument("--objects", type=int, nargs="+", default=[None], metavar="N",
+                        help="with --run: ask in fresh rooms of N objects; scores go to OUT/objects-N")  # fmt: skip
     parser.add_argument("--partial", action="store_true", help="accept fewer questions or answers than there should be")
     parser.add_argument("--annotations", type=Path, help="the benchmark's questions; no model is needed then")
     parser.add_argument("--predictions", type=Path, help='lines of {"id": .., "prediction": "text"}')
@@ -951,7 +1055,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if a.run and not (a.annotations or a.predictions):
             import train
 
-            evaluate_run(train.load_run(a.run), a.benchmark, a.proposals, a.partial, a.out)
+            done = train.load_run(a.run)
+            for n in a.objects:
+                out = (a.out or a.run) / f"objects-{n}" if n else a.out
+                evaluate_run(done, a.benchmark, a.proposals, a.partial, out, objects=n)
         elif a.annotations and a.predictions and len(a.benchmark) == 1 and not a.run:
             score_file(a.benchmark[0], a.annotations, a.predictions, a.out, a.partial)
         else:

@@ -614,14 +614,17 @@ def adapt(llm: nn.Module, layers: int, rank: int, alpha: float, names: dict[str,
             wrapped = get_peft_model(llm, settings, adapter_name=name)
         else:
             wrapped.add_adapter(name, settings)
-    llm.wrapped = (wrapped,)  # in a tuple: a second path to the same modules would save them twice
+    if wrapped is not None:
+        llm.wrapped = (wrapped,)  # in a tuple: a second path to the same modules would save them twice
     for module in blocks.modules():
         if isinstance(module, Linear):
             module.forward = lambda x, *_, layer=module, **__: routed_linear(layer, x, router.mask(x), names)
     filters = nn.ModuleList()
-    for block in blocks[:layers] if where != "none" else ():
+    for block in blocks[:layers]:
         own = FourierFilter(llm.config.hidden_size, heads)
         filters.append(own)
+        if where == "none":  # it exists all the same, so that ablations start from the same weights
+            continue
 
         def before(_, inputs: tuple, own: nn.Module = own) -> Tensor:
             x = inputs[0]
@@ -681,7 +684,7 @@ class Model(nn.Module):
         if not channels:
             raise data.DataError("colour = false and normals = false: points would carry nothing; leave one on")
         self.initial = Initial(channels, config.hidden, config.dim)
-        self.enhancer = Enhancer(config.heads, config.window) if config.enhancer else None
+        self.enhancer = Enhancer(config.heads, config.window)
         self.merger = Merger(config.dim, D, scale)
         self.place = Place(D, scale)
         self.coordinate = CoordinateToken(config.dim, D, scale)
@@ -697,10 +700,12 @@ class Model(nn.Module):
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         llm = dict(self.llm.named_parameters())
-        modules = [m for m in (self.initial, self.enhancer, self.merger, self.selector) if m is not None]
+        used = (self.initial, self.enhancer if self.config.enhancer else None, self.merger, self.selector)
+        modules = [m for m in used if m is not None]
         return {"tokenizer": [p for m in modules for p in m.parameters()], "place": list(self.place.parameters()),
                 "prompt": list(self.coordinate.parameters()),
-                "adapters": [p for n, p in llm.items() if "lora_" in n], "filter": list(self.filters.parameters()),
+                "adapters": [p for n, p in llm.items() if "lora_" in n],
+                "filter": list(self.filters.parameters()) if self.config.filter != "none" else [],
                 "lm": [p for n, p in llm.items() if "lora_" not in n]}  # fmt: skip
 
     def begin(self, stage: Stage) -> None:
@@ -821,7 +826,7 @@ class Model(nn.Module):
         scene = torch.arange(len(scenes)).repeat_interleave(torch.tensor([len(g["index"]) for g in found]))
         places = unit_box(points.float(), scene).to(device)  # [N, 3] in 0..1
         S = self.initial(features.to(device), places, owner.to(device), int(start[-1]))  # [M, d]
-        if self.enhancer is not None:
+        if self.config.enhancer:
             B, most = len(scenes), max(sizes)
             valid = torch.arange(most) < torch.tensor(sizes)[:, None]  # [B, most]
             orders = torch.arange(most).repeat(B, self.config.curves, 1)  # [B, C, most]
@@ -913,6 +918,11 @@ class Model(nn.Module):
         """How a question names an object: a coordinate token stands in front of the text."""
         return "this"
 
+    def refusal(self, scene: Scene, question: str) -> str | None:
+        """Why a question cannot be answered about a scene of one's own, or None."""
+        about_colour = {"colour", "color", *data.COLOURS} & set(question.lower().replace("?", " ").split())
+        return "this cloud has no colour." if about_colour and scene.colours is None else None
+
     def with_prompt(self, scene: Scene, sample: Sample, rng: np.random.Generator) -> Sample:
         """A question about a marked object, with the object's place for a prompt: its box, or in training half of the
         time a click on it, one of its points. Raises DataError for more than one object."""
@@ -933,8 +943,8 @@ class Model(nn.Module):
         """Scenes with their questions -> tensors (see data.collate), and which scene each prompt belongs to."""
         if self.visual == "tokenizer":
             return {"scenes": [scene for scene, _ in groups], "samples": []}
-        rng = np.random.default_rng([i for s, _ in groups for i in (5, *s.identifiers.values())])
-        groups = [(s, [self.with_prompt(s, q, rng) for q in samples]) for s, samples in groups]
+        draws = [np.random.default_rng([5, *s.identifiers.values()]) for s, _ in groups]  # a scene's own, on any rank
+        groups = [(s, [self.with_prompt(s, q, r) for q in qs]) for (s, qs), r in zip(groups, draws, strict=True)]
         batch = data.collate(groups, self.text, [self.scene_length(s) for s, _ in groups], self.refer, self.stage_steps)
         owner = [b for b, (_, samples) in enumerate(groups) for q in samples if q.prompt is not None]
         return batch | {"prompt_scene": torch.tensor(owner, dtype=torch.long)}
@@ -1024,6 +1034,10 @@ class Model(nn.Module):
         instances[found["index"].numpy()] = label + 1
         note = f"objects are {len(things)} spectral clusters of the superpoint graph"
         return replace(scene, objects=things, instances=instances, notes=[*scene.notes, note])
+
+    def proposals(self) -> dict:
+        """What `evaluate.py --proposals` may name besides its own."""
+        return {"clusters": self.propose}
 
     def token_centres(self, scene: Scene) -> np.ndarray:
         """Where the scene's tokens are [T, 3], for pictures."""
@@ -1175,7 +1189,7 @@ STAGES = {
         Stage("0 language", _mix(qa=(0.35, _QA), caption=(0.1, _CAPTION), name=(0.55, _NAME)), ("lm", "place"),
               "symbols", iterations=800, recolour=True, **{**_TINY, "per_scene": 16}),
         Stage("0 words", _ALL, ("lm", "place"), "words", iterations=300, recolour=True, **_TINY),
-        Stage("0 tokenizer", {}, ("tokenizer",), "tokenizer", iterations=500, batch=16, lr=4e-3, schedule="cosine",
+        Stage("0 tokenizer", {}, ("tokenizer",), "tokenizer", iterations=400, batch=16, lr=8e-3, schedule="cosine",
               warmup=0.05),
         Stage("1 generalist", _ALL, _PARTS, "tokens", iterations=500, **_TINY),
         Stage("2 task", {}, _PARTS, "tokens", iterations=300, **{**_TINY, "schedule": "linear"}),
