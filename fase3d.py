@@ -1022,7 +1022,7 @@ class Model(nn.Module):
         S, _ = self.superpoints([scene])
         edges, votes = found["edges"].long(), found["votes"].float()
         unit = F.normalize(S, dim=-1).cpu()
-        strength = votes.log1p() / votes.max().log1p()
+        strength = votes.log1p() / votes.max().log1p() if len(votes) else votes
         weight = (unit[edges[:, 0]] * unit[edges[:, 1]]).sum(1).clamp(min=0) * strength
         label = spectral_clusters(edges.numpy(), weight.numpy(), len(unit), count)[found["owner"].numpy()]
         points = scene.points[found["index"].numpy()]
@@ -1060,16 +1060,16 @@ def spectral_clusters(edges: np.ndarray, weight: np.ndarray, nodes: int, count: 
     from scipy.sparse import coo_array
     from scipy.sparse.linalg import eigsh
 
-    count = min(count, nodes - 2)
-    if count < 1:
-        return np.arange(nodes)
+    few = min(count, nodes - 2)  # the solver finds fewer eigenvectors than there are nodes
+    if few < 1 or not weight.any():
+        return np.arange(nodes) % count
     A = coo_array((weight.astype(float), (edges[:, 0], edges[:, 1])), (nodes, nodes)).tocsr()
     scale = 1 / np.sqrt(np.maximum(A.sum(1), 1e-9))
     A = A.multiply(scale[:, None]).multiply(scale[None]).tocsr()
     start = np.random.default_rng(0).random(nodes)
-    _, vectors = eigsh(A, k=count, which="LA", v0=start, tol=1e-3)
+    _, vectors = eigsh(A, k=few, which="LA", v0=start, tol=1e-3)
     rows = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
-    return kmeans2(rows, count, minit="++", rng=np.random.default_rng(0))[1]
+    return kmeans2(rows, few, minit="++", rng=np.random.default_rng(0))[1]
 
 
 def draw_curves(points: np.ndarray, found: dict[str, np.ndarray], path: Path) -> None:
@@ -1135,7 +1135,10 @@ def load_adapters(model: Model, folder: Path) -> None:
             raise data.DataError(f"{path}: not marked as Fase3D's; save it with fase3d.save_adapters")
         saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
     for name in dict.fromkeys(ADAPTERS[model.config.adapters].values()) if hasattr(model.llm, "wrapped") else ():
-        with safe_open(folder / name / "adapter_model.safetensors", "pt") as file:
+        path = folder / name / "adapter_model.safetensors"
+        if not path.exists():
+            raise data.DataError(f"{path}: missing, this model has an adapter {name!r}; use the Config it is from")
+        with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118
                 inner = key.removeprefix("base_model.model.")
                 for side in ("lora_A", "lora_B"):
