@@ -1118,7 +1118,7 @@ def save_adapters(model: Model, folder: Path) -> None:
     if hasattr(model.llm, "wrapped"):
         model.llm.wrapped[0].save_pretrained(folder)
     own = {n: p.detach().cpu().contiguous() for n, p in data.named_weights(model).items() if not n.startswith("llm.")}
-    save_file(own, folder / "fase3d.safetensors", metadata=MARKER)
+    save_file(own, folder / "fase3d.safetensors", metadata={**MARKER, "filter": model.config.filter})
 
 
 def load_adapters(model: Model, folder: Path) -> None:
@@ -1133,6 +1133,9 @@ def load_adapters(model: Model, folder: Path) -> None:
     with safe_open(path, "pt") as file:
         if (file.metadata() or {}).get("format") != MARKER["format"]:
             raise data.DataError(f"{path}: not marked as Fase3D's; save it with fase3d.save_adapters")
+        if (there := file.metadata().get("filter")) != model.config.filter:
+            raise data.DataError(f"{path}: filter is {there!r} there, {model.config.filter!r} in this model; use the "
+                                 "Config it is from")  # fmt: skip
         saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
     for name in dict.fromkeys(ADAPTERS[model.config.adapters].values()) if hasattr(model.llm, "wrapped") else ():
         path = folder / name / "adapter_model.safetensors"
