@@ -216,8 +216,8 @@ def graph_quality(k: int = 8) -> None:
             near = boundary_distances(points, owner)
             exact = nearest_pairs(near, k)
             centres = fase3d.superpoint_mean(points, owner, M)
-            tree = data.knn(centres, centres, k + 1)[1][:, 1:].tolist()
-            found = {"nearest centres (KD-tree)": {p for a, bs in enumerate(tree) for b in bs for p in ((a, b), (b, a))}}
+            apart = torch.cdist(centres, centres).fill_diagonal_(math.inf)
+            found = {"nearest centres": nearest_pairs(apart, k)}
             for stride in (16, 4, 1):
                 edges = superpoint_graph(points, owner, k, stride)
                 found[f"window voting, stride {stride}"] = {tuple(e) for e in edges.tolist()}
@@ -321,8 +321,9 @@ def tokenizer(N: int = 50_000, M: int = 1024) -> None:
     print(f"  self-attention / enhancer: {ratio('self-attention in its place', 'enhancer'):.1f} x the time, "
           f"{ratio('4 x the superpoints: self-attention', '4 x the superpoints: enhancer'):.1f} x with 4 x the "
           f"superpoints; {less:.0f} x the multiply-adds, {4 * (d * d + d):,} parameters against {H * (L // 2 + 1)}")
-    print(f"  dense circulants / FFT {ratio('the same as dense circulant matrices', 'the filter in its windows, FFT'):.1f}"
-          f" x; Q-Former / graph pooling {ratio('Q-Former in its place', 'graph pooling'):.0f} x")  # fmt: skip
+    dense = ratio("the same as dense circulant matrices", "the filter in its windows, FFT")
+    pooling = ratio("Q-Former in its place", "graph pooling")
+    print(f"  dense circulants / FFT {dense:.1f} x; Q-Former / graph pooling {pooling:.0f} x")
 
 
 BENCHES = {"proxy3d": (clustering, rooms, latency), "fase3d": (curve_keys, graph_time, graph_quality, tokenizer)}
