@@ -1,9 +1,11 @@
-"""Speed, measured: `python tests/bench.py proxy3d` prints a row per claim, each a ratio to something named and timed in
-the same run. Best of several repetitions; nothing here is asserted, so a busy machine only makes the numbers worse."""
+"""Speed, measured: `python tests/bench.py proxy3d` (or fase3d) prints a row per claim, each a ratio to something named
+and timed in the same run. Best of several repetitions; no time is asserted, so a busy machine only makes the numbers
+worse."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 import warnings
@@ -11,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
+import fase3d
 import proxy3d
 
 
@@ -121,7 +125,208 @@ def latency() -> None:
           f"{apart:,} ({apart / packed:.1f} x)")
 
 
-BENCHES = {"proxy3d": (clustering, rooms, latency)}
+# ---- Fase3D ----------------------------------------------------------------------------------------------------------
+
+
+def hilbert_by_bits(cells: torch.Tensor, bits: int) -> torch.Tensor:
+    """The same keys with a column per bit, the form in which public code mostly has the algorithm."""
+    x = ((cells[..., None] >> torch.arange(bits - 1, -1, -1)) & 1).bool()  # [N, 3, bits]
+    for level in range(bits):
+        for axis in range(3):
+            turned = x[:, axis, level]
+            x[:, 0, level + 1 :] ^= turned[:, None]
+            swap = ~turned[:, None] & (x[:, 0, level + 1 :] ^ x[:, axis, level + 1 :])
+            x[:, axis, level + 1 :] ^= swap
+            x[:, 0, level + 1 :] ^= swap
+    gray = x.transpose(1, 2).flatten(1)  # [N, 3 bits]
+    shift = 1
+    while shift < gray.shape[1]:
+        gray = gray ^ F.pad(gray[:, :-shift], (shift, 0))
+        shift *= 2
+    return (gray.long() << torch.arange(3 * bits - 1, -1, -1)).sum(1)
+
+
+def curve_keys(N: int = 50_000, bits: int = 10) -> None:
+    """Keys of random cells."""
+    cells = torch.randint(0, 2**bits, (N, 3), generator=torch.Generator().manual_seed(0)).int()
+    assert torch.equal(fase3d.hilbert(cells, bits), hilbert_by_bits(cells, bits))
+    slow = best(lambda: hilbert_by_bits(cells, bits))
+    print(f"keys of {N:,} points, {bits} bits (goal: Hilbert <= 20 ms on one core)")
+    for name, keys in (("Hilbert", fase3d.hilbert), ("Morton", fase3d.morton)):
+        spent = best(lambda keys=keys: keys(cells, bits), 10)
+        print(f"  {name:8s} {1000 * spent:7.2f} ms")
+        if name == "Hilbert":
+            print(f"  the same with a column per bit {1000 * slow:.1f} ms: {slow / spent:.0f} x")
+
+
+def furnished(N: int, objects: int = 40, seed: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points [N, 3] of a procedural room and their superpoints [N]."""
+    scene = data.room(seed, objects=objects, views=0, points=N)
+    return torch.from_numpy(scene.points), torch.from_numpy(scene.superpoints)
+
+
+def superpoint_graph(points: torch.Tensor, owner: torch.Tensor, k: int = 8, stride: int = 16) -> torch.Tensor:
+    """From bare points to edges [E, 2], sorting included; four curves."""
+    order = fase3d.canonical(points)
+    points, owner = points[order], owner[order]
+    centres = fase3d.superpoint_mean(points, owner, int(owner.max()) + 1)
+    votes = fase3d.vote_graph(points, owner, list(fase3d.CURVES)[:4], stride=stride)
+    return fase3d.nearest_edges(*votes, centres, k)[0]
+
+
+def graph_time() -> None:
+    """The window-voting graph against a KD-tree's 8 nearest neighbours of every point, over sizes of a cloud."""
+    sizes, ours, theirs = (12_500, 25_000, 50_000, 100_000, 200_000, 400_000), [], []
+    print("superpoint graph by window voting (goal: time ~ N^1.1 or less; faster than the KD-tree from 50,000 up)")
+    print("   points   superpoints   edges      graph   KD-tree, 8 neighbours   ratio")
+    for N in sizes:
+        points, owner = furnished(N)
+        edges = superpoint_graph(points, owner)
+        ours.append(best(lambda p=points, o=owner: superpoint_graph(p, o)))
+        theirs.append(best(lambda p=points: data.knn(p, p, 9)))  # the nearest is the point itself
+        print(f"  {N:7,d} {int(owner.max()) + 1:13,d} {len(edges):7,d} {1000 * ours[-1]:7.0f} ms "
+              f"{1000 * theirs[-1]:20.0f} ms {theirs[-1] / ours[-1]:7.2f}")  # fmt: skip
+    power = [np.polyfit(np.log(sizes), np.log(t), 1)[0] for t in (ours, theirs)]
+    print(f"  fitted: graph ~ N^{power[0]:.2f}, KD-tree ~ N^{power[1]:.2f}")
+
+
+def boundary_distances(points: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
+    """Exact: the smallest distance between points of two superpoints, all pairs [M, M] (infinite to itself)."""
+    M = int(owner.max()) + 1
+    near = torch.full((M * M,), math.inf)
+    for p, o in zip(points.split(500), owner.split(500), strict=True):
+        near.scatter_reduce_(0, (o[:, None] * M + owner).flatten(), torch.cdist(p, points).flatten(), "amin")
+    return near.view(M, M).fill_diagonal_(math.inf)
+
+
+def nearest_pairs(distance: torch.Tensor, k: int) -> set[tuple[int, int]]:
+    """Every node with its k nearest, in both directions."""
+    near = distance.topk(k, largest=False).indices.tolist()
+    return {pair for a, others in enumerate(near) for b in others for pair in ((a, b), (b, a))}
+
+
+def graph_quality(k: int = 8) -> None:
+    """Edges against the exact graph: each superpoint with the k at the smallest boundary distance. In sparse clouds of
+    a tiny run, and in one as dense as the paper's, where windows reach less far."""
+    for rooms, N in ((5, 4096), (1, 20_000)):
+        rows: dict[str, list] = {}
+        for seed in range(rooms):
+            points, owner = furnished(N, 12, seed)
+            M = int(owner.max()) + 1
+            near = boundary_distances(points, owner)
+            exact = nearest_pairs(near, k)
+            centres = fase3d.superpoint_mean(points, owner, M)
+            apart = torch.cdist(centres, centres).fill_diagonal_(math.inf)
+            found = {"nearest centres": nearest_pairs(apart, k)}
+            for stride in (16, 4, 1):
+                edges = superpoint_graph(points, owner, k, stride)
+                found[f"window voting, stride {stride}"] = {tuple(e) for e in edges.tolist()}
+            for name, edges in found.items():
+                right, gap = len(edges & exact), float(torch.stack([near[a, b] for a, b in edges]).mean())
+                rows.setdefault(name, []).append((right / len(edges), right / len(exact), len(edges) / M, gap))
+        print(f"edges against the exact graph of smallest boundary distance, k = {k}: {rooms} rooms of {N:,} points, "
+              f"{N / M:.0f} per superpoint (the paper's stride: 16)")  # fmt: skip
+        print("                              precision   recall   edges per superpoint   mean boundary distance")
+        for name, values in rows.items():
+            p, r, e, gap = np.mean(values, 0)
+            print(f"  {name:27s} {p:9.3f} {r:8.3f} {e:15.1f} {gap:20.3f} m")
+
+
+def count_tokenizer(model, found: dict) -> dict[str, tuple[int, float]]:
+    """Parameters and multiply-adds of each part for one scene, from the sizes alone. An FFT of length L counts
+    L log2 L, biases, norms and activations nothing; what is computed once per scene and cached stands apart."""
+    c, D = model.config, model.width
+    N, M, T, P = len(found["index"]), found["orders"].shape[1], len(found["seed"]), len(found["token"])
+    d, h, L, near = c.dim, c.hidden, c.window, c.prompt_neighbours
+    windows = c.curves * (-(-M // (L // 2)) + 1) * d
+    size = lambda *parts: sum(p.numel() for m in parts for p in m.parameters())  # noqa: E731
+    initial, merger, coordinate = model.initial, model.merger, model.coordinate
+    return {
+        "points: first linear map": (size(initial.lift, initial.norm), N * h * initial.lift.in_features),
+        "points: Fourier code": (0, N * d / 2),
+        "superpoints: second linear map": (size(initial.out), M * h * d),
+        "enhancer: FFT and back": (0, windows * 2 * L * math.log2(L)),
+        "enhancer: Hann twice, gate": (size(model.enhancer), windows * (2 * L + L + 2)),
+        "graph pooling": (0, 2 * P * d),
+        "phi": (size(merger.norm, merger.phi), T * d * d),
+        "adapter to the LLM's width": (size(merger.lift, merger.out, merger.end), T * (d * d + d * D)),
+        "places of tokens": (size(model.place), T * 36 * D),
+        "coordinate token, for a click": (size(coordinate), 3 * T + near * d / 2 + 2 * d * d + d * D),
+        "once per scene: farthest points": (0, 3 * N * T),
+    }
+
+
+def tokenizer(N: int = 50_000, M: int = 1024) -> None:
+    """The paper's tokenizer: parameters, multiply-adds, and seconds part by part."""
+    scene = data.room(5, objects=40, views=0, points=N)
+    points = torch.from_numpy(scene.points)
+    scene.superpoints = data.knn(points, points[data.farthest_point_sampling(points, M)], 1)[1][:, 0].numpy()
+    scene.identifiers = data.number_objects(scene, np.random.default_rng(0))
+    torch.manual_seed(0)
+    small = dict(layers=1, attention_heads=16, ffn=16, adapted_layers=0)  # the LLM: its width is all that matters here
+    model = fase3d.Model(fase3d.Config.paper(llm=None, width=2048, **small), data.TinyText(data.vocabulary())).eval()
+    found = model.load_geometry(scene)
+    d, H, L, C = model.config.dim, model.config.heads, model.config.window, model.config.curves
+    print(f"tokenizer: {N:,} points, d {d}, {M:,} superpoints, {H} heads, windows of {L}, {len(found['seed'])} tokens, "
+          f"width {model.width:,}")  # fmt: skip
+    rows = count_tokenizer(model, found)
+    for name, (parameters, work) in rows.items():
+        print(f"  {name:34s} {parameters:12,d} parameters {work / 1e6:9.1f} M multiply-adds")
+    parameters, work = (sum(r[i] for r in rows.values()) for i in range(2))
+    parts = model.parts()
+    assert parameters == sum(p.numel() for k in ("tokenizer", "place", "prompt") for p in parts[k])
+    print(f"  {'all':34s} {parameters:12,d} parameters {work / 1e6:9.1f} M multiply-adds (FFT of length L: L log2 L)")
+    print(f"  paper: 10.54 M parameters, 2.04 G: {10.54e6 / parameters:.2f} x ours, {2.04e9 / work:.2f} x ours")
+
+    owner, orders = found["owner"].long(), found["orders"].long()
+    features = torch.from_numpy(model.features(scene, found["index"].numpy()))
+    places = fase3d.unit_box(points[found["index"].long()])
+    valid = torch.ones(1, M, dtype=torch.bool)
+    with torch.no_grad():
+        S = model.initial(features, places, owner, M)  # [M, d]
+        after = model.enhancer(S[None], valid, orders[None])[0]
+        keys = ("seed", "token", "member", "strength")
+        seed, token, member, strength = (found[k].long() if k != "strength" else found[k] for k in keys)
+        pooled = lambda: fase3d.graph_pool(after, seed, token, member, strength, len(seed))  # noqa: E731
+        former = fase3d.QFormer(len(seed), d, H)
+        attention = torch.nn.MultiheadAttention(d, H, batch_first=True)
+        u = torch.randn(C, -(-M // (L // 2)) + 1, d, L)  # the windows of a scene
+        gate = F.softplus(model.enhancer.theta)  # [H, L/2 + 1]
+        wide = gate.repeat_interleave(d // H, 0)
+        circulant = torch.fft.irfft(torch.fft.rfft(torch.eye(L)) * gate[:, None], n=L)  # [H, L, L]
+        fft = lambda: torch.fft.irfft(torch.fft.rfft(u) * wide, n=L)  # noqa: E731
+        dense = lambda: (u.unflatten(2, (H, -1)) @ circulant).flatten(2, 3)  # noqa: E731
+        assert (fft() - dense()).abs().max() < 1e-4
+        many, all_ = S.repeat(4, 1)[None], valid.repeat(1, 4)  # 4 M superpoints
+        line = torch.arange(4 * M).repeat(1, C, 1)
+        times = {
+            "points to superpoints": lambda: model.initial(features, places, owner, M),
+            "merging: pooling, phi, adapter": lambda: model.merger(pooled()),
+            "the whole tokenizer": lambda: model.merge([scene]),
+            "once per scene: curves, graph, seeds": lambda: model.geometry(scene),
+            "enhancer": lambda: model.enhancer(S[None], valid, orders[None]),
+            "self-attention in its place": lambda: attention(S[None], S[None], S[None], need_weights=False),
+            "4 x the superpoints: enhancer": lambda: model.enhancer(many, all_, line),
+            "4 x the superpoints: self-attention": lambda: attention(many, many, many, need_weights=False),
+            "the filter in its windows, FFT": fft,
+            "the same as dense circulant matrices": dense,
+            "graph pooling": pooled,
+            "Q-Former in its place": lambda: former(after, [M], [len(seed)]),
+        }
+        spent = {name: best(work, 5) for name, work in times.items()}
+    for name, seconds in spent.items():
+        print(f"  {name:38s} {1000 * seconds:9.1f} ms")
+    ratio = lambda a, b: spent[a] / spent[b]  # noqa: E731
+    less = (4 * M * d * d + 2 * M * M * d) / (rows["enhancer: FFT and back"][1] + rows["enhancer: Hann twice, gate"][1])
+    print(f"  self-attention / enhancer: {ratio('self-attention in its place', 'enhancer'):.1f} x the time, "
+          f"{ratio('4 x the superpoints: self-attention', '4 x the superpoints: enhancer'):.1f} x with 4 x the "
+          f"superpoints; {less:.0f} x the multiply-adds, {4 * (d * d + d):,} parameters against {H * (L // 2 + 1)}")
+    dense = ratio("the same as dense circulant matrices", "the filter in its windows, FFT")
+    pooling = ratio("Q-Former in its place", "graph pooling")
+    print(f"  dense circulants / FFT {dense:.1f} x; Q-Former / graph pooling {pooling:.0f} x")
+
+
+BENCHES = {"proxy3d": (clustering, rooms, latency), "fase3d": (curve_keys, graph_time, graph_quality, tokenizer)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
