@@ -127,6 +127,7 @@ class Sample:
     question: str
     answer: str  # the text to write, marks included
     answers: list[str] = field(default_factory=list)  # every accepted answer; empty = [answer]
+    tokens: list[str] = field(default_factory=list)  # `answers` split into words, where a benchmark does it itself
     steps: str = ""  # written before the answer where a model reasons aloud; never scored
     targets: list[int] | None = None  # object ids (grounding), [] = nothing fits
     value: float | None = None  # numeric truth: metres, square metres, count
@@ -154,12 +155,15 @@ def number_objects(scene: Scene, rng: np.random.Generator, count: int = 100) -> 
     return {o.id: int(i) for o, i in zip(sorted(by_volume, key=lambda o: o.id), ids, strict=True)}
 
 
-def augment(scene: Scene, rng: np.random.Generator, recolour: bool = False) -> Scene:
+def augment(scene: Scene, rng: np.random.Generator, recolour: bool = False, mirror: bool = True) -> Scene:
     """A copy with new identifiers, mirrored and transposed horizontally at random; `recolour` also draws new object
-    colours (only where the colours shown come from the object table: symbols)."""
+    colours (only where the colours shown come from the object table: symbols). Without `mirror` only turned: questions
+    that people wrote say left and right."""
     turn = np.diag([rng.choice([-1.0, 1.0]), rng.choice([-1.0, 1.0]), 1.0])
     if rng.random() < 0.5:
         turn = turn[[1, 0, 2]]
+    if not mirror and np.linalg.det(turn) < 0:
+        turn = np.diag([-1.0, 1.0, 1.0]) @ turn
     size = np.abs(turn)
     names = list(COLOURS)
     objects = [
@@ -2512,6 +2516,18 @@ def look_back(attention: torch.nn.Module, heads: int, gain: float = 2.0) -> None
 # ---- 8 batches -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Source:
+    """A row of a paper's mixture of official files: what is taken of which benchmark's training file."""
+
+    benchmark: str  # a row of the evaluator that reads official files
+    printed: int  # how many questions the paper counts
+    asks: str = "text"  # the form of the answers taken: text, id, number or choice
+    fit: float = 0.0  # IoU that the best proposal must have with the target, where proposals come as a file
+    most: int | None = None  # of more, a random draw
+    splits: tuple[str, ...] = ("train",)
+
+
 @dataclass
 class Stage:
     """The whole recipe of one training stage; a paper's table of stages is a list of these."""
@@ -2537,6 +2553,7 @@ class Stage:
     steps: bool = False  # write Sample.steps before the answer
     recolour: bool = False  # draw new object colours at every use (symbols only)
     score: tuple[str, ...] = ()  # benchmarks to ask at the end of this stage, before the next changes the model
+    files: dict[str, Source] = field(default_factory=dict)  # official files asked instead, where a run is given them
 
 
 def collate(groups: Sequence[tuple[Scene, Sequence[Sample]]], text: TinyText | HubText, lengths: Sequence[int],

@@ -78,7 +78,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
-from data import IGNORE, PROMPT, SCENE, Sample, Scene, Stage, farthest_point_sampling
+from data import IGNORE, PROMPT, SCENE, Sample, Scene, Source, Stage, farthest_point_sampling
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
 
@@ -1118,7 +1118,7 @@ def save_adapters(model: Model, folder: Path) -> None:
     if hasattr(model.llm, "wrapped"):
         model.llm.wrapped[0].save_pretrained(folder)
     own = {n: p.detach().cpu().contiguous() for n, p in data.named_weights(model).items() if not n.startswith("llm.")}
-    save_file(own, folder / "fase3d.safetensors", metadata=MARKER)
+    save_file(own, folder / "fase3d.safetensors", metadata={**MARKER, "filter": model.config.filter})
 
 
 def load_adapters(model: Model, folder: Path) -> None:
@@ -1133,6 +1133,9 @@ def load_adapters(model: Model, folder: Path) -> None:
     with safe_open(path, "pt") as file:
         if (file.metadata() or {}).get("format") != MARKER["format"]:
             raise data.DataError(f"{path}: not marked as Fase3D's; save it with fase3d.save_adapters")
+        if (there := file.metadata().get("filter")) != model.config.filter:
+            raise data.DataError(f"{path}: filter is {there!r} there, {model.config.filter!r} in this model; use the "
+                                 "Config it is from")  # fmt: skip
         saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
     for name in dict.fromkeys(ADAPTERS[model.config.adapters].values()) if hasattr(model.llm, "wrapped") else ():
         path = folder / name / "adapter_model.safetensors"
@@ -1159,9 +1162,12 @@ def load_adapters(model: Model, folder: Path) -> None:
 TASKS: dict = {}  # Fase3D needs no question types beyond data.TASKS
 UNLABELLED = ("id_colour", "exist", "count")  # what stands in for questions that need names
 
-GENERALIST = {  # stage 1, sources and their numbers of samples: the ScanNet part of 3D-LLM, and four data sets
-    "3D-LLM descriptions": 1033, "3D-LLM planning": 1864, "3D-LLM dialogue": 2955, "ScanQA": 25563, "SQA3D": 26623,
-    "ScanRefer": 36665, "Nr3D": 32919,
+GENERALIST = {  # stage 1, sources and the paper's counts: the ScanNet part of 3D-LLM (of whose descriptions it counts
+    # the validation rooms too: the leak filter takes them out), and four data sets, two of them as captions
+    "3D-LLM descriptions": Source("3dllm/description", 1033, splits=("train", "val")),
+    "3D-LLM planning": Source("3dllm/planning", 1864), "3D-LLM dialogue": Source("3dllm/dialogue", 2955),
+    "ScanQA": Source("scanqa", 25_563), "SQA3D": Source("sqa3d", 26_623), "ScanRefer": Source("scan2cap", 36_665),
+    "Nr3D": Source("nr3d/caption", 32_919),
 }  # fmt: skip
 _QA = {"colour": 0.2, "what": 0.2, "where": 0.12, "count": 0.12, "exist": 0.16, "situated": 0.04}
 _CAPTION = {"caption": 1.0}
@@ -1181,7 +1187,7 @@ _TINY = dict(lr=2e-3, weight_decay=0.01, per_scene=32, batch=256, schedule="cons
 STAGES = {
     "paper": [  # sec. 4.1: AdamW, weight decay 0.1, cosine from 1e-4 to 1e-6; stage 2 tunes for one task
         Stage("1 generalist", _mix(qa=(0.6, _QA), caption=(0.4, _CAPTION)), _PARTS, "tokens", iterations=100_000,
-              batch=8, per_scene=1, lr=1e-4, final_lr=1e-6, weight_decay=0.1, clip=0.1),
+              batch=8, per_scene=1, lr=1e-4, final_lr=1e-6, weight_decay=0.1, clip=0.1, files=GENERALIST),
         Stage("2 task", {}, _PARTS, "tokens", iterations=30_000, batch=8, per_scene=1, lr=1e-4, final_lr=1e-6,
               weight_decay=0.1, clip=0.1),
     ],
@@ -1191,7 +1197,7 @@ STAGES = {
         Stage("0 words", _ALL, ("lm", "place"), "words", iterations=300, recolour=True, **_TINY),
         Stage("0 tokenizer", {}, ("tokenizer",), "tokenizer", iterations=400, batch=16, lr=8e-3, schedule="cosine",
               warmup=0.05),
-        Stage("1 generalist", _ALL, _PARTS, "tokens", iterations=500, **_TINY),
+        Stage("1 generalist", _ALL, _PARTS, "tokens", iterations=500, files=GENERALIST, **_TINY),
         Stage("2 task", {}, _PARTS, "tokens", iterations=300, **{**_TINY, "schedule": "linear"}),
     ],
 }  # fmt: skip

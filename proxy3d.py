@@ -71,7 +71,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
-from data import IGNORE, SCENE, Sample, Scene, Stage
+from data import IGNORE, SCENE, Sample, Scene, Source, Stage
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
 
@@ -851,10 +851,13 @@ class Model(nn.Module):
 
 TASKS: dict = {}  # Proxy3D needs no question types beyond data.TASKS
 
-SPACESPAN = {  # supp. Table 2: source -> (thousands of questions, what they ask); the rounded rows give 319K, not 318K
-    "ScanQA": (26, "text"), "SQA3D": (26, "text"), "Scan2Cap": (32, "text"), "ScanRefer": (32, "id"),
-    "Multi3DRefer": (39, "id"), "MMScan-QA": (57, "text"), "MMScan-VG": (57, "id"), "SR-91K-number": (30, "number"),
-    "SR-91K-choice": (20, "choice"),
+SPACESPAN = {  # supp. Table 2, training splits; its rounded rows give 319K, not 318K. Best proposal's IoU: Chat-Scene
+    "ScanQA": Source("scanqa", 26_000), "SQA3D": Source("sqa3d", 26_000),
+    "Scan2Cap": Source("scan2cap", 32_000, fit=0.75), "ScanRefer": Source("scanrefer", 32_000, "id", fit=0.75),
+    "Multi3DRefer": Source("multi3drefer", 39_000, "id", fit=0.75),
+    "MMScan QA": Source("mmscan/qa", 57_000, most=57_000), "MMScan VG": Source("mmscan/vg", 57_000, "id", most=57_000),
+    "SR-91K numbers": Source("sr91k", 30_000, "number", most=30_000),
+    "SR-91K choices": Source("sr91k", 20_000, "choice", most=20_000),
 }  # fmt: skip
 _MIX = {"colour": 13, "what": 13, "situated": 26, "caption": 32, "ground": 32, "multi": 39, "where": 29, "exist": 28,
         "ground_relation": 29, "ground_multiple": 28, "count": 10, "vsi_abs_distance": 10, "vsi_object_size": 5,
@@ -871,7 +874,8 @@ STAGES = {
               score=("rooms/coordinate",)),
         Stage("III relations", {"relation": 0.5, "distance_ids": 0.2, "id_colour": 0.3}, ("lm",), "symbols+3d",
               epochs=3, samples=115_000),
-        Stage("IV proxies", _MIX, ("lm",), "proxies", epochs=1, samples=318_000, batch=128, accumulate=2),
+        Stage("IV proxies", _MIX, ("lm",), "proxies", epochs=1, samples=318_000, batch=128, accumulate=2,
+              files=SPACESPAN),
     ],
     "tiny": [
         Stage("0 tower", {}, ("tower",), "tower", iterations=1600, batch=16, lr=4e-3, schedule="cosine",
@@ -886,7 +890,7 @@ STAGES = {
         Stage("IV proxies", {"ground": 0.1, "ground_multiple": 0.1, "ground_category": 0.05, "multi": 0.03,
                              "id_category": 0.05, "id_colour": 0.03, "colour": 0.11, "what": 0.13, "where": 0.08,
                              "count": 0.08, "exist": 0.1, "caption": 0.03, "coordinate": 0.04, "distance_ids": 0.07},
-              ("lm",), "proxies", iterations=1600, **{**_TINY, "schedule": "trapezoid"}),
+              ("lm",), "proxies", iterations=1600, files=SPACESPAN, **{**_TINY, "schedule": "trapezoid"}),
     ],
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
     torchrun train.py --model proxy3d                        # rooms, tiny preset; a CPU is enough
     torchrun --nproc_per_node 8 train.py --model proxy3d --data scannet --root DIR --preset paper --shard
+    torchrun train.py ... --data scannet --root DIR --annotations FILES     # official questions in place of generated
     torchrun train.py ... --resume                           # goes on exactly where the run stopped; python works too
 
 A paper module offers `Config` (with the presets as class methods), `STAGES`, `TASKS` and `Model(config, text)`:
@@ -41,6 +42,7 @@ import ctypes
 import difflib
 import importlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -86,6 +88,7 @@ FLAGS = {
     "model": dict(required=True, help=f"paper: {', '.join(MODELS)}"),
     "data": dict(default="rooms", help="source of scenes: rooms, scannet, rgbd"),
     "root": dict(help="folder of the scenes (not for rooms)"),
+    "annotations": dict(help="folder of official files: stages that name such sources ask from them"),
     "preset": dict(default="tiny", help="tiny: from nothing, on a CPU; paper: the paper's numbers"),
     "llm": dict(help="name or folder of a pre-trained language model"),
     "steps": dict(type=int, help="scale the stages to this many steps in all"),
@@ -333,6 +336,19 @@ def plan(stage: Stage, index: int, step: int, scenes: int, seed: int) -> list[tu
     return [(int(scene_order(scenes, seed, index, e)[i]), n) for (e, i), n in zip(places, asked, strict=True)]
 
 
+def shuffled(listed: dict[str, list], names: list[str], per_scene: int, seed: int, index: int,
+             epoch: int) -> list[tuple[int, data.Sample]]:  # fmt: skip
+    """An epoch over listed questions, as (scene, question): every one once, `per_scene` of a scene in a row, so that a
+    batch holds few scenes."""
+    rng = np.random.default_rng([2, seed, index, epoch])
+    runs = []
+    for which, name in enumerate(names):
+        own = listed.get(name, [])
+        order = rng.permutation(len(own)).tolist()
+        runs += [[(which, own[i]) for i in order[k : k + per_scene]] for k in range(0, len(own), per_scene)]
+    return [pair for r in rng.permutation(len(runs)).tolist() for pair in runs[r]]
+
+
 HELD = ("frames", "colours", "superpoints", "instances")  # arrays that turning a scene leaves as they are
 
 
@@ -348,14 +364,33 @@ class Draws(torch.utils.data.Dataset):
     seed: int
     rank: int = 0
     world: int = 1
+    listed: dict[str, list] | None = None  # questions by scene to be asked in place of generated ones
+    epoch: tuple = (None, None)  # the one in use: (its number, its questions in order)
+
+    def plan(self, step: int) -> list[tuple[int, typing.Any]]:
+        """(scene, how many questions are to be drawn, or the questions themselves) for every slot of a step."""
+        stage = self.stage
+        if self.listed is None:
+            return plan(stage, self.index, step, len(self.scenes), self.seed)
+        size, asked = sum(map(len, self.listed.values())), []
+        for place in range(step * stage.batch, (step + 1) * stage.batch):
+            epoch, i = divmod(place, size)
+            if self.epoch[0] != epoch:
+                names = [s.name for s in self.scenes]
+                self.epoch = epoch, shuffled(self.listed, names, stage.per_scene, self.seed, self.index, epoch)
+            asked.append(self.epoch[1][i])
+        return [(which, [s for _, s in pairs]) for which, pairs in itertools.groupby(asked, key=lambda pair: pair[0])]
 
     def ask(self, step: int, slots: typing.Iterable[int] | None = None) -> list[tuple[Scene, list]]:
         """The scenes of some slots (default: all) of a step, turned and numbered anew, with their questions."""
         stage, groups = self.stage, []
-        for slot, (which, count) in enumerate(plan(stage, self.index, step, len(self.scenes), self.seed)):
+        for slot, (which, count) in enumerate(self.plan(step)):
             if slots is not None and slot not in slots:
                 continue
             rng = np.random.default_rng([1, self.seed, self.index, step, slot])
+            if self.listed is not None:
+                groups.append((data.augment(self.scenes[which], rng, mirror=False), count))
+                continue
             for base in self.scenes[which:] + self.scenes[:which]:
                 scene = data.augment(base, rng, stage.recolour)
                 samples = data.questions(scene, stage.tasks, count, rng) if stage.tasks else []
@@ -610,6 +645,7 @@ class Run:
     steps: list[int]
     record: dict  # config.json
     dtype: torch.dtype
+    listed: dict[str, dict]  # stage -> scene -> questions of official files
     board: object = None  # TensorBoard's writer
 
     def save(self, position: dict, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -636,7 +672,7 @@ def train_stage(run: Run, index: int, position: dict) -> None:
     if position["adam"]:
         load_optimizer(optimizer, run.model, args.out)
     ranks.say(f"stage {stage.name} ({index + 1} of {len(run.stages)}): {steps} steps of {stage.batch}")
-    draws = Draws(run.model, run.train, stage, index, args.seed, ranks.rank, ranks.world)
+    draws = Draws(run.model, run.train, stage, index, args.seed, ranks.rank, ranks.world, run.listed.get(stage.name))
     first, before, began, tokens = position["step"], position["seconds"], time.monotonic(), 0.0
     ended = began
     for parts in load(draws, range(first, steps), args.workers, ranks.device):
@@ -700,11 +736,26 @@ def report(run: Run, stage: Stage, position: dict, numbers: dict) -> None:
             run.board.add_scalar(key, line[key], line["total"])
 
 
-def make_text(config, scenes: list[Scene]) -> data.TinyText | data.HubText:
+def make_text(config, scenes: list[Scene], listed: dict[str, dict]) -> data.TinyText | data.HubText:
     """The pre-trained model's own tokenizer, else one word-level vocabulary of all questions about such scenes."""
     if getattr(config, "llm", None):
         return data.HubText(config.llm)
-    return data.TinyText(data.vocabulary({*data.CATEGORIES, *(o.category for s in scenes for o in s.objects)}))
+    words = data.vocabulary({*data.CATEGORIES, *(o.category for s in scenes for o in s.objects)})
+    samples = (s for by_scene in listed.values() for own in by_scene.values() for s in own)
+    read = data.TinyText.train(t for s in samples for t in (s.question, s.answer))
+    return data.TinyText({*words, *read.state()["words"]})
+
+
+def read_listed(args: argparse.Namespace, stages: list[Stage], train: list[Scene],
+                test: list[Scene]) -> tuple[dict[str, dict], dict[str, list]]:  # fmt: skip
+    """(questions of official files, counts per source), both by stage, for the stages that name sources."""
+    named = [s for s in stages if s.files]
+    if args.annotations and not named:
+        raise DataError(f"--annotations: no stage of {args.model} that runs names official files; leave it out")
+    folder, root = Path(args.annotations or ""), Path(args.root or args.annotations or "")
+    found = {s.name: evaluate.mixture(s.files, folder, root, train, test, args.seed)
+             for s in named if args.annotations}  # fmt: skip
+    return {name: listed for name, (listed, _) in found.items()}, {name: report for name, (_, report) in found.items()}
 
 
 def build(args: argparse.Namespace, ranks: Ranks, paper=None, scenes: tuple | None = None,
@@ -729,22 +780,27 @@ def build(args: argparse.Namespace, ranks: Ranks, paper=None, scenes: tuple | No
     if len(train) == 1:
         ranks.say("note: one scene shows that everything works; it cannot show learning")
     stages = askable(stages, train, paper, ranks.say)
+    listed, reports = read_listed(args, stages, train, test)
+    for name, report in reports.items():
+        ranks.say(f"stage {name} asks from official files:\n{evaluate.describe_mixture(report)}")
+    sizes = {name: sum(map(len, by_scene.values())) for name, by_scene in listed.items()}
+    stages = [replace(s, samples=sizes.get(s.name, s.samples)) for s in stages]
     steps = stage_steps(stages, len(train), args.steps)
-    text = data.load_text(text) if text else make_text(config, train)
+    text = data.load_text(text) if text else make_text(config, train, listed)
     seed_everything(args.seed)
     model = paper.Model(config, text)
     record = {**{k: getattr(args, k) for k in SAME}, "config": asdict(config), "text": text.state(),
-              "scenes": {"train": [s.name for s in train], "test": [s.name for s in test]},
+              "scenes": {"train": [s.name for s in train], "test": [s.name for s in test]}, "mixtures": reports,
               "revision": evaluate.revision(), "torch": torch.__version__}  # fmt: skip
     dtype = DTYPES[args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32")]
-    return Run(args, ranks, model, text, train, test, stages, steps, record, dtype)
+    return Run(args, ranks, model, text, train, test, stages, steps, record, dtype, listed)
 
 
 def load_run(folder: Path, paper=None, scenes: tuple | None = None) -> Run:
     """A finished run's model with its weights, tokenizer, scenes and stages, at its last stage."""
     record = read_state(folder)["run"]
     args = parse([f"--model={record['model']}", f"--out={folder}"])
-    vars(args).update({k: record[k] for k in SAME})
+    vars(args).update({k: record[k] for k in SAME if k in record} | {"annotations": None})  # nothing is trained on
     run = build(args, start_processes(), paper, scenes, record["text"])
     load_weights(run.model, folder)
     run.model.to(run.ranks.device).eval()
@@ -778,6 +834,8 @@ def run(args: argparse.Namespace, paper=None, scenes: tuple | None = None) -> Ru
     if ranks.rank == 0:
         open_run(args.out, whole.record, begun)
         whole.board = tensorboard(args.out) if args.tensorboard else None
+        for name, found in whole.listed.items():
+            evaluate.draw_mixture(found, whole.record["mixtures"][name], args.out / f"mixture {name}.png")
     position = begun or {"stage": 0, "step": 0, "total": 0, "running": 0.0, "skipped": 0, "in_a_row": 0, "seconds": 0.0,
                          "adam": False}  # fmt: skip
     for index in range(position["stage"], len(stages)):

@@ -331,13 +331,6 @@ def test_answers_made_from_the_truth_are_columns_scored_like_any_other(no_java):
     assert "true category" in evaluate.table({"rooms/caption": entry}).splitlines()[0]
 
 
-def test_papers_numbers_stand_in_columns_of_their_own(monkeypatch):
-    row = replace(BENCHMARKS["rooms/qa"], papers={"Proxy3D": {"em/strict": 0.575}})
-    monkeypatch.setitem(BENCHMARKS, "rooms/qa", row)
-    head, _, line, *_ = evaluate.table({"rooms/qa": evaluate.score("rooms/qa", questions(), perfect())}).splitlines()
-    assert head.split()[3] == "Proxy3D" and line.split()[3] == "0.575"
-
-
 def test_recall_says_what_the_proposals_allow():
     """A segment with half of the chair and none for the lamp: nothing can score above that, and the result says so."""
     half = Thing(8, "", "", np.array([0, 0, 0, 0.5, 1, 1]))

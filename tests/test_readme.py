@@ -43,6 +43,17 @@ NOT_RUN = {
         "a GPU",
     "python evaluate.py --run runs/proxy3d --proposals segments": "tests/test_evaluate.py scores segments",
     "python evaluate.py --benchmark rooms/qa --annotations FILE --predictions FILE": "tests/test_evaluate.py",
+    "python evaluate.py --benchmark scanqa --annotations FILE --predictions FILE --failures 20":
+        "tests/test_official.py",
+    "python evaluate.py --run runs/proxy3d --benchmark scanqa --annotations FILE --root DIR": "tests/test_official.py",
+    "torchrun train.py --model proxy3d --data scannet --root DIR --annotations FILES": "tests/test_official.py",
+    "torchrun train.py --model fase3d --data scannet --root DIR --preset paper --llm Qwen/Qwen2.5-3B-Instruct": "a GPU",
+    "torchrun train.py --model fase3d --set pretrain=false --out runs/scratch": "minutes; tests/test_fase3d.py: recipe",
+    'python fase3d.py --scene CLOUD.ply --ask "How many chairs are there?" --run runs/fase3d': "tests/test_run.py",
+    'python fase3d.py --scene CLOUD.ply --ask "What is this?" --at 1.2,-0.5,0.4 --run runs/fase3d':
+        "tests/test_run.py",
+    "python tests/bench.py fase3d": "timings belong to a quiet machine",
+    "python tests/ablate.py fase3d": "an hour",
     "python tests/bench.py proxy3d": "timings belong to a quiet machine",
     "python tests/ablate.py proxy3d": "a quarter of an hour",
 }

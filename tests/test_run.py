@@ -8,6 +8,8 @@ import json
 import pytest
 
 import data
+import evaluate
+import fase3d
 import proxy3d
 import train
 
@@ -99,3 +101,45 @@ def test_the_demo_shows_shapes_a_falling_loss_and_an_answer(capsys):
     said = capsys.readouterr().out
     losses = [float(line.split()[-1]) for line in said.splitlines() if line.startswith("step")]
     assert losses[-1] < 0.1 * losses[0] and "[96, 3]" in said and "->" in said
+
+
+@pytest.fixture(scope="module")
+def points_run(tmp_path_factory):
+    """A run of Fase3D of five steps, and a room's cloud as files with and without colour."""
+    out = tmp_path_factory.mktemp("runs") / "fase3d"
+    small = [f"{s.name}.batch={8 if s.tasks or s.name == '2 task' else 2}" for s in fase3d.STAGES["tiny"]]
+    command = ["--model", "fase3d", "--steps", "5", "--train-scenes", "3", "--test-scenes", "1", "--workers", "0"]
+    assert train.main([*command, "--no-eval", "--out", str(out), "--set", *small]) == 0
+    scene = data.room(3, views=0)
+    data.write_ply(out / "cloud.ply", scene.points, scene.colours, scene.normals)
+    rows = "\n".join(" ".join(f"{v:.4f}" for v in p) for p in scene.points)
+    head = f"ply\nformat ascii 1.0\nelement vertex {len(scene.points)}\n"
+    (out / "bare.ply").write_text(head + "".join(f"property float {a}\n" for a in "xyz") + "end_header\n" + rows + "\n")
+    return out
+
+
+def test_a_bare_cloud_can_be_asked_about_points_and_places(points_run, capsys):
+    """A .ply has no superpoints, no objects, perhaps no normals and no colour: what is missing is made, or said."""
+    for file in ("cloud.ply", "bare.ply"):
+        ask = ["--scene", str(points_run / file), "--run", str(points_run), "--out", str(points_run / "ask.png")]
+        assert fase3d.main([*ask, "--ask", "what colour is the sofa?", "--ask", "is there a bed?"]) == 0
+        said = capsys.readouterr().out
+        assert ("this cloud has no colour." in said) == (file == "bare.ply")
+    assert fase3d.main([*ask, "--ask", "what is this?", "--at", "1.0,-0.5,0.4"]) == 0
+
+
+def test_a_place_must_be_three_numbers_and_a_model_that_takes_places(run, points_run, capsys):
+    ask = ["--scene", str(points_run / "cloud.ply"), "--ask", "what is this?"]
+    assert fase3d.main([*ask, "--run", str(points_run), "--at", "1,2"]) == 2
+    assert "give three numbers in metres" in capsys.readouterr().err
+    assert proxy3d.main([*ask, "--run", str(run), "--at", "1,2,3"]) == 2
+    assert "takes no places; fase3d does" in capsys.readouterr().err
+
+
+def test_captions_of_clusters_are_scored_where_they_fit(points_run, capsys):
+    """`--proposals clusters`: the model's own, and m@kIoU stands first."""
+    out = points_run / "clusters"
+    what = ["--benchmark", "rooms/caption", "--proposals", "clusters", "--out", str(out)]
+    evaluate.main(["--run", str(points_run), *what])
+    entry = json.loads((out / "metrics.json").read_text())["rooms/caption@clusters"]
+    assert next(iter(entry)).endswith("@0.5/chat-scene") and entry["proposals"]["source"] == "clusters"
