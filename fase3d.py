@@ -179,7 +179,10 @@ class Initial(nn.Module):
         """features [N, channels], places [N, 3] in 0..1, owner [N] -> S [count, d]."""
         x = F.gelu(self.norm(self.lift(features)))  # [N, hidden]
         S = self.out(superpoint_mean(x, owner, count))  # [M, d] pooled before the linear map: the same, and cheaper
-        return S + superpoint_mean(fourier_code(places, S.shape[1]), owner, count)  # [M, d]
+        code = places.new_zeros(count, S.shape[1])  # [M, d]
+        for p, o in zip(places.split(4096), owner.split(4096), strict=True):  # never [N, d] at once: faster
+            code.index_add_(0, o, fourier_code(p, S.shape[1]))
+        return S + code / torch.bincount(owner, minlength=count).clamp(min=1)[:, None]  # [M, d]
 
 
 # ---- 2 serialization, Eq. (6) ----------------------------------------------------------------------------------------

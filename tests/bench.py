@@ -224,8 +224,8 @@ def graph_quality(k: int = 8) -> None:
             for name, edges in found.items():
                 right, gap = len(edges & exact), float(torch.stack([near[a, b] for a, b in edges]).mean())
                 rows.setdefault(name, []).append((right / len(edges), right / len(exact), len(edges) / M, gap))
-        print(f"edges against the exact graph of smallest boundary distance, k = {k}: {rooms} rooms of {N:,} points, "
-              f"{N / M:.0f} per superpoint (the paper's stride: 16)")  # fmt: skip
+        print(f"edges against the exact graph of smallest boundary distance, k = {k}, the paper's stride 16; "
+              f"rooms: {rooms}, points {N:,}, {N / M:.0f} per superpoint")  # fmt: skip
         print("                              precision   recall   edges per superpoint   mean boundary distance")
         for name, values in rows.items():
             p, r, e, gap = np.mean(values, 0)
