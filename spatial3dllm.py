@@ -1,7 +1,9 @@
-"""Spatial 3D-LLM: text locations and MODLE."""
+"""Spatial 3D-LLM."""
 
 from __future__ import annotations
 
+import math
+import sys
 import argparse
 import itertools
 import json
@@ -9,13 +11,655 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import data
-from data import DIRECTIONS, DataError, Facts, Sample, Scene, facts, listed, metres, pick, several
+from data import DIRECTIONS, IGNORE, SCENE, DataError, Facts, Sample, Scene, Stage, facts, listed, metres, pick, several
+
+# ---- configuration ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    """Every number of the model; `paper()` are the paper's where it names them, `tiny()` trains from nothing."""
+
+    llm: str | None = None  # a Llama (Vicuna) name or folder; None builds a tiny one from the fields below
+    points: int = 40_000  # of the cloud that are read; VoteNet 40,000
+    centres: tuple[int, ...] = (2048, 1024, 512, 256)  # of the four set abstractions; the second level are the seeds
+    radii: tuple[float, ...] = (0.2, 0.4, 0.8, 1.2)  # metres, of their balls
+    samples: tuple[int, ...] = (64, 32, 16, 16)  # nearest points per ball
+    pairs: int = 2  # layers of a set abstraction's MLP, after the first, that see every pair; PointNet++ 2
+    feature: int = 256  # channels of seeds and referents
+    spread: float = 0.0  # metres per unit of colour when centres are sampled; 0: by place alone
+    spread_normal: float = 0.0  # metres per unit of normal
+    referents: int = 256
+    ball: float = 0.3  # metres around a vote
+    ball_samples: int = 16
+    neighbours: int = 10  # of the referents' graph
+    graph_layers: int = 2
+    context_heads: int = 8
+    fourier: int = 128  # random features of the contextual positions
+    gain: float = 0.35
+    intra: bool = True  # False: referents are seeds as they are, no votes, no abstraction
+    inter: str = "graph"  # a key of INTER
+    context: bool = True  # False: referents never look back at the scene
+    positions: bool = True  # False: nothing that the language model reads says where a referent is
+    encoder: str | None = None  # file of a trained encoder (Model.save_encoder)
+    lora_rank: int = 32  # of a loaded model; 3DMIT 32
+    lora_alpha: int = 32
+    lora_dropout: float = 0.1
+    # the tiny model, used only where llm is None
+    width: int = 128
+    layers: int = 2
+    heads: int = 4
+    hidden: int = 256
+    attention: str = "sdpa"
+    dtype: str = "float32"
+
+    @classmethod
+    def tiny(cls, **changes) -> Config:
+        small = dict(points=4096, centres=(512, 256, 128, 64), samples=(16, 16, 16, 16), pairs=0, feature=128, spread=2.0,
+                     spread_normal=0.3, referents=96, context_heads=4, fourier=48)  # fmt: skip
+        return cls(**{**small, **changes})
+
+    @classmethod
+    def paper(cls, **changes) -> Config:
+        return cls(**{**dict(llm="lmsys/vicuna-7b-v1.5", dtype="bfloat16"), **changes})
+
+
+# ---- 1 geometry of a cloud, worked out once per scene ----------------------------------------------------------------
+
+
+def sample_order(space: np.ndarray, count: int) -> np.ndarray:
+    """Farthest-point order [count] of points space [N, D], from the one farthest from the centroid; where there are
+    fewer points they come again. Every prefix is itself a farthest-point sample, so one order serves all levels."""
+    x = np.asarray(space, dtype=np.float64)
+    square = np.square(x).sum(1)
+    nearest = np.full(len(x), np.inf)
+    order = np.empty(min(count, len(x)), dtype=np.int64)
+    index = int(np.square(x - x.mean(0)).sum(1).argmax())
+    for k in range(len(order)):
+        order[k] = index
+        np.minimum(nearest, square - 2 * (x @ x[index]) + square[index], out=nearest)
+        nearest[index] = -np.inf
+        index = int(nearest.argmax())
+    return np.resize(order, count)
+
+
+def ball_query(centres: np.ndarray, points: np.ndarray, radius: float, samples: int) -> np.ndarray:
+    """The nearest `samples` points within `radius` of every centre: indices [M, samples]; places left over repeat the
+    nearest, which a maximum does not feel. centres [M, 3], points [N, 3]."""
+    from scipy.spatial import cKDTree
+
+    distance, index = cKDTree(points).query(centres, k=min(samples, len(points)))
+    distance, index = distance.reshape(len(centres), -1), index.reshape(len(centres), -1)
+    index = np.where(distance <= radius, index, index[:, :1])
+    return np.concatenate([index, np.repeat(index[:, :1], samples - index.shape[1], 1)], 1)
+
+
+def interpolation(fine: np.ndarray, coarse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The three nearest coarse points of every fine one [M, 3], and their weights by inverse distance [M, 3]."""
+    from scipy.spatial import cKDTree
+
+    distance, index = cKDTree(coarse).query(fine, k=[1, 2, 3] if len(coarse) > 2 else [1, 1, 1])
+    weight = 1 / (distance + 1e-8)
+    return index, (weight / weight.sum(1, keepdims=True)).astype(np.float32)
+
+
+# ---- 2 scene encoder: PointNet++ -------------------------------------------------------------------------------------
+
+
+def gather(values: Tensor, index: Tensor) -> Tensor:
+    """values [B, N, C] at index [B, ...] -> [B, ..., C]."""
+    B, C = values.shape[0], values.shape[-1]
+    flat = index.reshape(B, -1, 1).expand(-1, -1, C)
+    return values.gather(1, flat).view(*index.shape, C)
+
+
+def gather_max(values: Tensor, index: Tensor) -> Tensor:
+    """max over S of values [B, N, C] at index [B, M, S] -> [B, M, C], without ever holding [B, M, S, C]."""
+    B, N, C = values.shape
+    rows = index + torch.arange(B, device=index.device)[:, None, None] * N  # [B, M, S] into B * N
+    return F.embedding_bag(rows.flatten(0, 1), values.reshape(B * N, C), mode="max").view(B, -1, C)
+
+
+class SetAbstraction(nn.Module):
+    """One level of PointNet++: over each ball the maximum of MLP([feature, (point - centre) / radius]).
+
+    The first layer is linear, so it runs once per point and once per centre instead of once per pair. `pairs` more
+    layers see every pair, as in the paper; with none (tiny) they follow the maximum, at a sixteenth of the work."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, radius: float, pairs: int):
+        super().__init__()
+        self.radius = radius
+        self.feature = nn.Linear(inputs, hidden)
+        self.place = nn.Linear(3, hidden, bias=False)
+        self.pairs = nn.Sequential(*(m for _ in range(pairs) for m in (nn.ReLU(), nn.Linear(hidden, hidden))))
+        self.out = nn.Sequential(nn.ReLU(), nn.Linear(hidden, outputs), nn.ReLU(), nn.Linear(outputs, outputs),
+                                 nn.LayerNorm(outputs))  # fmt: skip
+
+    def forward(self, f: Tensor, p: Tensor, q: Tensor, index: Tensor) -> Tensor:
+        """f [B, N, C], p [B, N, 3], centres q [B, M, 3], index [B, M, S] of points in the ball -> [B, M, C']."""
+        place = self.place.weight.T / self.radius  # [3, H]
+        point, centre = self.feature(f) + p @ place, q @ place  # [B, N, H], [B, M, H]
+        if len(self.pairs):
+            h = self.pairs(gather(point, index) - centre[:, :, None]).amax(2)  # [B, M, H]
+        else:
+            h = gather_max(point, index) - centre  # [B, M, H]
+        return self.out(h)  # [B, M, C']
+
+
+class FeaturePropagation(nn.Module):
+    """Coarse features interpolated to finer points, beside what those had, through an MLP."""
+
+    def __init__(self, coarse: int, fine: int, outputs: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(coarse + fine, outputs), nn.ReLU(), nn.Linear(outputs, outputs))
+        self.norm = nn.LayerNorm(outputs)
+
+    def forward(self, coarse: Tensor, fine: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """coarse [B, M, C], fine [B, N, C'], index [B, N, 3] into M, weight [B, N, 3] -> [B, N, C'']."""
+        spread = (gather(coarse, index) * weight[..., None]).sum(2)  # [B, N, C]
+        return self.norm(self.mlp(torch.cat([spread, fine], -1)))  # [B, N, C'']
+
+
+class PointNet(nn.Module):
+    """PointNet++ with four set abstractions and two feature propagations: the second level's centres are the seeds."""
+
+    inputs = 7  # colour, normal, height
+
+    def __init__(self, config: Config):
+        super().__init__()
+        C = config.feature
+        widths = [self.inputs, C // 2, C, C, C]
+        self.down = nn.ModuleList(SetAbstraction(a, b, b, r, config.pairs) for a, b, r in
+                                  zip(widths, widths[1:], config.radii, strict=False))  # fmt: skip
+        self.up = nn.ModuleList(FeaturePropagation(C, C, C) for _ in range(2))
+
+    def forward(self, f: Tensor, p: Tensor, order: Tensor, balls: Sequence[Tensor],
+                links: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Cloud f [B, N, 7], p [B, N, 3]; order [B, M1] of the first centres, of which every later level is a prefix;
+        balls [B, M, S] per level; links per propagation -> seed features [B, M2, C] and their places [B, M2, 3]."""
+        q = gather(p, order)  # [B, M1, 3]
+        levels = []
+        for layer, index in zip(self.down, balls, strict=True):
+            centres = q[:, : index.shape[1]]
+            f, p = layer(f, p, centres, index), centres
+            levels.append(f)
+        for layer, fine, link in zip(self.up, (levels[2], levels[1]), links, strict=True):
+            f = layer(f, fine, *link)
+        return f, q[:, : f.shape[1]]
+
+
+# ---- 3 intra-referent clustering and abstraction ---------------------------------------------------------------------
+
+
+class Abstraction(nn.Module):
+    """Votes of the seeds, grouped in balls around the votes of the first R of them, pooled: referents with boxes."""
+
+    def __init__(self, C: int, ball: float, samples: int):
+        super().__init__()
+        self.ball, self.samples = ball, samples
+        self.vote = nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, C), nn.ReLU(), nn.Linear(C, 3 + C))
+        self.feature, self.place = nn.Linear(C, C), nn.Linear(3, C, bias=False)
+        self.out = nn.Sequential(nn.Linear(C, C), nn.LayerNorm(C))
+        self.box = nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, 6))
+
+    def forward(self, f: Tensor, p: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Seeds f [B, M, C], p [B, M, 3] in farthest-point order -> referents h [B, R, C], their boxes [B, R, 6] and
+        all votes [B, M, 3]."""
+        moved = self.vote(f)  # [B, M, 3 + C]
+        v, f = p + moved[..., :3], f + moved[..., 3:]
+        q = v[:, :count]  # [B, R, 3]
+        with torch.no_grad():
+            far, index = torch.cdist(q, v).topk(min(self.samples, v.shape[1]), largest=False)  # [B, R, S]
+            index = torch.where(far <= self.ball, index, torch.arange(q.shape[1], device=q.device)[:, None])
+        place = self.place.weight.T / self.ball
+        h = self.feature(f) + v @ place  # [B, M, C]
+        h = F.relu(gather_max(h, index) - q @ place)  # [B, R, C]
+        box = self.box(h)  # [B, R, 6]
+        return self.out(h), torch.cat([q + box[..., :3], (box[..., 3:] - 1).exp()], -1), v
+
+
+# ---- 4 inter-referent message passing --------------------------------------------------------------------------------
+
+
+def neighbour_graph(centres: Tensor, k: int) -> Tensor:
+    """D^-1/2 A D^-1/2 of the symmetric graph in which every referent knows itself and its k nearest: centres
+    [B, R, 3] -> [B, R, R]."""
+    far = torch.cdist(centres, centres)  # [B, R, R]
+    near = far.topk(min(k + 1, far.shape[-1]), largest=False).indices  # [B, R, k + 1]
+    linked = torch.zeros_like(far).scatter_(-1, near, 1.0)
+    linked = torch.maximum(linked, linked.mT)
+    linked.diagonal(dim1=-2, dim2=-1).fill_(1.0)  # of two referents at one place either may be the nearest
+    degree = linked.sum(-1).rsqrt()  # [B, R]
+    return degree[..., None] * linked * degree[..., None, :]
+
+
+class Graph(nn.Module):
+    """H <- H + ReLU(D^-1/2 A D^-1/2 LN(H) W), a few times."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        C = config.feature
+        self.k = config.neighbours
+        self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(config.graph_layers))
+        self.layers = nn.ModuleList(nn.Linear(C, C, bias=False) for _ in range(config.graph_layers))
+
+    def forward(self, h: Tensor, centres: Tensor) -> Tensor:
+        """h [B, R, C], centres [B, R, 3] -> [B, R, C]."""
+        graph = neighbour_graph(centres.detach(), self.k)  # [B, R, R]
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            h = h + F.relu(graph @ layer(norm(h)))
+        return h
+
+
+# ---- 5 contextual referent-scene interaction -------------------------------------------------------------------------
+
+
+class FourierPosition(nn.Module):
+    """Random Gaussian Fourier features of a place (Tancik et al. 2020) and a linear map: [..., 3] metres -> [..., C]."""
+
+    def __init__(self, features: int, C: int, scale: float = 1.0):
+        super().__init__()
+        self.register_buffer("frequencies", torch.randn(3, features // 2) * (2 * math.pi * scale))
+        self.out = nn.Linear(features, C, bias=False)
+
+    def forward(self, places: Tensor) -> Tensor:
+        phase = places @ self.frequencies
+        return self.out(torch.cat([phase.cos(), phase.sin()], -1))
+
+
+class Context(nn.Module):
+    """Referents look at all seeds of the scene: pre-norm cross-attention with Fourier positions, and an FFN."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        C = config.feature
+        self.heads = config.context_heads
+        self.norm, self.norm_scene, self.norm_mlp = (nn.LayerNorm(C) for _ in range(3))
+        self.position = FourierPosition(config.fourier, C, .25)
+        self.query, self.key, self.value, self.out = (nn.Linear(C, C) for _ in range(4))
+        self.place = nn.Linear(3, C, bias=False)  # what is seen is written from the referent's own place
+        self.mlp = nn.Sequential(nn.Linear(C, 2 * C), nn.ReLU(), nn.Linear(2 * C, C))
+
+    def forward(self, h: Tensor, centres: Tensor, scene: Tensor, places: Tensor) -> Tensor:
+        """Referents h [B, R, C] at centres [B, R, 3], seeds scene [B, M, C] at places [B, M, 3] -> [B, R, C]."""
+        B, R, C = h.shape
+        split = lambda x: x.view(B, -1, self.heads, C // self.heads).transpose(1, 2)  # noqa: E731  [B, n, ., C / n]
+        q, s = self.norm(h), self.norm_scene(scene)
+        q, k, v = self.query(q + self.position(centres)), self.key(s + self.position(places)), self.value(s)
+        seen = F.scaled_dot_product_attention(split(q), split(k), split(v + self.place(places)))
+        seen = seen.transpose(1, 2).reshape(B, R, C) - self.place(centres)  # [B, R, C]
+        h = h + self.out(seen)
+        return h + self.mlp(self.norm_mlp(h))
+
+
+def concatenate(f: Tensor, centres: Tensor, k: int) -> Tensor:
+    """Every referent's k nearest (itself first), side by side: [B, R, C] -> [B, R, (k + 1) * C]."""
+    near = torch.cdist(centres, centres).topk(min(k + 1, f.shape[1]), largest=False).indices  # [B, R, k + 1]
+    return gather(f, near).flatten(2)
+
+
+# ---- 6 the model -----------------------------------------------------------------------------------------------------
+
+AXES = "xyzwdh"
+WAVES = 6  # wavelengths 0.5, 1, ... 16 m
+
+
+def waves(values: Tensor) -> Tensor:
+    """[...] metres -> [..., 12]: cosine and sine at WAVES wavelengths."""
+    phase = values[..., None] * (2 * math.pi / 0.5 / 2 ** torch.arange(WAVES, device=values.device))
+    return torch.cat([phase.cos(), phase.sin()], -1)
+
+
+class LocationCode(nn.Module):
+    """What the language model reads of a referent's box: a linear map of Fourier features of each of its six numbers."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.out = nn.Linear(len(AXES) * 2 * WAVES, width, bias=False)
+
+    def forward(self, boxes: Tensor) -> Tensor:
+        """boxes [..., 6] metres -> [..., D]."""
+        return self.out(waves(boxes).flatten(-2))
+
+
+def build_llm(config: Config, vocabulary: int):
+    """A small Llama from its configuration: the class that `from_pretrained` loads."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = LlamaConfig(vocab_size=vocabulary, hidden_size=config.width, intermediate_size=config.hidden,
+                        num_hidden_layers=config.layers, num_attention_heads=config.heads,
+                        num_key_value_heads=config.heads, max_position_embeddings=32768, pad_token_id=0, bos_token_id=1,
+                        eos_token_id=1, tie_word_embeddings=True, attention_bias=True,
+                        rope_parameters={"rope_type": "default", "rope_theta": 1e6})  # fmt: skip
+    shape._attn_implementation = config.attention
+    return LlamaForCausalLM(shape)
+
+
+def start_weights(part: nn.Module) -> None:
+    """Every linear map from N(0, 1 / inputs), the scale for widths of hundreds; biases zero."""
+    for module in part.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def start_tiny(model: Model, text: data.TinyText) -> None:
+    """Give a model from a configuration what pre-training would: attend to what shares content, copy it unchanged."""
+    llm, C = model.llm.model, model.width
+    start_weights(llm)
+    for layer in llm.layers:
+        layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+        layer.self_attn.o_proj.weight.copy_(layer.self_attn.v_proj.weight.T)
+    look_back(llm.layers[0].self_attn, model.config.heads)
+    llm.norm.weight.fill_(0.1)
+    table = llm.embed_tokens.weight
+    nn.init.normal_(table)
+    nn.init.normal_(model.code.out.weight, std=WAVES**-0.5)
+    own = dict(zip(AXES, model.code.out.weight.view(C, len(AXES), -1).permute(1, 2, 0).clone(), strict=True))
+    own["l"] = torch.randn(2 * WAVES, C) * WAVES**-0.5
+    for token, (axis, value) in text.number.items():
+        table[token] = waves(torch.tensor(value)) @ own[axis] + 0.3 * torch.randn(C)
+    gain = torch.tensor([model.config.gain] * 3 + [model.config.gain * 0.7] * 3)
+    model.code.out.weight.view(C, len(AXES), -1).mul_(gain[:, None])
+
+
+def look_back(attention: nn.Module, heads: int, gain: float = 2.0) -> None:
+    """Turn the first two heads into "the word before" and "the one before that": constant queries and keys (biases)
+    whose rotary angles agree at that distance, so that a question's end knows its last words."""
+    size = attention.q_proj.out_features // heads
+    theta = 1e6 ** (-torch.arange(size // 2) * 2.0 / size)[:4]  # the four fastest rotary pairs
+    strength = math.sqrt(gain * math.sqrt(size))
+    for head in range(2):
+        rows = slice(head * size, (head + 1) * size)
+        for projection, turn in ((attention.q_proj, 0.0), (attention.k_proj, head + 1.0)):
+            projection.weight[rows] = 0
+            projection.bias[rows][:4] = strength * (turn * theta).cos()
+            projection.bias[rows][size // 2 : size // 2 + 4] = strength * (turn * theta).sin()
+        attention.v_proj.weight[rows] *= 1.5
+        attention.o_proj.weight[:, rows] *= 1.5
+
+
+class Model(nn.Module):
+    """Spatial 3D-LLM around a Llama. See the file's docstring for shapes."""
+
+    def __init__(self, config: Config, text: data.TinyText | data.HubText):
+        super().__init__()
+        self.config, self.text = config, text
+        C = config.feature
+        if config.llm is None:
+            self.llm = build_llm(config, len(text))
+        else:
+            self.llm = load_llm(config)
+        self.width = D = self.llm.config.hidden_size
+        self.encoder = PointNet(config)
+        self.intra = Abstraction(C, config.ball, config.ball_samples)
+        self.inter = nn.ModuleDict({name: part(config) for name, part in INTER.items()})
+        self.context = Context(config)
+        self.box = nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, 6))
+        self.projector = nn.Sequential(nn.Linear(C, D), nn.GELU(), nn.Linear(D, D), nn.LayerNorm(D))
+        self.code = LocationCode(D)
+        for part in (self.encoder, self.intra, self.inter, self.context, self.box, self.projector):
+            start_weights(part)
+        with torch.no_grad():
+            for last in (self.intra.vote[-1], self.box[-1]):
+                last.weight.mul_(0.2)
+            for layer in self.inter["graph"].layers:
+                layer.weight.mul_(0.2)
+            self.context.key.weight.copy_(self.context.query.weight)  # look first at what is alike and near
+            scale = self.llm.get_input_embeddings().weight.float().pow(2).mean().sqrt()
+            self.projector[-1].weight.fill_(1.0 if config.llm is None else float(scale))
+            self.code.out.weight.normal_(std=float(scale) * (6 * WAVES) ** -0.5)
+        if config.llm is None:
+            start_tiny(self, text)
+        self.visual, self.cache, self.contrast = "referents", {}, []
+        self.stage_steps, self.cache_folder = False, None
+
+    # -- what trains, and on what
+
+    def parts(self) -> dict[str, list[nn.Module]]:
+        c = self.config
+        scene = [self.projector, self.box]
+        scene += [self.intra] * c.intra + [self.inter[c.inter]] + [self.context] * c.context
+        return {"encoder": [self.encoder], "scene": scene, "code": [self.code] * c.positions, "lm": [self.llm]}
+
+    def begin(self, stage: Stage) -> None:
+        known = ("encoder", "symbols", "referents")
+        if stage.visual not in known or not set(stage.trains) <= set(self.parts()):
+            raise ValueError(f"stage {stage.name}: visual is one of {known}, trains a subset of {tuple(self.parts())}")
+        self.requires_grad_(False)
+        for name in stage.trains:
+            for part in self.parts()[name]:
+                part.requires_grad_(True)
+        if "encoder" in stage.trains:
+            self.cache = {k: v for k, v in self.cache.items() if k[0] != "seeds"}
+        self.visual, self.stage_steps = stage.visual, stage.steps
+
+    # -- scenes
+
+    def cloud(self, scene: Scene) -> dict:
+        """The geometry of a scene's cloud as it lies in memory, once: see PointNet.forward; "inst" [M2] of seeds."""
+        key = ("cloud", scene.name)
+        if key not in self.cache:
+            c, back = self.config, scene.turn.T
+            p, n = scene.points @ back.T.astype(np.float32), scene.normals @ back.T.astype(np.float32)
+            f = np.concatenate([(scene.colours / 255 - 0.5) / 0.27, n, p[:, 2:] - 1], 1).astype(np.float32)
+            space = np.concatenate([p, c.spread * scene.colours / 255, c.spread_normal * n], 1)
+            order = sample_order(space, c.centres[0])
+            levels = [p, *(p[order[:m]] for m in c.centres)]
+            balls = [ball_query(q, x, r, k) for x, q, r, k in zip(levels, levels[1:], c.radii, c.samples, strict=False)]
+            links = [interpolation(levels[3], levels[4]), interpolation(levels[2], levels[3])]
+            inst = np.zeros(len(p), int) if scene.instances is None else scene.instances
+            self.cache[key] = {"f": f, "p": p.astype(np.float32), "order": order, "balls": balls, "links": links,
+                               "inst": inst[order[: c.centres[1]]]}
+        return self.cache[key]
+
+    def seeds(self, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
+        """Seed features [B, M, C] and places [B, M, 3], turned with the scenes: from the encoder, or its cache."""
+        device = self.llm.device
+        turn = torch.from_numpy(np.stack([s.turn for s in scenes])).float().to(device)
+        if self.visual == "referents":
+            found = [self.load_seeds(s) for s in scenes]
+            f, p = (torch.stack([x[k] for x in found]).to(device).float() for k in ("f", "p"))
+            return f, p @ turn.mT
+        found = [self.cloud(s) for s in scenes]
+        stack = lambda rows: torch.from_numpy(np.stack(rows)).to(device)  # noqa: E731
+        f, p = (stack([x[k] for x in found]) for k in ("f", "p"))
+        f = torch.cat([f[..., :3], f[..., 3:6] @ turn.mT, f[..., 6:]], -1)
+        balls = [stack([x["balls"][i] for x in found]) for i in range(4)]
+        links = [tuple(stack([x["links"][i][j] for x in found]) for j in (0, 1)) for i in (0, 1)]
+        return self.encoder(f, p @ turn.mT, stack([x["order"] for x in found]), balls, links)
+
+    @torch.no_grad()
+    def load_seeds(self, scene: Scene) -> dict:
+        key = ("seeds", scene.name)
+        if key not in self.cache:
+            kept, self.visual = self.visual, "encoder"
+            f, p = self.seeds([replace(scene, turn=np.eye(3))])
+            self.visual = kept
+            self.cache[key] = {"f": f[0].half().cpu(), "p": p[0].cpu()}
+        return self.cache[key]
+
+    def referents(self, scenes: Sequence[Scene], count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Referents of some scenes: features [B, R, C], boxes [B, R, 6], votes of all seeds [B, M, 3]."""
+        c = self.config
+        f, p = self.seeds(scenes)
+        h, q, v = f[:, :count], p[:, :count], p
+        if c.intra:
+            h, q, v = self.intra(f, p, count)
+        h = self.inter[c.inter](h, q)
+        if c.context:
+            h = self.context(h, q, f, p)
+        box = self.box(h)
+        return h, torch.cat([q + box[..., :3], (box[..., 3:] - 1).clamp(-5, 3).exp()], -1), v
+
+    def prepare(self, scenes: Sequence[Scene], cache: Path | None = None, rank: int = 0, world: int = 1,
+                progress=lambda items, what: items) -> None:  # fmt: skip
+        things = [o for s in scenes for o in s.objects]
+        names = sorted({*(o.category for o in things), *(o.colour for o in things)} - {""})
+        self.contrast = sorted({self.text.unk, *(self.text.encode(n)[0] for n in names)})
+        if self.visual == "symbols":
+            return
+        for scene in progress(scenes, "geometry"):
+            self.cloud(scene)
+        if self.visual == "referents":
+            for scene in progress(scenes, "seeds"):
+                self.load_seeds(scene)
+
+    def scene_length(self, scene: Scene) -> int:
+        return self.config.referents if self.visual == "referents" else len(scene.objects)
+
+    def words(self, thing) -> tuple[int, int]:
+        category, colour = (self.text.encode(n)[:1] for n in (thing.category, thing.colour))
+        return tuple((category or colour or [self.text.unk]) + (colour or category or [self.text.unk]))
+
+    def symbol_tokens(self, scene: Scene) -> tuple[Tensor, Tensor]:
+        table = self.llm.get_input_embeddings().weight
+        rng = np.random.default_rng(list(scene.identifiers.values()))
+        things = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
+        names = torch.tensor([self.words(o) for o in things])
+        boxes = torch.from_numpy(np.stack([o.box for o in things])).float()
+        return F.layer_norm(table[names].sum(1), (self.width,)), boxes
+
+    def encode(self, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
+        """Scene tokens [B, K, D] and valid [B, K]."""
+        device = self.llm.device
+        if self.visual == "referents":
+            h, boxes, v = self.referents(scenes, self.config.referents)
+            self.seen = (h, boxes, v)
+            z = self.projector(h)
+            valid = torch.ones(z.shape[:2], dtype=torch.bool, device=device)
+        else:
+            K = max(len(s.objects) for s in scenes)
+            z = torch.zeros(len(scenes), K, self.width, device=device)
+            boxes = torch.zeros(len(scenes), K, 6, device=device)
+            valid = torch.zeros(len(scenes), K, dtype=torch.bool, device=device)
+            for b, scene in enumerate(scenes):
+                s, where = self.symbol_tokens(scene)
+                z[b, : len(s)], boxes[b, : len(s)], valid[b, : len(s)] = s, where, True
+        if self.config.positions:
+            z = z + self.code(boxes)
+        return z, valid
+
+    @staticmethod
+    def refer(scene: Scene, object_id: int) -> str:
+        """How a question names an object: by its box in text."""
+        return data.listed(scene.thing(object_id).box)
+
+    def batch(self, groups) -> dict:
+        if self.visual == "encoder":
+            return {"scenes": [s for s, _ in groups], "samples": []}
+        lengths = [self.scene_length(scene) for scene, _ in groups]
+        return data.collate(groups, self.text, lengths, self.refer, self.stage_steps)
+
+    def embed(self, ids: Tensor, tokens: Tensor, valid: Tensor) -> Tensor:
+        embeds = self.llm.get_input_embeddings()(ids.clamp(min=0))  # [R, T, D]
+        return embeds.masked_scatter((ids == SCENE)[..., None], tokens[valid].to(embeds))  # [R, T, D]
+
+    def forward(self, batch: dict) -> dict[str, Tensor]:
+        if self.visual == "encoder":
+            return self.encoder_loss(batch["scenes"])
+        device = self.llm.device
+        ids, labels, positions, block = (batch[k].to(device) for k in ("ids", "labels", "positions", "block"))
+        tokens, valid = self.encode(batch["scenes"])  # [S, K, D], [S, K]
+        hidden = self.llm.model(inputs_embeds=self.embed(ids, tokens, valid), attention_mask=data.packed_mask(block),
+                                position_ids=positions, use_cache=False).last_hidden_state  # [S, T, D]
+        answered = labels != IGNORE  # [S, T]
+        logits = self.llm.lm_head(hidden[answered]).float()  # [A, vocabulary]
+        target = labels[answered]  # [A]
+        correct = (logits.argmax(-1) == target).sum()
+        loss = F.cross_entropy(logits, target, reduction="sum")
+        if self.visual == "referents":
+            loss = loss + answered.sum() * 0.2 * self.see_loss(batch["scenes"], *self.seen)[0]
+        return {"loss": loss, "weight": answered.sum(), "correct": correct}
+
+    @torch.no_grad()
+    def generate(self, batch: dict, max_new_tokens: int = 64) -> list[str]:
+        device = self.llm.device
+        tokens, valid = self.encode(batch["scenes"])  # [S, K, D]
+        rows = data.unpack_for_generation(batch, self.text)
+        ids, attention, scene = (rows[k].to(device) for k in ("ids", "attention", "scene"))
+        out = self.llm.generate(inputs_embeds=self.embed(ids, tokens[scene], valid[scene]), attention_mask=attention,
+                                max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.0,
+                                pad_token_id=self.text.pad, eos_token_id=self.text.eos)  # fmt: skip
+        return [self.text.decode(row) for row in out.tolist()]
+
+    # -- what the encoder's stage teaches
+
+    def see_loss(self, scenes, h, boxes, v) -> tuple[Tensor, Tensor]:
+        """Mean detection loss, and the share of referents whose two words are right."""
+        device = h.device
+        inst = torch.from_numpy(np.stack([self.cloud(s)["inst"] for s in scenes])).to(device)  # [B, M]
+        most = max(max((o.id for o in s.objects), default=0) for s in scenes) + 1
+        most = max(most, int(inst.max()) + 1)
+        true = torch.ones(len(scenes), most, 6, device=device)
+        words = torch.full((len(scenes), most, 2), self.text.unk, device=device)
+        known = torch.zeros(len(scenes), most, dtype=torch.bool, device=device)
+        for b, s in enumerate(scenes):
+            for o in s.objects:
+                if o.category not in data.STRUCTURE:
+                    true[b, o.id] = torch.from_numpy(o.box)
+                    words[b, o.id] = torch.tensor(self.words(o))
+                    known[b, o.id] = True
+        rows = torch.arange(len(scenes), device=device)[:, None]
+        R = h.shape[1]
+        true, words, on = true[rows, inst], words[rows, inst], known[rows, inst]  # of seeds
+        loss = 2 * F.smooth_l1_loss(v[on], true[on][:, :3], beta=0.1)
+        on, true, words = on[:, :R], true[:, :R][on[:, :R]], words[:, :R]
+        place, size = boxes[on].split(3, -1)
+        loss = loss + 2 * F.smooth_l1_loss(place, true[:, :3], beta=0.1)
+        loss = loss + F.smooth_l1_loss(size.log(), true[:, 3:].log(), beta=0.1)
+        table = self.llm.get_input_embeddings().weight.detach().float()
+        names = table[self.contrast]  # [names, D]
+        z = self.projector(h).float()  # [B, R, D]
+        logits = 25 * F.normalize(z, dim=-1) @ F.normalize(names, dim=-1).T
+        target = torch.searchsorted(torch.tensor(self.contrast, device=device), words)  # [B, R, 2]
+        told = -logits.log_softmax(-1).gather(-1, target).mean(-1)  # [B, R]
+        apart = 1 - F.cosine_similarity(z, table[words].sum(2), dim=-1)
+        weight = torch.where(on, 1.0, 0.3)
+        loss = loss + ((2 * told + apart) * weight).sum() / weight.sum()
+        top = logits.topk(2, -1).indices
+        both = (top[..., :, None] == target[..., None, :]).any(-2).all(-1)
+        return loss, both[on].float().mean()
+
+    def encoder_loss(self, scenes) -> dict:
+        loss, both = self.see_loss(scenes, *self.referents(scenes, self.config.centres[1]))
+        weight = torch.tensor(float(len(scenes)))
+        return {"loss": loss * weight, "weight": weight, "correct": both * weight}
+
+
+class Concatenation(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        C = config.feature
+        self.k = config.neighbours
+        self.norm, self.out = nn.LayerNorm(C), nn.Linear((self.k + 1) * C, C)
+
+    def forward(self, h, centres):
+        return h + F.relu(self.out(concatenate(self.norm(h), centres.detach(), self.k)))
+
+
+class Nothing(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+
+    def forward(self, h, centres):
+        return h
+
+
+INTER = {"graph": Graph, "concat": Concatenation, "off": Nothing}
+
 
 # ---- locations as text -----------------------------------------------------------------------------------------------
 
@@ -494,3 +1138,10 @@ def modle_main(arguments: Sequence[str]) -> None:
         counts = f"{manifest[split]['questions']} questions about {len(manifest[split]['scenes'])} scans"
         print(f"{a.out / split}.json: {counts}; {tasks}")
     print(a.out / "manifest.json")
+
+
+_TINY = dict(lr=2e-3, weight_decay=0.01, per_scene=16, batch=256, schedule="constant", warmup=0.1, steps=True)
+STAGES = {"tiny": [
+    Stage("0 encoder", {}, ("encoder", "scene"), "encoder", iterations=800, batch=16, lr=3e-3, schedule="cosine", warmup=0.03),
+    Stage("I locations", {"ground": 0.35}, ("code", "lm"), "symbols", iterations=1100, recolour=True, **_TINY),
+], "paper": []}
