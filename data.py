@@ -2672,9 +2672,11 @@ def open_scene(path: str | Path) -> Scene:
     return scene if scene.objects else with_own_segments(scene)
 
 
-def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.ndarray | None = None) -> None:
+def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.ndarray | None = None,
+               answers: Sequence[str] = ()) -> None:  # fmt: skip
     """A picture: two frames with their masks, the cloud from above and from the side coloured by object, boxes with
-    identifiers, scene tokens [K, 3] as dots, and lines of text below."""
+    identifiers, scene tokens [K, 3] as crosses, lines of text below; and the points and boxes written in answers, each
+    answer in a colour of its own, joined by a line in the order they are named."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
@@ -2708,6 +2710,15 @@ def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.n
     if tokens is not None:
         for axis, (u, v) in zip(panels[:, 2], ((0, 1), (0, 2)), strict=True):
             axis.scatter(tokens[:, u], tokens[:, v], s=14, c="black", marker="x", lw=0.8)
+    for answer, shade in zip(answers, ("crimson", "royalblue", "seagreen") * len(answers), strict=False):
+        found = [v for t in TUPLE.finditer(answer) for size in (3, 6) for v in tuples(t[0], size) if v is not None]
+        for axis, (u, v) in zip(panels[:, 2], ((0, 1), (0, 2)), strict=True):
+            for place in found:
+                if len(place) == 6:
+                    corner = place[[u, v]] - place[[u + 3, v + 3]] / 2
+                    axis.add_patch(Rectangle(corner, *place[[u + 3, v + 3]], fill=False, lw=2, ec=shade))
+            if found:
+                axis.plot([p[u] for p in found], [p[v] for p in found], "o-", color=shade, lw=1.5, ms=5)
     panels[0, 2].set_title(f"{scene.name} from above, and from the side; crosses: scene tokens", fontsize=9)
     figure.supxlabel("\n".join(lines), fontsize=10, x=0.02, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -2739,10 +2750,11 @@ def ask_scene(paper, arguments: Sequence[str]) -> None:
     for word in sorted({w for q in a.ask for w in model.text.unknown(q)}):
         print(f"note: the model has never read the word {word!r}")
     answers = model.generate(model.batch([(scene, samples)]), max_new_tokens=48)
-    lines = [f"{q}  {t.rpartition('=')[2].strip()}" for q, t in zip(a.ask, answers, strict=True)]
+    said = [t.rpartition("=")[2].strip() for t in answers]
+    lines = [f"{q}  {t}{' m' * bool(re.fullmatch(r'[0-9]+[.][0-9]+', t))}" for q, t in zip(a.ask, said, strict=True)]
     print("\n".join(lines))
     picture = a.out or a.run / "ask.png"
-    draw_scene(scene, picture, lines, model.token_centres(scene))
+    draw_scene(scene, picture, lines, model.token_centres(scene), answers)
     print(f"picture: {picture}")
 
 

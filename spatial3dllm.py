@@ -28,25 +28,25 @@ Axes: B scenes, N points, M seeds, R referents, S points of a ball, C channels, 
 
 What is not public, and what we chose
 - Encoder: VoteNet's backbone, set abstractions 2048/0.2 m, 1024/0.4, 512/0.8, 256/1.2 with 64, 32, 16, 16 points and
-  two feature propagations to 1,024 seeds of 256 channels. A ball takes its *nearest* points, not the first in memory, so
+  two feature propagations to 1,024 seeds of 256 channels. A ball takes its *nearest* points, not the first in memory:
   the order of the points changes nothing. All levels and the referents are prefixes of one farthest-point order.
 - Votes: Vote2Cap-DETR's vote query, which the descriptions match step by step: FFN to an offset and a feature, sampling
   on the seeds before they move, grouping after, radius 0.3 m, 16 votes, max pool, 256 referents.
 - Graph: Scan2Cap's 10 neighbours by centre, symmetric, with self loops; H + ReLU(D^-1/2 A D^-1/2 LN(H) W), two layers.
-- Context: one pre-norm cross-attention over all seeds and an FFN, 8 heads, random Fourier features of the places. What a
+- Context: one pre-norm cross-attention over all seeds and an FFN, 8 heads, random Fourier features of places. What a
   referent sees is written relative to its own place.
 - Boxes: an MLP on the referent gives the rest of the way to the object's centre, and its size. The language model reads
   the six numbers through one linear map of their Fourier features (wavelengths 0.5 to 16 m), added to the token.
 - Encoder training: votes (smooth L1), boxes (smooth L1 on centre and log size) and semantic class, told by the nearest
   word vectors of the language model (category and colour). The same loss, at 0.2, goes on beside the questions, for the
   three modules only: the encoder stays frozen.
-- Language: LoRA of rank 32 on q, k, v, o and the schedule of the same group's 3DMIT (2 epochs, batch 128, 5e-4); loss on
-  the answer only. Boxes in metres with two decimals, or 0-255 integers (`locations="grid"`).
+- Language: LoRA of rank 32 on q, k, v, o and the schedule of the same group's 3DMIT (2 epochs, batch 128, 5e-4);
+  loss on the answer only. Boxes in metres with two decimals, or 0-255 integers (`locations="grid"`).
 - All of MODLE (see its section). The paper's RefCOCO and CLEVR checks are images, outside the scope of this file.
 - The tiny preset has nothing pre-trained. In its place: an initialisation that looks back at the last words, attends to
   what shares content and copies it (`start_tiny`), number tokens that start as the code of their own value, stages on
-  symbols (one token per object: its words and its true box), seeds spread by colour and normal too, so that small things
-  own some, and answers that write their steps. None of that touches a loaded model.
+  symbols (one token per object: its words and its true box), seeds spread by colour and normal too, so that small
+  things own some, and answers that write their steps. None of that touches a loaded model.
 """
 
 from __future__ import annotations
@@ -131,8 +131,8 @@ class Config:
 
     @classmethod
     def tiny(cls, **changes) -> Config:
-        small = dict(points=2048, centres=(512, 256, 128, 64), samples=(16, 16, 16, 16), pairs=0, feature=128, spread=2.0,
-                     spread_normal=0.3, referents=96, context_heads=4, fourier=48)  # fmt: skip
+        small = dict(points=2048, centres=(512, 256, 128, 64), samples=(16, 16, 16, 16), pairs=0, feature=128,
+                     spread=2.0, spread_normal=0.3, referents=96, context_heads=4, fourier=48)  # fmt: skip
         return cls(**{**small, **changes})
 
     @classmethod
@@ -329,7 +329,7 @@ class Graph(nn.Module):
 
 
 class FourierPosition(nn.Module):
-    """Random Gaussian Fourier features of a place (Tancik et al. 2020) and a linear map: [..., 3] metres -> [..., C]."""
+    """Random Gaussian Fourier features of a place (Tancik et al. 2020), and a linear map."""
 
     def __init__(self, features: int, C: int, scale: float = 1.0):
         super().__init__()
@@ -466,27 +466,32 @@ def look_back(attention: nn.Module, heads: int, gain: float = 2.0) -> None:
 
 
 def detection_loss(boxes: Tensor, votes: Tensor, features: Tensor, true: Tensor, named: Tensor, on: Tensor,
-                   words: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What referents should know: (mean loss, share of those on objects whose two words are right).
+                   words: Sequence[Tensor]) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What referents should know: (mean loss, share of those on objects whose category and colour are right).
 
     boxes [B, R, 6] and features [B, R, D] of referents, votes [B, M, 3] of seeds; of every seed the true box
-    true [B, M, 6], which two of the names it has named [B, M, 2], and whether it lies on an object on [B, M];
-    words [names, D] are the language model's. Referents are the first R seeds.
+    true [B, M, 6], the numbers named [B, M, 2] of its category and its colour (0 = nothing), and whether it lies on an
+    object on [B, M]; words are the language model's vectors of all categories and of all colours, each [., D].
+    Referents are the first R seeds.
     """
     R = boxes.shape[1]
     voted = F.smooth_l1_loss(votes[on], true[on][:, :3], beta=0.1)
-    true, named, on = true[:, :R], named[:, :R].contiguous(), on[:, :R]
+    true, named, on = true[:, :R], named[:, :R], on[:, :R]
     (place, size), (to, big) = boxes[on].split(3, -1), true[on].split(3, -1)
     boxed = F.smooth_l1_loss(place, to, beta=0.1) + 0.5 * F.smooth_l1_loss(size.log(), big.log(), beta=0.1)
     z = F.normalize(features.float(), dim=-1)  # [B, R, D]
-    logits = 25 * z @ F.normalize(words, dim=-1).T  # [B, R, names]
-    told = -logits.log_softmax(-1).gather(-1, named).mean(-1)  # [B, R] which names, and
-    apart = 1 - F.cosine_similarity(z, words[named].sum(2), dim=-1)  # [B, R] written as their sum
     weight = torch.where(on, 1.0, 0.3)  # walls and floor are everywhere
-    top = logits.topk(2, -1).indices  # [B, R, 2]
-    both = (top[..., :, None] == named[..., None, :]).any(-2).all(-1)  # [B, R]
-    loss = 2 * (voted + boxed) + ((2 * told + apart) * weight).sum() / weight.sum()
-    return loss, both[on].float().mean() if on.any() else both.float().mean()
+    told, right, whole = 0.0, on, 0.0
+    for kind, vectors in enumerate(words):
+        logits = 25 * z @ F.normalize(vectors, dim=-1).T  # [B, R, names]
+        told = told + F.cross_entropy(logits.mT, named[..., kind], reduction="none")  # [B, R] which name, and
+        right = right & (logits.argmax(-1) == named[..., kind])
+        whole = whole + vectors[named[..., kind]]
+    apart = 1 - F.cosine_similarity(z, whole, dim=-1)  # [B, R] written as their sum
+    loss = ((told + apart) * weight).sum() / weight.sum()
+    if on.any():
+        loss = loss + 2 * (voted + boxed)
+    return loss, right.sum() / on.sum().clamp(min=1)
 
 
 class Model(nn.Module):
@@ -521,7 +526,7 @@ class Model(nn.Module):
         if config.encoder:
             self.load_encoder(Path(config.encoder))
         self.visual, self.stage_steps, self.encoder_trains = "referents", False, False
-        self.cache, self.cache_folder, self.names = {}, None, []
+        self.cache, self.cache_folder, self.names = {}, None, [[""], [""]]
 
     @property
     def embeddings(self) -> Tensor:
@@ -585,14 +590,14 @@ class Model(nn.Module):
         f, p = (stack([np.pad(x[k], ((0, N - len(x[k])), (0, 0))) for x in clouds]) for k in ("f", "p"))
         f = torch.cat([f[..., :3], f[..., 3:6] @ turn.mT, f[..., 6:]], -1)  # [B, N, 7], normals turned
         balls = [stack(level) for level in zip(*(x["balls"] for x in clouds), strict=True)]
-        links = [tuple(map(stack, zip(*level, strict=True))) for level in zip(*(x["links"] for x in clouds), strict=True)]
+        links = [[stack([x["links"][i][j] for x in clouds]) for j in (0, 1)] for i in (0, 1)]
         return self.encoder(f, p @ turn.mT, stack([x["order"] for x in clouds]), balls, links)
 
     def see(self, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Referents [B, R, C], their boxes [B, R, 6], the seeds' votes [B, M, 3] and object ids [B, M].
 
-        While the encoder trains it sees the scenes as they are turned. A frozen one saw them once, unturned: what follows
-        from its cached seeds is turned afterwards, as features cannot be."""
+        While the encoder trains it sees the scenes as they are turned. A frozen one saw them once, unturned: what
+        follows from its cached seeds is turned afterwards, as features cannot be."""
         turn = torch.from_numpy(np.stack([s.turn for s in scenes])).float().to(self.llm.device)
         if self.encoder_trains:
             clouds = [self.cloud(s) for s in scenes]
@@ -634,9 +639,10 @@ class Model(nn.Module):
     def prepare(self, scenes: Sequence[Scene], cache: Path | None = None, rank: int = 0, world: int = 1,
                 progress=lambda items, what: items) -> None:  # fmt: skip
         """Frozen work, once: the geometry of the clouds, or the seeds of the frozen encoder, each rank its share (the
-        others' are then read from the cache folder); and the names that referents are told apart by."""
-        found = {name for s in scenes for o in s.objects for name in (o.category, o.colour)} - {"", *data.STRUCTURE}
-        self.names = ["", *sorted(found.union(self.names) - {""})]  # "" = no object
+        others' are then read from the cache folder); and the categories and colours that are told apart."""
+        for kind, of in enumerate((lambda o: o.category, lambda o: o.colour)):
+            found = {of(o) for s in scenes for o in s.objects} - data.STRUCTURE
+            self.names[kind] = sorted(found.union(self.names[kind], [""]))  # "" sorts first: nothing
         mine = [s for i, s in enumerate(scenes) if i % world == rank]
         if self.encoder_trains:
             for scene in progress(mine, "geometry"):
@@ -672,7 +678,7 @@ class Model(nn.Module):
     # -- seeds to tokens
 
     def referents(self, f: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Seeds f [B, M, C] at p [B, M, 3] -> referents [B, R, C], their boxes [B, R, 6], the seeds' votes [B, M, 3]."""
+        """Seeds f [B, M, C] at p [B, M, 3] -> referents [B, R, C], boxes [B, R, 6] and the seeds' votes [B, M, 3]."""
         c = self.config
         h, v = self.intra(f, p, c.referents) if c.intra else (f[:, : c.referents], p)
         q = v[:, : c.referents]  # [B, R, 3]
@@ -690,25 +696,26 @@ class Model(nn.Module):
     def seen_loss(self, scenes: Sequence[Scene], inst: Tensor, features: Tensor, boxes: Tensor, votes: Tensor
                   ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`detection_loss` with the truth of the scenes; inst [B, M] object ids of the seeds."""
-        index = {name: i for i, name in enumerate(self.names)}
+        index = [{name: i for i, name in enumerate(names)} for names in self.names]
         most = 1 + max(int(inst.max()), max((o.id for s in scenes for o in s.objects), default=0))
         true, named = torch.ones(len(scenes), most, 6), torch.zeros(len(scenes), most, 2, dtype=torch.long)
+        on = torch.zeros(len(scenes), most, dtype=torch.bool)
         for b, scene in enumerate(scenes):
-            for o in scene.objects:
-                if o.category not in data.STRUCTURE and (o.category or o.colour):
-                    true[b, o.id] = torch.from_numpy(o.box)
-                    named[b, o.id] = torch.tensor([index.get(o.category or o.colour, 0), index.get(o.colour or o.category, 0)])
+            for o in (o for o in scene.objects if o.category not in data.STRUCTURE):
+                on[b, o.id], true[b, o.id] = True, torch.from_numpy(o.box)
+                named[b, o.id] = torch.tensor([index[0].get(o.category, 0), index[1].get(o.colour, 0)])
         at = torch.arange(len(scenes))[:, None], inst.cpu()
-        true, named = true[at].to(inst.device), named[at].to(inst.device)  # [B, M, 6], [B, M, 2]
+        true, named, on = (x[at].to(inst.device) for x in (true, named, on))  # [B, M, 6], [B, M, 2], [B, M]
         with torch.no_grad():
-            words = torch.stack([self.words_of(name) for name in self.names])  # [names, D]
-        return detection_loss(boxes, votes, features, true, named, (named > 0).any(-1), words)
+            words = [torch.stack([self.words_of(name) for name in names]) for names in self.names]
+        return detection_loss(boxes, votes, features, true, named, on, words)
 
     def symbols(self, scene: Scene) -> tuple[Tensor, Tensor]:
         """The tiny preset's stand-in for referents, one per object in random order: words [n, D], true boxes [n, 6]."""
         order = np.random.default_rng(list(scene.identifiers.values())).permutation(len(scene.objects))
         things = [scene.objects[i] for i in order]
-        words = torch.tensor([[(self.text.encode(n) or [self.text.unk])[0] for n in (o.category, o.colour)] for o in things])
+        first = lambda name: (self.text.encode(name) or [self.text.unk])[0]  # noqa: E731
+        words = torch.tensor([[first(o.category), first(o.colour)] for o in things])  # [n, 2]
         boxes = torch.from_numpy(np.stack([o.box for o in things])).float()
         return F.layer_norm(self.embeddings[words].sum(1), (self.width,)), boxes.to(self.embeddings.device)
 
@@ -763,8 +770,8 @@ class Model(nn.Module):
         return embeds.masked_scatter((ids == SCENE)[..., None], tokens[valid].to(embeds))  # [R, T, D]
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
-        """Summed next-token loss over answer tokens, {"loss", "weight", "correct"} (weight = how many); in the encoder's
-        stage the detection loss per scene."""
+        """Summed next-token loss over answer tokens, {"loss", "weight", "correct"} (weight = how many); in the
+        encoder's stage the detection loss per scene."""
         scenes = batch["scenes"]
         if self.visual == "encoder":
             h, boxes, votes, inst = self.see(scenes)
@@ -807,7 +814,7 @@ class Model(nn.Module):
         return self.see([scene])[1][0, :, :3].cpu().numpy()
 
     def pictures(self, scenes: Sequence[Scene], folder: Path, count: int = 4) -> list[Path]:
-        """Some scenes with their referents, a distance and an edited box as the model answers them; returns the files."""
+        """Some scenes with their referents, and a distance and an edited box as answered; returns the files."""
         paths = []
         for scene in scenes[:count]:
             scene = scene if scene.identifiers else replace(
@@ -820,7 +827,7 @@ class Model(nn.Module):
         return paths
 
 
-# ---- 7 locations as text -----------------------------------------------------------------------------------------------
+# ---- 7 locations as text ---------------------------------------------------------------------------------------------
 
 GRID = 255  # the largest integer of the grid form (LL3DA's)
 
@@ -885,7 +892,7 @@ def translate(text: str, bounds: np.ndarray | None, source: str, target: str) ->
     return data.TUPLE.sub(rewrite, text)
 
 
-# ---- 8 MODLE: distances measured, layouts edited -----------------------------------------------------------------------
+# ---- 8 MODLE: distances measured, layouts edited ---------------------------------------------------------------------
 #
 # The composition, splits, wordings and scores of MODLE's 263K annotations are not public: all of this section is our
 # choice. Objects are named by descriptions that fit them alone (`data.describe`). Distances run from centre to centre
@@ -1315,13 +1322,15 @@ STAGES = {
     "tiny": [
         Stage("I locations", {"ground": 0.4, "ground_multiple": 0.2, "ground_category": 0.2, "colour": 0.2},
               ("code", "lm"), "symbols", iterations=340, recolour=True, **_TINY),
-        Stage("II steps", {"subtract": 0.3, "norm": 0.05, "modle_add": 0.17, "modle_stack": 0.03, "ground": 0.08,
-                           "colour": 0.03, "modle_distance": 0.15, "modle_move": 0.15, "modle_refuse": 0.04},
-              ("code", "lm"), "symbols", iterations=330, recolour=True, **{**_TINY, "batch": 384, "per_scene": 24}),
-        Stage("III encoder", {}, ("encoder", "scene"), "encoder", iterations=750, batch=16, lr=3e-3, schedule="cosine",
+        Stage("II steps", {"subtract": 0.27, "norm": 0.05, "modle_add": 0.24, "modle_stack": 0.03, "ground": 0.06,
+                           "colour": 0.03, "modle_distance": 0.13, "modle_move": 0.15, "modle_refuse": 0.04},
+              ("code", "lm"), "symbols", iterations=700, recolour=True, **{**_TINY, "batch": 192, "per_scene": 12}),
+        Stage("III encoder", {}, ("encoder", "scene"), "encoder", iterations=900, batch=16, lr=3e-3, schedule="cosine",
               warmup=0.04, weight_decay=0.01),
-        Stage("IV referents", {"ground": 0.08, "subtract": 0.08, "modle_add": 0.08, "modle_stack": 0.04, **_USUAL, **_EDIT},
-              ("scene", "code", "lm"), "referents", iterations=250, **{**_TINY, "schedule": "trapezoid"}),
+        Stage("IV referents", {"ground": 0.08, "subtract": 0.06, "modle_add": 0.1, "modle_stack": 0.03, **_USUAL,
+                               **_EDIT},
+              ("scene", "code", "lm"), "referents", iterations=480,
+              **{**_TINY, "schedule": "trapezoid", "batch": 128, "per_scene": 8}),
     ],
 }  # fmt: skip
 
