@@ -2200,6 +2200,7 @@ NEVER_TRAINED = {"vsi_route", "vsi_order"}  # asked in evaluation only, as in th
 # what an unlabelled scene can be asked: no category needed, colour where there is one
 GEOMETRY_TASKS = ("coordinate", "distance_ids", "relation", "id_size", "id_colour", "ground_superlative", "distance",
                   "size")  # fmt: skip
+UNLABELLED = ("ground_superlative", "id_colour", "id_size")  # what stands in there for a question that needs a name
 
 
 def refusal(scene: Scene, task: str) -> str | None:
@@ -2471,6 +2472,43 @@ def load_text(state: dict) -> TinyText | HubText:
     return TEXTS[state["kind"]](state)
 
 
+def start_weights(part: torch.nn.Module) -> None:
+    """Every linear map and convolution from N(0, 1 / inputs), the scale for widths of hundreds; biases zero."""
+    for module in part.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            torch.nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def start_decoder(decoder: torch.nn.Module, heads: int) -> None:
+    """A small decoder (Qwen2 or Llama layers, weights from `start_weights`) begins where pre-training would lead: with
+    keys = queries and output = transposed values every head is "find the token like me and add it unchanged", two
+    heads of the first layer look back, and the last norm keeps logits small."""
+    for layer in decoder.layers:
+        layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+        layer.self_attn.o_proj.weight.copy_(layer.self_attn.v_proj.weight.T)
+    look_back(decoder.layers[0].self_attn, heads)
+    decoder.norm.weight.fill_(0.1)
+
+
+def look_back(attention: torch.nn.Module, heads: int, gain: float = 2.0) -> None:
+    """Turn the first two heads into "the word before" and "the one before that": constant queries and keys (biases)
+    whose rotary angles agree at that distance, so that a question's end knows its last words."""
+    size = attention.q_proj.out_features // heads
+    theta = 1e6 ** (-torch.arange(size // 2) * 2.0 / size)[:4]  # the four fastest rotary pairs
+    strength = math.sqrt(gain * math.sqrt(size))
+    for head in range(2):
+        rows = slice(head * size, (head + 1) * size)
+        for projection, turn in ((attention.q_proj, 0.0), (attention.k_proj, head + 1.0)):
+            projection.weight[rows] = 0
+            projection.bias[rows][:4] = strength * (turn * theta).cos()
+            projection.bias[rows][size // 2 : size // 2 + 4] = strength * (turn * theta).sin()
+        attention.v_proj.weight[rows] *= 1.5
+        attention.o_proj.weight[:, rows] *= 1.5
+
+
 # ---- 8 batches -------------------------------------------------------------------------------------------------------
 
 
@@ -2581,10 +2619,12 @@ def write_npz(path: Path, **arrays: np.ndarray) -> None:
 
 
 def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers, the tensors themselves, tied ones once."""
-    first = {}
+    """Parameters and persistent buffers, the tensors themselves, tied ones once; without those that the model names in
+    `borrowed`: frozen ones that its Config loads from elsewhere."""
+    first, borrowed = {}, set(getattr(model, "borrowed", ()))
     for name, tensor in model.state_dict(keep_vars=True).items():
-        first.setdefault(id(tensor), (name, tensor))
+        if name not in borrowed:
+            first.setdefault(id(tensor), (name, tensor))
     return dict(first.values())
 
 
@@ -2727,15 +2767,23 @@ def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.n
 
 def ask_scene(paper, arguments: Sequence[str]) -> None:
     """The command line of a paper: `--scene PATH --ask QUESTION [--ask ...] --run DIR`: prints the answers, and where
-    the picture is. Raises DataError."""
+    the picture is. A model may offer `refusal(scene, question)`: why this question cannot be answered about this scene,
+    or None. Raises DataError."""
     parser = argparse.ArgumentParser(description="Questions about a scene of your own.", allow_abbrev=False)
     parser.error = lambda message: (_ for _ in ()).throw(DataError(message))
     parser.add_argument("--scene", type=Path, required=True, help=".ply, a scan's folder, or a folder of RGB-D frames")
     parser.add_argument("--ask", action="append", required=True, help="a question; may be given several times")
     name = Path(paper.__file__).stem
     parser.add_argument("--run", type=Path, help="folder of a trained run")
+    parser.add_argument("--at", help="X,Y,Z metres: the place that the questions mean by \"this\" (Fase3D)")
     parser.add_argument("--out", type=Path, help="picture to write (default: <run>/ask.png)")
     a = parser.parse_args(arguments)
+    try:
+        place = None if a.at is None else np.array([float(v) for v in a.at.split(",")]).reshape(3)
+    except ValueError:
+        raise DataError(f"--at {a.at}: give three numbers in metres, such as 1.2,-0.5,0.4") from None
+    if place is not None and not hasattr(paper, "CoordinateToken"):
+        raise DataError(f"--at: {name} takes no places; fase3d does")
     if a.run is None:
         raise DataError(f"--run: name a trained run; python train.py --model {name} makes runs/{name}")
     model = load_model(paper, a.run)
@@ -2746,12 +2794,14 @@ def ask_scene(paper, arguments: Sequence[str]) -> None:
     scene.identifiers = number_objects(scene, np.random.default_rng(0))
     for note in scene.notes:
         print(f"note: {note}")
-    samples = [Sample(str(i), scene.name, "ask", question, "") for i, question in enumerate(a.ask)]
+    samples = [Sample(str(i), scene.name, "ask", q, "", prompt=place) for i, q in enumerate(a.ask)]
     for word in sorted({w for q in a.ask for w in model.text.unknown(q)}):
         print(f"note: the model has never read the word {word!r}")
     answers = model.generate(model.batch([(scene, samples)]), max_new_tokens=48)
-    said = [t.rpartition("=")[2].strip() for t in answers]
-    lines = [f"{q}  {t}{' m' * bool(re.fullmatch(r'[0-9]+[.][0-9]+', t))}" for q, t in zip(a.ask, said, strict=True)]
+    refused = [getattr(model, "refusal", lambda scene, question: None)(scene, q) for q in a.ask]
+    said = [r or t.rpartition("=")[2].strip() for r, t in zip(refused, answers, strict=True)]
+    metric = [" m" * bool(re.fullmatch(r"[0-9]+[.][0-9]+", t)) for t in said]
+    lines = [f"{q}  {t}{m}" for q, t, m in zip(a.ask, said, metric, strict=True)]
     print("\n".join(lines))
     picture = a.out or a.run / "ask.png"
     draw_scene(scene, picture, lines, model.token_centres(scene), answers)

@@ -669,13 +669,15 @@ PROPOSALS = {"gt": lambda scene: scene, "segments": lambda scene: data.with_own_
 
 
 def prepare(samples: list[Sample], scenes: Mapping[str, Scene], blind: object = None, proposals: str = "gt",
-            seed: int = 0) -> Questions:  # fmt: skip
-    """Questions for `run`: fixed identifiers, the chosen proposals, blind answers and guesses (blind: `data.Blind`)."""
-    if proposals not in PROPOSALS:
-        raise DataError(f"unknown proposals {proposals}; known: {', '.join(PROPOSALS)}")
+            seed: int = 0, more: Mapping[str, Callable[[Scene], Scene]] | None = None) -> Questions:  # fmt: skip
+    """Questions for `run`: fixed identifiers, the chosen proposals, blind answers and guesses (blind: `data.Blind`);
+    `more` proposals, by name, come from the model."""
+    sources = PROPOSALS | dict(more or {})
+    if proposals not in sources:
+        raise DataError(f"unknown proposals {proposals}; known: {', '.join(sources)}")
     scenes = {s.scene: numbered(scenes[s.scene], seed) for s in samples}
     shown = scenes if proposals == "gt" else {  # under a name of their own, or caches would mix them up
-        name: numbered(PROPOSALS[proposals](replace(scene, name=f"{name}@{proposals}", identifiers={})), seed)
+        name: numbered(sources[proposals](replace(scene, name=f"{name}@{proposals}", identifiers={})), seed)
         for name, scene in scenes.items()
     }  # fmt: skip
     questions = Questions(samples, scenes, shown, proposals=proposals)
@@ -965,7 +967,7 @@ def evaluate_run(done: object, names: Sequence[str] = (), proposals: str = "gt",
     """Score a run of train.py (`train.load_run`: model, stages, train and test scenes, args) in its test scenes, or in
     as many fresh rooms of so many `objects`, as `stage` sees (default: its last), in every benchmark of which that
     stage trained a task, or those named. A model may offer `baselines() -> {column: context manager}`: itself without
-    something, asked the same. Returns as `run`."""
+    something, asked the same; and `proposals() -> {name: scene -> that with other objects}`. Returns as `run`."""
     stage = stage or done.stages[-1]
     test = rooms_of(objects, len(done.test)) if objects else done.test
     per_scene = per_scene or max(3, 60 // len(test))  # of every task; more where there are few scenes
@@ -977,7 +979,7 @@ def evaluate_run(done: object, names: Sequence[str] = (), proposals: str = "gt",
     scenes = {s.name: numbered(s, seed) for s in test}
     samples = data.question_set(scenes.values(), tasks, per_scene, seed)
     blind = data.Blind(data.question_set(done.train[:300], tasks, 3, seed + 1))
-    questions = prepare(samples, scenes, blind, proposals, seed)
+    questions = prepare(samples, scenes, blind, proposals, seed, getattr(done.model, "proposals", dict)())
     done.prepare(list(questions.shown.values()))
     columns = {}
     for column, without in getattr(done.model, "baselines", dict)().items():
@@ -985,8 +987,8 @@ def evaluate_run(done: object, names: Sequence[str] = (), proposals: str = "gt",
         with without:
             columns[column] = ask_all(done.model, questions, stage, asked, batch_size) if asked else {}
     return run(done.model, questions, stage, out or done.args.out, names, partial, columns, batch_size,
-               seed=seed, paper=done.args.model, scenes_from=f"rooms of {objects} objects" if objects else done.args.data,
-               scenes=len(questions.scenes))  # fmt: skip
+               seed=seed, paper=done.args.model, scenes=len(questions.scenes),
+               scenes_from=f"rooms of {objects} objects" if objects else done.args.data)  # fmt: skip
 
 
 def rooms_of(objects: int, count: int) -> list[Scene]:
@@ -1035,7 +1037,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.error = lambda message: parser.exit(2, f"evaluate.py: {message}\n")
     parser.add_argument("--run", type=Path, help="folder of a finished run")
     parser.add_argument("--benchmark", nargs="+", default=[], metavar="NAME", help=", ".join(BENCHMARKS))
-    parser.add_argument("--proposals", default="gt", help="what identifiers stand for: " + ", ".join(PROPOSALS))
+    parser.add_argument("--proposals", default="gt",
+                        help=f"what stands for objects: {', '.join(PROPOSALS)}; fase3d also: clusters")  # fmt: skip
     parser.add_argument("--objects", type=int, nargs="+", default=[None], metavar="N",
                         help="with --run: ask in fresh rooms of N objects each; scores go to OUT/objects-N")  # fmt: skip
     parser.add_argument("--partial", action="store_true", help="accept fewer questions or answers than there should be")

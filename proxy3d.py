@@ -437,32 +437,19 @@ def qwen_tokens(visual: nn.Module, images: Tensor, inter_frame: bool) -> Tensor:
     return visual(x, grid_thw=grid, **joint).pooler_output.view(V, h, w, -1)  # [V, h, w, C]
 
 
-def start_weights(part: nn.Module) -> None:
-    """Every linear map and convolution from N(0, 1 / inputs), the scale for widths of hundreds; biases zero."""
-    for module in part.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-
-
 @torch.no_grad()
 def start_tiny(model: Model, text: data.TinyText) -> None:
-    """Give a model from a configuration what pre-training would: attend to what shares content, copy it unchanged.
+    """Give a model from a configuration what pre-training would: attend to what shares content, copy it unchanged
+    (`data.start_decoder`).
 
-    With keys = queries and output = transposed values every head starts as "find the token like me and add it"; the
-    weights are scaled for a width of 100s, not 1000s; embeddings have unit size and the logits a small gain. Numbers
-    start as smooth codes of their value in the very vectors that F and R write into the scene tokens, so that reading
-    a coordinate is the same copy as reading a name. All of it is trained on.
+    The weights are scaled for a width of 100s, not 1000s; embeddings have unit size and the logits a small gain.
+    Numbers start as smooth codes of their value in the very vectors that F and R write into the scene tokens, so that
+    reading a coordinate is the same copy as reading a name. All of it is trained on.
     """
     llm, C = model.llm.model.language_model, model.width
     for part in (llm, model.llm.model.visual):
-        start_weights(part)
-    for layer in llm.layers:
-        layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
-        layer.self_attn.o_proj.weight.copy_(layer.self_attn.v_proj.weight.T)
-    look_back(llm.layers[0].self_attn, model.config.heads)
-    llm.norm.weight.fill_(0.1)
+        data.start_weights(part)
+    data.start_decoder(llm, model.config.heads)
     table = llm.embed_tokens.weight
     nn.init.normal_(table)
 
@@ -484,22 +471,6 @@ def start_tiny(model: Model, text: data.TinyText) -> None:
         else:
             vector = torch.cat([(value * wave).cos(), (value * wave).sin()]) @ other[axis]
         table[token] = vector + 0.3 * torch.randn(C)
-
-
-def look_back(attention: nn.Module, heads: int, gain: float = 2.0) -> None:
-    """Turn the first two heads into "the word before" and "the one before that": constant queries and keys (biases)
-    whose rotary angles agree at that distance, so that a question's end knows its last words."""
-    size = attention.q_proj.out_features // heads
-    theta = 1e6 ** (-torch.arange(size // 2) * 2.0 / size)[:4]  # the four fastest rotary pairs
-    strength = math.sqrt(gain * math.sqrt(size))
-    for head in range(2):
-        rows = slice(head * size, (head + 1) * size)
-        for projection, turn in ((attention.q_proj, 0.0), (attention.k_proj, head + 1.0)):
-            projection.weight[rows] = 0
-            projection.bias[rows][:4] = strength * (turn * theta).cos()
-            projection.bias[rows][size // 2 : size // 2 + 4] = strength * (turn * theta).sin()
-        attention.v_proj.weight[rows] *= 1.5
-        attention.o_proj.weight[:, rows] *= 1.5
 
 
 def _half(fourier: HorizontalFourier, axis: str, place: Tensor) -> Tensor:
@@ -739,7 +710,7 @@ class Model(nn.Module):
         self.cache, self.symbol_features, self.cache_folder = {}, {}, None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
-            start_weights(visual)
+            data.start_weights(visual)
         try:
             yield
         finally:

@@ -2,7 +2,7 @@
 every seed, and prints mean ± std over the seeds with the paper's own row beside.
 
 Paired: a seed means the same rooms, questions and order for all variants, and all start from the same encoder and
-symbol stages; only the last stage, short, is trained per run. One thread per run, two runs at a time.
+symbol stages; only what is listed under "last", short, is trained per run. One thread per run, two runs at a time.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,13 +19,31 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parents[1]
-STUDIES = {  # model -> stages trained once; the stage trained per run; variants: name -> (settings, the paper's number)
+STUDIES = {  # model -> stages trained once; those trained per run, with their steps; settings of all runs; scores, the
+    # first beside the paper's; variants: name -> (settings, the paper's number), the first is what all differ from
     "proxy3d": {
         "shared": "0 tower,I identifiers,II coordinates,III relations",
-        "last": "IV proxies",
-        "score": ("rooms/grounding", "acc@0.5/scanrefer"),
+        "last": {"IV proxies": 300},
+        "settings": [],
+        "scores": {"rooms/grounding": "acc@0.5/scanrefer"},
         "paper": "ScanRefer Acc@0.5, 16x21 / 450 tokens (Table 4)",
         "variants": {"semantic grouping": ([], 52.6), "no semantic grouping": (["semantic_grouping=false"], 31.0)},
+    },
+    "fase3d": {
+        "shared": "0 language,0 words",
+        "last": {"0 tokenizer": 250, "1 generalist": 200},
+        "settings": ["points=1024", "0 tokenizer.batch=8"],  # every point is a node of its own in two of the rows
+        "scores": {"rooms/qa": "em/strict", "rooms/identifier": "em/strict", "rooms/caption": "cider/raw"},
+        "paper": "ScanQA CIDEr, from scratch (Tables 3-6)",
+        "variants": {
+            "superpoints + FFT, 4 curves": ([], 86.91),
+            "points": (["superpoint=false", "enhancer=false"], 76.04),
+            "superpoints": (["enhancer=false"], 79.70),
+            "points + FFT": (["superpoint=false"], 82.97),
+            "1 curve": (["curves=1"], 79.06),
+            "2 curves": (["curves=2"], 85.64),
+            "dLoRA without filter": (["filter=none"], 82.53),
+        },
     },
 }
 
@@ -47,34 +66,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=sorted(STUDIES))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300, help="of the last stage")
     parser.add_argument("--train-scenes", type=int, default=400)
     parser.add_argument("--test-scenes", type=int, default=100)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--out", type=Path, default=HERE / "runs" / "ablate")
     a = parser.parse_args()
     study, root = STUDIES[a.model], a.out / a.model
     scenes = ["--train-scenes", str(a.train_scenes), "--test-scenes", str(a.test_scenes)]
     train(a.model, root / "shared", "--stages", study["shared"], "--no-eval", *scenes, threads=2)
+    steps = [f"{stage}.iterations={n}" for stage, n in study["last"].items()]
 
-    def one(job: tuple[str, int]) -> float:
+    def one(job: tuple[str, int]) -> list[float]:
         name, seed = job
-        out = root / f"{name.replace(' ', '_')}-{seed}"
-        changes = [*study["variants"][name][0], f"{study['last']}.iterations={a.steps}"]
-        train(a.model, out, "--init", str(root / "shared"), "--stages", study["last"], "--seed", str(seed),
-              "--set", *changes, "--workers", "0", *scenes)  # fmt: skip
-        benchmark, metric = study["score"]
-        return json.loads((out / "metrics.json").read_text())[benchmark][metric]
+        out = root / f"{re.sub('[^a-z0-9]+', '_', name.lower())}-{seed}"
+        train(a.model, out, "--init", str(root / "shared"), "--stages", ",".join(study["last"]), "--seed", str(seed),
+              "--workers", "0", *scenes, "--set", *steps, *study["settings"], *study["variants"][name][0])  # fmt: skip
+        found = json.loads((out / "metrics.json").read_text())
+        return [found[benchmark][metric] for benchmark, metric in study["scores"].items()]
 
     jobs = [(name, seed) for seed in range(1, a.seeds + 1) for name in study["variants"]]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(a.jobs) as pool:
         found = dict(zip(jobs, pool.map(one, jobs), strict=True))
-    print(f"{' '.join(study['score'])}: {a.steps} steps of {study['last']}, {a.seeds} seeds; paper: {study['paper']}")
     base = next(iter(study["variants"]))
-    for name, (_, paper) in study["variants"].items():
-        scores = np.array([found[name, seed] for seed in range(1, a.seeds + 1)]) * 100
-        gap = scores - 100 * np.array([found[base, seed] for seed in range(1, a.seeds + 1)])
-        print(f"{name:24s} {scores.mean():5.1f} ± {scores.std(ddof=min(1, len(scores) - 1)):4.1f}   paired difference "
-              f"{gap.mean():+6.1f} ± {gap.std(ddof=min(1, len(gap) - 1)):4.1f}   paper {paper}")  # fmt: skip
+    of = lambda name: 100 * np.array([found[name, seed] for seed in range(1, a.seeds + 1)])  # noqa: E731
+    spread = lambda x: f"{x.mean():+6.1f} ± {x.std(ddof=min(1, len(x) - 1)):4.1f}"  # noqa: E731
+    budget = ", ".join(f"{n} steps of {s}" for s, n in study["last"].items())
+    print(f"{budget}, {a.seeds} seeds, mean ± std, paired difference to {base!r}; paper: {study['paper']}")
+    for k, (benchmark, metric) in enumerate(study["scores"].items()):
+        print(f"{benchmark} {metric} x 100")
+        for name, (_, paper) in study["variants"].items():
+            row = f"  {name:30s} {spread(of(name)[:, k])}   difference {spread((of(name) - of(base))[:, k])}"
+            print(row + ("" if k else f"   paper {paper}"))
 
 
 if __name__ == "__main__":
