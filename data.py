@@ -589,7 +589,7 @@ def room(seed: int, objects: int | None = None, views: int = 12, size: int = 96,
     """
     most = len(CATEGORIES) * len(COLOURS) * 2 // 3  # beyond, too few pairs of category and colour are left
     if objects is not None and not 3 <= objects <= most:
-        raise ValueError(f"room: objects = {objects}; give 3 to {most}")
+        raise DataError(f"room: objects = {objects}; give 3 to {most}")
     rng = np.random.Generator(np.random.PCG64(seed))
     count, side, height = int(rng.integers(8, 17)), rng.uniform(4.0, 6.5, 2), 2.6
     if objects is not None:
@@ -2003,7 +2003,7 @@ def chain(a: Iterable[float], b: Iterable[float]) -> tuple[str, float]:
 
 def distance(scene: Scene, rng: np.random.Generator, task: str) -> Sample | None:
     """Metres from centre to centre, by marks (distance_ids) or by description; `value` is exact, `answer` follows from
-    the printed steps: 1 cm apart at most. By description the steps first rewrite the question with marks."""
+    the printed steps: 1.4 cm apart at most. By description the steps first rewrite the question with marks."""
     a, b = numbered(scene, rng, 2, named=task == "distance") or (None, None)
     if a is None:
         return None

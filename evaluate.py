@@ -403,9 +403,12 @@ def others(case: Case) -> np.ndarray:
 
 
 def collides(case: Case) -> float:
-    """1 if the answered box stands in another thing by more than 5 cm (`data.collide`), or is none."""
-    found = box(case.text)
-    return float(found is None or data.collide(found[None], others(case), 0.05).any())
+    """1 if the answered box stands in another thing (`data.collide`) or out of the room by over 5 cm, or is none."""
+    found, room = box(case.text), case.scene.bounds
+    if found is None or data.collide(found[None], others(case), 0.05).any():
+        return 1.0
+    low, high = found[:3] - found[3:] / 2, found[:3] + found[3:] / 2
+    return float(room is not None and ((low < room[0] - 0.05) | (high > room[1] + 0.05)).any())
 
 
 def supported(case: Case) -> float:
@@ -986,9 +989,9 @@ def evaluate_run(done: object, names: Sequence[str] = (), proposals: str = "gt",
         asked = [n for n in ask_names(questions) if n in ("rooms/grounding", "rooms/qa")]
         with without:
             columns[column] = ask_all(done.model, questions, stage, asked, batch_size) if asked else {}
+    source = f"rooms of {objects} objects" if objects else done.args.data
     return run(done.model, questions, stage, out or done.args.out, names, partial, columns, batch_size,
-               seed=seed, paper=done.args.model, scenes=len(questions.scenes),
-               scenes_from=f"rooms of {objects} objects" if objects else done.args.data)  # fmt: skip
+               seed=seed, paper=done.args.model, scenes_from=source, scenes=len(questions.scenes))  # fmt: skip
 
 
 def rooms_of(objects: int, count: int) -> list[Scene]:
@@ -1040,7 +1043,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--proposals", default="gt",
                         help=f"what stands for objects: {', '.join(PROPOSALS)}; fase3d also: clusters")  # fmt: skip
     parser.add_argument("--objects", type=int, nargs="+", default=[None], metavar="N",
-                        help="with --run: ask in fresh rooms of N objects each; scores go to OUT/objects-N")  # fmt: skip
+                        help="with --run: ask in fresh rooms of N objects; scores go to OUT/objects-N")  # fmt: skip
     parser.add_argument("--partial", action="store_true", help="accept fewer questions or answers than there should be")
     parser.add_argument("--annotations", type=Path, help="the benchmark's questions; no model is needed then")
     parser.add_argument("--predictions", type=Path, help='lines of {"id": .., "prediction": "text"}')

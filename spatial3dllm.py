@@ -873,7 +873,7 @@ def read_locations(text: str, size: int, bounds: np.ndarray | None = None, form:
     read = data.choose(LOCATIONS, form, "form of locations")[1]
     found = data.tuples(text, size) or data.tuples(re.sub(r"\(([^()]*)\)", r"[\1]", text), size)
     if not found:
-        numbers = np.array([float(n) for n in re.findall(r"-?\d{1,6}(?:\.\d{1,9})?(?![\d.])", text)])
+        numbers = np.array([float(n) for n in re.findall(r"(?<![\d.])-?\d{1,6}(?:\.\d{1,9})?(?![\d.]*\d)", text)])
         found = list(numbers[: len(numbers) // size * size].reshape(-1, size))
     located = [read(values, bounds) for values in found if values is not None]
     return [v for v in located if np.isfinite(v).all() and (v[3:] > 0).all()]
@@ -882,8 +882,7 @@ def read_locations(text: str, size: int, bounds: np.ndarray | None = None, form:
 def translate(text: str, bounds: np.ndarray | None, source: str, target: str) -> str:
     """The text with every bracketed point and box in another form: questions in metres become the grid's, a model's
     answers on the grid become metres. Lists of other lengths stay as they are."""
-    read, write = data.choose(LOCATIONS, source, "form of locations")[1], data.choose(
-        LOCATIONS, target, "form of locations")[0]  # fmt: skip
+    (_, read), (write, _) = (data.choose(LOCATIONS, name, "form of locations") for name in (source, target))
 
     def rewrite(found: re.Match) -> str:
         values = next((v for size in (3, 6) for v in data.tuples(found[0], size)), None)
@@ -1216,6 +1215,7 @@ TASKS: dict[str, Callable[[Scene, np.random.Generator], Sample | None]] = {
     )
     for task in tasks
 }
+GEOMETRY_TASKS = tuple(TASKS)  # none needs a category
 # data's tables are what `data.ask`, `data.vocabulary` and the baselines read: importing this file fills them in
 data.TEMPLATES.update(TEMPLATES)
 data.METRIC.update(task for task in TASKS if "refuse" not in task)

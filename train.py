@@ -12,9 +12,9 @@ A paper module offers `Config` (with the presets as class methods), `STAGES`, `T
                     from the scene's own draw (`scene.identifiers`)
   forward(batch)    {"loss": sum over its terms, "weight": how many terms; optional "correct", "count": right answer
                     tokens of how many, "tokens": seen, for the speed}
-  optional: UNLABELLED (of the module: tasks that stand in where no object has a name), borrowed (names of frozen
-  weights that Config loads from elsewhere: no checkpoint holds them), _no_split_modules (names of blocks, for --shard),
-  gradient_checkpointing_enable() (for --recompute)
+  optional: UNLABELLED and GEOMETRY_TASKS (of the module: tasks that stand in where no object has a name, and those of
+  its TASKS that need none), borrowed (names of frozen weights that Config loads from elsewhere: no checkpoint holds
+  them), _no_split_modules (names of blocks, for --shard), gradient_checkpointing_enable() (for --recompute)
 
 A step is a pure function of (seed, stage, step): which scenes, how they are turned, what is asked. Each process takes
 every world-th scene of that list; losses are summed, then divided by the *global* number of terms, so neither the
@@ -304,14 +304,16 @@ def make_rgbd(args: argparse.Namespace) -> tuple[list[Scene], list[Scene]]:
 SOURCES = {"rooms": make_rooms, "scannet": make_scans, "rgbd": make_rgbd}
 
 
-def askable(stages: list[Stage], scenes: list[Scene], swaps: typing.Sequence[str], say: typing.Callable) -> list[Stage]:
-    """The stages as they are; on scenes without categories, with `swaps` in place of questions that need a name."""
+def askable(stages: list[Stage], scenes: list[Scene], swaps: typing.Sequence[str], say: typing.Callable,
+            more: typing.Sequence[str] = ()) -> list[Stage]:  # fmt: skip
+    """The stages as they are; on scenes without categories, with `swaps` in place of questions that need a name. more:
+    tasks of the paper that need none."""
     if any(o.category for s in scenes for o in s.objects):
         return stages
     say("the objects have no categories: questions are about colour, size and place only, also in the first stage")
     out = []
     for stage in stages:
-        mix = {t: w for t, w in stage.tasks.items() if t in (*data.GEOMETRY_TASKS, *swaps, "subtract", "norm")}
+        mix = {t: w for t, w in stage.tasks.items() if t in (*data.GEOMETRY_TASKS, *swaps, "subtract", "norm", *more)}
         rest = sum(stage.tasks.values()) - sum(mix.values())
         mix |= {t: mix.get(t, 0.0) + rest / len(swaps) for t in swaps if rest > 0}
         out.append(replace(stage, tasks=mix))
@@ -726,7 +728,8 @@ def build(args: argparse.Namespace, ranks: Ranks, paper=None, scenes: tuple | No
         ranks.say(f"note: {note}")
     if len(train) == 1:
         ranks.say("note: one scene shows that everything works; it cannot show learning")
-    stages = askable(stages, train, getattr(paper, "UNLABELLED", data.UNLABELLED), ranks.say)
+    swaps, more = getattr(paper, "UNLABELLED", data.UNLABELLED), getattr(paper, "GEOMETRY_TASKS", ())
+    stages = askable(stages, train, swaps, ranks.say, more)
     steps = stage_steps(stages, len(train), args.steps)
     text = data.load_text(text) if text else make_text(config, train)
     seed_everything(args.seed)

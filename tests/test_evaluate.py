@@ -320,6 +320,17 @@ def test_blind_and_further_columns_are_scored_like_the_model():
     assert line.split() == ["rooms/qa", "em/strict", "1.000", "0.333", "0.667", "0.500", "3"]
 
 
+def test_answers_made_from_the_truth_are_columns_scored_like_any_other(no_java):
+    """A caption that knows only the category: as a column of the row, and given as the model's own answers."""
+    from_truth = {"t1": "this is a chair.", "t2": "this is a lamp."}
+    entry = evaluate.score("rooms/caption", questions(), perfect())
+    as_model = evaluate.score("rooms/caption", questions(), from_truth)
+    column = entry["columns"]["true category"]
+    assert column == {k: as_model[k] for k in column} and column["bleu1/raw"] is not None
+    assert 0 < column["bleu1/raw"] < entry["bleu1/raw"] == pytest.approx(1)
+    assert "true category" in evaluate.table({"rooms/caption": entry}).splitlines()[0]
+
+
 def test_papers_numbers_stand_in_columns_of_their_own(monkeypatch):
     row = replace(BENCHMARKS["rooms/qa"], papers={"Proxy3D": {"em/strict": 0.575}})
     monkeypatch.setitem(BENCHMARKS, "rooms/qa", row)
@@ -546,6 +557,32 @@ def test_a_finished_run_is_scored_in_what_it_trained(tmp_path, monkeypatch, caps
     assert metrics["rooms/grounding"]["acc@0.5/scanrefer"] == 1 == metrics["rooms/qa"]["em/strict"]
     assert metrics["rooms/grounding"]["blind"] is not None and metrics["provenance"]["paper"] == "proxy3d"
     assert "rooms/grounding" in capsys.readouterr().out
+
+
+def test_a_row_that_is_never_trained_is_asked_beside_the_one_that_is(tmp_path, monkeypatch):
+    """Of two such rows only the one whose companion this run trained."""
+    for task in ("count", "exist"):
+        loose = lambda s, rng, task=task: replace(data.TASKS[task](s, rng), task=f"{task}_loose")  # noqa: E731
+        monkeypatch.setitem(data.TASKS, f"{task}_loose", loose)
+        row = replace(BENCHMARKS["rooms/qa"], tasks=(f"{task}_loose",), beside=(task,))
+        monkeypatch.setitem(evaluate.BENCHMARKS, f"rooms/{task}_loose", row)
+    entries = evaluate.evaluate_run(finished(tmp_path))
+    assert "rooms/count_loose" in entries and "rooms/exist_loose" not in entries
+
+
+def test_rooms_of_any_number_of_objects_are_scored_apart(tmp_path, monkeypatch, capsys):
+    """Fresh rooms, as many as there are test scenes; the scores of the run's own stay untouched."""
+    prepared.clear()
+    monkeypatch.setitem(sys.modules, "train", SimpleNamespace(load_run=finished))
+    evaluate.main(["--run", str(tmp_path), "--objects", "4", "20", "--benchmark", "rooms/grounding"])
+    for n in (4, 20):
+        metrics = json.loads((tmp_path / f"objects-{n}" / "metrics.json").read_text())
+        assert metrics["provenance"]["scenes_from"] == f"rooms of {n} objects"
+        assert metrics["rooms/grounding"]["chance"] == pytest.approx(1 / n)
+    assert len(set(prepared)) == 4 and not (tmp_path / "metrics.json").exists()
+    with pytest.raises(SystemExit):
+        evaluate.main(["--run", str(tmp_path), "--objects", "1"])
+    assert "objects = 1" in capsys.readouterr().err
 
 
 def test_own_segments_are_scored_beside_true_objects(tmp_path, monkeypatch):
