@@ -506,6 +506,8 @@ class Model(nn.Module):
         self.llm = build_llm(config, len(text)) if config.llm is None else load_llm(config)
         C, D = config.feature, self.llm.config.hidden_size
         self.width = D
+        self.borrowed = () if config.llm is None else tuple(
+            f"llm.{name}" for name in self.llm.state_dict() if "lora_" not in name)  # fmt: skip
         self.encoder, self.intra, self.context = PointNet(config), Abstraction(config), Context(config)
         data.choose(INTER, config.inter, "inter-referent part")
         self.inter = nn.ModuleDict({name: part(config) for name, part in INTER.items()})  # all: runs share weights
@@ -806,7 +808,20 @@ class Model(nn.Module):
         bounds = [batch["scenes"][s].bounds for s in scene.tolist()]
         return [translate(t, b, self.config.locations, "metres") for t, b in zip(texts, bounds, strict=True)]
 
-    # -- pictures
+    # -- own scenes and pictures
+
+    @staticmethod
+    def refusal(scene: Scene, question: str) -> str | None:
+        """Why a question about a scene of one's own cannot be answered, or None: it names what several things are.
+
+        The model learns to say so itself (rooms/modle_refuse); where the truth is known nobody need rely on that."""
+        f, asked = facts(scene), question.lower()
+        for words in sorted(f.described.values(), key=len, reverse=True):
+            asked = asked.replace(f"the {words}", "it")
+        for key, members in f.groups.items():
+            if len(members) > 1 and re.search(rf"\bthe {re.escape(data.phrase(*key))}\b", asked):
+                return f"{AMBIGUOUS} {len(members)} {data.phrase(*key, many=True)} are here."
+        return None
 
     @torch.no_grad()
     def token_centres(self, scene: Scene) -> np.ndarray:
@@ -1340,6 +1355,9 @@ def recipe(config: Config, stages: list[Stage]) -> list[Stage]:
     if config.encoder is None:
         return stages
     return [replace(s, trains=("scene",)) if s.visual == "encoder" else s for s in stages]
+
+
+UNLABELLED = ("ground_superlative", "modle_distance", "modle_move")  # what stands in for questions that need names
 
 
 # ---- 10 alternatives the paper compares with -------------------------------------------------------------------------

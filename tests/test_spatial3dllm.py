@@ -137,7 +137,7 @@ def test_a_ball_holds_the_nearest_points_within_its_radius():
 
 
 def test_features_are_carried_to_finer_points_by_inverse_distance():
-    """A point that is a coarse one itself takes its value; with two coarse points the nearest stands in for the third."""
+    """A point that is a coarse one itself takes its value; where there are only two, the nearest is also the third."""
     coarse, fine = random_points(6), np.concatenate([random_points(5, 1), random_points(6)[2:3]])
     index, weight = interpolation(fine, coarse)
     for p, row, w in zip(fine, index, weight, strict=True):
@@ -167,7 +167,8 @@ def test_set_abstraction_equals_a_loop_over_balls(pairs):
     torch.manual_seed(0)
     B, N, M, S, inputs, hidden, outputs = 2, 11, 4, 3, 5, 6, 7
     layer = SetAbstraction(inputs, hidden, outputs, 0.5, pairs)
-    f, p, q, index = torch.randn(B, N, inputs), torch.randn(B, N, 3), torch.randn(B, M, 3), torch.randint(0, N, (B, M, S))
+    f, index = torch.randn(B, N, inputs), torch.randint(0, N, (B, M, S))
+    p, q = torch.randn(B, N, 3), torch.randn(B, M, 3)
     out = layer(f, p, q, index)
     assert out.shape == (B, M, outputs)
     for b in range(B):
@@ -315,7 +316,8 @@ def test_the_detection_loss_of_the_truth_is_nearly_nothing_and_grows_with_each_f
     named = torch.tensor([[[1, 2], [3, 1], [1, 1], [0, 0], [2, 2], [0, 0]]] * 2)
     on = named[..., 0] > 0
     features = (words[0][named[..., 0]] + words[1][named[..., 1]])[:, :4]
-    perfect = dict(boxes=true[:, :4], votes=true[..., :3], features=features, true=true, named=named, on=on, words=words)
+    truth = dict(true=true, named=named, on=on, words=words)
+    perfect = dict(boxes=true[:, :4], votes=true[..., :3], features=features, **truth)
     best, right = detection_loss(**perfect)
     assert right == 1 and best < 0.01
     far, big, votes, nowhere = true[:, :4].clone(), true[:, :4].clone(), true[..., :3].clone(), true[:, :4].clone()
@@ -340,8 +342,8 @@ def told(model, groups):
     with torch.no_grad():
         for b in (model.batch([g]) for g in groups):
             tokens, valid = model.encode(b["scenes"])
-            hidden = model.llm.model(inputs_embeds=model.embed(b["ids"], tokens, valid), use_cache=False,
-                                     attention_mask=data.packed_mask(b["block"]), position_ids=b["positions"])  # fmt: skip
+            how = {"attention_mask": data.packed_mask(b["block"]), "position_ids": b["positions"], "use_cache": False}
+            hidden = model.llm.model(inputs_embeds=model.embed(b["ids"], tokens, valid), **how)
             seen.append(model.llm.lm_head(hidden.last_hidden_state[b["labels"] != data.IGNORE]))
     return seen
 
@@ -409,7 +411,8 @@ def test_gradients_reach_all_that_trains_and_nothing_frozen(text, hub, scenes, s
     (out["loss"] / out["weight"]).backward()
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert {n for n, p in model.named_parameters() if p.grad is not None} == trained
-    assert trained and all("lora_" in n for n in trained if n.startswith("llm.")) is (loaded or "lm" not in stage.trains)
+    whole = not loaded and "lm" in stage.trains
+    assert trained and all("lora_" in n for n in trained if n.startswith("llm.")) is not whole
     silent = [n for n in trained if not model.get_parameter(n).grad.abs().max() > 0 and "lora_A" not in n
               and (model.config.positions or n != "context.place.weight")]
     assert not silent, silent
@@ -478,7 +481,7 @@ def test_answers_depend_on_the_scene_and_on_positions(text, scenes):
     for positions in (True, False):
         model = make(text, positions=positions)
         model.begin(SYMBOLS)
-        moved = replace(scenes[0], objects=[replace(o, box=o.box + [1, 0, 0, 0, 0, 0]) for o in scenes[0].objects])
+        moved = replace(scenes[0], objects=[replace(o, box=o.box + np.eye(6)[0]) for o in scenes[0].objects])
         here, there = (told(model, [(s, samples)])[0] for s in (scenes[0], moved))
         assert torch.allclose(here, there, atol=1e-4) is not positions
     model.begin(REFERENTS)
@@ -532,7 +535,7 @@ def test_a_wrong_encoder_file_is_refused_in_one_line(text, tmp_path):
     with pytest.raises(DataError, match=r"small.safetensors: an encoder with .*64.*these settings are .*48"):
         make(text, centres=(48, 32, 16, 8), encoder=str(tmp_path / "small.safetensors"))
     for name in ("cut", "absent"):
-        with pytest.raises(DataError, match=rf"{name}.safetensors: no readable encoder .*python spatial3dllm.py encoder"):
+        with pytest.raises(DataError, match=rf"{name}.safetensors: no readable .*python spatial3dllm.py encoder"):
             make(text, encoder=str(tmp_path / f"{name}.safetensors"))
 
 
@@ -564,6 +567,25 @@ def test_one_point_and_bare_clouds_are_read(text, scenes):
     one = replace(bare, name="one", points=scenes[0].points[:1])
     for seen in model.see([bare, one]):
         assert torch.isfinite(seen).all()
+
+
+def test_a_question_that_names_several_things_is_refused(text):
+    """On a scene of one's own, by what is known of it; a fuller description of the same words is not."""
+    box = lambda x: np.array([x, 0, 0.5, 0.5, 0.5, 1.0])  # noqa: E731
+    things = [data.Thing(1, "chair", "red", box(0)), data.Thing(2, "chair", "blue", box(2)),
+              data.Thing(3, "bed", "red", box(4))]  # fmt: skip
+    scene = data.Scene("hand", "ply", things)
+    refused = Model.refusal(scene, "How far is the chair from the bed?")
+    assert refused == "more than one thing fits. 2 chairs are here."
+    assert Model.refusal(scene, "How far is the red chair from the bed?") is None
+    assert Model.refusal(scene, "move the red thing 1 metre") == "more than one thing fits. 2 red things are here."
+
+
+def test_a_loaded_model_is_no_part_of_the_checkpoint(hub):
+    """LoRA and the scene's modules are; seven billion weights stay where they were loaded from."""
+    names = data.named_weights(load(hub)).keys()
+    assert {n.split(".")[0] for n in names} >= {"encoder", "intra", "inter", "context", "projector", "llm"}
+    assert all("lora_" in n for n in names if n.startswith("llm."))
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
