@@ -836,7 +836,8 @@ class Model(nn.Module):
                 scene, identifiers=data.number_objects(scene, np.random.default_rng(0)))  # fmt: skip
             asked = data.question_set([scene], ["modle_distance", "modle_move"], 1, 0)
             answers = self.generate(self.batch([(scene, asked)])) if asked else []
-            lines = [f"{s.question}  {answer}  (true: {s.answer})" for s, answer in zip(asked, answers, strict=True)]
+            said = [text.rpartition("=")[2].strip() for text in answers]
+            lines = [f"{s.question}  {t}  (true: {s.answer})" for s, t in zip(asked, said, strict=True)]
             paths.append(folder / f"{scene.name}.png")
             data.draw_scene(scene, paths[-1], lines, self.token_centres(scene), answers)
         return paths

@@ -113,7 +113,7 @@ def main() -> None:
         print(f"{benchmark} {metric} x 100")
         for name, (_, paper) in study["variants"].items():
             row = f"  {name:30s} {spread(of(name)[:, k])}   difference {spread((of(name) - of(base))[:, k])}"
-            print(row + ("" if k else f"   paper {paper}"))
+            print(row + ("" if k or paper is None else f"   paper {paper}"))
 
 
 if __name__ == "__main__":
