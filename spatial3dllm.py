@@ -601,15 +601,16 @@ class Model(nn.Module):
         While the encoder trains it sees the scenes as they are turned. A frozen one saw them once, unturned: what
         follows from its cached seeds is turned afterwards, as features cannot be."""
         turn = torch.from_numpy(np.stack([s.turn for s in scenes])).float().to(self.llm.device)
-        if self.encoder_trains:
-            clouds = [self.cloud(s) for s in scenes]
-            inst = torch.from_numpy(np.stack([x["inst"] for x in clouds])).to(turn.device)
-            return *self.referents(*self.encode_clouds(clouds, turn)), inst
-        found = [self.load_seeds(s) for s in scenes]
-        f, p, inst = (torch.stack([x[k] for x in found]).to(turn.device) for k in ("f", "p", "inst"))
-        h, boxes, votes = self.referents(f.float(), p)
-        boxes = torch.cat([boxes[..., :3] @ turn.mT, boxes[..., 3:] @ turn.abs().mT], -1)
-        return h, boxes, votes @ turn.mT, inst
+        with torch.autocast(turn.device.type, enabled=False):  # metres stay float32
+            if self.encoder_trains:
+                clouds = [self.cloud(s) for s in scenes]
+                inst = torch.from_numpy(np.stack([x["inst"] for x in clouds])).to(turn.device)
+                return *self.referents(*self.encode_clouds(clouds, turn)), inst
+            found = [self.load_seeds(s) for s in scenes]
+            f, p, inst = (torch.stack([x[k] for x in found]).to(turn.device) for k in ("f", "p", "inst"))
+            h, boxes, votes = self.referents(f.float(), p)
+            boxes = torch.cat([boxes[..., :3] @ turn.mT, boxes[..., 3:] @ turn.abs().mT], -1)
+            return h, boxes, votes @ turn.mT, inst
 
     def cache_key(self) -> str:
         """Short hash of all that the seeds depend on: settings and the encoder's weights."""
@@ -1335,7 +1336,7 @@ STAGES = {
               ("scene", "code", "lm"), "referents", epochs=2, samples=263_000, batch=128, per_scene=8, lr=5e-4,
               betas=(0.9, 0.95), weight_decay=1e-3, warmup=0.03),
     ],
-    "tiny": [
+    "tiny": [  # the encoder comes third: its classes are the word vectors that the first two have taught
         Stage("I locations", {"ground": 0.4, "ground_multiple": 0.2, "ground_category": 0.2, "colour": 0.2},
               ("code", "lm"), "symbols", iterations=340, recolour=True, **_TINY),
         Stage("II steps", {"subtract": 0.27, "norm": 0.05, "modle_add": 0.24, "modle_stack": 0.03, "ground": 0.06,
@@ -1422,7 +1423,7 @@ def demo() -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     print(f"parameters that train        {sum(p.numel() for p in trained):,}")
     optimizer = torch.optim.AdamW(trained, lr=3e-3)
-    for step in range(81):
+    for step in range(61):
         out = model(batch)
         loss = out["loss"] / out["weight"]
         optimizer.zero_grad()

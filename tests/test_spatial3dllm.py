@@ -433,6 +433,25 @@ def test_the_language_model_on_disk_loads_with_every_weight(hub, scenes):
     assert len(model.generate(model.batch(asked(scenes, 2)), 4)) == 6
 
 
+@pytest.mark.parametrize("stage", STAGES["paper"], ids=lambda s: s.name)
+def test_half_precision_changes_the_loss_by_a_rounding(hub, scenes, stage):
+    """Weights in bfloat16, as a paper run loads them, and autocast, as the trainer runs them: points, features and
+    words of different types meet in one token."""
+    losses = []
+    for dtype, auto in (("float32", False), ("float32", True), ("bfloat16", False), ("bfloat16", True)):
+        model = load(hub, dtype=dtype)
+        model.begin(stage)
+        model.prepare(scenes)
+        with torch.autocast("cpu", torch.bfloat16, enabled=auto):
+            batch = model.batch(asked(scenes, 3, stage.tasks) if stage.tasks else [(s, []) for s in scenes])
+            out = model(batch)
+            out["loss"].backward()
+            losses.append(float(out["loss"].detach()))
+            if stage.tasks:
+                assert len(model.generate(batch, 1)) == 9
+    assert losses[1:] == pytest.approx(losses[:1] * 3, rel=0.02) and len(set(losses)) > 1
+
+
 def test_boxes_as_integers_are_written_and_read_back(hub, scenes):
     """The grid form: what the model reads holds integers, what it answers is metres again; the tiny tokenizer has no
     such tokens and says so."""
