@@ -470,17 +470,19 @@ def detection_loss(boxes: Tensor, votes: Tensor, features: Tensor, true: Tensor,
     """What referents should know: (mean loss, share of those on objects whose category and colour are right).
 
     boxes [B, R, 6] and features [B, R, D] of referents, votes [B, M, 3] of seeds; of every seed the true box
-    true [B, M, 6], the numbers named [B, M, 2] of its category and its colour (0 = nothing), and whether it lies on an
-    object on [B, M]; words are the language model's vectors of all categories and of all colours, each [., D].
-    Referents are the first R seeds.
+    true [B, M, 6] (of walls and floor: the seed's own place, its size counts for nothing), the numbers named [B, M, 2]
+    of its category and its colour (0 = nothing), and whether it lies on an object on [B, M]; words are the language
+    model's vectors of all categories and of all colours, each [., D]. Referents are the first R seeds.
     """
-    R = boxes.shape[1]
-    voted = F.smooth_l1_loss(votes[on], true[on][:, :3], beta=0.1)
+    R, mean = boxes.shape[1], lambda loss, weight: (loss * weight).sum() / weight.sum()
+    far = lambda a, b: F.smooth_l1_loss(a, b, beta=0.1, reduction="none").mean(-1)  # noqa: E731
+    share = lambda on, other: torch.where(on, 1.0, other)  # noqa: E731  (walls and floor are everywhere)
+    voted = mean(far(votes, true[..., :3]), share(on, 0.1))
     true, named, on = true[:, :R], named[:, :R], on[:, :R]
-    (place, size), (to, big) = boxes[on].split(3, -1), true[on].split(3, -1)
-    boxed = F.smooth_l1_loss(place, to, beta=0.1) + 0.5 * F.smooth_l1_loss(size.log(), big.log(), beta=0.1)
+    boxed = mean(far(boxes[..., :3], true[..., :3]), share(on, 0.1))
+    if on.any():
+        boxed = boxed + 0.5 * far(boxes[..., 3:].log(), true[..., 3:].log())[on].mean()
     z = F.normalize(features.float(), dim=-1)  # [B, R, D]
-    weight = torch.where(on, 1.0, 0.3)  # walls and floor are everywhere
     told, right, whole = 0.0, on, 0.0
     for kind, vectors in enumerate(words):
         logits = 25 * z @ F.normalize(vectors, dim=-1).T  # [B, R, names]
@@ -488,9 +490,7 @@ def detection_loss(boxes: Tensor, votes: Tensor, features: Tensor, true: Tensor,
         right = right & (logits.argmax(-1) == named[..., kind])
         whole = whole + vectors[named[..., kind]]
     apart = 1 - F.cosine_similarity(z, whole, dim=-1)  # [B, R] written as their sum
-    loss = ((told + apart) * weight).sum() / weight.sum()
-    if on.any():
-        loss = loss + 2 * (voted + boxed)
+    loss = mean(told + apart, share(on, 0.3)) + 2 * (voted + boxed)
     return loss, right.sum() / on.sum().clamp(min=1)
 
 
@@ -595,8 +595,8 @@ class Model(nn.Module):
         links = [[stack([x["links"][i][j] for x in clouds]) for j in (0, 1)] for i in (0, 1)]
         return self.encoder(f, p @ turn.mT, stack([x["order"] for x in clouds]), balls, links)
 
-    def see(self, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Referents [B, R, C], their boxes [B, R, 6], the seeds' votes [B, M, 3] and object ids [B, M].
+    def see(self, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Referents [B, R, C], their boxes [B, R, 6], of all seeds votes and places [B, M, 3] and object ids [B, M].
 
         While the encoder trains it sees the scenes as they are turned. A frozen one saw them once, unturned: what
         follows from its cached seeds is turned afterwards, as features cannot be."""
@@ -605,12 +605,13 @@ class Model(nn.Module):
             if self.encoder_trains:
                 clouds = [self.cloud(s) for s in scenes]
                 inst = torch.from_numpy(np.stack([x["inst"] for x in clouds])).to(turn.device)
-                return *self.referents(*self.encode_clouds(clouds, turn)), inst
+                f, p = self.encode_clouds(clouds, turn)
+                return *self.referents(f, p), p, inst
             found = [self.load_seeds(s) for s in scenes]
             f, p, inst = (torch.stack([x[k] for x in found]).to(turn.device) for k in ("f", "p", "inst"))
             h, boxes, votes = self.referents(f.float(), p)
             boxes = torch.cat([boxes[..., :3] @ turn.mT, boxes[..., 3:] @ turn.abs().mT], -1)
-            return h, boxes, votes @ turn.mT, inst
+            return h, boxes, votes @ turn.mT, p @ turn.mT, inst
 
     def cache_key(self) -> str:
         """Short hash of all that the seeds depend on: settings and the encoder's weights."""
@@ -696,9 +697,9 @@ class Model(nn.Module):
         ids = self.text.encode(name) if name else [getattr(self.text, "unk", self.text.eos)]
         return self.embeddings[ids].float().mean(0)
 
-    def seen_loss(self, scenes: Sequence[Scene], inst: Tensor, features: Tensor, boxes: Tensor, votes: Tensor
-                  ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """`detection_loss` with the truth of the scenes; inst [B, M] object ids of the seeds."""
+    def seen_loss(self, scenes: Sequence[Scene], features: Tensor, boxes: Tensor, votes: Tensor, places: Tensor,
+                  inst: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`detection_loss` with the truth of the scenes; places [B, M, 3] and object ids inst [B, M] of the seeds."""
         index = [{name: i for i, name in enumerate(names)} for names in self.names]
         most = 1 + max(int(inst.max()), max((o.id for s in scenes for o in s.objects), default=0))
         true, named = torch.ones(len(scenes), most, 6), torch.zeros(len(scenes), most, 2, dtype=torch.long)
@@ -709,6 +710,7 @@ class Model(nn.Module):
                 named[b, o.id] = torch.tensor([index[0].get(o.category, 0), index[1].get(o.colour, 0)])
         at = torch.arange(len(scenes))[:, None], inst.cpu()
         true, named, on = (x[at].to(inst.device) for x in (true, named, on))  # [B, M, 6], [B, M, 2], [B, M]
+        true = torch.where(on[..., None], true, torch.cat([places, torch.ones_like(places)], -1))
         with torch.no_grad():
             words = [torch.stack([self.words_of(name) for name in names]) for names in self.names]
         return detection_loss(boxes, votes, features, true, named, on, words)
@@ -734,10 +736,10 @@ class Model(nn.Module):
             valid = torch.arange(z.shape[1]) < torch.tensor([len(r[0]) for r in rows])[:, None]  # [B, K]
             loss = torch.zeros(())
         else:
-            h, boxes, votes, inst = self.see(scenes)
+            h, boxes, *seeds = self.see(scenes)
             z = self.projector(h)
             valid = torch.ones(z.shape[:2], dtype=torch.bool)
-            loss = self.seen_loss(scenes, inst, z, boxes, votes)[0] if teach else torch.zeros(())
+            loss = self.seen_loss(scenes, z, boxes, *seeds)[0] if teach else torch.zeros(())
         if self.config.positions:
             z = z + self.code(boxes)
         return z, valid.to(z.device), loss
@@ -777,8 +779,8 @@ class Model(nn.Module):
         encoder's stage the detection loss per scene."""
         scenes = batch["scenes"]
         if self.visual == "encoder":
-            h, boxes, votes, inst = self.see(scenes)
-            loss, right = self.seen_loss(scenes, inst, self.projector(h), boxes, votes)
+            h, boxes, *seeds = self.see(scenes)
+            loss, right = self.seen_loss(scenes, self.projector(h), boxes, *seeds)
             weight = torch.tensor(float(len(scenes)), device=loss.device)
             return {"loss": loss * weight, "weight": weight, "correct": right * weight}
         device = self.llm.device
@@ -1325,8 +1327,8 @@ def modle_main(arguments: Sequence[str]) -> None:
 
 # ---- 9 the recipe ----------------------------------------------------------------------------------------------------
 
-_USUAL = {"colour": 0.04, "what": 0.04, "where": 0.03, "count": 0.03, "exist": 0.03, "caption": 0.04}
-_EDIT = {"modle_distance": 0.2, "modle_move": 0.2, "modle_place": 0.08, "modle_refuse": 0.05}
+_USUAL = {"colour": 0.04, "what": 0.05, "where": 0.03, "count": 0.03, "exist": 0.06, "caption": 0.04}
+_EDIT = {"modle_distance": 0.2, "modle_move": 0.2, "modle_place": 0.08, "modle_refuse": 0.08}
 _TINY = dict(lr=2e-3, weight_decay=0.01, per_scene=16, batch=256, schedule="constant", warmup=0.1, steps=True)
 
 STAGES = {
@@ -1340,13 +1342,14 @@ STAGES = {
         Stage("I locations", {"ground": 0.4, "ground_multiple": 0.2, "ground_category": 0.2, "colour": 0.2},
               ("code", "lm"), "symbols", iterations=340, recolour=True, **_TINY),
         Stage("II steps", {"subtract": 0.27, "norm": 0.05, "modle_add": 0.24, "modle_stack": 0.03, "ground": 0.06,
-                           "colour": 0.03, "modle_distance": 0.13, "modle_move": 0.15, "modle_refuse": 0.04},
-              ("code", "lm"), "symbols", iterations=700, recolour=True, **{**_TINY, "batch": 192, "per_scene": 12}),
+                           "colour": 0.02, "what": 0.03, "exist": 0.05, "count": 0.02, "modle_distance": 0.13,
+                           "modle_move": 0.15, "modle_refuse": 0.06},
+              ("code", "lm"), "symbols", iterations=800, recolour=True, **{**_TINY, "batch": 192, "per_scene": 12}),
         Stage("III encoder", {}, ("encoder", "scene"), "encoder", iterations=900, batch=16, lr=3e-3, schedule="cosine",
               warmup=0.04, weight_decay=0.01),
         Stage("IV referents", {"ground": 0.08, "subtract": 0.06, "modle_add": 0.1, "modle_stack": 0.03, **_USUAL,
                                **_EDIT},
-              ("scene", "code", "lm"), "referents", iterations=480,
+              ("scene", "code", "lm"), "referents", iterations=600,
               **{**_TINY, "schedule": "trapezoid", "batch": 128, "per_scene": 8}),
     ],
 }  # fmt: skip
@@ -1409,7 +1412,7 @@ def demo() -> None:
     model.prepare([scene])
     shape = lambda *tensors: ", ".join(str(list(t.shape)) for t in tensors)  # noqa: E731
     with torch.no_grad():
-        h, boxes, votes, seeds = model.see([scene])
+        h, boxes, votes, _, seeds = model.see([scene])
         tokens, _ = model.encode([scene])
     print(f"cloud [N, 3]                 {shape(scene.points)}")
     print(f"seeds [B, M]                 {shape(seeds)}")

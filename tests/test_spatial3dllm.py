@@ -310,7 +310,7 @@ def test_number_tokens_start_as_the_code_of_their_value(text):
 
 
 def test_the_detection_loss_of_the_truth_is_nearly_nothing_and_grows_with_each_fault():
-    """Votes, boxes, names: each counts, the background has no box, and a scene without objects is no fault."""
+    """Votes, boxes, names: each counts, of the background only its place, and a scene without objects is no fault."""
     words = nn.functional.one_hot(torch.arange(8), 16).float().mul(3).split((5, 3))
     true = torch.rand(2, 6, 6, generator=torch.Generator().manual_seed(0)) + 0.2
     named = torch.tensor([[[1, 2], [3, 1], [1, 1], [0, 0], [2, 2], [0, 0]]] * 2)
@@ -327,8 +327,10 @@ def test_the_detection_loss_of_the_truth_is_nearly_nothing_and_grows_with_each_f
     for change in (dict(boxes=far), dict(boxes=big), dict(votes=votes), dict(features=features.roll(1, 1))):
         assert detection_loss(**{**perfect, **change})[0] > best + 0.1
     assert detection_loss(**{**perfect, "features": features.roll(1, 1)})[1] == 0
-    nowhere[:, 3] += 5
-    assert detection_loss(**{**perfect, "boxes": nowhere})[0] == best
+    nowhere[:, 3, 3:] *= 5
+    assert detection_loss(**{**perfect, "boxes": nowhere})[0] == best  # walls have no size, but they stay in place
+    nowhere[:, 3, :3] += 1
+    assert detection_loss(**{**perfect, "boxes": nowhere})[0] > best + 0.02
     assert torch.isfinite(detection_loss(**{**perfect, "named": named * 0, "on": on & False})[0])
 
 
@@ -387,10 +389,10 @@ def test_cached_seeds_follow_a_turned_scene(text, scenes):
                    normals=scenes[0].normals @ scenes[0].turn.astype(np.float32), turn=np.eye(3))  # fmt: skip
     model = make(text)
     model.begin(REFERENTS)
-    _, boxes, votes, _ = model.see([base])
+    _, boxes, votes, *_ = model.see([base])
     for seed in range(4):
         turned = augment(base, np.random.default_rng(seed))
-        _, b, v, _ = model.see([turned])
+        _, b, v, *_ = model.see([turned])
         turn = torch.from_numpy(turned.turn).float()
         assert torch.allclose(b[..., :3], boxes[..., :3] @ turn.T, atol=1e-5)
         assert torch.allclose(b[..., 3:], boxes[..., 3:] @ turn.abs().T, atol=1e-5)
