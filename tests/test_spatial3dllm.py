@@ -2,6 +2,7 @@
 
 MODLE, its questions and its text locations have a file of their own, test_modle.py."""
 
+import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -466,7 +467,7 @@ def test_boxes_as_integers_are_written_and_read_back(hub, scenes):
     low, span = scene.bounds[0], scene.bounds[1] - scene.bounds[0]
     box = scene.thing(sample.targets[0]).box
     expected = np.round((box - [*low, 0, 0, 0]) / np.tile(span, 2) * 255)
-    assert np.abs(np.array(eval(written)) - expected).max() <= 1
+    assert np.abs(np.array(json.loads(written)) - expected).max() <= 1
     model.llm.generate = lambda **kwargs: torch.tensor([model.text.encode(written)])
     assert np.abs(data.tuples(model.generate(batch)[0], 6)[0] - box).max() < 0.03
     with pytest.raises(DataError, match="tiny tokenizer has metres only"):
