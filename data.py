@@ -2804,7 +2804,8 @@ def ask_scene(paper, arguments: Sequence[str]) -> None:
     lines = [f"{q}  {t}{m}" for q, t, m in zip(a.ask, said, metric, strict=True)]
     print("\n".join(lines))
     picture = a.out or a.run / "ask.png"
-    draw_scene(scene, picture, lines, model.token_centres(scene), answers)
+    shown = ["" if r else t for r, t in zip(refused, answers, strict=True)]
+    draw_scene(scene, picture, lines, model.token_centres(scene), shown)
     print(f"picture: {picture}")
 
 
