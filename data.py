@@ -2729,9 +2729,11 @@ def open_scene(path: str | Path) -> Scene:
     return scene if scene.objects else with_own_segments(scene)
 
 
-def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.ndarray | None = None) -> None:
+def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.ndarray | None = None,
+               answers: Sequence[str] = ()) -> None:  # fmt: skip
     """A picture: two frames with their masks, the cloud from above and from the side coloured by object, boxes with
-    identifiers, scene tokens [K, 3] as dots, and lines of text below."""
+    identifiers, scene tokens [K, 3] as crosses, lines of text below; and the points and boxes written in answers, each
+    answer in a colour of its own, joined by a line in the order they are named."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
@@ -2765,6 +2767,15 @@ def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.n
     if tokens is not None:
         for axis, (u, v) in zip(panels[:, 2], ((0, 1), (0, 2)), strict=True):
             axis.scatter(tokens[:, u], tokens[:, v], s=14, c="black", marker="x", lw=0.8)
+    for answer, shade in zip(answers, ("crimson", "royalblue", "seagreen") * len(answers), strict=False):
+        found = [v for t in TUPLE.finditer(answer) for size in (3, 6) for v in tuples(t[0], size) if v is not None]
+        for axis, (u, v) in zip(panels[:, 2], ((0, 1), (0, 2)), strict=True):
+            for place in found:
+                if len(place) == 6:
+                    corner = place[[u, v]] - place[[u + 3, v + 3]] / 2
+                    axis.add_patch(Rectangle(corner, *place[[u + 3, v + 3]], fill=False, lw=2, ec=shade))
+            if found:
+                axis.plot([p[u] for p in found], [p[v] for p in found], "o-", color=shade, lw=1.5, ms=5)
     panels[0, 2].set_title(f"{scene.name} from above, and from the side; crosses: scene tokens", fontsize=9)
     figure.supxlabel("\n".join(lines), fontsize=10, x=0.02, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -2805,11 +2816,13 @@ def ask_scene(paper, arguments: Sequence[str]) -> None:
         print(f"note: the model has never read the word {word!r}")
     answers = model.generate(model.batch([(scene, samples)]), max_new_tokens=48)
     refused = [getattr(model, "refusal", lambda scene, question: None)(scene, q) for q in a.ask]
-    texts = [r or t.rpartition("=")[2].strip() for r, t in zip(refused, answers, strict=True)]
-    lines = [f"{q}  {t}" for q, t in zip(a.ask, texts, strict=True)]
+    said = [r or t.rpartition("=")[2].strip() for r, t in zip(refused, answers, strict=True)]
+    metric = [" m" * bool(re.fullmatch(r"[0-9]+[.][0-9]+", t)) for t in said]
+    lines = [f"{q}  {t}{m}" for q, t, m in zip(a.ask, said, metric, strict=True)]
     print("\n".join(lines))
     picture = a.out or a.run / "ask.png"
-    draw_scene(scene, picture, lines, model.token_centres(scene))
+    shown = ["" if r else t for r, t in zip(refused, answers, strict=True)]
+    draw_scene(scene, picture, lines, model.token_centres(scene), shown)
     print(f"picture: {picture}")
 
 

@@ -1,23 +1,852 @@
-"""Spatial 3D-LLM: text locations and MODLE."""
+"""Spatial 3D-LLM: Exploring Spatial Awareness in 3D Vision-Language Models.
+
+ICME 2025, arXiv 2507.16524. Of this paper only the abstract, descriptions by others and the names of its parts are
+public: neither equations nor sizes, losses or schedules. The parts below are built after the nearest public relatives,
+and every choice is listed.
+
+Idea. A cloud of points becomes a few hundred *referents*, tokens that know where they are. Each gathers the points that
+vote for the same object (intra-referent), hears its neighbours (inter-referent) and looks back at the whole scene
+(contextual). A language model reads them and writes locations as text: boxes, distances, edited layouts. Things are
+named by description ("the red chair") or by their box in text, never by an identifier.
+
+  cloud [N,3] + colour, normal, height [N,7] --PointNet++ (frozen)--> seeds f [M,C], p [M,3]
+  seeds --FFN--> votes v [M,3] --farthest points, balls, max--> referents h [R,C] at their votes
+  h --k-NN graph, 2 layers--> h --cross-attention to the seeds, Fourier positions--> h [R,C], boxes [R,6]
+  projector(h) + code(boxes) = scene tokens [R,D] -> Llama with LoRA -> "red chair [1.25, -0.80, 0.45, ...] ... = 2.03"
+
+Axes: B scenes, N points, M seeds, R referents, S points of a ball, C channels, K scene tokens (= R), D width, T text.
+
+| paper                                     | here                                                   |
+| scene encoder, PointNet++, frozen         | SetAbstraction, FeaturePropagation, PointNet           |
+| intra-referent clustering and abstraction | Abstraction                                            |
+| inter-referent message passing            | neighbour_graph, Graph                                 |
+| contextual referent-scene interaction     | FourierPosition, Context                               |
+| location-enriched scene embeddings        | LocationCode, Model.encode                             |
+| Vicuna-7B, instruction tuning             | load_llm, STAGES                                       |
+| MODLE (abstract: 263K annotations)        | TASKS, write_modle; metrics: evaluate's rooms/modle_*  |
+| ablations of the three modules            | Config.intra, .inter, .context, .positions; last part  |
+
+What is not public, and what we chose
+- Encoder: VoteNet's backbone, set abstractions 2048/0.2 m, 1024/0.4, 512/0.8, 256/1.2 with 64, 32, 16, 16 points and
+  two feature propagations to 1,024 seeds of 256 channels. A ball takes its *nearest* points, not the first in memory:
+  the order of the points changes nothing. All levels and the referents are prefixes of one farthest-point order.
+- Votes: Vote2Cap-DETR's vote query, which the descriptions match step by step: FFN to an offset and a feature, sampling
+  on the seeds before they move, grouping after, radius 0.3 m, 16 votes, max pool, 256 referents.
+- Graph: Scan2Cap's 10 neighbours by centre, symmetric, with self loops; H + ReLU(D^-1/2 A D^-1/2 LN(H) W), two layers.
+- Context: one pre-norm cross-attention over all seeds and an FFN, 8 heads, random Fourier features of places. What a
+  referent sees is written relative to its own place.
+- Boxes: an MLP on the referent gives the rest of the way to the object's centre, and its size. The language model reads
+  the six numbers through one linear map of their Fourier features (wavelengths 0.5 to 16 m), added to the token.
+- Encoder training: votes (smooth L1), boxes (smooth L1 on centre and log size) and semantic class, told by the nearest
+  word vectors of the language model (category and colour). The same loss, at 0.2, goes on beside the questions, for the
+  three modules only: the encoder stays frozen.
+- Language: LoRA of rank 32 on q, k, v, o and the schedule of the same group's 3DMIT (2 epochs, batch 128, 5e-4);
+  loss on the answer only. Boxes in metres with two decimals, or 0-255 integers (`locations="grid"`).
+- All of MODLE (see its section). The paper's RefCOCO and CLEVR checks are images, outside the scope of this file.
+- The tiny preset has nothing pre-trained. In its place: an initialisation that looks back at the last words, attends to
+  what shares content and copies it (`start_tiny`), number tokens that start as the code of their own value, stages on
+  symbols (one token per object: its words and its true box), seeds spread by colour and normal too, so that small
+  things own some, and answers that write their steps. None of that touches a loaded model.
+"""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
+import math
 import re
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 import data
-from data import DIRECTIONS, DataError, Facts, Sample, Scene, facts, listed, metres, pick, several
+from data import (
+    DIRECTIONS,
+    IGNORE,
+    SCENE,
+    DataError,
+    Facts,
+    Sample,
+    Scene,
+    Stage,
+    facts,
+    listed,
+    metres,
+    pick,
+    several,
+)
 
-# ---- locations as text -----------------------------------------------------------------------------------------------
+# ---- configuration ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    """Every number of the model; `paper()` are the paper's where it names them, `tiny()` trains from nothing."""
+
+    llm: str | None = None  # a Llama (Vicuna) name or folder; None builds a tiny one from the fields below
+    points: int = 40_000  # of the cloud that are read; VoteNet 40,000
+    centres: tuple[int, ...] = (2048, 1024, 512, 256)  # of the four set abstractions; the second level are the seeds
+    radii: tuple[float, ...] = (0.2, 0.4, 0.8, 1.2)  # metres, of their balls
+    samples: tuple[int, ...] = (64, 32, 16, 16)  # nearest points per ball
+    pairs: int = 2  # layers of a set abstraction's MLP, after the first, that see every pair; PointNet++ 2
+    feature: int = 256  # channels of seeds and referents
+    spread: float = 0.0  # metres per unit of colour when centres are sampled; 0: by place alone
+    spread_normal: float = 0.0  # metres per unit of normal
+    referents: int = 256
+    ball: float = 0.3  # metres around a vote
+    ball_samples: int = 16
+    neighbours: int = 10  # of the referents' graph
+    graph_layers: int = 2
+    context_heads: int = 8
+    fourier: int = 128  # random features of the contextual positions
+    intra: bool = True  # False: referents are seeds as they are, no votes, no abstraction
+    inter: str = "graph"  # a key of INTER
+    context: bool = True  # False: referents never look back at the scene
+    positions: bool = True  # False: nothing that the language model reads says where a referent is
+    locations: str = "metres"  # a key of LOCATIONS, of a loaded model: boxes as metres or as integers 0..255
+    teach: float = 0.2  # weight of the detection loss beside the questions
+    encoder: str | None = None  # file of a trained encoder (Model.save_encoder)
+    lora_rank: int = 32  # of a loaded model; 3DMIT 32
+    lora_alpha: int = 32
+    lora_dropout: float = 0.1
+    # the tiny model, used only where llm is None
+    width: int = 128
+    layers: int = 2
+    heads: int = 4
+    hidden: int = 256
+    dtype: str = "float32"
+
+    @classmethod
+    def tiny(cls, **changes) -> Config:
+        small = dict(points=2048, centres=(512, 256, 128, 64), samples=(16, 16, 16, 16), pairs=0, feature=128,
+                     spread=2.0, spread_normal=0.3, referents=96, context_heads=4, fourier=48)  # fmt: skip
+        return cls(**{**small, **changes})
+
+    @classmethod
+    def paper(cls, **changes) -> Config:
+        return cls(**{**dict(llm="lmsys/vicuna-7b-v1.5", dtype="bfloat16"), **changes})
+
+
+# ---- 1 geometry of a cloud, worked out once per scene ----------------------------------------------------------------
+
+
+def sample_order(space: np.ndarray, count: int) -> np.ndarray:
+    """Farthest-point order [count] of points space [N, D], from the one farthest from the centroid; where there are
+    fewer points they come again. Every prefix is itself a farthest-point sample, so one order serves all levels."""
+    x = np.asarray(space, dtype=np.float64)
+    square = np.square(x).sum(1)
+    nearest = np.full(len(x), np.inf)
+    order = np.empty(min(count, len(x)), dtype=np.int64)
+    index = int(np.square(x - x.mean(0)).sum(1).argmax())
+    for k in range(len(order)):
+        order[k] = index
+        np.minimum(nearest, square - 2 * (x @ x[index]) + square[index], out=nearest)
+        nearest[index] = -np.inf
+        index = int(nearest.argmax())
+    return np.resize(order, count)
+
+
+def ball_query(centres: np.ndarray, points: np.ndarray, radius: float, samples: int) -> np.ndarray:
+    """The nearest `samples` points within `radius` of every centre: indices [M, samples]; places left over repeat the
+    nearest, which a maximum does not feel. centres [M, 3], points [N, 3]."""
+    from scipy.spatial import cKDTree
+
+    distance, index = cKDTree(points).query(centres, k=min(samples, len(points)))
+    distance, index = distance.reshape(len(centres), -1), index.reshape(len(centres), -1)
+    index = np.where(distance <= radius, index, index[:, :1])
+    return np.concatenate([index, np.repeat(index[:, :1], samples - index.shape[1], 1)], 1)
+
+
+def interpolation(fine: np.ndarray, coarse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The three nearest coarse points of every fine one [M, 3], and their weights by inverse distance [M, 3]."""
+    from scipy.spatial import cKDTree
+
+    distance, index = cKDTree(coarse).query(fine, k=[1, 2, 3] if len(coarse) > 2 else [1, 1, 1])
+    weight = 1 / (distance + 1e-8)
+    return index, (weight / weight.sum(1, keepdims=True)).astype(np.float32)
+
+
+# ---- 2 scene encoder: PointNet++ -------------------------------------------------------------------------------------
+
+
+def gather(values: Tensor, index: Tensor) -> Tensor:
+    """values [B, N, C] at index [B, ...] -> [B, ..., C]."""
+    B, C = values.shape[0], values.shape[-1]
+    flat = index.reshape(B, -1, 1).expand(-1, -1, C)
+    return values.gather(1, flat).view(*index.shape, C)
+
+
+def gather_max(values: Tensor, index: Tensor) -> Tensor:
+    """max over S of values [B, N, C] at index [B, M, S] -> [B, M, C], without ever holding [B, M, S, C]."""
+    B, N, C = values.shape
+    rows = index + torch.arange(B, device=index.device)[:, None, None] * N  # [B, M, S] into B * N
+    return F.embedding_bag(rows.flatten(0, 1), values.reshape(B * N, C), mode="max").view(B, -1, C)
+
+
+class SetAbstraction(nn.Module):
+    """One level of PointNet++: over each ball the maximum of MLP([feature, (point - centre) / radius]).
+
+    The first layer is linear, so it runs once per point and once per centre instead of once per pair. `pairs` more
+    layers see every pair, as in the paper; with none (tiny) they follow the maximum, at a sixteenth of the work."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, radius: float, pairs: int):
+        super().__init__()
+        self.radius = radius
+        self.feature = nn.Linear(inputs, hidden)
+        self.place = nn.Linear(3, hidden, bias=False)
+        self.pairs = nn.Sequential(*(m for _ in range(pairs) for m in (nn.ReLU(), nn.Linear(hidden, hidden))))
+        self.out = nn.Sequential(nn.ReLU(), nn.Linear(hidden, outputs), nn.ReLU(), nn.Linear(outputs, outputs),
+                                 nn.LayerNorm(outputs))  # fmt: skip
+
+    def forward(self, f: Tensor, p: Tensor, q: Tensor, index: Tensor) -> Tensor:
+        """f [B, N, C], p [B, N, 3], centres q [B, M, 3], index [B, M, S] of points in the ball -> [B, M, C']."""
+        place = self.place.weight.T / self.radius  # [3, H]
+        point, centre = self.feature(f) + p @ place, q @ place  # [B, N, H], [B, M, H]
+        if len(self.pairs):
+            h = self.pairs(gather(point, index) - centre[:, :, None]).amax(2)  # [B, M, H]
+        else:
+            h = gather_max(point, index) - centre  # [B, M, H]
+        return self.out(h)  # [B, M, C']
+
+
+class FeaturePropagation(nn.Module):
+    """Coarse features interpolated to finer points, beside what those had, through an MLP."""
+
+    def __init__(self, coarse: int, fine: int, outputs: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(coarse + fine, outputs), nn.ReLU(), nn.Linear(outputs, outputs))
+        self.norm = nn.LayerNorm(outputs)
+
+    def forward(self, coarse: Tensor, fine: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """coarse [B, M, C], fine [B, N, C'], index [B, N, 3] into M, weight [B, N, 3] -> [B, N, C'']."""
+        spread = (gather(coarse, index) * weight[..., None]).sum(2)  # [B, N, C]
+        return self.norm(self.mlp(torch.cat([spread, fine], -1)))  # [B, N, C'']
+
+
+class PointNet(nn.Module):
+    """PointNet++ with four set abstractions and two feature propagations: the second level's centres are the seeds."""
+
+    inputs = 7  # colour, normal, height
+
+    def __init__(self, config: Config):
+        super().__init__()
+        C = config.feature
+        widths = [self.inputs, C // 2, C, C, C]
+        self.down = nn.ModuleList(SetAbstraction(a, b, b, r, config.pairs) for a, b, r in
+                                  zip(widths, widths[1:], config.radii, strict=False))  # fmt: skip
+        self.up = nn.ModuleList(FeaturePropagation(C, C, C) for _ in range(2))
+
+    def forward(self, f: Tensor, p: Tensor, order: Tensor, balls: Sequence[Tensor],
+                links: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Cloud f [B, N, 7], p [B, N, 3]; order [B, M1] of the first centres, of which every later level is a prefix;
+        balls [B, M, S] per level; links per propagation -> seed features [B, M2, C] and their places [B, M2, 3]."""
+        q = gather(p, order)  # [B, M1, 3]
+        levels = []
+        for layer, index in zip(self.down, balls, strict=True):
+            centres = q[:, : index.shape[1]]
+            f, p = layer(f, p, centres, index), centres
+            levels.append(f)
+        for layer, fine, link in zip(self.up, (levels[2], levels[1]), links, strict=True):
+            f = layer(f, fine, *link)
+        return f, q[:, : f.shape[1]]
+
+
+# ---- 3 intra-referent clustering and abstraction ---------------------------------------------------------------------
+
+
+class Abstraction(nn.Module):
+    """Votes of the seeds, grouped in balls around the votes of the first R of them, pooled: referents with centres."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        C = config.feature
+        self.ball, self.samples = config.ball, config.ball_samples
+        self.vote = nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, C), nn.ReLU(), nn.Linear(C, 3 + C))
+        self.feature, self.place = nn.Linear(C, C), nn.Linear(3, C, bias=False)
+        self.out = nn.Sequential(nn.ReLU(), nn.Linear(C, C), nn.LayerNorm(C))
+
+    def forward(self, f: Tensor, p: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Seeds f [B, M, C] at p [B, M, 3] in farthest-point order -> referents h [B, R, C] and the votes [B, M, 3] of
+        all seeds, of which the first R are the referents' centres."""
+        moved = self.vote(f)  # [B, M, 3 + C]
+        v, f = p + moved[..., :3], f + moved[..., 3:]
+        q = v[:, :count]  # [B, R, 3]
+        with torch.no_grad():
+            far, index = torch.cdist(q, v).topk(min(self.samples, v.shape[1]), largest=False)  # [B, R, S]
+            own = torch.arange(q.shape[1], device=q.device)[:, None]  # what is too far is the referent itself again
+            index = torch.where(far <= self.ball, index, own)
+        place = self.place.weight.T / self.ball
+        return self.out(gather_max(self.feature(f) + v @ place, index) - q @ place), v
+
+
+# ---- 4 inter-referent message passing --------------------------------------------------------------------------------
+
+
+def neighbour_graph(centres: Tensor, k: int) -> Tensor:
+    """D^-1/2 A D^-1/2 of the symmetric graph in which every referent knows itself and its k nearest: centres
+    [B, R, 3] -> [B, R, R]."""
+    far = torch.cdist(centres, centres)  # [B, R, R]
+    near = far.topk(min(k + 1, far.shape[-1]), largest=False).indices  # [B, R, k + 1]
+    linked = torch.zeros_like(far).scatter_(-1, near, 1.0)
+    linked = torch.maximum(linked, linked.mT)
+    linked.diagonal(dim1=-2, dim2=-1).fill_(1.0)  # of two referents at one place either may be the nearest
+    degree = linked.sum(-1).rsqrt()  # [B, R]
+    return degree[..., None] * linked * degree[..., None, :]
+
+
+class Graph(nn.Module):
+    """H <- H + ReLU(D^-1/2 A D^-1/2 LN(H) W), a few times."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        C = config.feature
+        self.k = config.neighbours
+        self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(config.graph_layers))
+        self.layers = nn.ModuleList(nn.Linear(C, C, bias=False) for _ in range(config.graph_layers))
+
+    def forward(self, h: Tensor, centres: Tensor) -> Tensor:
+        """h [B, R, C], centres [B, R, 3] -> [B, R, C]."""
+        graph = neighbour_graph(centres.detach(), self.k)  # [B, R, R]
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            h = h + F.relu(graph @ layer(norm(h)))
+        return h
+
+
+# ---- 5 contextual referent-scene interaction -------------------------------------------------------------------------
+
+
+class FourierPosition(nn.Module):
+    """Random Gaussian Fourier features of a place (Tancik et al. 2020), and a linear map."""
+
+    def __init__(self, features: int, C: int, scale: float = 1.0):
+        super().__init__()
+        self.register_buffer("frequencies", torch.randn(3, features // 2) * (2 * math.pi * scale))
+        self.out = nn.Linear(features, C, bias=False)
+
+    def forward(self, places: Tensor) -> Tensor:
+        phase = places @ self.frequencies
+        return self.out(torch.cat([phase.cos(), phase.sin()], -1))
+
+
+class Context(nn.Module):
+    """Referents look at all seeds of the scene: pre-norm cross-attention with Fourier positions, and an FFN."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        C = config.feature
+        self.heads = config.context_heads
+        self.norm, self.norm_scene, self.norm_mlp = (nn.LayerNorm(C) for _ in range(3))
+        self.position = FourierPosition(config.fourier, C, .25)
+        self.query, self.key, self.value, self.out = (nn.Linear(C, C) for _ in range(4))
+        self.place = nn.Linear(3, C, bias=False)  # what is seen is written from the referent's own place
+        self.mlp = nn.Sequential(nn.Linear(C, 2 * C), nn.ReLU(), nn.Linear(2 * C, C))
+
+    def forward(self, h: Tensor, centres: Tensor, scene: Tensor, places: Tensor) -> Tensor:
+        """Referents h [B, R, C] at centres [B, R, 3], seeds scene [B, M, C] at places [B, M, 3] -> [B, R, C]."""
+        B, R, C = h.shape
+        split = lambda x: x.view(B, -1, self.heads, C // self.heads).transpose(1, 2)  # noqa: E731  [B, n, ., C / n]
+        q, s = self.norm(h), self.norm_scene(scene)
+        q, k, v = self.query(q + self.position(centres)), self.key(s + self.position(places)), self.value(s)
+        seen = F.scaled_dot_product_attention(split(q), split(k), split(v + self.place(places)))
+        seen = seen.transpose(1, 2).reshape(B, R, C) - self.place(centres)  # [B, R, C]
+        h = h + self.out(seen)
+        return h + self.mlp(self.norm_mlp(h))
+
+
+# ---- 6 the model -----------------------------------------------------------------------------------------------------
+
+WAVES = 6  # wavelengths 0.5, 1, ... 16 m
+
+
+def waves(values: Tensor) -> Tensor:
+    """[...] metres -> [..., 2 * WAVES]: cosines and sines of the value at WAVES wavelengths."""
+    phase = values[..., None] * (2 * math.pi / 0.5 / 2 ** torch.arange(WAVES, device=values.device))  # [..., WAVES]
+    return torch.cat([phase.cos(), phase.sin()], -1)
+
+
+class LocationCode(nn.Module):
+    """Where a token is, for the language model: a linear map of Fourier features of its box's six numbers."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.out = nn.Linear(6 * 2 * WAVES, width, bias=False)
+
+    def forward(self, boxes: Tensor) -> Tensor:
+        """boxes [..., 6] metres -> [..., D]."""
+        return self.out(waves(boxes).flatten(-2))
+
+
+def build_llm(config: Config, vocabulary: int):
+    """A small Llama from its configuration: the class that `from_pretrained` loads."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = LlamaConfig(vocab_size=vocabulary, hidden_size=config.width, intermediate_size=config.hidden,
+                        num_hidden_layers=config.layers, num_attention_heads=config.heads,
+                        num_key_value_heads=config.heads, max_position_embeddings=32768, pad_token_id=0, bos_token_id=1,
+                        eos_token_id=1, tie_word_embeddings=True, attention_bias=True,
+                        rope_parameters={"rope_type": "default", "rope_theta": 1e6})  # fmt: skip
+    shape._attn_implementation = "sdpa"
+    return LlamaForCausalLM(shape)
+
+
+def load_llm(config: Config):
+    """A pre-trained Llama, its attention adapted by LoRA (peft) on q, k, v and o."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from transformers import AutoModelForCausalLM
+
+    llm = AutoModelForCausalLM.from_pretrained(config.llm, dtype=getattr(torch, config.dtype),
+                                               attn_implementation="sdpa")  # fmt: skip
+    lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+                      target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])  # fmt: skip
+    return inject_adapter_in_model(lora, llm)
+
+
+def start_weights(part: nn.Module) -> None:
+    """Every linear map from N(0, 1 / inputs), the scale for widths of hundreds; biases zero."""
+    for module in part.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def start_tiny(model: Model, text: data.TinyText) -> None:
+    """Give a model from a configuration what pre-training would: attend to what shares content, copy it unchanged.
+
+    With keys = queries and output = transposed values every head starts as "find the token like me and add it"; the
+    weights are scaled for a width of 100s, not 1000s; embeddings have unit size and the logits a small gain. A number's
+    token starts as the code that a referent with this number carries, so that reading a box is the same copy as reading
+    a name. All of it is trained on.
+    """
+    llm, D = model.llm.model, model.width
+    start_weights(llm)
+    for layer in llm.layers:
+        layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+        layer.self_attn.o_proj.weight.copy_(layer.self_attn.v_proj.weight.T)
+    look_back(llm.layers[0].self_attn, model.config.heads)
+    llm.norm.weight.fill_(0.1)
+    table = llm.embed_tokens.weight
+    nn.init.normal_(table)
+    maps = dict(zip("xyzwdhl", torch.randn(7, 2 * WAVES, D) / math.sqrt(WAVES), strict=True))  # l: lengths, of no axis
+    for token, (axis, value) in text.number.items():
+        table[token] = waves(torch.tensor(value)) @ maps[axis] + 0.3 * torch.randn(D)
+    # a place speaks softly at first, a size softer: full strength would drown the words that grounding needs
+    gain = dict(zip("xyzwdh", [0.35] * 3 + [0.25] * 3, strict=True))
+    model.code.out.weight.copy_(torch.cat([gain[a] * maps[a] for a in gain]).T)
+
+
+def look_back(attention: nn.Module, heads: int, gain: float = 2.0) -> None:
+    """Turn the first two heads into "the word before" and "the one before that": constant queries and keys (biases)
+    whose rotary angles agree at that distance, so that a question's end knows its last words."""
+    size = attention.q_proj.out_features // heads
+    theta = 1e6 ** (-torch.arange(size // 2) * 2.0 / size)[:4]  # the four fastest rotary pairs
+    strength = math.sqrt(gain * math.sqrt(size))
+    for head in range(2):
+        rows = slice(head * size, (head + 1) * size)
+        for projection, turn in ((attention.q_proj, 0.0), (attention.k_proj, head + 1.0)):
+            projection.weight[rows] = 0
+            projection.bias[rows][:4] = strength * (turn * theta).cos()
+            projection.bias[rows][size // 2 : size // 2 + 4] = strength * (turn * theta).sin()
+        attention.v_proj.weight[rows] *= 1.5
+        attention.o_proj.weight[:, rows] *= 1.5
+
+
+def detection_loss(boxes: Tensor, votes: Tensor, features: Tensor, true: Tensor, named: Tensor, on: Tensor,
+                   words: Sequence[Tensor]) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What referents should know: (mean loss, share of those on objects whose category and colour are right).
+
+    boxes [B, R, 6] and features [B, R, D] of referents, votes [B, M, 3] of seeds; of every seed the true box
+    true [B, M, 6] (of walls and floor: the seed's own place, its size counts for nothing), the numbers named [B, M, 2]
+    of its category and its colour (0 = nothing), and whether it lies on an object on [B, M]; words are the language
+    model's vectors of all categories and of all colours, each [., D]. Referents are the first R seeds.
+    """
+    R, mean = boxes.shape[1], lambda loss, weight: (loss * weight).sum() / weight.sum()
+    far = lambda a, b: F.smooth_l1_loss(a, b, beta=0.1, reduction="none").mean(-1)  # noqa: E731
+    share = lambda on, other: torch.where(on, 1.0, other)  # noqa: E731  (walls and floor are everywhere)
+    voted = mean(far(votes, true[..., :3]), share(on, 0.1))
+    true, named, on = true[:, :R], named[:, :R], on[:, :R]
+    boxed = mean(far(boxes[..., :3], true[..., :3]), share(on, 0.1))
+    if on.any():
+        boxed = boxed + 0.5 * far(boxes[..., 3:].log(), true[..., 3:].log())[on].mean()
+    z = F.normalize(features.float(), dim=-1)  # [B, R, D]
+    told, right, whole = 0.0, on, 0.0
+    for kind, vectors in enumerate(words):
+        logits = 25 * z @ F.normalize(vectors, dim=-1).T  # [B, R, names]
+        told = told + F.cross_entropy(logits.mT, named[..., kind], reduction="none")  # [B, R] which name, and
+        right = right & (logits.argmax(-1) == named[..., kind])
+        whole = whole + vectors[named[..., kind]]
+    apart = 1 - F.cosine_similarity(z, whole, dim=-1)  # [B, R] written as their sum
+    loss = mean(told + apart, share(on, 0.3)) + 2 * (voted + boxed)
+    return loss, right.sum() / on.sum().clamp(min=1)
+
+
+class Model(nn.Module):
+    """Spatial 3D-LLM around a Llama. See the file's docstring for shapes."""
+
+    def __init__(self, config: Config, text: data.TinyText | data.HubText):
+        super().__init__()
+        self.config, self.text = config, text
+        data.choose(LOCATIONS, config.locations, "form of locations")
+        if config.locations != "metres" and config.llm is None:
+            raise DataError(f"locations = {config.locations}: the tiny tokenizer has metres only; leave it unset")
+        self.llm = build_llm(config, len(text)) if config.llm is None else load_llm(config)
+        C, D = config.feature, self.llm.config.hidden_size
+        self.width = D
+        self.borrowed = () if config.llm is None else tuple(
+            f"llm.{name}" for name in self.llm.state_dict() if "lora_" not in name)  # fmt: skip
+        self.encoder, self.intra, self.context = PointNet(config), Abstraction(config), Context(config)
+        data.choose(INTER, config.inter, "inter-referent part")
+        self.inter = nn.ModuleDict({name: part(config) for name, part in INTER.items()})  # all: runs share weights
+        self.box = nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, 6))
+        self.projector = nn.Sequential(nn.Linear(C, D), nn.GELU(), nn.Linear(D, D), nn.LayerNorm(D))
+        self.code = LocationCode(D)
+        for part in (self.encoder, self.intra, self.inter, self.context, self.box, self.projector):
+            start_weights(part)
+        scale = self.embeddings.detach().float().square().mean().sqrt()  # what is new speaks as loud as words
+        with torch.no_grad():
+            for small in (self.intra.vote[-1], self.box[-1], *self.inter["graph"].layers):
+                small.weight.mul_(0.2)
+            self.context.key.weight.copy_(self.context.query.weight)  # look first at what is alike and near
+            nn.init.normal_(self.code.out.weight, std=float(scale) * (6 * WAVES) ** -0.5)
+            self.projector[-1].weight.fill_(1.0 if config.llm is None else float(scale))
+        if config.llm is None:
+            start_tiny(self, text)
+        if config.encoder:
+            self.load_encoder(Path(config.encoder))
+        self.visual, self.stage_steps, self.encoder_trains = "referents", False, False
+        self.cache, self.cache_folder, self.names = {}, None, [[""], [""]]
+
+    @property
+    def embeddings(self) -> Tensor:
+        return self.llm.get_input_embeddings().weight
+
+    # -- what trains, and on what
+
+    def parts(self) -> dict[str, list[nn.Module | nn.Parameter]]:
+        """What a stage may train; modules that are switched off take no part."""
+        c = self.config
+        lora = [p for name, p in self.llm.named_parameters() if "lora_" in name]
+        return {"encoder": [self.encoder], "code": [self.code] * c.positions, "lm": lora or [self.llm],
+                "scene": [self.projector, self.box, self.inter[c.inter], *[self.intra] * c.intra,
+                          *[self.context] * c.context]}  # fmt: skip
+
+    def begin(self, stage: Stage) -> None:
+        """Freeze everything but the parts the stage trains, and choose what the model sees: "encoder" (clouds, no
+        questions), "symbols" (every object's words and true box) or "referents" (of the frozen encoder)."""
+        known = ("encoder", "symbols", "referents")
+        if stage.visual not in known or not set(stage.trains) <= set(self.parts()):
+            raise ValueError(f"stage {stage.name}: visual is one of {known}, trains a subset of {tuple(self.parts())}")
+        self.requires_grad_(False)
+        for part in (p for name in stage.trains for p in self.parts()[name]):
+            part.requires_grad_(True)
+        self.encoder_trains = "encoder" in stage.trains
+        if self.encoder_trains:
+            self.cache = {key: found for key, found in self.cache.items() if key[0] != "seeds"}
+        self.visual, self.stage_steps = stage.visual, stage.steps
+
+    # -- clouds to seeds
+
+    def cloud(self, scene: Scene) -> dict:
+        """The geometry of a scene's cloud as it lies in memory, worked out once: f [N, 7] colour, normal, height;
+        p [N, 3]; order, balls and links as `PointNet.forward` takes them; inst [M] object ids of the seeds."""
+        key = ("cloud", scene.name)
+        if key not in self.cache:
+            c, back = self.config, scene.turn.T.astype(np.float32)
+            if scene.points is None or not len(scene.points):
+                raise DataError(f"{scene.name}: Spatial 3D-LLM reads a cloud, and this scene has no points")
+            kept = np.lexsort(scene.points.T)  # the order in memory means nothing
+            if len(kept) > c.points:
+                kept = kept[np.sort(np.random.default_rng(0).permutation(len(kept))[: c.points])]
+            p = scene.points[kept].astype(np.float32)
+            n = np.zeros_like(p) if scene.normals is None else scene.normals[kept]
+            rgb = np.full(p.shape, 0.5) if scene.colours is None else scene.colours[kept] / 255
+            p, n = p @ back.T, n @ back.T
+            f = np.concatenate([(rgb - 0.5) / 0.27, n, p[:, 2:] - 1], 1).astype(np.float32)  # all of unit size
+            order = sample_order(np.concatenate([p, c.spread * rgb, c.spread_normal * n], 1), c.centres[0])
+            levels = [p, *(p[order[:m]] for m in c.centres)]
+            balls = [ball_query(q, x, r, k) for x, q, r, k in zip(levels, levels[1:], c.radii, c.samples, strict=False)]
+            links = [interpolation(levels[i], levels[i + 1]) for i in (3, 2)]
+            inst = np.zeros(len(p), int) if scene.instances is None else scene.instances[kept]
+            self.cache[key] = {"f": f, "p": p, "order": order, "balls": balls, "links": links,
+                               "inst": inst[order[: c.centres[1]]]}  # fmt: skip
+        return self.cache[key]
+
+    def encode_clouds(self, clouds: Sequence[dict], turn: Tensor) -> tuple[Tensor, Tensor]:
+        """Clouds turned by turn [B, 3, 3] -> seed features [B, M, C] and places [B, M, 3]."""
+        stack = lambda rows: torch.from_numpy(np.stack(rows)).to(turn.device)  # noqa: E731
+        N = max(len(x["p"]) for x in clouds)
+        f, p = (stack([np.pad(x[k], ((0, N - len(x[k])), (0, 0))) for x in clouds]) for k in ("f", "p"))
+        f = torch.cat([f[..., :3], f[..., 3:6] @ turn.mT, f[..., 6:]], -1)  # [B, N, 7], normals turned
+        balls = [stack(level) for level in zip(*(x["balls"] for x in clouds), strict=True)]
+        links = [[stack([x["links"][i][j] for x in clouds]) for j in (0, 1)] for i in (0, 1)]
+        return self.encoder(f, p @ turn.mT, stack([x["order"] for x in clouds]), balls, links)
+
+    def see(self, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Referents [B, R, C], their boxes [B, R, 6], of all seeds votes and places [B, M, 3] and object ids [B, M].
+
+        While the encoder trains it sees the scenes as they are turned. A frozen one saw them once, unturned: what
+        follows from its cached seeds is turned afterwards, as features cannot be."""
+        turn = torch.from_numpy(np.stack([s.turn for s in scenes])).float().to(self.llm.device)
+        with torch.autocast(turn.device.type, enabled=False):  # metres stay float32
+            if self.encoder_trains:
+                clouds = [self.cloud(s) for s in scenes]
+                inst = torch.from_numpy(np.stack([x["inst"] for x in clouds])).to(turn.device)
+                f, p = self.encode_clouds(clouds, turn)
+                return *self.referents(f, p), p, inst
+            found = [self.load_seeds(s) for s in scenes]
+            f, p, inst = (torch.stack([x[k] for x in found]).to(turn.device) for k in ("f", "p", "inst"))
+            h, boxes, votes = self.referents(f.float(), p)
+            boxes = torch.cat([boxes[..., :3] @ turn.mT, boxes[..., 3:] @ turn.abs().mT], -1)
+            return h, boxes, votes @ turn.mT, p @ turn.mT, inst
+
+    def cache_key(self) -> str:
+        """Short hash of all that the seeds depend on: settings and the encoder's weights."""
+        c = self.config
+        digest = hashlib.sha256(repr((c.points, c.centres, c.radii, c.samples, c.spread, c.spread_normal)).encode())
+        for name, value in self.encoder.named_parameters():
+            digest.update(name.encode() + value.detach().float().cpu().clone().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def load_seeds(self, scene: Scene) -> dict[str, Tensor]:
+        """From memory, else from the cache folder, else computed (and written): {"f" [M, C] float16, "p" [M, 3] metres,
+        "inst" [M]}."""
+        key = ("seeds", scene.name)
+        if key not in self.cache:
+            path = None if self.cache_folder is None else self.cache_folder / f"{scene.name}.npz"
+            if path is not None and path.exists():
+                with np.load(path, allow_pickle=False) as stored:
+                    found = {k: torch.from_numpy(stored[k]) for k in ("f", "p", "inst")}
+            else:
+                cloud = self.cloud(scene)
+                with torch.no_grad():
+                    f, p = self.encode_clouds([cloud], torch.eye(3, device=self.llm.device)[None])
+                found = {"f": f[0].half().cpu(), "p": p[0].cpu(), "inst": torch.from_numpy(cloud["inst"]).long()}
+                if path is not None:
+                    data.write_npz(path, **{k: v.numpy() for k, v in found.items()})
+            self.cache[key] = found
+        return self.cache[key]
+
+    def prepare(self, scenes: Sequence[Scene], cache: Path | None = None, rank: int = 0, world: int = 1,
+                progress=lambda items, what: items) -> None:  # fmt: skip
+        """Frozen work, once: the geometry of the clouds, or the seeds of the frozen encoder, each rank its share (the
+        others' are then read from the cache folder); and the categories and colours that are told apart."""
+        for kind, of in enumerate((lambda o: o.category, lambda o: o.colour)):
+            found = {of(o) for s in scenes for o in s.objects} - data.STRUCTURE
+            self.names[kind] = sorted(found.union(self.names[kind], [""]))  # "" sorts first: nothing
+        mine = [s for i, s in enumerate(scenes) if i % world == rank]
+        if self.encoder_trains:
+            for scene in progress(mine, "geometry"):
+                self.cloud(scene)
+        elif self.visual != "symbols":
+            self.cache_folder = None if cache is None else Path(cache) / self.cache_key()
+            for scene in progress(mine, "seeds"):
+                self.load_seeds(scene)
+
+    def save_encoder(self, path: Path) -> None:
+        """The trained scene encoder as a file of its own, with the settings it belongs to."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        weights = {k: v.detach().float().cpu().contiguous() for k, v in self.encoder.state_dict().items()}
+        save_file(weights, path, {"settings": json.dumps(self.encoder_settings())})
+
+    def load_encoder(self, path: Path) -> None:
+        """Read a file of `save_encoder` into this model. Raises DataError where it is missing or of other settings."""
+        try:
+            with safe_open(path, "pt") as stored:
+                settings = json.loads((stored.metadata() or {}).get("settings", "null"))
+                weights = {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{path}: no readable encoder ({error}); write one with python spatial3dllm.py encoder"
+                            ) from None  # fmt: skip
+        if settings != self.encoder_settings():
+            raise DataError(f"{path}: an encoder with {settings}; these settings are {self.encoder_settings()}")
+        self.encoder.load_state_dict(weights)
+
+    def encoder_settings(self) -> dict:
+        c = self.config
+        return {"centres": list(c.centres), "radii": list(c.radii), "pairs": c.pairs, "feature": c.feature}
+
+    # -- seeds to tokens
+
+    def referents(self, f: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Seeds f [B, M, C] at p [B, M, 3] -> referents [B, R, C], boxes [B, R, 6] and the seeds' votes [B, M, 3]."""
+        c = self.config
+        h, v = self.intra(f, p, c.referents) if c.intra else (f[:, : c.referents], p)
+        q = v[:, : c.referents]  # [B, R, 3]
+        h = self.inter[c.inter](h, q)
+        if c.context:
+            h = self.context(h, q, f, p) if c.positions else self.context(h, 0 * q, f, 0 * p)
+        box = self.box(h)  # [B, R, 6] the rest of the way, and log sizes
+        return h, torch.cat([q + box[..., :3], (box[..., 3:] - 1).clamp(-5, 3).exp()], -1), v
+
+    def words_of(self, name: str) -> Tensor:
+        """The language model's vector [D] for a name, the mean over its tokens; "" = <unk>, nothing."""
+        ids = self.text.encode(name) if name else [getattr(self.text, "unk", self.text.eos)]
+        return self.embeddings[ids].float().mean(0)
+
+    def seen_loss(self, scenes: Sequence[Scene], features: Tensor, boxes: Tensor, votes: Tensor, places: Tensor,
+                  inst: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`detection_loss` with the truth of the scenes; places [B, M, 3] and object ids inst [B, M] of the seeds."""
+        index = [{name: i for i, name in enumerate(names)} for names in self.names]
+        most = 1 + max(int(inst.max()), max((o.id for s in scenes for o in s.objects), default=0))
+        true, named = torch.ones(len(scenes), most, 6), torch.zeros(len(scenes), most, 2, dtype=torch.long)
+        on = torch.zeros(len(scenes), most, dtype=torch.bool)
+        for b, scene in enumerate(scenes):
+            for o in (o for o in scene.objects if o.category not in data.STRUCTURE):
+                on[b, o.id], true[b, o.id] = True, torch.from_numpy(o.box)
+                named[b, o.id] = torch.tensor([index[0].get(o.category, 0), index[1].get(o.colour, 0)])
+        at = torch.arange(len(scenes))[:, None], inst.cpu()
+        true, named, on = (x[at].to(inst.device) for x in (true, named, on))  # [B, M, 6], [B, M, 2], [B, M]
+        true = torch.where(on[..., None], true, torch.cat([places, torch.ones_like(places)], -1))
+        with torch.no_grad():
+            words = [torch.stack([self.words_of(name) for name in names]) for names in self.names]
+        return detection_loss(boxes, votes, features, true, named, on, words)
+
+    def symbols(self, scene: Scene) -> tuple[Tensor, Tensor]:
+        """The tiny preset's stand-in for referents, one per object in random order: words [n, D], true boxes [n, 6]."""
+        order = np.random.default_rng(list(scene.identifiers.values())).permutation(len(scene.objects))
+        things = [scene.objects[i] for i in order]
+        first = lambda name: (self.text.encode(name) or [self.text.unk])[0]  # noqa: E731
+        words = torch.tensor([[first(o.category), first(o.colour)] for o in things])  # [n, 2]
+        boxes = torch.from_numpy(np.stack([o.box for o in things])).float()
+        return F.layer_norm(self.embeddings[words].sum(1), (self.width,)), boxes.to(self.embeddings.device)
+
+    def scene_length(self, scene: Scene) -> int:
+        """How many tokens the scene will take."""
+        return len(scene.objects) if self.visual == "symbols" else self.config.referents
+
+    def look(self, scenes: Sequence[Scene], teach: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Scene tokens [B, K, D], valid [B, K], and with `teach` the detection loss."""
+        if self.visual == "symbols":
+            rows = [self.symbols(s) for s in scenes]
+            z, boxes = (nn.utils.rnn.pad_sequence(part, batch_first=True) for part in zip(*rows, strict=True))
+            valid = torch.arange(z.shape[1]) < torch.tensor([len(r[0]) for r in rows])[:, None]  # [B, K]
+            loss = torch.zeros(())
+        else:
+            h, boxes, *seeds = self.see(scenes)
+            z = self.projector(h)
+            valid = torch.ones(z.shape[:2], dtype=torch.bool)
+            loss = self.seen_loss(scenes, z, boxes, *seeds)[0] if teach else torch.zeros(())
+        if self.config.positions:
+            z = z + self.code(boxes)
+        return z, valid.to(z.device), loss
+
+    def encode(self, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
+        """Scene tokens [B, K, D] and valid [B, K]; what they are depends on the stage."""
+        return self.look(scenes)[:2]
+
+    # -- questions
+
+    @staticmethod
+    def refer(scene: Scene, object_id: int) -> str:
+        """How a question names a marked object: by its box in text."""
+        return listed(scene.thing(object_id).box)
+
+    def batch(self, groups: Sequence[tuple[Scene, Sequence[Sample]]]) -> dict:
+        """Scenes with their questions -> tensors (see data.collate)."""
+        if self.visual == "encoder":
+            return {"scenes": [scene for scene, _ in groups], "samples": []}
+        if (form := self.config.locations) != "metres":
+            def write(sample: Sample, scene: Scene) -> Sample:
+                texts = {k: data.substitute(getattr(sample, k), partial(self.refer, scene))
+                         for k in ("question", "steps", "answer")}  # fmt: skip
+                return replace(sample, **{k: translate(t, scene.bounds, "metres", form) for k, t in texts.items()})
+
+            groups = [(scene, [write(s, scene) for s in samples]) for scene, samples in groups]
+        lengths = [self.scene_length(scene) for scene, _ in groups]
+        return data.collate(groups, self.text, lengths, self.refer, self.stage_steps)
+
+    def embed(self, ids: Tensor, tokens: Tensor, valid: Tensor) -> Tensor:
+        """Word embeddings with the scene's tokens in place of the placeholders: ids [R, T] -> [R, T, D]."""
+        embeds = self.llm.get_input_embeddings()(ids.clamp(min=0))  # [R, T, D]
+        return embeds.masked_scatter((ids == SCENE)[..., None], tokens[valid].to(embeds))  # [R, T, D]
+
+    def forward(self, batch: dict) -> dict[str, Tensor]:
+        """Summed next-token loss over answer tokens, {"loss", "weight", "correct"} (weight = how many); in the
+        encoder's stage the detection loss per scene."""
+        scenes = batch["scenes"]
+        if self.visual == "encoder":
+            h, boxes, *seeds = self.see(scenes)
+            loss, right = self.seen_loss(scenes, self.projector(h), boxes, *seeds)
+            weight = torch.tensor(float(len(scenes)), device=loss.device)
+            return {"loss": loss * weight, "weight": weight, "correct": right * weight}
+        device = self.llm.device
+        ids, labels, positions, block = (batch[k].to(device) for k in ("ids", "labels", "positions", "block"))
+        tokens, valid, seen = self.look(scenes, teach=self.visual == "referents")  # [S, K, D], [S, K]
+        hidden = self.llm.model(inputs_embeds=self.embed(ids, tokens, valid), attention_mask=data.packed_mask(block),
+                                position_ids=positions, use_cache=False).last_hidden_state  # [S, T, D]  # fmt: skip
+        answered = labels != IGNORE  # [S, T]
+        logits = self.llm.lm_head(hidden[answered]).float()  # [A, vocabulary]
+        target, weight = labels[answered], answered.sum()  # [A]
+        loss = F.cross_entropy(logits, target, reduction="sum") + self.config.teach * weight * seen
+        return {"loss": loss, "weight": weight, "correct": (logits.argmax(-1) == target).sum()}
+
+    @torch.no_grad()
+    def generate(self, batch: dict, max_new_tokens: int = 64) -> list[str]:
+        """Greedy answers, one per question in the batch's order, locations in metres; rows are left-padded so that all
+        end together."""
+        device = self.llm.device
+        tokens, valid = self.encode(batch["scenes"])  # [S, K, D]
+        rows = data.unpack_for_generation(batch, self.text)
+        ids, attention, scene = (rows[k].to(device) for k in ("ids", "attention", "scene"))
+        out = self.llm.generate(inputs_embeds=self.embed(ids, tokens[scene], valid[scene]), attention_mask=attention,
+                                max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.0,
+                                pad_token_id=self.text.pad, eos_token_id=self.text.eos)  # fmt: skip
+        texts = [self.text.decode(row) for row in out.tolist()]
+        if self.config.locations == "metres":
+            return texts
+        bounds = [batch["scenes"][s].bounds for s in scene.tolist()]
+        return [translate(t, b, self.config.locations, "metres") for t, b in zip(texts, bounds, strict=True)]
+
+    # -- own scenes and pictures
+
+    @staticmethod
+    def refusal(scene: Scene, question: str) -> str | None:
+        """Why a question about a scene of one's own cannot be answered, or None: it names what several things are.
+
+        The model learns to say so itself (rooms/modle_refuse); where the truth is known nobody need rely on that."""
+        f, asked = facts(scene), question.lower()
+        for words in sorted(f.described.values(), key=len, reverse=True):
+            asked = asked.replace(f"the {words}", "it")
+        for key, members in f.groups.items():
+            if len(members) > 1 and re.search(rf"\bthe {re.escape(data.phrase(*key))}\b", asked):
+                return f"{AMBIGUOUS} {len(members)} {data.phrase(*key, many=True)} are here."
+        return None
+
+    @torch.no_grad()
+    def token_centres(self, scene: Scene) -> np.ndarray:
+        """Where the scene's tokens are [K, 3], for pictures."""
+        return self.see([scene])[1][0, :, :3].cpu().numpy()
+
+    def pictures(self, scenes: Sequence[Scene], folder: Path, count: int = 4) -> list[Path]:
+        """Some scenes with their referents, and a distance and an edited box as answered; returns the files."""
+        paths = []
+        for scene in scenes[:count]:
+            scene = scene if scene.identifiers else replace(
+                scene, identifiers=data.number_objects(scene, np.random.default_rng(0)))  # fmt: skip
+            asked = data.question_set([scene], ["modle_distance", "modle_move"], 1, 0)
+            answers = self.generate(self.batch([(scene, asked)])) if asked else []
+            said = [text.rpartition("=")[2].strip() for text in answers]
+            lines = [f"{s.question}  {t}  (true: {s.answer})" for s, t in zip(asked, said, strict=True)]
+            paths.append(folder / f"{scene.name}.png")
+            data.draw_scene(scene, paths[-1], lines, self.token_centres(scene), answers)
+        return paths
+
+
+# ---- 7 locations as text ---------------------------------------------------------------------------------------------
 
 GRID = 255  # the largest integer of the grid form (LL3DA's)
 
@@ -81,7 +910,7 @@ def translate(text: str, bounds: np.ndarray | None, source: str, target: str) ->
     return data.TUPLE.sub(rewrite, text)
 
 
-# ---- MODLE: distances measured, layouts edited -----------------------------------------------------------------------
+# ---- 8 MODLE: distances measured, layouts edited ---------------------------------------------------------------------
 #
 # The composition, splits, wordings and scores of MODLE's 263K annotations are not public: all of this section is our
 # choice. Objects are named by descriptions that fit them alone (`data.describe`). Distances run from centre to centre
@@ -494,3 +1323,153 @@ def modle_main(arguments: Sequence[str]) -> None:
         counts = f"{manifest[split]['questions']} questions about {len(manifest[split]['scenes'])} scans"
         print(f"{a.out / split}.json: {counts}; {tasks}")
     print(a.out / "manifest.json")
+
+
+# ---- 9 the recipe ----------------------------------------------------------------------------------------------------
+
+_USUAL = {"colour": 0.04, "what": 0.05, "where": 0.03, "count": 0.03, "exist": 0.06, "caption": 0.04}
+_EDIT = {"modle_distance": 0.2, "modle_move": 0.2, "modle_place": 0.08, "modle_refuse": 0.08}
+_TINY = dict(lr=2e-3, weight_decay=0.01, per_scene=16, batch=256, schedule="constant", warmup=0.1, steps=True)
+
+STAGES = {
+    "paper": [  # not public: VoteNet's encoder training, 3DMIT's instruction tuning
+        Stage("0 encoder", {}, ("encoder", "scene"), "encoder", epochs=180, batch=8, lr=1e-3, weight_decay=0.01),
+        Stage("I instructions", {"ground": 0.15, "multi": 0.05, "situated": 0.05, **_USUAL, **_EDIT},
+              ("scene", "code", "lm"), "referents", epochs=2, samples=263_000, batch=128, per_scene=8, lr=5e-4,
+              betas=(0.9, 0.95), weight_decay=1e-3, warmup=0.03),
+    ],
+    "tiny": [  # the encoder comes third: its classes are the word vectors that the first two have taught
+        Stage("I locations", {"ground": 0.4, "ground_multiple": 0.2, "ground_category": 0.2, "colour": 0.2},
+              ("code", "lm"), "symbols", iterations=340, recolour=True, **_TINY),
+        Stage("II steps", {"subtract": 0.27, "norm": 0.05, "modle_add": 0.24, "modle_stack": 0.03, "ground": 0.06,
+                           "colour": 0.02, "what": 0.03, "exist": 0.05, "count": 0.02, "modle_distance": 0.13,
+                           "modle_move": 0.15, "modle_refuse": 0.06},
+              ("code", "lm"), "symbols", iterations=800, recolour=True, **{**_TINY, "batch": 192, "per_scene": 12}),
+        Stage("III encoder", {}, ("encoder", "scene"), "encoder", iterations=900, batch=16, lr=3e-3, schedule="cosine",
+              warmup=0.04, weight_decay=0.01),
+        Stage("IV referents", {"ground": 0.08, "subtract": 0.06, "modle_add": 0.1, "modle_stack": 0.03, **_USUAL,
+                               **_EDIT},
+              ("scene", "code", "lm"), "referents", iterations=600,
+              **{**_TINY, "schedule": "trapezoid", "batch": 128, "per_scene": 8}),
+    ],
+}  # fmt: skip
+
+
+def recipe(config: Config, stages: list[Stage]) -> list[Stage]:
+    """The stages for a configuration: a loaded encoder is frozen from the start, and only what follows it trains."""
+    if config.encoder is None:
+        return stages
+    return [replace(s, trains=("scene",)) if s.visual == "encoder" else s for s in stages]
+
+
+UNLABELLED = ("ground_superlative", "modle_distance", "modle_move")  # what stands in for questions that need names
+
+
+# ---- 10 alternatives the paper compares with -------------------------------------------------------------------------
+
+
+class Concatenation(nn.Module):
+    """Instead of the graph: a referent beside its k nearest, features side by side, through one layer."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.k, C = config.neighbours, config.feature
+        self.norm, self.out = nn.LayerNorm(C), nn.Linear((self.k + 1) * C, C)
+
+    def forward(self, h: Tensor, centres: Tensor) -> Tensor:
+        """h [B, R, C], centres [B, R, 3] -> [B, R, C]; with fewer than k others the nearest come again."""
+        R = h.shape[1]
+        near = torch.cdist(centres, centres).topk(min(self.k + 1, R), largest=False).indices  # [B, R, k + 1]
+        near = near[..., torch.arange(self.k + 1, device=h.device) % R]
+        return h + F.relu(self.out(gather(self.norm(h), near).flatten(2)))
+
+
+class Nothing(nn.Module):
+    """Referents stay as they are."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+
+    def forward(self, h: Tensor, centres: Tensor) -> Tensor:
+        return h
+
+
+INTER = {"graph": Graph, "concat": Concatenation, "off": Nothing}
+
+
+# ---- 11 demo and command line ----------------------------------------------------------------------------------------
+
+
+def demo() -> None:
+    """One room from points to an answer, with real shapes, and a tiny model that learns its questions by heart."""
+    torch.manual_seed(0)
+    scene = data.room(1, views=0)
+    scene.identifiers = data.number_objects(scene, np.random.default_rng(0))
+    data.TASKS.update(TASKS)
+    model = Model(Config.tiny(), data.TinyText(data.vocabulary()))
+    stage = Stage("demo", {"modle_distance": 1.0, "modle_move": 1.0}, ("scene", "code", "lm"), "referents", steps=True)
+    model.begin(stage)
+    model.prepare([scene])
+    shape = lambda *tensors: ", ".join(str(list(t.shape)) for t in tensors)  # noqa: E731
+    with torch.no_grad():
+        h, boxes, votes, _, seeds = model.see([scene])
+        tokens, _ = model.encode([scene])
+    print(f"cloud [N, 3]                 {shape(scene.points)}")
+    print(f"seeds [B, M]                 {shape(seeds)}")
+    print(f"votes [B, M, 3]              {shape(votes)}")
+    print(f"referents, boxes [B, R, .]   {shape(h, boxes)}")
+    print(f"graph [B, R, R]              {shape(neighbour_graph(boxes[..., :3], model.config.neighbours))}")
+    print(f"scene tokens [B, K, D]       {shape(tokens)}")
+    samples = data.questions(scene, stage.tasks, 8, np.random.default_rng(1))
+    batch = model.batch([(scene, samples)])
+    print(f"packed questions [S, T]      {shape(batch['ids'])}, {len(samples)} of them")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    print(f"parameters that train        {sum(p.numel() for p in trained):,}")
+    optimizer = torch.optim.AdamW(trained, lr=3e-3)
+    for step in range(61):
+        out = model(batch)
+        loss = out["loss"] / out["weight"]
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        if step % 10 == 0:
+            print(f"step {step:3d}  loss {loss.item():.3f}")
+    answer = model.generate(model.batch([(scene, samples[:1])]))[0]
+    print(f"{samples[0].question}  ->  {answer}")
+    print(f"(true: {samples[0].answer}; learned by heart, python train.py --model spatial3dllm learns to see)")
+
+
+def encoder_main(arguments: Sequence[str]) -> None:
+    """`python spatial3dllm.py encoder --run DIR --out FILE`: a run's scene encoder as a file of its own, which
+    `--set encoder=FILE` reads. Raises DataError."""
+    parser = argparse.ArgumentParser(prog="spatial3dllm.py encoder", allow_abbrev=False)
+    parser.error = lambda message: (_ for _ in ()).throw(DataError(f"encoder: {message}"))
+    parser.add_argument("--run", type=Path, required=True, help="folder of a trained run")
+    parser.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
+    a = parser.parse_args(arguments)
+    data.load_model(sys.modules[__name__], a.run).save_encoder(a.out)
+    print(a.out)
+
+
+COMMANDS = {"modle": modle_main, "encoder": encoder_main}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Without arguments the demo; `modle` writes annotations, `encoder` a file; --scene, --ask and --run ask."""
+    try:
+        if not arguments:
+            demo()
+        elif arguments[0] in COMMANDS:
+            COMMANDS[arguments[0]](arguments[1:])
+        else:
+            data.TASKS.update(TASKS)
+            data.ask_scene(sys.modules[__name__], arguments)
+    except DataError as error:
+        print(f"spatial3dllm.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -45,6 +45,23 @@ STUDIES = {  # model -> stages trained once; those trained per run, with their s
             "dLoRA without filter": (["filter=none"], 82.53),
         },
     },
+    "spatial3dllm": {
+        "shared": "I locations,II steps,III encoder",
+        "last": {"IV referents": 200},
+        "settings": [],
+        "scores": {"rooms/modle_distance": "within_20_percent/number", "rooms/modle_move": "acc@0.25/box",
+                   "rooms/modle_place": "acc@0.25/box", "rooms/grounding": "acc@0.25/scanrefer"},
+        "paper": "its tables are not public",
+        "variants": {
+            "all three modules": ([], None),
+            "no intra-referent": (["intra=false"], None),
+            "no inter-referent": (["inter=off"], None),
+            "no contextual": (["context=false"], None),
+            "none of the three": (["intra=false", "inter=off", "context=false"], None),
+            "concatenation for the graph": (["inter=concat"], None),
+            "no positions": (["positions=false"], None),
+        },
+    },
 }
 
 
@@ -96,7 +113,7 @@ def main() -> None:
         print(f"{benchmark} {metric} x 100")
         for name, (_, paper) in study["variants"].items():
             row = f"  {name:30s} {spread(of(name)[:, k])}   difference {spread((of(name) - of(base))[:, k])}"
-            print(row + ("" if k else f"   paper {paper}"))
+            print(row + ("" if k or paper is None else f"   paper {paper}"))
 
 
 if __name__ == "__main__":

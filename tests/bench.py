@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import fase3d
 import proxy3d
+import spatial3dllm
 
 
 def best(work, times: int = 3) -> float:
@@ -326,7 +327,50 @@ def tokenizer(N: int = 50_000, M: int = 1024) -> None:
     print(f"  dense circulants / FFT {dense:.1f} x; Q-Former / graph pooling {pooling:.0f} x")
 
 
-BENCHES = {"proxy3d": (clustering, rooms, latency), "fase3d": (curve_keys, graph_time, graph_quality, tokenizer)}
+# ---- Spatial 3D-LLM --------------------------------------------------------------------------------------------------
+
+
+PAPER = dict(centres=(2048, 1024, 512, 256), samples=(64, 32, 16, 16), pairs=2, feature=256, spread=0.0,
+             spread_normal=0.0, referents=256, context_heads=8, fourier=128)  # fmt: skip
+
+
+def parts_of(scene: data.Scene, config: spatial3dllm.Config) -> list[float]:
+    """Seconds of one scene's geometry, encoder, three modules and a distance answer of 24 tokens."""
+    torch.manual_seed(0)
+    model = spatial3dllm.Model(config, data.TinyText(data.vocabulary()))
+    model.begin(data.Stage("", {}, (), "referents", steps=True))
+    sample = data.questions(scene, {"modle_distance": 1.0}, 1, np.random.default_rng(0))
+
+    def geometry() -> None:
+        model.cache.clear()
+        model.cloud(scene)
+
+    with torch.no_grad():
+        first, cloud, turn = best(geometry), [model.cloud(scene)], torch.eye(3)[None]
+        second = best(lambda: model.encode_clouds(cloud, turn))
+        seeds = model.encode_clouds(cloud, turn)
+        third = best(lambda: model.referents(*seeds), 5)
+        batch = model.batch([(scene, sample)])
+        whole = best(lambda: model.generate(batch, 24))
+    return [first, second, third, whole - third]
+
+
+def spatial() -> None:
+    """Spatial 3D-LLM's parts against the number of points and of objects."""
+    data.TASKS.update(spatial3dllm.TASKS)
+    print("seconds per scene: geometry (once), encoder (once), three modules, answer; scenes per second new and cached")
+    cases = [(f"tiny, 12 objects, {n:6,} points", 12, n, {}) for n in (2048, 8192, 32_768)]
+    cases += [(f"tiny, {n} objects, 2,048 points", n, 2048, {}) for n in (50, 100, 200)]
+    cases += [("the paper's sizes but the LLM, 40,000 points", 12, 40_000, PAPER)]
+    for name, objects, points, sizes in cases:
+        scene = data.room(5, objects=objects, views=0, points=points)
+        *once, modules, answer = parts_of(scene, spatial3dllm.Config.tiny(points=points, **sizes))
+        row = " ".join(f"{t:8.4f}" for t in (*once, modules, answer))
+        print(f"  {name:45s} {row} {1 / (sum(once) + modules + answer):8.1f} {1 / (modules + answer):8.1f}")
+
+
+BENCHES = {"proxy3d": (clustering, rooms, latency), "fase3d": (curve_keys, graph_time, graph_quality, tokenizer),
+           "spatial3dllm": (spatial,)}  # fmt: skip
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

@@ -56,6 +56,11 @@ NOT_RUN = {
     "python tests/ablate.py fase3d": "an hour",
     "python tests/bench.py proxy3d": "timings belong to a quiet machine",
     "python tests/ablate.py proxy3d": "a quarter of an hour",
+    "torchrun train.py --model spatial3dllm --set inter=off --out runs/no_graph": "minutes",
+    "torchrun --nproc_per_node 8 train.py --model spatial3dllm --data scannet --root DIR --preset paper": "GPUs",
+    "python evaluate.py --run runs/spatial3dllm --objects 10 50 100 200": "tests/test_evaluate.py asks in such rooms",
+    "python tests/bench.py spatial3dllm": "timings belong to a quiet machine",
+    "python tests/ablate.py spatial3dllm": "an hour",
 }
 
 
@@ -79,7 +84,7 @@ def test_every_flag_of_a_command_is_in_its_help(command, capsys, monkeypatch):
     """`--help` is what the program's own parser knows; words that are no flag must be known to it too, or be values."""
     program, *words = command
     flags = [w for w in words if w.startswith("--")]
-    branch = [w for w in words[:1] if w in ("check", "rooms")]
+    branch = [w for w in words[:1] if w in ("check", "rooms", "modle", "encoder")]
     said = help_of(program, branch, capsys, monkeypatch)
     assert [f for f in flags if not re.search(rf"{f}\b", said)] == []
 
