@@ -1180,6 +1180,7 @@ def _mix(**parts: tuple[float, dict[str, float]]) -> dict[str, float]:
 
 
 TUNED = {"qa": _QA, "caption": _CAPTION, "all": _mix(qa=(0.7, _QA), caption=(0.2, _CAPTION), name=(0.1, _NAME))}
+_OFFICIAL = {"qa": ("ScanQA", "SQA3D"), "caption": ("ScanRefer", "Nr3D"), "all": tuple(GENERALIST)}  # of a task
 _PARTS = ("tokenizer", "place", "prompt", "adapters", "filter")
 _ALL = _mix(qa=(0.6, _QA), caption=(0.15, _CAPTION), name=(0.25, _NAME))
 _TINY = dict(lr=2e-3, weight_decay=0.01, per_scene=32, batch=256, schedule="constant", warmup=0.1, steps=True)
@@ -1207,7 +1208,8 @@ def recipe(config: Config, stages: list[Stage]) -> list[Stage]:
     """The stages for a configuration: without `pretrain` no generalist stage ("from scratch"); the last stage asks what
     `task` names."""
     kept = [s for s in stages if config.pretrain or s.name != "1 generalist"]
-    return [replace(s, tasks=TUNED[config.task]) if s.name == "2 task" else s for s in kept]
+    files = {name: GENERALIST[name] for name in _OFFICIAL[config.task]}
+    return [replace(s, tasks=TUNED[config.task], files=files) if s.name == "2 task" else s for s in kept]
 
 
 # ---- 11 alternatives the paper compares with -------------------------------------------------------------------------

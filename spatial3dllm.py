@@ -81,6 +81,7 @@ from data import (
     Facts,
     Sample,
     Scene,
+    Source,
     Stage,
     facts,
     listed,
@@ -414,31 +415,18 @@ def load_llm(config: Config):
     return inject_adapter_in_model(lora, llm)
 
 
-def start_weights(part: nn.Module) -> None:
-    """Every linear map from N(0, 1 / inputs), the scale for widths of hundreds; biases zero."""
-    for module in part.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-
-
 @torch.no_grad()
 def start_tiny(model: Model, text: data.TinyText) -> None:
-    """Give a model from a configuration what pre-training would: attend to what shares content, copy it unchanged.
+    """Give a model from a configuration what pre-training would: attend to what shares content, copy it unchanged
+    (`data.start_decoder`).
 
-    With keys = queries and output = transposed values every head starts as "find the token like me and add it"; the
-    weights are scaled for a width of 100s, not 1000s; embeddings have unit size and the logits a small gain. A number's
-    token starts as the code that a referent with this number carries, so that reading a box is the same copy as reading
-    a name. All of it is trained on.
+    The weights are scaled for a width of 100s, not 1000s; embeddings have unit size and the logits a small gain. The
+    token of a number starts as the code that a referent with this number carries, so that reading a box is the same
+    copy as reading a name. All of it is trained on.
     """
     llm, D = model.llm.model, model.width
-    start_weights(llm)
-    for layer in llm.layers:
-        layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
-        layer.self_attn.o_proj.weight.copy_(layer.self_attn.v_proj.weight.T)
-    look_back(llm.layers[0].self_attn, model.config.heads)
-    llm.norm.weight.fill_(0.1)
+    data.start_weights(llm)
+    data.start_decoder(llm, model.config.heads)
     table = llm.embed_tokens.weight
     nn.init.normal_(table)
     maps = dict(zip("xyzwdhl", torch.randn(7, 2 * WAVES, D) / math.sqrt(WAVES), strict=True))  # l: lengths, of no axis
@@ -447,22 +435,6 @@ def start_tiny(model: Model, text: data.TinyText) -> None:
     # a place speaks softly at first, a size softer: full strength would drown the words that grounding needs
     gain = dict(zip("xyzwdh", [0.35] * 3 + [0.25] * 3, strict=True))
     model.code.out.weight.copy_(torch.cat([gain[a] * maps[a] for a in gain]).T)
-
-
-def look_back(attention: nn.Module, heads: int, gain: float = 2.0) -> None:
-    """Turn the first two heads into "the word before" and "the one before that": constant queries and keys (biases)
-    whose rotary angles agree at that distance, so that a question's end knows its last words."""
-    size = attention.q_proj.out_features // heads
-    theta = 1e6 ** (-torch.arange(size // 2) * 2.0 / size)[:4]  # the four fastest rotary pairs
-    strength = math.sqrt(gain * math.sqrt(size))
-    for head in range(2):
-        rows = slice(head * size, (head + 1) * size)
-        for projection, turn in ((attention.q_proj, 0.0), (attention.k_proj, head + 1.0)):
-            projection.weight[rows] = 0
-            projection.bias[rows][:4] = strength * (turn * theta).cos()
-            projection.bias[rows][size // 2 : size // 2 + 4] = strength * (turn * theta).sin()
-        attention.v_proj.weight[rows] *= 1.5
-        attention.o_proj.weight[:, rows] *= 1.5
 
 
 def detection_loss(boxes: Tensor, votes: Tensor, features: Tensor, true: Tensor, named: Tensor, on: Tensor,
@@ -515,7 +487,7 @@ class Model(nn.Module):
         self.projector = nn.Sequential(nn.Linear(C, D), nn.GELU(), nn.Linear(D, D), nn.LayerNorm(D))
         self.code = LocationCode(D)
         for part in (self.encoder, self.intra, self.inter, self.context, self.box, self.projector):
-            start_weights(part)
+            data.start_weights(part)
         scale = self.embeddings.detach().float().square().mean().sqrt()  # what is new speaks as loud as words
         with torch.no_grad():
             for small in (self.intra.vote[-1], self.box[-1], *self.inter["graph"].layers):
@@ -1327,6 +1299,12 @@ def modle_main(arguments: Sequence[str]) -> None:
 
 # ---- 9 the recipe ----------------------------------------------------------------------------------------------------
 
+INSTRUCTIONS = {  # official files beside MODLE; the paper's counts are not public: these are the training files' own
+    "ScanQA": Source("scanqa", 25_563), "SQA3D": Source("sqa3d", 26_623),
+    "ScanRefer": Source("scanrefer", 36_665, "id"),
+    "Scan2Cap": Source("scan2cap", 36_665), "3D-LLM planning": Source("3dllm/planning", 1864),
+    "3D-LLM descriptions": Source("3dllm/description", 1033),
+}  # fmt: skip
 _USUAL = {"colour": 0.04, "what": 0.05, "where": 0.03, "count": 0.03, "exist": 0.06, "caption": 0.04}
 _EDIT = {"modle_distance": 0.2, "modle_move": 0.2, "modle_place": 0.08, "modle_refuse": 0.08}
 _TINY = dict(lr=2e-3, weight_decay=0.01, per_scene=16, batch=256, schedule="constant", warmup=0.1, steps=True)
@@ -1336,7 +1314,7 @@ STAGES = {
         Stage("0 encoder", {}, ("encoder", "scene"), "encoder", epochs=180, batch=8, lr=1e-3, weight_decay=0.01),
         Stage("I instructions", {"ground": 0.15, "multi": 0.05, "situated": 0.05, **_USUAL, **_EDIT},
               ("scene", "code", "lm"), "referents", epochs=2, samples=263_000, batch=128, per_scene=8, lr=5e-4,
-              betas=(0.9, 0.95), weight_decay=1e-3, warmup=0.03),
+              betas=(0.9, 0.95), weight_decay=1e-3, warmup=0.03, files=INSTRUCTIONS),
     ],
     "tiny": [  # the encoder comes third: its classes are the word vectors that the first two have taught
         Stage("I locations", {"ground": 0.4, "ground_multiple": 0.2, "ground_category": 0.2, "colour": 0.2},
