@@ -971,8 +971,6 @@ class Model(nn.Module):
         logits = self.llm.lm_head(hidden[answered]).float()  # [A, vocabulary]
         target = labels[answered]  # [A]
         loss = F.cross_entropy(logits, target, reduction="sum")
-        if not len(prompts) and self.visual == "tokens":  # without a click the coordinate token has no gradient: 0
-            loss = loss + 0 * sum(p.sum() for p in self.coordinate.parameters())
         return {"loss": loss, "weight": answered.sum(), "correct": (logits.argmax(-1) == target).sum(),
                 "tokens": (block >= 0).sum()}  # fmt: skip
 

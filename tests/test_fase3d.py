@@ -1144,9 +1144,9 @@ def test_a_marked_object_is_asked_about_by_a_click_or_its_box(text, scenes):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_precision_changes_the_loss_by_a_rounding(hubs, scenes, family):
-    """The frozen model in bfloat16 as a paper run loads it, and autocast as the trainer runs it."""
+    """The frozen model in float16 as a paper run loads it, or bfloat16, and autocast as the trainer runs it."""
     groups, losses = asked(scenes), []
-    for dtype, auto in (("float32", False), ("float32", True), ("bfloat16", False), ("bfloat16", True)):
+    for dtype, auto in (("float32", False), ("float32", True), ("float16", False), ("bfloat16", True)):
         model = wake(load(hubs[family], dtype=dtype))
         with torch.autocast("cpu", torch.bfloat16, enabled=auto):
             batch = model.batch(groups)
