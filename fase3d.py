@@ -269,7 +269,8 @@ def unhilbert(keys: Tensor, bits: int) -> Tensor:
     return torch.stack(x, 1)
 
 
-CURVES = {  # name -> (keys, axes in the order in which they lead); 1, 2, 4 or all 6 are used, from the top
+CURVES = {  # name -> (keys, axes as they enter: the first leads a Hilbert key, the last a Morton key); 1, 2, 4 or 6 are
+    # used, from the top
     "z": (morton, (0, 1, 2)), "hilbert": (hilbert, (0, 1, 2)),
     "transposed z": (morton, (1, 0, 2)), "transposed hilbert": (hilbert, (1, 0, 2)),
     "vertical z": (morton, (2, 0, 1)), "vertical hilbert": (hilbert, (2, 0, 1)),
@@ -1107,9 +1108,9 @@ MARKER = {"format": "fase3d", "needs": "fourier filter, routing by token kind"} 
 
 
 def save_adapters(model: Model, folder: Path) -> None:
-    """Everything that was trained, in the form in which adapters are passed on: FOLDER/<adapter>/ as peft writes it,
-    FOLDER/fase3d.safetensors with tokenizer, coordinate token and filter, marked. peft alone would load the adapters,
-    apply one of them to all tokens, and know nothing of the rest."""
+    """What was trained around the language model, in the form in which adapters are passed on: FOLDER/<adapter>/ as peft
+    writes it, and FOLDER/fase3d.safetensors with tokenizer, coordinate token and filter, marked. peft alone would load
+    the adapters, apply one of them to all tokens, and know nothing of the rest."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
