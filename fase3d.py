@@ -1108,7 +1108,7 @@ MARKER = {"format": "fase3d", "needs": "fourier filter, routing by token kind"} 
 
 
 def save_adapters(model: Model, folder: Path) -> None:
-    """What was trained around the language model, in the form in which adapters are passed on: FOLDER/<adapter>/ as peft
+    """What was trained around the language model, in the form in which adapters travel: FOLDER/<adapter>/ as peft
     writes it, and FOLDER/fase3d.safetensors with tokenizer, coordinate token and filter, marked. peft alone would load
     the adapters, apply one of them to all tokens, and know nothing of the rest."""
     from safetensors.torch import save_file
