@@ -1174,7 +1174,9 @@ def modle_refuse(scene: Scene, rng: np.random.Generator, task: str) -> Sample | 
     template = pick(rng, ("modle_distance", "modle_move_axis", "modle_move_towards", "modle_place_floor"))
     what, other = (words, "") if template == "modle_move_axis" else several(rng, [known, words], 2)
     text |= {"what": what, "other": other, "axis": "xy"[DIRECTIONS[side][0]]}
-    return data.ask(scene, rng, task, AMBIGUOUS, text, template=template + loose, kind=kind)
+    # the slots of those that can be answered, or a blind guess would know
+    slots = {"a": what, "b": other} if template == "modle_distance" else {"side": side, "what": what, "amount": amount}
+    return data.ask(scene, rng, task, AMBIGUOUS, text, slots, template + loose, kind=kind)
 
 
 def modle_drill(scene: Scene, rng: np.random.Generator, task: str) -> Sample | None:
