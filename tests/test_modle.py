@@ -256,7 +256,7 @@ def test_a_scene_of_unknown_scale_or_without_things_is_asked_nothing():
 def test_a_run_on_an_unlabelled_scene_keeps_modles_tasks():
     """Questions about names are swapped for others there; MODLE's speak of colour and size."""
     stage = data.Stage("I", {"modle_move": 0.5, "modle_add": 0.2, "count": 0.3}, ())
-    (kept,) = train.askable([stage], [hand(thing(1, "", "red", 0, 0))], data.UNLABELLED, print, modle.GEOMETRY_TASKS)
+    (kept,) = train.askable([stage], [hand(thing(1, "", "red", 0, 0))], modle, print)
     assert kept.tasks["modle_move"] == 0.5 and kept.tasks["modle_add"] == 0.2 and "count" not in kept.tasks
 
 
