@@ -2216,7 +2216,8 @@ def refusal(scene: Scene, task: str) -> str | None:
 
 def vocabulary(categories: Iterable[str] = CATEGORIES) -> list[str]:
     """Every word that a question, its steps or its answer may hold, for a tokenizer that knows only whole words."""
-    parts = [w for wordings in TEMPLATES.values() for w in wordings] + [w for c in categories if c for w in (c, plural(c))]
+    parts = [w for wordings in TEMPLATES.values() for w in wordings]
+    parts += [w for c in categories if c for w in (c, plural(c))]
     parts += [*COLOURS, *SELECT, *itertools.chain(*SIDES, *(row[0] for row in HEADINGS.values())), WORDS]
     return sorted({w for text in parts for w in re.findall(r"[a-z]+", re.sub(r"\{\w+\}", " ", text))})
 
