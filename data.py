@@ -2207,6 +2207,15 @@ GEOMETRY_TASKS = ("coordinate", "distance_ids", "relation", "id_size", "id_colou
 UNLABELLED = ("ground_superlative", "id_colour", "id_size")  # what stands in there for a question that needs a name
 
 
+def adopt(paper) -> None:
+    """Take a paper's own question types among the shared ones: its TASKS and, where it has them, its TEMPLATES (their
+    wordings), METRIC and NEVER_TRAINED. Whoever runs that paper calls this; importing it changes nothing."""
+    TASKS.update(paper.TASKS)
+    TEMPLATES.update(getattr(paper, "TEMPLATES", {}))
+    METRIC.update(getattr(paper, "METRIC", ()))
+    NEVER_TRAINED.update(getattr(paper, "NEVER_TRAINED", ()))
+
+
 def refusal(scene: Scene, task: str) -> str | None:
     """Why a task cannot be asked of a scene at all, in one line; None = it can."""
     if task in METRIC and not scene.metric:

@@ -1209,10 +1209,9 @@ TASKS: dict[str, Callable[[Scene, np.random.Generator], Sample | None]] = {
     for task in tasks
 }
 GEOMETRY_TASKS = tuple(TASKS)  # none needs a category
-# data's tables are what `data.ask`, `data.vocabulary` and the baselines read: importing this file fills them in
-data.TEMPLATES.update(TEMPLATES)
-data.METRIC.update(task for task in TASKS if "refuse" not in task)
-data.NEVER_TRAINED.update(task for task in TASKS if task.endswith(("_loose", "_one_view")))
+# what `data.adopt` takes, beside TASKS and TEMPLATES, into the tables that `data.ask` and the baselines read
+METRIC = {task for task in TASKS if "refuse" not in task}
+NEVER_TRAINED = {task for task in TASKS if task.endswith(("_loose", "_one_view"))}
 
 # Writing them down. 219 questions for each of ScanNet's 1,201 training scans are the paper's 263K.
 
@@ -1261,6 +1260,7 @@ def write_modle(root: Path, out: Path, per_scene: int = PER_SCENE, seed: int = 0
     and OUT/manifest.json with the seed, the wordings and the counts per task and scene, which is returned. Each split
     has `per_scene` questions times its scans, shared out over tasks by SHARES, as far as its scans can give them; the
     validation scans are asked as many once more in the looser wordings. The same seed gives the same files."""
+    data.adopt(sys.modules[__name__])
     manifest = {"seed": seed, "per_scene": per_scene, "shares": SHARES, "wordings": TEMPLATES}
     out.mkdir(parents=True, exist_ok=True)
     for split, ids in zip(("train", "val"), data.scan_ids(root).values(), strict=True):
@@ -1385,7 +1385,6 @@ def demo() -> None:
     torch.manual_seed(0)
     scene = data.room(1, views=0)
     scene.identifiers = data.number_objects(scene, np.random.default_rng(0))
-    data.TASKS.update(TASKS)
     model = Model(Config.tiny(), data.TinyText(data.vocabulary()))
     stage = Stage("demo", {"modle_distance": 1.0, "modle_move": 1.0}, ("scene", "code", "lm"), "referents", steps=True)
     model.begin(stage)
@@ -1437,13 +1436,13 @@ COMMANDS = {"modle": modle_main, "encoder": encoder_main}
 
 def main(arguments: Sequence[str]) -> int:
     """Without arguments the demo; `modle` writes annotations, `encoder` a file; --scene, --ask and --run ask."""
+    data.adopt(sys.modules[__name__])
     try:
         if not arguments:
             demo()
         elif arguments[0] in COMMANDS:
             COMMANDS[arguments[0]](arguments[1:])
         else:
-            data.TASKS.update(TASKS)
             data.ask_scene(sys.modules[__name__], arguments)
     except DataError as error:
         print(f"spatial3dllm.py: {error}", file=sys.stderr)

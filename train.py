@@ -763,7 +763,7 @@ def build(args: argparse.Namespace, ranks: Ranks, paper=None, scenes: tuple | No
     """Scenes, tokenizer and a fresh model for a command. `paper`, `scenes` (train, test) and `text` (a tokenizer's
     state) replace what the command names."""
     paper = paper or importlib.import_module(pick(args.model, MODELS, "model"))
-    data.TASKS.update(paper.TASKS)
+    data.adopt(paper)
     config, stages = configure(args, paper)
     if scenes is None:
         source = SOURCES[pick(args.data, SOURCES, "source of data")]

@@ -357,7 +357,7 @@ def parts_of(scene: data.Scene, config: spatial3dllm.Config) -> list[float]:
 
 def spatial() -> None:
     """Spatial 3D-LLM's parts against the number of points and of objects."""
-    data.TASKS.update(spatial3dllm.TASKS)
+    data.adopt(spatial3dllm)
     print("seconds per scene: geometry (once), encoder (once), three modules, answer; scenes per second new and cached")
     cases = [(f"tiny, 12 objects, {n:6,} points", 12, n, {}) for n in (2048, 8192, 32_768)]
     cases += [(f"tiny, {n} objects, 2,048 points", n, 2048, {}) for n in (50, 100, 200)]

@@ -22,6 +22,11 @@ from spatial3dllm import TASKS, TEMPLATES, distinct, read_locations, translate
 ASKED = [task for task in TASKS if task not in ("modle_add", "modle_stack")]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def question_types():
+    data.adopt(modle)
+
+
 @pytest.fixture(scope="module")
 def scenes():
     """200 rooms; a few are crowded and have frames, for the slice of what is seen once."""

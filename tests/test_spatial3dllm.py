@@ -19,7 +19,6 @@ from data import DataError, HubText, Stage, TinyText, augment, questions, room
 from spatial3dllm import (
     INTER,
     STAGES,
-    TASKS,
     Abstraction,
     Concatenation,
     Config,
@@ -52,12 +51,8 @@ MIX = {"modle_distance": 2, "modle_move": 2, "ground": 1, "colour": 1, "id_categ
 
 @pytest.fixture(scope="module", autouse=True)
 def tasks():
-    """The trainer adds a paper's own tasks to the shared ones; so does this file, for as long as it runs."""
-    before = dict(data.TASKS)
-    data.TASKS.update(TASKS)
-    yield
-    data.TASKS.clear()
-    data.TASKS.update(before)
+    """The trainer adds a paper's own tasks to the shared ones; so does this file."""
+    data.adopt(spatial3dllm)
 
 
 @pytest.fixture(scope="module")
