@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import importlib
 import itertools
 import json
 import math
@@ -30,10 +31,11 @@ import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -720,7 +722,7 @@ def reading(path: Path, what: str) -> Iterator[None]:
         raise
     except FileNotFoundError:
         raise DataError(f"{path}: {what} missing; `python data.py check DIR` says what is needed") from None
-    except (OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, BadZipFile) as error:
         raise DataError(f"{path}: not a whole {what} ({str(error)[:60]}); copy or export it again") from None
 
 
@@ -965,19 +967,28 @@ def load_rgbd(root: str | Path, size: tuple[int, int] | None = (240, 320), max_f
             if not out:
                 yield colour, depth, K, pose
 
-    cloud, colours, normals, voxel = fuse(training(), points, voxel)
-    if len(cloud) < 100:
-        raise DataError(f"{root}: the frames give {len(cloud)} points; check depth_scale ({depth_scale:g} per metre)")
-    world, said = upright(cloud, normals, up, -np.mean([f[4][:3, 1] for f in kept], axis=0))
-    scene = Scene(root.resolve().name, "rgbd", [], colours=colours, frames=stack_frames(kept, world), notes=notes,
-                  **move(cloud, normals, world))  # fmt: skip
-    share, seen = (a[0] for a in depth_support(scene.points, np.zeros(len(cloud), np.int64), scene.frames))
-    agree = (share * seen - len(cloud)) / max(seen - len(cloud), 1)  # a point always fits the frame that it came from
-    if seen > 1.05 * len(cloud) and agree < 0.6:  # 0.94 on good poses, below 0.3 with the wrong convention
+    scene, world = fused_scene(root.resolve().name, "rgbd", training(), kept, notes, points, up, voxel)
+    N = len(scene.points)
+    share, seen = (a[0] for a in depth_support(scene.points, np.zeros(N, np.int64), scene.frames))
+    agree = (share * seen - N) / max(seen - N, 1)  # a point always fits the frame that it came from
+    if seen > 1.05 * N and agree < 0.6:  # 0.94 on good poses, below 0.3 with the wrong convention
         raise DataError(f"{root}: only {agree:.0%} of the depth fits other frames; name the convention of the poses: "
                         f"{', '.join(CONVENTIONS)}")  # fmt: skip
-    notes += [f"{len(kept)} of {len(rows)} frames used, {len(held)} held out; {voxel * 100:.1f} cm voxels", said]
+    notes.append(f"{len(kept)} of {len(rows)} frames used, {len(held)} held out")
     return scene, stack_frames(held, world) if held else None
+
+
+def fused_scene(name: str, source: str, views: Iterable[tuple], kept: list, notes: list[str], points: int, up: str,
+                voxel: float | None = None) -> tuple[Scene, np.ndarray]:  # fmt: skip
+    """The scene of frames turned upright, and the 4x4 that turned it: its cloud is fused from `views` (as `fuse` takes
+    them), its frames are those `kept` (colour, depth, mask, intrinsics, pose), a list that may fill meanwhile."""
+    cloud, colours, normals, voxel = fuse(views, points, voxel)
+    if len(cloud) < 100:
+        raise DataError(f"{name}: the frames give {len(cloud)} points; check the depth images and their unit")
+    world, said = upright(cloud, normals, up, -np.mean([f[4][:3, 1] for f in kept], axis=0))
+    notes += [f"{len(cloud)} points, {voxel * 100:.1f} cm voxels", said]
+    return Scene(name, source, [], colours=colours, frames=stack_frames(kept, world), notes=notes,
+                 **move(cloud, normals, world)), world  # fmt: skip
 
 
 def read_rgbd(root: str | Path, **options) -> Scene:
@@ -1075,7 +1086,8 @@ def write_ply(path: str | Path, points: np.ndarray, colours: np.ndarray, normals
 
 def read_ply(path: str | Path, points: int = 200_000, up: str = "+z", scale: float = 1.0) -> Scene:
     """A bare cloud or mesh as a scene without objects or frames. `up` is the axis of the file that points up, `scale`
-    metres per unit; more than `points` are averaged in voxels, and the mesh dropped. Raises DataError."""
+    metres per unit; more than `points` are averaged in voxels (before normals are estimated, so that memory stays that
+    of the file), and the mesh dropped. Raises DataError."""
     held = load_ply(path)
     finite = np.isfinite(held["points"]).all(1)
     if finite.sum() < 2:
@@ -1085,15 +1097,17 @@ def read_ply(path: str | Path, points: int = 200_000, up: str = "+z", scale: flo
     colours, normals = (None if held[k] is None else held[k][finite] for k in ("colours", "normals"))
     across = float(np.ptp(cloud, axis=0).max())
     if across > 100:
-        raise DataError(f"{path}: {across:.0f} m across, hardly metres; give scale = 0.001 if these are millimetres")
-    if normals is None:
-        normals = estimate_normals(cloud) if faces is None else unit(vertex_normals(cloud, faces))
+        raise DataError(f"{path}: {across:.0f} m across, hardly metres; --scale 0.001 if these are millimetres")
+    if normals is None and faces is not None:
+        normals = unit(vertex_normals(cloud, faces))
     if len(cloud) > points:
-        notes.append(f"{len(cloud)} points averaged in voxels")
-        grey = np.full((len(cloud), 3), 128, np.uint8)
-        values = np.concatenate([grey if colours is None else colours, normals], axis=1)
-        cloud, mixed, normals, _ = thin(cloud, values, np.ones(len(cloud)), 0.01, points)
-        colours = None if colours is None else mixed
+        colour, normal = (np.zeros_like(cloud) if a is None else a for a in (colours, normals))
+        values = np.concatenate([colour, normal], axis=1, dtype=np.float32)
+        few, mixed, turned, voxel = thin(cloud, values, np.ones(len(cloud)), 0.01, points)
+        notes.append(f"{len(cloud)} points averaged to {len(few)} in voxels of {voxel * 100:.1f} cm")
+        cloud, colours, normals = few, None if colours is None else mixed, None if normals is None else turned
+    if normals is None:
+        normals = estimate_normals(cloud)
     world, said = upright(cloud, normals, up, None)
     return Scene(Path(path).stem, "ply", [], colours=colours, notes=[*notes, said], **move(cloud, normals, world))
 
@@ -1269,6 +1283,292 @@ def check(path: str | Path) -> list[str]:
         except DataError as error:
             lines.append(str(error))
     return lines or [f"{path}: nothing that a reader knows", *TERMS.values()]
+
+
+# ---- 4b video, and frames without depth or poses ---------------------------------------------------------------------
+
+VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
+IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+INSTALL = {  # packages that only some inputs need -> how they are had
+    "av": 'pip install -e ".[video]"',
+    "vggt": "pip install git+https://github.com/facebookresearch/vggt",
+}
+
+
+def need(module: str, what: str):
+    """A module of an optional package; where it is missing, one line that says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise DataError(f"{what} needs the package {package} ({error}): {INSTALL[package]}") from None
+
+
+def sharpness(grey: np.ndarray) -> float:
+    """How sharp an image [h, w] is: the variance of its Laplacian (Pech-Pacheco et al., ICPR 2000). Blur lowers it."""
+    g = grey.astype(np.float32)
+    return float((4 * g[1:-1, 1:-1] - g[:-2, 1:-1] - g[2:, 1:-1] - g[1:-1, :-2] - g[1:-1, 2:]).var())
+
+
+def spread(times: np.ndarray, count: int, tries: int) -> list[np.ndarray]:
+    """Indices of up to `tries` successive frames around the middle of each of `count` equal intervals of time; an
+    interval without a frame is left out. times [n] ascending, in any unit."""
+    step = float(np.median(np.diff(times))) if len(times) > 1 else 1.0
+    edges = np.linspace(times[0] - step / 2, times[-1] + step / 2, count + 1)
+    interval = np.clip(np.searchsorted(edges, times, side="right") - 1, 0, count - 1)
+    groups = [np.flatnonzero(interval == i) for i in range(count)]
+    return [g[max(0, (len(g) - tries) // 2) :][:tries] for g in groups if len(g)]
+
+
+def fit_longest(height: int, width: int, longest: int) -> tuple[int, int]:
+    """The size (H, W) at which the longer side is at most `longest` pixels."""
+    scale = min(1.0, longest / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def read_video(path: str | Path, count: int = 32, longest: int = 640,
+               tries: int = 8) -> tuple[np.ndarray, list[str]]:  # fmt: skip
+    """Up to `count` frames of a video, evenly spaced in time: images [V, H, W, 3] uint8, upright, their longer side at
+    most `longest` pixels; and notes.
+
+    Time is that of the frames' own stamps, so a variable frame rate does no harm; of each interval the sharpest of up
+    to `tries` successive frames is kept, since hand-held video is often blurred. Only these frames and those before
+    them up to a key frame are decoded: memory does not grow with the length of the video, and time hardly. Frames that
+    cannot be decoded (often the last ones of a recording that broke off) are skipped. Raises DataError.
+    """
+    av, path = need("av", "reading a video"), Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such video")
+    best = []
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise DataError(f"{path}: has no pictures; give a video")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            stamps, keys = time_stamps(av, container, stream)
+            groups = spread(stamps, count, tries) if len(stamps) else []
+            decoder, last = iter(()), None  # the frame decoded last may belong to the next interval
+            for first, end in ((stamps[g[0]], stamps[g[-1]]) for g in groups):
+                key = keys[keys <= first].max(initial=stamps[0])
+                if last is None or not key <= last.pts <= first:
+                    container.seek(int(key), stream=stream)
+                    decoder, last = decode(av, container, stream), None
+                found = []
+                for frame in itertools.chain([last] if last else [], decoder):
+                    last = frame
+                    if frame.pts > end:
+                        break
+                    if frame.pts >= first:
+                        small = frame.reformat(*fit_longest(frame.width, frame.height, 320), "gray")
+                        found.append((sharpness(small.to_ndarray()), -frame.pts, frame))
+                if found:
+                    frame = max(found)[2]
+                    size = fit_longest(frame.width, frame.height, longest)
+                    image = frame.reformat(*size, "rgb24", interpolation="AREA").to_ndarray()
+                    best.append(np.rot90(image, round(frame.rotation / 90)))  # the tag of a phone held upright
+            seconds = float((stamps[-1] - stamps[0]) * stream.time_base) if len(stamps) else 0.0
+    except av.FFmpegError as error:
+        raise DataError(f"{path}: not a whole video ({error.strerror}); copy or record it again") from None
+    if not best:
+        raise DataError(f"{path}: none of its frames can be decoded; copy or record it again")
+    notes = [f"{len(best)} of {len(stamps)} frames in {seconds:.1f} s, each the sharpest of up to {tries}"]
+    if len(best) < len(groups):
+        notes.append(f"{len(groups) - len(best)} of {len(groups)} intervals have no frame that can be decoded")
+    return same_size(best, path), notes
+
+
+def time_stamps(av, container, stream) -> tuple[np.ndarray, np.ndarray]:
+    """Ascending time stamps of all frames and of the key frames, read without decoding. A file that breaks off ends
+    where it does."""
+    packets = []
+    with suppress(av.FFmpegError):
+        for packet in container.demux(stream):
+            if packet.pts is not None and packet.size:
+                packets.append((packet.pts, packet.is_keyframe))
+    return np.array(sorted(t for t, _ in packets)), np.array(sorted(t for t, key in packets if key), np.int64)
+
+
+def decode(av, container, stream) -> Iterator:
+    """The frames from here on; damaged ones are left out."""
+    for _ in range(100):  # a failure ends the decoder's own loop: begin again behind it
+        with suppress(av.FFmpegError):
+            yield from (frame for frame in container.decode(stream) if frame.pts is not None)
+            return
+
+
+def read_images(folder: Path, count: int = 32, longest: int = 640, tries: int = 8) -> tuple[np.ndarray, list[str]]:
+    """As read_video, of a folder of image files in the order of their names (frame10 after frame9)."""
+    order = lambda p: [(t.isdigit(), int(t) if t.isdigit() else t) for t in re.split(r"(\d+)", p.name)]  # noqa: E731
+    files = sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGES), key=order)
+    if not files:
+        raise DataError(f"{folder}: no images ({', '.join(IMAGES)}) and no RGB-D frames; see python data.py check")
+    best = []
+    for group in spread(np.arange(len(files)), count, tries):
+        images = [shrink(read_image(files[i], "RGB"), longest) for i in group]
+        best.append(max(images, key=lambda image: sharpness(shrink(image, 320).mean(2))))
+    return same_size(best, folder), [f"{len(best)} of {len(files)} images, each the sharpest of up to {tries}"]
+
+
+def shrink(image: np.ndarray, longest: int) -> np.ndarray:
+    """An image [H, W, 3] uint8 whose longer side is at most `longest` pixels."""
+    from PIL import Image
+
+    h, w = fit_longest(*image.shape[:2], longest)
+    return np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BOX))
+
+
+def same_size(images: list[np.ndarray], where: object) -> np.ndarray:
+    if len(sizes := {image.shape[:2] for image in images}) > 1:
+        raise DataError(f"{where}: frames of {len(sizes)} sizes; those of one camera have one, sort out the others")
+    return np.stack(images)
+
+
+def read_partial(rows: list, camera: Path, count: int, longest: int, convention: str,
+                 depth_scale: float) -> tuple[np.ndarray, dict, list[str]]:  # fmt: skip
+    """Frames that have depth or poses but not both (rows and camera as of find_frames): images [V, H, W, 3] uint8;
+    {"depth": [V, H, W] metres} or {"poses": [V, 4, 4] camera to world, and, where the folder has them, "intrinsics":
+    [V, 3, 3]}; notes."""
+    depth, chosen = rows[0][1].exists(), evenly(rows, count)
+    axes, inverse = choose(CONVENTIONS, convention, "pose convention")
+    images, values, lost = [], [], 0
+    for colour_path, depth_path, pose_path, _ in chosen:
+        if depth:
+            value = read_image(depth_path)
+            value = np.where(value == 65535, 0, value).astype(np.float32) / np.float32(depth_scale)
+        elif not np.isfinite(value := read_matrix(pose_path)).all():
+            lost += 1
+            continue
+        else:
+            value = nearest_rigid(value, pose_path)
+            value = (np.linalg.inv(value) if inverse else value) @ np.diag(axes)
+        image = read_image(colour_path, "RGB")
+        size = image.shape[:2]
+        images.append(shrink(image, longest))
+        values.append(nearest_pixels(value, images[-1].shape[:2]) if depth else value)
+    if not images:
+        raise DataError(f"{camera.parent}: none of its {lost} poses is finite; export the frames again")
+    images, known = same_size(images, camera.parent), {"depth" if depth else "poses": np.stack(values)}
+    H, W = images.shape[1:3]
+    colour = [c for c in map(camera.with_name, ("intrinsic_color.txt", "intrinsic.txt", camera.name)) if c.exists()]
+    if not depth and colour:  # of the images, where depth has a camera of its own
+        K = np.diag([W / size[1], H / size[0], 1]) @ read_matrix(colour[0], 3)
+        known["intrinsics"] = np.tile(K, (len(images), 1, 1))
+    said = f"{len(images)} of {len(rows)} frames used" + f", {lost} poses are not finite" * bool(lost)
+    return images, known, [said]
+
+
+@lru_cache(maxsize=1)
+def load_vggt(name: str = "facebook/VGGT-1B"):
+    """VGGT (Wang et al., CVPR 2025) by its hub name or a folder of its weights, on a GPU where there is one."""
+    vggt = need("vggt.models.vggt", "depth and cameras from bare frames")
+    try:
+        model = vggt.VGGT.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise DataError(f"--vggt {name}: its weights cannot be had ({str(error).splitlines()[0][:60]}); download "
+                        "facebook/VGGT-1B and give its folder") from None  # fmt: skip
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@torch.no_grad()
+def vggt_geometry(images: np.ndarray, model, longest: int = 518) -> tuple[np.ndarray, ...]:
+    """What VGGT sees in images [V, H, W, 3] uint8: depth [V, H, W] float32 along the cameras' z axis, confidence [V, H,
+    W] float32 >= 1, intrinsics [V, 3, 3] of this size, poses [V, 4, 4] camera to world (the first camera's axes).
+
+    Depth and cameras come from their own heads, whose un-projection VGGT's authors recommend over the point map. The
+    unit is VGGT's own, not metres. The longer side is brought to `longest` pixels, both to whole patches.
+    """
+    pose_enc = need("vggt.utils.pose_enc", "depth and cameras from bare frames")
+    V, H, W, _ = images.shape
+    patch, device = model.aggregator.patch_size, next(model.parameters()).device
+    h, w = (max(1, round(n * longest / max(H, W) / patch)) * patch for n in (H, W))
+    x = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float() / 255  # [V, 3, H, W]
+    x = torch.nn.functional.interpolate(x, (h, w), mode="bicubic", antialias=True).clamp(0, 1)[None]  # [1, V, 3, h, w]
+    with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        tokens, first = model.aggregator(x)
+    with torch.autocast("cuda", enabled=False):
+        code = model.camera_head(tokens)[-1]  # [1, V, 9]
+        depth, confidence = model.depth_head(tokens, images=x, patch_start_idx=first)  # [1, V, h, w, 1], [1, V, h, w]
+    camera, K = pose_enc.pose_encoding_to_extri_intri(code, (h, w))  # [1, V, 3, 4] world to camera, [1, V, 3, 3]
+    poses, scale = np.tile(np.eye(4), (V, 1, 1)), np.diag([W / w, H / h, 1.0])
+    poses[:, :3] = camera[0].double().cpu().numpy()
+    full = lambda a: np.stack([nearest_pixels(m, (H, W)) for m in a.reshape(V, h, w).float().cpu().numpy()])  # noqa: E731
+    return full(depth), full(confidence), scale @ K[0].double().cpu().numpy(), np.linalg.inv(poses)
+
+
+def similarity(found: np.ndarray, known: np.ndarray, where: object) -> tuple[float, float]:
+    """Metres per unit of cameras that were found in a unit and a frame of their own, from the known ones; and the
+    median distance in metres of the centres once they are aligned. found, known [V, 4, 4] camera to world.
+
+    The rotation between the frames is the mean over the cameras, so cameras along a line will do; the scale is that of
+    least squares (Umeyama 1991). Raises DataError where the cameras stand still, or where the two disagree.
+    """
+    both = np.einsum("vij,vkj->ik", known[:, :3, :3], found[:, :3, :3])
+    u, _, vt = np.linalg.svd(both)
+    turn = u @ np.diag([1, 1, np.linalg.det(u @ vt)]) @ vt
+    a, b = found[:, :3, 3] @ turn.T, known[:, :3, 3]
+    a, b = a - a.mean(0), b - b.mean(0)
+    reach = float(np.linalg.norm(b, axis=1).max())
+    if reach < 0.05:
+        raise DataError(f"{where}: the camera moves less than 10 cm, which gives no scale; leave out the poses")
+    scale = float((a * b).sum() / max(np.square(a).sum(), 1e-12))
+    off = float(np.median(np.linalg.norm(scale * a - b, axis=1)))
+    trace = np.einsum("vij,ik,vkj->v", known[:, :3, :3], turn, found[:, :3, :3])
+    angle = float(np.degrees(np.median(np.arccos(np.clip((trace - 1) / 2, -1, 1)))))
+    if scale <= 0 or off > 0.3 * reach or angle > 25:
+        raise DataError(f"{where}: its poses and its images disagree by {angle:.0f} degrees and {off:.2f} m; name the "
+                        f"convention of the poses: {', '.join(CONVENTIONS)}")  # fmt: skip
+    return scale, off
+
+
+GUESS = 2.0  # metres: the median depth of a video whose scale nobody knows
+
+
+def read_views(path: str | Path, geometry: Callable | None = None, vggt: str = "facebook/VGGT-1B", max_frames: int = 32,
+               longest: int = 640, scale: float | None = None, up: str = "auto", convention: str = "opencv",
+               depth_scale: float = 1000.0, points: int = 100_000) -> Scene:  # fmt: skip
+    """A video, a folder of images, or a folder of frames that lacks depth or poses, as a scene without objects.
+
+    What is missing comes from geometry(images) -> depth, confidence, intrinsics, poses as of `vggt_geometry` (the
+    default). Its unit becomes metres by the folder's poses (`similarity`), by its depth (median ratio), or by `scale`,
+    true metres per guessed one, where the guess puts half of what is seen within GUESS metres. Without any of them the
+    scene is not metric, and questions in metres are refused. A fifth of the depth, the least certain, is dropped; known
+    depth, poses and intrinsics replace what was found. Raises DataError.
+    """
+    path, known = Path(path), {}
+    rows, camera = (find_frames(path) if path.is_dir() else None) or ([], None)
+    if any(p.exists() for row in rows for p in row[1:3]):
+        images, known, notes = read_partial(rows, camera, max_frames, longest, convention, depth_scale)
+    else:
+        images, notes = (read_images if path.is_dir() else read_video)(path, max_frames, longest)
+    if scale is not None and known:
+        raise DataError(f"--scale: {path} has {next(iter(known))} in metres; leave it out")
+    found, confidence, K, cameras = (geometry or (lambda x: vggt_geometry(x, load_vggt(vggt))))(images)
+    sure = (found > 0) & (confidence >= np.quantile(confidence, 0.2))
+    if not (sure.any() and all(np.isfinite(a).all() for a in (found, K, cameras))):
+        raise DataError(f"{path}: no depth and cameras were found in its frames; record it again, slowly and in light")
+    if "poses" in known:
+        unit, off = similarity(cameras, known["poses"], path)
+        notes.append(f"depth as seen in the images, its scale from {len(images)} poses, which fit to {off:.2f} m")
+    elif "depth" in known:
+        both = sure & (known["depth"] > 0)
+        if not both.any():
+            raise DataError(f"{path}: its depth images are empty; export them again")
+        unit = float(np.median(known["depth"][both] / found[both]))
+        notes.append("poses as seen in the images, their scale from the depth")
+    else:
+        unit = GUESS / float(np.median(found[sure])) * (scale or 1.0)
+    cameras = np.concatenate([cameras[:, :, :3], cameras[:, :, 3:] * [[unit], [unit], [unit], [1]]], axis=2)
+    depth = known.get("depth", np.where(sure, found * np.float32(unit), 0).astype(np.float32))
+    arrays = (images, depth, np.zeros(depth.shape, np.int32), known.get("intrinsics", K), known.get("poses", cameras))
+    kept = list(zip(*arrays, strict=True))
+    scene, _ = fused_scene(path.stem, "video", ((c, d, k, p) for c, d, _, k, p in kept), kept, notes, points, up)
+    if known or scale is not None:
+        return scene
+    size = " x ".join(f"{s:.1f}" for s in np.ptp(scene.bounds, axis=0))
+    notes.append(f"no poses, depth or --scale: sizes are guessed ({size} m) and metric questions refused; if you know "
+                 "a length, give --scale TRUE/GUESSED")  # fmt: skip
+    return replace(scene, metric=False)
 
 
 # ---- 5 over-segmentation ---------------------------------------------------------------------------------------------
@@ -2724,19 +3024,101 @@ def open_scan(root: Path, scene_id: str, **options) -> Scene:
     return scene
 
 
-def open_scene(path: str | Path) -> Scene:
-    """A scene of one's own: a .ply cloud, a ScanNet-layout scan or a folder of RGB-D frames. Where nothing is labelled
-    the objects are its own segments."""
+SCENE_OPTIONS = {  # flags of a scene of one's own -> (type, help)
+    "scale": (float, "metres per unit of a cloud; true metres per guessed one of a video"),
+    "up": (str, "axis of the files that points up, such as -y (default: found; +z for a cloud)"),
+    "convention": (str, f"of the poses: {', '.join(CONVENTIONS)}"),
+    "depth_scale": (float, "units of the depth images per metre (default: 1000)"),
+    "max_frames": (int, "frames to use at most"),
+    "vggt": (str, "name or folder of VGGT's weights, for frames without depth or poses"),
+    "masks": (str, "where objects come from: segments (of the cloud, the default) or sam2"),
+    "sam2": (str, "name or checkpoint of SAM 2's weights"),
+}
+FRAME_OPTIONS = {"up", "convention", "depth_scale", "max_frames", "masks", "sam2"}
+
+
+def read_scan(path: Path, **options) -> Scene:
+    return read_scannet(path.parent, path.name, **options)
+
+
+def choose_reader(path: Path) -> tuple[Callable, set[str]]:
+    """Who reads a scene of one's own, and which of SCENE_OPTIONS it takes."""
+    if path.suffix == ".npz":
+        return load_scene, set()
+    if path.suffix == ".ply":
+        return read_ply, {"up", "scale"}
+    if path.is_file() and path.suffix.lower() not in VIDEOS:
+        raise DataError(f"{path}: no kind of scene; give a .ply, a video ({', '.join(VIDEOS)}) or a folder of frames")
+    if (path / f"{path.name}{SCAN_FILES[0]}").exists():
+        return read_scan, {"max_frames"}
+    rows = path.is_dir() and (find_frames(path) or [[]])[0]
+    if rows and all(any(row[i].exists() for row in rows) for i in (1, 2)):
+        return read_rgbd, FRAME_OPTIONS
+    return read_views, FRAME_OPTIONS | {"scale", "vggt"}
+
+
+def open_scene(path: str | Path, **options) -> Scene:
+    """A scene of one's own: a video, a folder of frames with or without depth and poses, a .ply cloud, a ScanNet-layout
+    scan, or a scene kept by `data.py cache`. Where nothing is labelled the objects are its own segments, or with
+    masks = "sam2" SAM 2's tracks. Options: SCENE_OPTIONS; one that has no part in this kind of scene is a DataError."""
     path = Path(path)
     if not path.exists():
-        raise DataError(f"{path}: no such scene; give a .ply, a scan's folder or a folder of posed RGB-D frames")
-    if path.suffix == ".ply":
-        scene = read_ply(path)
-    elif (path / f"{path.name}{SCAN_FILES[0]}").exists():
-        scene = read_scannet(path.parent, path.name)
-    else:
-        scene = read_rgbd(path)
-    return scene if scene.objects else with_own_segments(scene)
+        raise DataError(f"{path}: no such scene; give a video, a folder of frames, a .ply or a scan's folder")
+    reader, takes = choose_reader(path)
+    if strange := sorted(set(options) - takes):
+        raise DataError(f"--{strange[0].replace('_', '-')}: has no part in reading {path}; "
+                        f"known here: {', '.join(sorted(takes)) or 'none'}")  # fmt: skip
+    masks, sam2 = options.pop("masks", "segments"), options.pop("sam2", None)
+    scene = reader(path, **options)
+    return scene if scene.objects else choose(SEGMENTERS, masks, "--masks")(scene, sam2)
+
+
+SEGMENTERS = {"segments": lambda scene, _: with_own_segments(scene)}
+
+# Words of a question whose answer is a measure: of a scene of unknown scale it is refused.
+MEASURE = re.compile(
+    r"\b(how (far|tall|high|long|wide|deep|thick|large|big)|(centi|milli)?met(re|er)s?|[cm]m|square|distance|measure|"
+    r"coordinates?|position|height|length|width|depth|area|size|feet|inch(es)?)\b|^where is <obj\d+>\?|\d\.\d")
+
+
+def refuse_measures(scene: Scene, question: str, answer: str) -> str | None:
+    """Why a question in metres, or one whose answer holds metres, is not answered of a scene without scale; or None."""
+    if scene.metric or not (MEASURE.search(question.lower()) or re.search(r"\d\.\d", answer)):
+        return None
+    return "this scene has no known scale: give poses, depth or --scale."
+
+
+# What SCENE_ARRAYS and FRAME_ARRAYS name is all of a scene but its objects and notes, which go as JSON.
+SCENE_ARRAYS = ("points", "colours", "normals", "superpoints", "instances", "bounds")
+FRAME_ARRAYS = ("colour", "depth", "masks", "intrinsics", "poses")
+
+
+def save_scene(scene: Scene, path: Path) -> None:
+    """A scene as one .npz file, without pickle: `load_scene` gives it back."""
+    arrays = {k: getattr(scene, k) for k in SCENE_ARRAYS}
+    if scene.frames is not None:
+        arrays |= {f"frames.{k}": getattr(scene.frames, k) for k in FRAME_ARRAYS}
+    about = {"name": scene.name, "source": scene.source, "metric": scene.metric, "notes": scene.notes,
+             "objects": [[o.id, o.category, o.colour, *map(float, o.box)] for o in scene.objects]}  # fmt: skip
+    write_npz(path, about=np.array(json.dumps(about)), **{k: v for k, v in arrays.items() if v is not None})
+
+
+def load_scene(path: str | Path) -> Scene:
+    """The scene that save_scene wrote; its frames are read when they are looked at. Raises DataError."""
+    path = Path(path)
+    read = partial(read_arrays, path)
+    with reading(path, "kept scene"), np.load(path, allow_pickle=False) as held:
+        about = json.loads(str(held["about"]))
+        objects = [Thing(i, category, colour, np.array(box)) for i, category, colour, *box in about.pop("objects")]
+        arrays = {k: held[k] for k in SCENE_ARRAYS if k in held}
+        frames = LazyFrames(lambda: Frames(**read("frames."))) if "frames.depth" in held else None
+        return Scene(objects=objects, frames=frames, **about, **arrays)
+
+
+def read_arrays(path: Path, prefix: str) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file whose names begin with `prefix`, without it."""
+    with reading(path, "kept scene"), np.load(path, allow_pickle=False) as held:
+        return {k.removeprefix(prefix): held[k] for k in held if k.startswith(prefix)}
 
 
 def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.ndarray | None = None,

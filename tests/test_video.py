@@ -1,0 +1,444 @@
+"""A room of one's own: from a video, images, or frames without depth or poses to a scene. What VGGT would find comes
+from a stand-in that knows the truth in a unit and a frame of its own; VGGT's own parts run where they are installed."""
+
+import struct
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_readers import KITCHEN, needs_kitchen, write_rgbd
+
+import data
+from data import DataError, open_scene, read_images, read_video, read_views, room, sharpness, similarity, spread
+
+av = pytest.importorskip("av", reason='no PyAV, so no video is read: pip install -e ".[video]"')
+
+TURNED = [[0, 1, 0], [-1, 0, 0], [0, 0, 1 << 14]]  # how a phone says that its upright picture lies on its side
+
+
+def encode(path, images, seconds=None, rotation=None, gop=12):
+    """Images [V, H, W, 3] as a video, shown at `seconds`, with a track matrix that says how to turn it."""
+    seconds = np.arange(len(images)) / 30 if seconds is None else seconds
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.height, stream.width = images.shape[1:3]
+        stream.pix_fmt, stream.options = "yuv444p", {"g": str(gop), "crf": "0", "preset": "ultrafast"}
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for image, second in zip(images, seconds, strict=True):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            frame.pts, frame.time_base = round(second * 1000), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    if rotation is not None:
+        raw = bytearray(path.read_bytes())
+        start = raw.find(b"tkhd") + 44  # the track header's 3 x 3 matrix, 16.16 and 2.30 fixed point
+        raw[start : start + 36] = struct.pack(">9i", *(np.array(rotation).ravel() << 16))
+        path.write_bytes(raw)
+    return path
+
+
+def numbered(count, height=48, width=64):
+    """Grey images that tell their number by brightness, with a red upper left corner and a fine pattern."""
+    grey = np.arange(count) * (200 // count) + 20
+    images = np.tile(grey[:, None, None, None].astype(np.uint8), (1, height, width, 3))
+    images[:, :12, :12] = (250, 0, 0)
+    images[:, 24:40:2, 24:40] += 30
+    return images
+
+
+def number(images, count):
+    return np.round((images[:, 44, 5:40].mean((1, 2)) - 20) / (200 // count)).astype(int).tolist()
+
+
+def oracle(frames, unit=3.7):
+    """geometry(images) as VGGT gives it, from the truth: in the first camera's axes, in a unit of its own."""
+
+    def geometry(images):
+        H, W = images.shape[1:3]
+        rows = [data.resize_frame(f, (H, W)) for f in zip(frames.colour, frames.depth, frames.masks, frames.intrinsics,
+                                                         frames.poses, strict=True)]  # fmt: skip
+        depth, K, poses = (np.stack([r[i] for r in rows]) for i in (1, 3, 4))
+        poses = np.linalg.inv(poses[0]) @ poses
+        poses[:, :3, 3] /= unit
+        return (depth / unit).astype(np.float32), np.ones_like(depth), K, poses
+
+    return geometry
+
+
+# reading a video
+
+
+def test_frames_are_evenly_spaced_in_time_not_in_number(tmp_path):
+    """Half of the frames lie in the first tenth of the time; they make a tenth of what is read."""
+    seconds = np.concatenate([np.linspace(0, 1, 50, endpoint=False), np.linspace(1, 10, 50)])
+    images, notes = read_video(encode(tmp_path / "a.mp4", numbered(100), seconds), count=10, tries=1)
+    found = number(images, 100)
+    assert sum(n < 50 for n in found) == 1 and found == sorted(found) and len(found) == 10
+    assert notes == ["10 of 100 frames in 10.0 s, each the sharpest of up to 1"]
+
+
+@pytest.mark.parametrize("gop", [1, 12, 1000])
+def test_every_frame_comes_back_whatever_the_distance_of_key_frames(tmp_path, gop):
+    images, _ = read_video(encode(tmp_path / "a.mp4", numbered(24), gop=gop), count=100)
+    assert number(images, 24) == list(range(24))
+
+
+def test_the_sharpest_frame_of_an_interval_is_taken(tmp_path):
+    images = numbered(40)
+    for i in np.flatnonzero(np.arange(40) % 4 != 1):
+        images[i, 20:44, 20:44] = images[i, 20:44, 20:44].mean((0, 1))  # no pattern: as blurred as can be
+    found, _ = read_video(encode(tmp_path / "a.mp4", images), count=10, tries=4)
+    assert number(found, 40) == [n for n in range(40) if n % 4 == 1]
+    assert sharpness(images[1, :, :, 0]) > sharpness(images[2, :, :, 0])
+
+
+def test_a_video_held_upright_is_turned(tmp_path):
+    images, _ = read_video(encode(tmp_path / "a.mp4", numbered(3), rotation=TURNED), count=3)
+    assert images.shape == (3, 64, 48, 3)
+    assert images[0, 5, -5, 0] > 200 > 100 > images[0, 5, 5, 0]  # the red corner moved from the left to the right
+
+
+def test_large_frames_are_shrunk_and_small_ones_left(tmp_path):
+    path = encode(tmp_path / "a.mp4", numbered(3, 120, 160))
+    assert read_video(path, longest=80)[0].shape == (3, 60, 80, 3)
+    assert read_video(path, longest=1000)[0].shape == (3, 120, 160, 3)
+
+
+def test_a_recording_that_broke_off_gives_what_it_has(tmp_path):
+    path = encode(tmp_path / "a.mp4", numbered(60), gop=6)
+    raw = path.read_bytes()
+    path.write_bytes(raw[: int(len(raw) * 0.6)])
+    images, notes = read_video(path, count=20, tries=1)
+    found = number(images, 60)
+    assert 5 < len(found) < 20 or int(notes[0].split()[2]) < 60
+    assert found == sorted(found) and found[0] < 3
+
+
+@pytest.mark.parametrize("content", [b"", b"not a video at all", bytes(range(256)) * 40])
+def test_a_broken_file_is_one_line(tmp_path, content):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a.mp4: not a whole video \(.*\); copy or record it again") as error:
+        read_video(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_sound_file_and_a_missing_package_are_one_line(tmp_path, monkeypatch):
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with pytest.raises(DataError, match="has no pictures"):
+        read_video(path)
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    with pytest.raises(DataError, match=r'needs the package av .*pip install -e "\.\[video\]"'):
+        read_video(path)
+
+
+def test_images_are_read_in_the_order_of_their_numbers(tmp_path):
+    for i, image in enumerate(numbered(12)):
+        Image.fromarray(image).save(tmp_path / f"IMG_{i}.png")
+    images, _ = read_images(tmp_path, count=12)
+    assert number(images, 12) == list(range(12))
+    Image.fromarray(numbered(1, 40, 40)[0]).save(tmp_path / "IMG_12.png")
+    with pytest.raises(DataError, match="frames of 2 sizes"):
+        read_images(tmp_path)
+
+
+def test_spread_covers_the_time_and_leaves_no_frame_twice():
+    rng = np.random.default_rng(0)
+    for n, count, tries in ((1, 32, 8), (5, 32, 8), (1000, 32, 8), (1000, 7, 3), (64, 64, 1)):
+        times = np.sort(rng.uniform(0, 100, n))
+        groups = spread(times, count, tries)
+        flat = np.concatenate(groups)
+        assert len(set(flat.tolist())) == len(flat) and (np.diff(flat) > 0).all()
+        assert 1 <= len(groups) <= count and max(map(len, groups)) <= tries
+
+
+# scale
+
+
+def some_cameras(count=6, seed=0):
+    rng = np.random.default_rng(seed)
+    poses = np.tile(np.eye(4), (count, 1, 1))
+    poses[:, :3, :3] = np.linalg.qr(rng.normal(size=(count, 3, 3)))[0]
+    poses[:, :3, :3] *= np.linalg.det(poses[:, :3, :3])[:, None, None]
+    poses[:, :3, 3] = rng.normal(size=(count, 3))
+    return poses
+
+
+def moved(poses, unit, seed=1):
+    world = some_cameras(1, seed)[0]
+    out = world @ poses
+    out[:, :3, 3] /= unit
+    return out
+
+
+@pytest.mark.parametrize("line", [False, True])
+def test_the_scale_is_that_of_the_known_poses_also_along_a_line(line):
+    known = some_cameras()
+    if line:
+        known[:, 1:3, 3] = 0
+    scale, off = similarity(moved(known, 4.2), known, "x")
+    assert scale == pytest.approx(4.2) and off < 1e-9
+
+
+def test_poses_that_do_not_fit_or_stand_still_are_refused():
+    known = some_cameras()
+    flipped = known @ np.diag([1, -1, -1, 1])  # another convention for the camera's axes
+    turned = np.linalg.inv(known)
+    for wrong in (turned, known[::-1]):
+        with pytest.raises(DataError, match=r"disagree by .* name the convention of the poses: opencv, opengl"):
+            similarity(moved(known, 2.0), wrong, "x")
+    assert similarity(moved(known, 2.0), flipped @ np.diag([1, -1, -1, 1]), "x")[0] == pytest.approx(2.0)
+    with pytest.raises(DataError, match="moves less than 10 cm"):
+        similarity(known, known * [[[1, 1, 1, 0.001]]] * 1, "x")
+
+
+# the whole scene, three ways
+
+
+@pytest.fixture(scope="module")
+def ways(tmp_path_factory):
+    """One room as video, images, frames with poses, frames with depth, and both."""
+    folder = tmp_path_factory.mktemp("ways")
+    scene = room(3, views=12, size=96)
+    whole = write_rgbd(scene, folder / "whole")
+    out = {"rgbd": read_scene(whole, scene, size=None)}
+    for kind, lacks in (("poses", "depth.png"), ("depth", "pose.txt"), ("images", "")):
+        part = folder / kind
+        part.mkdir()
+        for file in whole.iterdir():
+            if kind == "images" and "color" not in file.name:
+                continue
+            if not (lacks and file.name.endswith(lacks)):
+                name = file.name.replace(".color", "") if kind == "images" else file.name
+                (part / name).symlink_to(file)
+        out[kind] = read_scene(part, scene)
+    out["video"] = read_scene(encode(folder / "room.mp4", scene.frames.colour), scene)
+    return out
+
+
+def read_scene(path, scene, **options):
+    reader, _ = data.choose_reader(Path(path))
+    if reader is read_views:
+        options["geometry"] = oracle(scene.frames)
+    return reader(path, **options)
+
+
+def extent(scene):
+    """Length, width and height of what was seen: a cloud from cameras alone may lie a quarter turn off."""
+    *level, height = np.ptp(scene.bounds, axis=0)
+    return np.array([*sorted(level), height])
+
+
+def test_what_is_known_makes_a_scene_metric_and_what_is_not_is_guessed(ways):
+    assert {k: s.metric for k, s in ways.items()} == {
+        "rgbd": True, "poses": True, "depth": True, "images": False, "video": False}  # fmt: skip
+    true = extent(ways["rgbd"])
+    for kind in ("poses", "depth"):
+        np.testing.assert_allclose(extent(ways[kind]), true, atol=0.15)
+    for kind in ("images", "video"):
+        ratio = extent(ways[kind]) / true
+        assert ratio.std() < 0.05  # the same room in another unit
+        depth = ways[kind].frames.depth
+        assert np.median(depth[depth > 0]) == pytest.approx(data.GUESS, rel=0.02)
+
+
+def test_all_ways_give_the_same_frames(ways):
+    for scene in ways.values():
+        assert scene.frames.colour.shape == (12, 96, 96, 3) and scene.frames.depth.shape == (12, 96, 96)
+        assert len(scene.points) > 1000 and abs(scene.bounds[0, 2]) < 0.3
+    for kind in ("poses", "depth", "images"):
+        assert np.array_equal(ways[kind].frames.colour, ways["rgbd"].frames.colour)
+    assert np.abs(ways["video"].frames.colour.astype(int) - ways["rgbd"].frames.colour).mean() < 6
+
+
+def askable(scene):
+    """The question types that a scene can be asked once its own segments are its objects."""
+    scene = data.with_own_segments(scene)
+    scene.identifiers = data.number_objects(scene, np.random.default_rng(0))
+    return {t for t in data.GEOMETRY_TASKS if data.question_set([scene], [t], 3, 0)}
+
+
+def test_metric_questions_are_asked_only_where_the_scale_is_known(ways):
+    for scene in ways.values():
+        asked = askable(scene)
+        assert bool(asked & data.METRIC) == scene.metric
+        assert asked >= {"relation", "ground_superlative"}
+
+
+def test_a_true_length_makes_a_video_metric(ways, tmp_path):
+    scene = room(3, views=12, size=96)
+    path = encode(tmp_path / "room.mp4", scene.frames.colour)
+    guessed = extent(ways["video"])
+    true = read_scene(path, scene, scale=2.0)
+    assert true.metric
+    np.testing.assert_allclose(extent(true), 2 * guessed, rtol=0.03)
+
+
+def test_one_frame_is_a_scene(tmp_path):
+    scene = room(3, views=12, size=96)
+    path = encode(tmp_path / "one.mp4", scene.frames.colour[:1])
+    one = read_views(path, geometry=lambda images: [a[:1] for a in oracle(scene.frames)(images)])
+    assert one.frames.depth.shape[0] == 1 and not one.metric
+
+
+def test_the_uncertain_fifth_of_the_depth_is_dropped(tmp_path):
+    scene = room(3, views=4, size=64)
+    path = encode(tmp_path / "a.mp4", scene.frames.colour)
+
+    def unsure(images):
+        depth, _, K, poses = oracle(scene.frames)(images)
+        confidence = np.arange(depth.size, dtype=np.float32).reshape(depth.shape)
+        return depth, confidence, K, poses
+
+    kept = read_views(path, geometry=unsure).frames.depth
+    assert (kept > 0).mean() == pytest.approx(0.8, abs=0.02)
+    assert not (kept.ravel()[: int(0.19 * kept.size)] > 0).any()
+
+
+@pytest.mark.parametrize("bad", ["depth", "K", "poses"])
+def test_geometry_that_is_not_finite_is_one_line(tmp_path, bad):
+    path = encode(tmp_path / "a.mp4", numbered(3))
+    parts = {"depth": np.ones((3, 48, 64), np.float32), "confidence": np.ones((3, 48, 64), np.float32),
+             "K": np.tile(np.eye(3), (3, 1, 1)), "poses": np.tile(np.eye(4), (3, 1, 1))}  # fmt: skip
+    parts[bad][:] = np.nan
+    with pytest.raises(DataError, match="no depth and cameras were found"):
+        read_views(path, geometry=lambda images: tuple(parts.values()))
+
+
+# opening
+
+
+def test_every_kind_of_scene_has_its_reader_and_its_options(tmp_path):
+    (tmp_path / "frames").mkdir()
+    Image.fromarray(numbered(1)[0]).save(tmp_path / "frames/0.png")
+    (tmp_path / "room.MP4").write_bytes(b"x")
+    (tmp_path / "notes.txt").write_text("x")
+    assert data.choose_reader(tmp_path / "room.MP4")[0] is read_views
+    assert data.choose_reader(tmp_path / "frames")[0] is read_views
+    with pytest.raises(DataError, match=r"notes.txt: no kind of scene; give a \.ply, a video"):
+        open_scene(tmp_path / "notes.txt")
+    with pytest.raises(DataError, match=r"--vggt: has no part in reading .*room\.ply; known here: scale, up"):
+        (tmp_path / "room.ply").write_bytes(b"ply")
+        open_scene(tmp_path / "room.ply", vggt="x")
+    with pytest.raises(DataError, match="no images"):
+        (tmp_path / "empty").mkdir()
+        open_scene(tmp_path / "empty")
+
+
+def test_a_missing_vggt_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "vggt", None)
+    monkeypatch.setitem(__import__("sys").modules, "vggt.models.vggt", None)
+    data.load_vggt.cache_clear()
+    with pytest.raises(DataError, match=r"needs the package vggt .*: pip install git\+https://github.com/"):
+        open_scene(encode(tmp_path / "a.mp4", numbered(3)))
+
+
+def test_a_scene_survives_being_kept(tmp_path):
+    scene = data.with_own_segments(room(5, views=3, size=48))
+    data.save_scene(scene, tmp_path / "a.npz")
+    again = open_scene(tmp_path / "a.npz")
+    for key in data.SCENE_ARRAYS:
+        assert np.array_equal(getattr(scene, key), getattr(again, key))
+    for key in data.FRAME_ARRAYS:
+        assert np.array_equal(getattr(scene.frames, key), getattr(again.frames, key))
+    assert [(o.id, o.category, o.colour, *o.box) for o in again.objects] == [
+        (o.id, o.category, o.colour, *o.box) for o in scene.objects]  # fmt: skip
+    (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:2000])
+    with pytest.raises(DataError, match="not a whole kept scene"):
+        open_scene(tmp_path / "a.npz")
+
+
+# what words ask for metres
+
+
+def test_questions_in_metres_are_known_by_their_words_or_their_answers():
+    """Every question of a metric type is refused where the scale is unknown, and no question of another type is."""
+    scene = room(1)
+    scene.identifiers = data.number_objects(scene, np.random.default_rng(0))
+    unscaled = data.replace(scene, metric=False)
+    refer = lambda i: f"<OBJ{scene.identifiers[i]:03d}>"  # noqa: E731
+    for task in data.TASKS:
+        for sample in data.question_set([scene], [task], 12, 0):
+            question, answer = (data.substitute(t, refer) for t in (sample.question, sample.answer))
+            assert bool(data.refuse_measures(unscaled, question, answer)) == (task in data.METRIC), question
+            assert data.refuse_measures(scene, question, answer) is None
+
+
+# the kitchen, and VGGT itself
+
+
+@needs_kitchen
+def test_the_kitchen_as_video_as_frames_with_poses_and_as_rgbd(tmp_path):
+    """32 real frames given three ways differ only as they should: in scale, and in what may be asked."""
+    rows, camera = data.find_frames(KITCHEN)
+    frames = list(data.read_frames(rows, camera, "opencv", 1000.0, []))
+    small = data.stack_frames([data.resize_frame(f, (120, 160)) for f in frames])
+    true = data.read_rgbd(KITCHEN, size=(120, 160), points=10_000)
+    posed = tmp_path / "posed"
+    posed.mkdir()
+    for file in KITCHEN.iterdir():
+        if "depth" not in file.name:
+            (posed / file.name).symlink_to(file)
+    see = oracle(small)
+    video = read_views(encode(tmp_path / "kitchen.mp4", small.colour), geometry=see, longest=160, points=10_000)
+    with_poses = read_views(posed, geometry=see, longest=160, points=10_000)
+    for scene in (video, with_poses, true):
+        assert scene.frames.colour.shape == (32, 120, 160, 3)
+    assert (video.metric, with_poses.metric, true.metric) == (False, True, True)
+    np.testing.assert_allclose(with_poses.frames.intrinsics, true.frames.intrinsics)
+    np.testing.assert_allclose(extent(with_poses), extent(true), atol=0.35)
+    up = np.array([scene.frames.poses[:, 2, 1] for scene in (video, with_poses, true)])  # how upright each camera is
+    assert np.abs(up - up[2]).max() < 0.08
+    asked = []
+    for scene in (video, with_poses, true):
+        asked.append(askable(scene))
+    assert not asked[0] & data.METRIC and asked[1] & asked[2] & data.METRIC >= {"coordinate", "distance_ids"}
+    assert asked[0] & asked[1] & asked[2] >= {"relation", "id_size", "id_colour"}
+
+
+def small_vggt(width=32):
+    """VGGT from its own aggregator and heads, tiny and untrained, its cameras started at a usual field of view."""
+    vggt = pytest.importorskip("vggt.models.vggt", reason=f"VGGT itself was not run: {data.INSTALL['vggt']}")
+    from vggt.heads.camera_head import CameraHead
+    from vggt.heads.dpt_head import DPTHead
+    from vggt.models.aggregator import Aggregator
+
+    torch.manual_seed(0)
+    model = vggt.VGGT.__new__(vggt.VGGT)
+    torch.nn.Module.__init__(model)
+    model.aggregator = Aggregator(img_size=70, embed_dim=width, depth=4, num_heads=4, patch_embed="conv")
+    model.camera_head = CameraHead(dim_in=2 * width, num_heads=4, trunk_depth=1)
+    model.depth_head = DPTHead(2 * width, output_dim=2, activation="exp", conf_activation="expp1", features=16,
+                               out_channels=[8, 16, 16, 16], intermediate_layer_idx=[0, 1, 2, 3])  # fmt: skip
+    last = [m for m in model.camera_head.pose_branch.modules() if isinstance(m, torch.nn.Linear)][-1]
+    torch.nn.init.normal_(last.weight, std=0.002)
+    last.bias.data.copy_(torch.tensor([0, 0, 0, 0, 0, 0, 0.25, 0.25, 0.25]))  # added four times: 1 radian
+    return model.eval()
+
+
+def test_vggts_own_parts_give_depth_and_cameras_in_our_conventions():
+    images = room(2, views=3, size=60).frames.colour[:, :48]
+    depth, confidence, K, poses = data.vggt_geometry(images, small_vggt(), longest=70)
+    assert depth.shape == confidence.shape == (3, 48, 60) and (depth > 0).all() and (confidence >= 1).all()
+    np.testing.assert_allclose(K[:, 0, 2], 30, rtol=1e-5)
+    np.testing.assert_allclose(K[:, 1, 2], 24, rtol=1e-5)
+    turn = poses[:, :3, :3]
+    np.testing.assert_allclose(turn @ turn.swapaxes(1, 2), np.tile(np.eye(3), (3, 1, 1)), atol=1e-5)
+
+
+def test_a_video_reaches_a_scene_through_vggts_own_parts(tmp_path, monkeypatch):
+    """Untrained, so where things are means nothing; every array has its shape and every number is finite."""
+    model = small_vggt()
+    monkeypatch.setattr(data, "load_vggt", lambda name: model)
+    path = encode(tmp_path / "room.mp4", room(2, views=3, size=96).frames.colour)
+    scene = open_scene(path)
+    assert scene.frames.depth.shape == (3, 96, 96) and np.isfinite(scene.points).all() and not scene.metric
