@@ -27,6 +27,7 @@ import multiprocessing
 import os
 import re
 import sys
+import time
 import warnings
 import zlib
 from collections import Counter, defaultdict
@@ -3037,6 +3038,16 @@ SCENE_OPTIONS = {  # flags of a scene of one's own -> (type, help)
 FRAME_OPTIONS = {"up", "convention", "depth_scale", "max_frames", "masks", "sam2"}
 
 
+def add_scene_options(parser: argparse.ArgumentParser) -> None:
+    for name, (kind, said) in SCENE_OPTIONS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=said)
+
+
+def scene_options(a: argparse.Namespace) -> dict:
+    """Those of SCENE_OPTIONS that were given."""
+    return {name: value for name in SCENE_OPTIONS if (value := getattr(a, name)) is not None}
+
+
 def read_scan(path: Path, **options) -> Scene:
     return read_scannet(path.parent, path.name, **options)
 
@@ -3119,6 +3130,102 @@ def read_arrays(path: Path, prefix: str) -> dict[str, np.ndarray]:
     """The arrays of an .npz file whose names begin with `prefix`, without it."""
     with reading(path, "kept scene"), np.load(path, allow_pickle=False) as held:
         return {k.removeprefix(prefix): held[k] for k in held if k.startswith(prefix)}
+
+
+def is_scene(path: Path) -> bool:
+    if path.is_file():
+        return path.suffix.lower() in (*VIDEOS, ".ply")
+    return path.is_dir() and (choose_reader(path)[0] is not read_views or bool(find_frames(path))
+                              or any(p.suffix.lower() in IMAGES for p in path.iterdir()))  # fmt: skip
+
+
+def find_scenes(path: Path) -> list[Path]:
+    """The scene that `path` is, or all that lie in it or in the folders in it (scans/, videos/)."""
+    if not path.is_dir() or is_scene(path):
+        return [path]
+    inside = sorted(path.iterdir())
+    below = [p for folder in inside if folder.is_dir() for p in sorted(folder.iterdir())]
+    return [p for p in inside if is_scene(p)] or [p for p in below if is_scene(p)]
+
+
+def keep_scene(source: Path, file: Path, options: dict) -> dict:
+    """Open a scene and write it to `file`, unless that was done before: its row of the manifest."""
+    start = time.monotonic()
+    try:
+        if not file.exists():
+            save_scene(replace(open_scene(source, **options), name=file.stem), file)
+        scene = load_scene(file)
+    except DataError as error:
+        return {"source": str(source), "error": str(error)}
+    return {"source": str(source), "file": file.name, "bytes": file.stat().st_size, "points": len(scene.points),
+            "frames": 0 if scene.frames is None else len(scene.frames.depth), "objects": len(scene.objects),
+            "metric": scene.metric, "notes": scene.notes, "seconds": round(time.monotonic() - start, 1)}  # fmt: skip
+
+
+def share_machine(number, workers: int) -> None:
+    """A worker takes the next GPU, and its share of the cores."""
+    with number.get_lock():
+        mine, number.value = number.value, number.value + 1
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(mine % torch.cuda.device_count())
+
+
+def cache_scenes(path: Path, out: Path, workers: int = 1, **options) -> dict[str, dict]:
+    """Every scene of `path` through its frozen encoders (VGGT, SAM 2, own segments), once: out/<name>.npz of each
+    (`load_scene`), and out/manifest.json: the options, and per scene what its file holds or why there is none.
+
+    Done again it goes on where it stopped: what was written stays, what failed is tried again. `workers` processes
+    share the scenes, the cores and the GPUs. Returns the manifest's scenes. Raises DataError.
+    """
+    from tqdm import tqdm
+
+    scenes, manifest = find_scenes(path), out / "manifest.json"
+    if not path.exists() or not scenes:
+        raise DataError(f"{path}: no scenes; give a video, a .ply, or a folder of them, of frames or of scans")
+    parts = {s: s.relative_to(path).parts or (s.resolve().name,) for s in scenes}
+    names = {"_".join((*p[:-1], p[-1] if s.is_dir() else Path(p[-1]).stem)): s for s, p in parts.items()}
+    if len(names) < len(scenes):
+        raise DataError(f"{path}: {len(scenes)} scenes have {len(names)} different names; rename those that are alike")
+    if not manifest.exists():
+        if any(out.glob("*.npz")):
+            raise DataError(f"{out}: holds scenes but no manifest of their options; name another folder")
+        write_manifest(manifest, options, {})
+    held = read_json(manifest)
+    with reading(manifest, "manifest"):
+        rows = {n: row for n, row in held["scenes"].items() if "error" not in row and (out / row["file"]).exists()}
+    if held["options"] != options:
+        raise DataError(f"{out}: was made with the options {held['options']}, not {options}; name another folder")
+    jobs = [(s, out / f"{name}.npz", options) for name, s in names.items() if name not in rows]
+    with tqdm(total=len(names), initial=len(names) - len(jobs), unit="scene") as bar:
+        for (_, file, _), row in zip(jobs, work(jobs, workers), strict=True):
+            rows[file.stem] = row
+            write_manifest(manifest, options, rows)
+            bar.update()
+    return rows
+
+
+def write_manifest(path: Path, options: dict, rows: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({"options": options, "scenes": dict(sorted(rows.items()))}, indent=1))
+    os.replace(part, path)
+
+
+def work(jobs: list[tuple], workers: int) -> Iterator[dict]:
+    """keep_scene of all jobs in their order, by so many processes."""
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
+    if workers < 2 or not jobs:
+        yield from itertools.starmap(keep_scene, jobs)
+        return
+    spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    try:
+        with ProcessPoolExecutor(workers, spawn, share_machine, (spawn.Value("i", 0), workers)) as pool:
+            yield from pool.map(keep_scene, *zip(*jobs, strict=True))
+    except BrokenProcessPool:
+        raise DataError("a worker died, perhaps of memory; what was written stays: go on with fewer workers") from None
 
 
 def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.ndarray | None = None,
@@ -3236,10 +3343,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     make.add_argument("--count", type=int, default=10)
     make.add_argument("--objects", type=int, help="objects per room (default: 8 to 16)")
     make.add_argument("--seed", type=int, default=0, help="of the first room")
+    keep = commands.add_parser("cache", help="scenes of one's own through VGGT, SAM 2 and segmentation, once")
+    keep.add_argument("path", type=Path, help="a video, a .ply, or a folder of them, of frames or of scans")
+    keep.add_argument("out", type=Path)
+    keep.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    add_scene_options(keep)
     try:
         a = parser.parse_args(arguments)
         if a.command == "check":
             print("\n".join(check(a.path)))
+        elif a.command == "cache":
+            rows = cache_scenes(a.path, a.out, a.workers, **scene_options(a))
+            failed = {name: row["error"] for name, row in rows.items() if "error" in row}
+            print("\n".join(f"{name}: {error}" for name, error in failed.items()), end="\n" * bool(failed))
+            print(f"{a.out}: {len(rows) - len(failed)} of {len(rows)} scenes kept, see {a.out / 'manifest.json'}")
+            return 2 if failed else 0
         else:
             write_rooms(a.out, a.count, a.objects, a.seed)
     except DataError as error:

@@ -442,3 +442,69 @@ def test_a_video_reaches_a_scene_through_vggts_own_parts(tmp_path, monkeypatch):
     path = encode(tmp_path / "room.mp4", room(2, views=3, size=96).frames.colour)
     scene = open_scene(path)
     assert scene.frames.depth.shape == (3, 96, 96) and np.isfinite(scene.points).all() and not scene.metric
+
+
+# keeping scenes
+
+
+@pytest.fixture
+def videos(tmp_path, monkeypatch):
+    """Three videos in a folder, one of them broken, and a stand-in for VGGT."""
+    scenes = {f"room{i}": room(i, views=4, size=48) for i in range(2)}
+    (tmp_path / "in").mkdir()
+    for name, scene in scenes.items():
+        encode(tmp_path / f"in/{name}.mp4", scene.frames.colour)
+    (tmp_path / "in/torn.mp4").write_bytes(b"x")
+    monkeypatch.setattr(data, "load_vggt", lambda name: None)
+    monkeypatch.setattr(data, "vggt_geometry", lambda images, model: oracle(scenes["room0"].frames)(images))
+    return tmp_path
+
+
+def test_scenes_are_kept_once_and_what_failed_is_said_and_tried_again(videos, capsys, monkeypatch):
+    command = ["cache", str(videos / "in"), str(videos / "out"), "--max-frames", "4"]
+    assert data.main(command) == 2
+    said = capsys.readouterr().out
+    assert "torn: " in said and "not a whole video" in said and "2 of 3 scenes kept" in said
+    manifest = data.read_json(videos / "out/manifest.json")
+    assert manifest["options"] == {"max_frames": 4} and set(manifest["scenes"]) == {"room0", "room1", "torn"}
+    row = manifest["scenes"]["room0"]
+    assert row["frames"] == 4 and not row["metric"] and row["objects"] == len(open_scene(videos / "out/room0.npz").objects)
+
+    encode(videos / "in/torn.mp4", room(5, views=4, size=48).frames.colour)  # recorded again
+    opened = []
+    monkeypatch.setattr(data, "open_scene", lambda path, **o: opened.append(path.name) or open_scene(path, **o))
+    assert data.main(command) == 0 and opened == ["torn.mp4"]
+    assert "3 of 3 scenes kept" in capsys.readouterr().out
+    assert data.main([*command[:-1], "5"]) == 2
+    assert "was made with the options {'max_frames': 4}" in capsys.readouterr().err
+
+
+def test_a_kill_between_a_scene_and_its_manifest_loses_nothing(videos, monkeypatch):
+    data.cache_scenes(videos / "in/room0.mp4", videos / "out", max_frames=4)
+    data.write_manifest(videos / "out/manifest.json", {"max_frames": 4}, {})
+    monkeypatch.setattr(data, "open_scene", None)  # whoever opens the video again fails
+    rows = data.cache_scenes(videos / "in/room0.mp4", videos / "out", max_frames=4)
+    assert rows["room0"]["frames"] == 4
+    (videos / "out/manifest.json").unlink()
+    with pytest.raises(DataError, match="holds scenes but no manifest of their options"):
+        data.cache_scenes(videos / "in/room0.mp4", videos / "out", max_frames=5)
+
+
+def test_several_processes_keep_the_same_scenes(tmp_path):
+    for i in range(3):
+        scene = room(i, views=0, points=2000)
+        (tmp_path / "in").mkdir(exist_ok=True)
+        data.write_ply(tmp_path / f"in/{i}.ply", scene.points, scene.colours, scene.normals)
+    one, two = (data.cache_scenes(tmp_path / "in", tmp_path / str(n), workers=n) for n in (1, 2))
+    for name in ("0", "1", "2"):
+        a, b = (data.load_scene(tmp_path / folder / f"{name}.npz") for folder in "12")
+        assert np.array_equal(a.instances, b.instances) and one[name]["objects"] == two[name]["objects"]
+
+
+def test_a_folder_without_scenes_and_names_that_clash_are_refused(tmp_path):
+    with pytest.raises(DataError, match="no scenes; give a video"):
+        data.cache_scenes(tmp_path, tmp_path / "out")
+    for suffix in ("mp4", "mov"):
+        (tmp_path / f"a.{suffix}").write_bytes(b"x")
+    with pytest.raises(DataError, match="2 scenes have 1 different names"):
+        data.cache_scenes(tmp_path, tmp_path / "out")
