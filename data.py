@@ -100,7 +100,7 @@ class Scene:
     """One place. Arrays that a source cannot give are None, and whoever needs them says so in one line."""
 
     name: str
-    source: str  # "rooms" | "scannet" | "rgbd" | "ply"
+    source: str  # "rooms" | "scannet" | "rgbd" | "video" | "ply"
     objects: list[Thing]
     points: np.ndarray | None = None  # [N, 3] float32
     colours: np.ndarray | None = None  # [N, 3] uint8

@@ -86,7 +86,7 @@ SCHEDULES = {  # share of the way from final_lr up to lr, at progress 0..1 after
 
 FLAGS = {
     "model": dict(required=True, help=f"paper: {', '.join(MODELS)}"),
-    "data": dict(default="rooms", help="source of scenes: rooms, scannet, rgbd"),
+    "data": dict(default="rooms", help="source of scenes: rooms, scannet, rgbd, cached"),
     "root": dict(help="folder of the scenes (not for rooms)"),
     "annotations": dict(help="folder of official files: stages that name such sources ask from them"),
     "preset": dict(default="tiny", help="tiny: from nothing, on a CPU; paper: the paper's numbers"),
@@ -304,7 +304,17 @@ def make_rgbd(args: argparse.Namespace) -> tuple[list[Scene], list[Scene]]:
     return [scene], [held]
 
 
-SOURCES = {"rooms": make_rooms, "scannet": make_scans, "rgbd": make_rgbd}
+def make_kept(args: argparse.Namespace) -> tuple[list[Scene], list[Scene]]:
+    """What `data.py cache` wrote; every fifth scene is for scoring."""
+    files = sorted(Path(args.root).glob("*.npz"))
+    if len(files) < 2:
+        raise DataError(f"--root {args.root}: {len(files)} kept scenes, and one must be left to score in; make more with "
+                        "python data.py cache DIR OUT")  # fmt: skip
+    test = files[4::5] or files[-1:]
+    return [data.load_scene(f) for f in files if f not in test], [data.load_scene(f) for f in test]
+
+
+SOURCES = {"rooms": make_rooms, "scannet": make_scans, "rgbd": make_rgbd, "cached": make_kept}
 
 
 def askable(stages: list[Stage], scenes: list[Scene], paper, say: typing.Callable) -> list[Stage]:

@@ -1,6 +1,7 @@
 """A room of one's own: from a video, images, or frames without depth or poses to a scene. What VGGT would find comes
 from a stand-in that knows the truth in a unit and a frame of its own; VGGT's own parts run where they are installed."""
 
+import argparse
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 from test_readers import KITCHEN, needs_kitchen, write_rgbd
 
 import data
+import train
 from data import DataError, open_scene, read_images, read_video, read_views, room, sharpness, similarity, spread
 
 av = pytest.importorskip("av", reason='no PyAV, so no video is read: pip install -e ".[video]"')
@@ -468,7 +470,8 @@ def test_scenes_are_kept_once_and_what_failed_is_said_and_tried_again(videos, ca
     manifest = data.read_json(videos / "out/manifest.json")
     assert manifest["options"] == {"max_frames": 4} and set(manifest["scenes"]) == {"room0", "room1", "torn"}
     row = manifest["scenes"]["room0"]
-    assert row["frames"] == 4 and not row["metric"] and row["objects"] == len(open_scene(videos / "out/room0.npz").objects)
+    kept = open_scene(videos / "out/room0.npz")
+    assert row["frames"] == 4 and not row["metric"] and row["objects"] == len(kept.objects) > 0
 
     encode(videos / "in/torn.mp4", room(5, views=4, size=48).frames.colour)  # recorded again
     opened = []
@@ -477,6 +480,19 @@ def test_scenes_are_kept_once_and_what_failed_is_said_and_tried_again(videos, ca
     assert "3 of 3 scenes kept" in capsys.readouterr().out
     assert data.main([*command[:-1], "5"]) == 2
     assert "was made with the options {'max_frames': 4}" in capsys.readouterr().err
+
+
+def test_kept_scenes_can_be_trained_on(videos, tmp_path):
+    """Without scale, so no question in metres is drawn; the run ends with scores of a scene that it did not train on."""
+    (videos / "in/torn.mp4").unlink()
+    data.cache_scenes(videos / "in", tmp_path / "out", max_frames=4)
+    little = ["--steps", "5", "--workers", "0", "--out", str(tmp_path / "run")]
+    assert train.main(["--model", "proxy3d", "--data", "cached", "--root", str(tmp_path / "out"), *little]) == 0
+    asked = set(data.read_json(tmp_path / "run/metrics.json")) - {"provenance"}
+    assert asked and not asked & {"rooms/coordinate", "rooms/distance"}
+    (tmp_path / "out/room1.npz").unlink()
+    with pytest.raises(DataError, match="1 kept scenes, and one must be left to score in"):
+        train.make_kept(argparse.Namespace(root=tmp_path / "out"))
 
 
 def test_a_kill_between_a_scene_and_its_manifest_loses_nothing(videos, monkeypatch):
