@@ -548,6 +548,14 @@ class Model(nn.Module):
             return self.norm(visual(images))
         return self.norm(qwen_tokens(visual, images, together and self.config.inter_frame))
 
+    def fit(self, images: Tensor) -> Tensor:
+        """Images [V, H, W, 3] uint8, of whatever camera, at exactly the grid's pixels [V, h * cell, w * cell, 3]."""
+        want = (self.config.grid[0] * self.cell, self.config.grid[1] * self.cell)
+        if tuple(images.shape[1:3]) == want:
+            return images
+        images = F.interpolate(images.permute(0, 3, 1, 2).float(), want, mode="bilinear", antialias=True)
+        return images.round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+
     def symbols(self, keys: Sequence[tuple]) -> Tensor:
         """Symbol features [len(keys), C]: ("id", 12) or ("category", name, colour); the tower sees each image once."""
         missing = [k for k in dict.fromkeys(keys) if k not in self.symbol_features]
@@ -584,11 +592,7 @@ class Model(nn.Module):
             raise data.DataError(f"{scene.name}: Proxy3D needs posed frames with depth; this source has points only")
         V = len(frames.colour)
         pick = np.unique(np.linspace(0, V - 1, min(config.frames, V)).round().astype(int))
-        colour = torch.from_numpy(frames.colour[pick]).to(self.llm.device)
-        want = (config.grid[0] * self.cell, config.grid[1] * self.cell)
-        if tuple(colour.shape[1:3]) != want:
-            colour = F.interpolate(colour.permute(0, 3, 1, 2).float(), want, mode="bilinear", antialias=True)
-            colour = colour.round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+        colour = self.fit(torch.from_numpy(frames.colour[pick]).to(self.llm.device))  # [V, H', W', 3]
         points = data.unproject(frames.depth[pick], frames.intrinsics[pick], frames.poses[pick])
         f, p, m = patch_triplets(self.look(colour, together=True).float(), torch.from_numpy(points).to(colour.device),
                                  torch.from_numpy(frames.masks[pick]).to(colour.device).long())  # fmt: skip
@@ -820,8 +824,9 @@ class Model(nn.Module):
                 here = torch.from_numpy(label[v, top : top + h, left : left + w])  # [h, w]
                 names.update({(len(images), i): known.get(i, (self.text.unk,) * 2) for i in here.unique().tolist()})
                 pieces.append((len(images) * 4096 + here) * 4 + quarter)
-                images.append(scene.frames.colour[v, top * cell : (top + h) * cell, left * cell : (left + w) * cell])
-        patches = self.look(torch.from_numpy(np.stack(images))).flatten(0, 2)  # [patches, D]
+                frame = self.fit(torch.from_numpy(scene.frames.colour[v : v + 1]))[0]
+                images.append(frame[top * cell : (top + h) * cell, left * cell : (left + w) * cell])
+        patches = self.look(torch.stack(images)).flatten(0, 2)  # [patches, D]
         piece, which, count = torch.stack(pieces).flatten().unique(return_inverse=True, return_counts=True)
         which, count = which.to(patches.device), count.to(patches.device)
         seen = patches.new_zeros(len(piece), self.width).index_add(0, which, patches) / count[:, None]  # [pieces, D]

@@ -308,8 +308,8 @@ def make_kept(args: argparse.Namespace) -> tuple[list[Scene], list[Scene]]:
     """What `data.py cache` wrote; every fifth scene is for scoring."""
     files = sorted(Path(args.root).glob("*.npz"))
     if len(files) < 2:
-        raise DataError(f"--root {args.root}: {len(files)} kept scenes, and one must be left to score in; make more with "
-                        "python data.py cache DIR OUT")  # fmt: skip
+        raise DataError(f"--root {args.root}: {len(files)} kept scenes, and one must be left to score in; make more "
+                        "with python data.py cache DIR OUT")  # fmt: skip
     test = files[4::5] or files[-1:]
     return [data.load_scene(f) for f in files if f not in test], [data.load_scene(f) for f in test]
 
@@ -706,9 +706,11 @@ def train_stage(run: Run, index: int, position: dict) -> None:
             run.save({**position, "adam": bool(optimizer.state)}, optimizer)
     position.update(stage=index + 1, step=0, running=0.0, adam=False)
     run.save(position)
-    if stage.score and not args.no_eval:
+    possible = {t for scene in run.test for t in data.TASKS if not data.refusal(scene, t)}  # metres need a scale
+    scored = tuple(name for name in stage.score if possible & set(evaluate.BENCHMARKS[name].tasks))
+    if scored and not args.no_eval:
         ranks.say(f"after stage {stage.name}:")
-        evaluate_run(run, stage, stage.score, args.out / f"after {stage.name}")
+        evaluate_run(run, stage, scored, args.out / f"after {stage.name}")
 
 
 def update(optimizer: torch.optim.Optimizer, numbers: dict, position: dict, run: Run, draws: Draws) -> None:

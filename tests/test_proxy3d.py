@@ -738,6 +738,22 @@ def test_a_tower_that_trains_again_drops_what_it_saw_before(text, scenes):
     assert not model.symbol_features and all(s.name not in model.cache for s in scenes)
 
 
+def test_the_tower_learns_from_what_its_labels_name_whatever_the_size_of_the_frames(text, scenes, monkeypatch):
+    """Labels count in patches of the grid: a crop cut in the pixels of larger frames would show another place."""
+    model, seen = make(text), []
+    model.begin(Stage("0", {}, ("tower",), "tower"))
+    model.prepare(scenes)
+    look = model.look
+    monkeypatch.setattr(model, "look", lambda images: seen.append(images) or look(images))
+    for times in (1, 3):
+        f = scenes[0].frames
+        large = {k: getattr(f, k).repeat(times, 1).repeat(times, 2) for k in ("colour", "masks")}
+        model.cache.clear()
+        model.tower_loss([replace(scenes[0], frames=replace(f, **large))])
+    one, three = (x.float() for x in seen if x.shape == seen[0].shape)  # the others are symbols
+    assert (one - three).abs().mean() < 4 < (one - one.roll(1, 0)).abs().mean()
+
+
 def test_the_untrained_tower_is_another_one_and_leaves_no_trace(text, scenes):
     """The row "untrained tower" beside a score: same language model, other eyes, also when an answer breaks it off."""
     model = make(text, seed=5)

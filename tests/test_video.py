@@ -483,7 +483,7 @@ def test_scenes_are_kept_once_and_what_failed_is_said_and_tried_again(videos, ca
 
 
 def test_kept_scenes_can_be_trained_on(videos, tmp_path):
-    """Without scale, so no question in metres is drawn; the run ends with scores of a scene that it did not train on."""
+    """Without scale, so no question in metres is drawn; the run ends with scores of a scene that it did not see."""
     (videos / "in/torn.mp4").unlink()
     data.cache_scenes(videos / "in", tmp_path / "out", max_frames=4)
     little = ["--steps", "5", "--workers", "0", "--out", str(tmp_path / "run")]
