@@ -948,9 +948,9 @@ def move(points: np.ndarray, normals: np.ndarray, world: np.ndarray) -> dict:
     return {"points": points, "normals": (normals @ world[:3, :3].T).astype(np.float32), "bounds": bounds}
 
 
-def load_rgbd(root: str | Path, size: tuple[int, int] | None = (240, 320), max_frames: int = 64, points: int = 100_000,
-              voxel: float | None = None, up: str = "auto", convention: str = "opencv", depth_scale: float = 1000.0,
-              hold_out: int = 0) -> tuple[Scene, Frames | None]:  # fmt: skip
+def load_rgbd(root: str | Path, size: tuple[int, int] | int | None = (240, 320), max_frames: int = 64,
+              points: int = 100_000, voxel: float | None = None, up: str = "auto", convention: str = "opencv",
+              depth_scale: float = 1000.0, hold_out: int = 0) -> tuple[Scene, Frames | None]:  # fmt: skip
     """read_rgbd's scene, and every `hold_out`-th frame apart, in the same world but unknown to cloud and gravity."""
     root, notes = Path(root), []
     found = find_frames(root)
@@ -964,7 +964,8 @@ def load_rgbd(root: str | Path, size: tuple[int, int] | None = (240, 320), max_f
     def training() -> Iterator[tuple]:
         for i, (colour, depth, mask, K, pose) in enumerate(read_frames(chosen, camera, convention, depth_scale, notes)):
             out = hold_out and i % hold_out == hold_out - 1
-            (held if out else kept).append(resize_frame((colour, depth, mask * 0, K, pose), size or depth.shape))
+            shape = fit_longest(*depth.shape, size) if isinstance(size, int) else size or depth.shape
+            (held if out else kept).append(resize_frame((colour, depth, mask * 0, K, pose), shape))
             if not out:
                 yield colour, depth, K, pose
 
@@ -995,9 +996,10 @@ def fused_scene(name: str, source: str, views: Iterable[tuple], kept: list, note
 def read_rgbd(root: str | Path, **options) -> Scene:
     """A folder of posed RGB-D frames (FRAME_LAYOUTS) as a scene without objects (`with_own_segments` finds some).
 
-    Options: size (H, W) of the frames, None = the depth's; max_frames, evenly spaced; points, the most in the cloud;
-    voxel in metres (None: 0.025 or a pixel's footprint); up "auto" or an axis of the file ("-y"); convention of the
-    poses (CONVENTIONS); depth_scale, units per metre. Depth 0 and 65535 are missing. Raises DataError.
+    Options: size of the frames, (H, W) or the longer side in pixels, None = the depth's; max_frames, evenly spaced;
+    points, the most in the cloud; voxel in metres (None: 0.025 or a pixel's footprint); up "auto" or an axis of the
+    file ("-y"); convention of the poses (CONVENTIONS); depth_scale, units per metre. Depth 0 and 65535 are missing.
+    Raises DataError.
     """
     return load_rgbd(root, **options)[0]
 
@@ -1098,7 +1100,7 @@ def read_ply(path: str | Path, points: int = 200_000, up: str = "+z", scale: flo
     colours, normals = (None if held[k] is None else held[k][finite] for k in ("colours", "normals"))
     across = float(np.ptp(cloud, axis=0).max())
     if across > 100:
-        raise DataError(f"{path}: {across:.0f} m across, hardly metres; --scale 0.001 if these are millimetres")
+        raise DataError(f"{path}: {across:.0f} m across, hardly metres; give scale = 0.001 (--scale 0.001) for millimetres")
     if normals is None and faces is not None:
         normals = unit(vertex_normals(cloud, faces))
     if len(cloud) > points:
@@ -3030,12 +3032,13 @@ SCENE_OPTIONS = {  # flags of a scene of one's own -> (type, help)
     "up": (str, "axis of the files that points up, such as -y (default: found; +z for a cloud)"),
     "convention": (str, f"of the poses: {', '.join(CONVENTIONS)}"),
     "depth_scale": (float, "units of the depth images per metre (default: 1000)"),
-    "max_frames": (int, "frames to use at most"),
+    "max_frames": (int, "frames to use at most (default: 64 with depth and poses, else 32)"),
+    "longest": (int, "longer side of the frames in pixels (default: 320 with depth and poses, else 640)"),
     "vggt": (str, "name or folder of VGGT's weights, for frames without depth or poses"),
     "masks": (str, "where objects come from: segments (of the cloud, the default) or sam2"),
     "sam2": (str, "name or checkpoint of SAM 2's weights"),
 }
-FRAME_OPTIONS = {"up", "convention", "depth_scale", "max_frames", "masks", "sam2"}
+FRAME_OPTIONS = {"up", "convention", "depth_scale", "max_frames", "longest", "masks", "sam2"}
 
 
 def add_scene_options(parser: argparse.ArgumentParser) -> None:
@@ -3052,6 +3055,10 @@ def read_scan(path: Path, **options) -> Scene:
     return read_scannet(path.parent, path.name, **options)
 
 
+def read_folder(path: Path, longest: int = 320, **options) -> Scene:
+    return read_rgbd(path, size=longest, **options)
+
+
 def choose_reader(path: Path) -> tuple[Callable, set[str]]:
     """Who reads a scene of one's own, and which of SCENE_OPTIONS it takes."""
     if path.suffix == ".npz":
@@ -3064,7 +3071,7 @@ def choose_reader(path: Path) -> tuple[Callable, set[str]]:
         return read_scan, {"max_frames"}
     rows = path.is_dir() and (find_frames(path) or [[]])[0]
     if rows and all(any(row[i].exists() for row in rows) for i in (1, 2)):
-        return read_rgbd, FRAME_OPTIONS
+        return read_folder, FRAME_OPTIONS
     return read_views, FRAME_OPTIONS | {"scale", "vggt"}
 
 

@@ -212,7 +212,7 @@ def ways(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ways")
     scene = room(3, views=12, size=96)
     whole = write_rgbd(scene, folder / "whole")
-    out = {"rgbd": read_scene(whole, scene, size=None)}
+    out = {"rgbd": read_scene(whole, scene, longest=96)}
     for kind, lacks in (("poses", "depth.png"), ("depth", "pose.txt"), ("images", "")):
         part = folder / kind
         part.mkdir()
