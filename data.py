@@ -1100,7 +1100,7 @@ def read_ply(path: str | Path, points: int = 200_000, up: str = "+z", scale: flo
     colours, normals = (None if held[k] is None else held[k][finite] for k in ("colours", "normals"))
     across = float(np.ptp(cloud, axis=0).max())
     if across > 100:
-        raise DataError(f"{path}: {across:.0f} m across, hardly metres; give scale = 0.001 (--scale 0.001) for millimetres")
+        raise DataError(f"{path}: {across:.0f} m across, hardly metres; if millimetres, scale = 0.001 (--scale 0.001)")
     if normals is None and faces is not None:
         normals = unit(vertex_normals(cloud, faces))
     if len(cloud) > points:
