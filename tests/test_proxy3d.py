@@ -910,6 +910,20 @@ def test_pixels_enter_the_tower_as_its_own_processor_would_give_them(tower):
     assert torch.allclose(tokens.flatten(0, 2), expected, atol=1e-4 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("grid", [(16, 21), (32, 42)])
+def test_frames_of_any_camera_become_the_papers_16x21_or_32x42_tokens(text, scenes, grid):
+    """Sec. 3.1: 14-pixel patches, merged 2 x 2, on frames of exactly 448 x 588 or 896 x 1176 pixels."""
+    model = make(text, tower="qwen", merge=2, patch=14, grid=grid, inter_frame=True, vision_width=16)
+    f = scenes[0].frames
+    wide = replace(f, **{k: getattr(f, k)[:2, 6:42] for k in ("colour", "depth", "masks")}, intrinsics=f.intrinsics[:2],
+                   poses=f.poses[:2])  # fmt: skip
+    images = model.fit(torch.from_numpy(wide.colour))
+    assert images.shape == (2, 28 * grid[0], 28 * grid[1], 3)
+    assert model.look(images, together=True).shape == (2, *grid, model.width)
+    found = model.proxies(replace(scenes[0], frames=wide))
+    assert len(found["z"]) == model.config.budget and torch.isfinite(found["z"]).all()
+
+
 @pytest.mark.parametrize("inter_frame", [True, False])
 def test_frames_see_each_other_only_with_inter_frame_attention(tower, inter_frame):
     """Table 4's switch. Without it a frame's features must not depend on which other frames are there."""
