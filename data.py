@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -1249,6 +1250,11 @@ TERMS = {
 }  # fmt: skip
 
 
+def found_by_vggt(what: str) -> str:
+    there = "is installed" if importlib.util.find_spec("vggt") else f"is not installed: {INSTALL['vggt']}"
+    return f"{what}: found by VGGT, which {there}"
+
+
 def check(path: str | Path) -> list[str]:
     """What `path` holds, what it lacks, and where that is had under which terms: the lines of `data.py check DIR`."""
     path = Path(path)
@@ -1259,6 +1265,8 @@ def check(path: str | Path) -> list[str]:
         size = np.ptp(held["points"], axis=0) if len(held["points"]) else np.zeros(3)
         return [f"{path}: {len(held['points'])} points, {' x '.join(f'{s:.2f}' for s in size)} in the file's unit",
                 *(f"has {'no ' * (held[k] is None)}{k}" for k in ("colours", "normals", "faces"))]  # fmt: skip
+    if path.suffix.lower() in VIDEOS:
+        return [f"{path}: {read_video(path)[1][0]}", found_by_vggt("depth and poses")]
     if path.suffix == ".json":
         rows = read_json(path)
         if isinstance(rows, dict):
@@ -1272,15 +1280,20 @@ def check(path: str | Path) -> list[str]:
     lines = []
     if found:
         rows, camera = found
+        absent = [kind for i, kind in ((1, "depth"), (2, "poses")) if not any(row[i].exists() for row in rows)]
         lacks = [p.name for row in rows for p in row[1:3] if not p.exists()] + [camera.name] * (not camera.exists())
         lines.append(f"{path}: {len(rows)} RGB-D frames, {len(lacks)} files missing {' '.join(lacks[:3])}".rstrip())
+        if absent:
+            lines = [f"{path}: {len(rows)} images without {' and '.join(absent)}", found_by_vggt(" and ".join(absent))]
+    elif images := [p for p in path.iterdir() if p.suffix.lower() in IMAGES]:
+        lines += [f"{path}: {len(images)} images without depth and poses", found_by_vggt("depth and poses")]
     if scans:
         frames = sum(any(map(find_frames, (p, path / "posed_images" / p.name))) for p in scans)
         lines.append(f"{path}: {len(scans)} scans, {frames} with exported frames")
         lacks = {s: [p.name for p in scans if not (p / f"{p.name}{s}").exists()] for s in SCAN_FILES}
         lines += [f"missing <id>{s} of {len(names)} scans, first {names[0]}" for s, names in lacks.items() if names]
         lines += [TERMS["scans"]] * any(lacks.values()) + [TERMS["frames"]] * (frames < len(scans))
-    for file in sorted([*path.glob("*.json"), *path.glob("*.ply")]):
+    for file in sorted(p for p in path.iterdir() if p.suffix.lower() in (".json", ".ply", *VIDEOS)):
         try:
             lines += check(file)
         except DataError as error:

@@ -336,6 +336,19 @@ def test_every_kind_of_scene_has_its_reader_and_its_options(tmp_path):
         open_scene(tmp_path / "empty")
 
 
+def test_check_says_what_frames_lack_and_who_finds_it(tmp_path, capsys):
+    encode(tmp_path / "a.mp4", numbered(40))
+    assert data.main(["check", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "a.mp4: 32 of 40 frames in 1.3 s" in said and "depth and poses: found by VGGT, which is" in said
+    whole = write_rgbd(room(3, views=3, size=32), tmp_path / "whole")
+    for file in whole.glob("*.depth.png"):
+        file.unlink()
+    assert data.check(whole)[0].endswith("3 images without depth") and data.check(whole)[1].startswith("depth: found by")
+    Image.fromarray(numbered(1)[0]).save(tmp_path / "photo.png")
+    assert any(line.endswith("1 images without depth and poses") for line in data.check(tmp_path))
+
+
 def test_a_missing_vggt_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "vggt", None)
     monkeypatch.setitem(__import__("sys").modules, "vggt.models.vggt", None)
