@@ -344,7 +344,8 @@ def test_check_says_what_frames_lack_and_who_finds_it(tmp_path, capsys):
     whole = write_rgbd(room(3, views=3, size=32), tmp_path / "whole")
     for file in whole.glob("*.depth.png"):
         file.unlink()
-    assert data.check(whole)[0].endswith("3 images without depth") and data.check(whole)[1].startswith("depth: found by")
+    lines = data.check(whole)
+    assert lines[0].endswith("3 images without depth") and lines[1].startswith("depth: found by VGGT")
     Image.fromarray(numbered(1)[0]).save(tmp_path / "photo.png")
     assert any(line.endswith("1 images without depth and poses") for line in data.check(tmp_path))
 
