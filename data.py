@@ -1405,6 +1405,12 @@ def colour_name(colours: np.ndarray | None, mine: np.ndarray) -> str:
     return min(COLOURS, key=lambda name: float(np.square(median - COLOURS[name]).sum()))
 
 
+def hue_of(colours: np.ndarray) -> np.ndarray:
+    """Colours [N, 3] u8 as one axis of brightness, which counts less, and two of hue: [N, 3] float32."""
+    r, g, blue = colours.T.astype(np.float32) / 255
+    return np.stack([(r + g + blue) / 6, 0.7 * (r - g), 0.7 * ((r + g) / 2 - blue)], axis=1)
+
+
 def find_shell(points: np.ndarray, normals: np.ndarray, hue: np.ndarray, superpoints: np.ndarray,
                spacing: float) -> np.ndarray:  # fmt: skip
     """Mask [N] of the room itself: points on a large level or upright plane with next to nothing behind it (floor,
@@ -1430,13 +1436,12 @@ def merge_segments(points: np.ndarray, normals: np.ndarray, colours: np.ndarray,
 
     Superpoints are cut where the colour jumps, the room's shell is taken away, and touching pieces join in order of
     a cost: colour difference / colour_scale, less for a small piece at a large one (a handle), + the concave share of
-    the contact (things meet in concave edges: Stein et al., CVPR 2014) + the share in which one rests on top of the
-    other in another colour. Nothing grows beyond `largest` metres; what stays below `smallest` is a crumb.
+    the contact (things meet in concave edges: Stein et al., CVPR 2014), both halved where one lies within the other's
+    box (the glass of a mirror), + the share in which one rests on top of the other in another colour. Nothing grows beyond `largest` metres; what stays below `smallest` is a crumb.
     points, normals [N, 3] metres z-up, colours [N, 3] u8. The constants were set on procedural rooms.
     """
     a, b, spacing = neighbour_pairs(points, 8, reach=3.5)
-    r, g, blue = colours.T.astype(np.float32) / 255
-    hue = np.stack([(r + g + blue) / 6, 0.7 * (r - g), 0.7 * ((r + g) / 2 - blue)], axis=1)  # shade counts less
+    hue = hue_of(colours)
     inside = superpoints[a] == superpoints[b]
     jump = np.linalg.norm(hue[a] - hue[b], axis=1)
     piece = segment_graph(len(points), a[inside], b[inside], jump[inside], 0.1, 8)
@@ -1465,9 +1470,12 @@ def merge_segments(points: np.ndarray, normals: np.ndarray, colours: np.ndarray,
         edges, bent, resting = links[p][q]
         if (np.maximum(high[p], high[q]) - np.minimum(low[p], low[q])).max() > largest:
             return np.inf
-        differ = float(np.linalg.norm(tint[p] - tint[q])) / colour_scale
+        ends = np.array([low[p] - low[q], high[q] - high[p]])
+        within = (ends >= -spacing).all() or (ends <= spacing).all()
+        half = 0.5 if within else 1.0
+        differ = half * float(np.linalg.norm(tint[p] - tint[q])) / colour_scale
         weight = 0.5 + 0.5 * (min(size[p], size[q]) / max(size[p], size[q])) ** 0.5
-        return weight * differ + bent / edges + (resting / edges if differ > 0.5 else 0.0)
+        return weight * differ + half * bent / edges + (resting / edges if differ > 0.5 else 0.0)
 
     version, into = [0] * S, list(range(S))
     heap = [(cost(p, q), p, q, 0, 0) for p in range(S) for q in links[p] if p < q]
@@ -2876,11 +2884,11 @@ class View:
         return (normals * towards).sum(1) > -0.1
 
     def cloud(self, points: np.ndarray, colours: np.ndarray, spacing: np.ndarray) -> None:
-        """Draw points [N, 3] in colours [N, 3] of 0..1, discs as large as their spacing [N] (metres) looks from there."""
+        """Draw points [N, 3] in colours [N, 3] of 0..1: discs as large as their spacing [N] (metres) looks."""
         pixels, depth = self.pixels(points)
         grain = self.scale if self.camera is None else self.camera[0][0, 0] / np.maximum(depth, 1e-3)
         most = min(14.0, (4e6 / max(len(points), 1)) ** 0.5)
-        which = z_buffer(pixels, depth, np.clip(0.8 * spacing * grain, 0.8, most), self.size)
+        which = z_buffer(pixels, depth, np.clip(0.6 * spacing * grain, 0.8, most), self.size)
         image = np.where(which[..., None] >= 0, colours[which] if len(colours) else 1.0, 1.0)
         image = image * shade(which, depth, 0.04 * self.span)[..., None]
         (x0, x1), (y0, y1) = self.axis.get_xlim(), self.axis.get_ylim()
@@ -2917,7 +2925,7 @@ class View:
         placed = np.full(pixels.shape, np.nan)
         placed[seen] = spread_labels(pixels[seen], sizes[seen], self.size[::-1], self.taken)
         self.taken = np.concatenate([self.taken, np.concatenate([placed, sizes / 2], 1)[np.isfinite(placed).all(1)]])
-        back = lambda p: p if self.camera else self.start + [p[0] / self.scale, (self.size[0] - p[1]) / self.scale]  # noqa: E731
+        back = lambda p: p if self.camera else self.start + np.array([p[0], self.size[0] - p[1]]) / self.scale  # noqa: E731
         for at, to, text in zip(pixels, placed, texts, strict=True):
             if np.isfinite(to).all():
                 if np.abs(at - to).max() > 12:
@@ -2971,19 +2979,20 @@ def perspective(axis, size: tuple[int, int], cloud: dict) -> View:
         views.append(View(axis, size, cloud["low"], cloud["high"], camera))
         pixels, depth = views[-1].pixels(points)
         hidden = ~views[-1].faces(points, normals, cloud["low"], cloud["high"])
-        which = z_buffer(pixels / 8, np.where(hidden, np.inf, depth), np.ones(len(points)), (size[0] // 8, size[1] // 8))
+        depth[hidden], small = np.inf, (size[0] // 8, size[1] // 8)
+        which = z_buffer(pixels / 8, depth, np.ones(len(points)), small)
         front = which[which >= 0]
         seen.append(((ids[front] > 0) | ~ids.any())[~hidden[front]].sum())
     return views[int(np.argmax(seen))]
 
 
 def spacing_of(points: np.ndarray) -> np.ndarray:
-    """Distance [N] of every point to its fourth neighbour, at most three times the median: discs of that size close."""
+    """Distance [N] of every point to its fourth neighbour, at most twice the median: discs of that size close gaps."""
     cloud = torch.from_numpy(np.ascontiguousarray(points, np.float32))
     if len(cloud) < 2:
         return np.full(len(cloud), 0.05)
     gap = knn(cloud, cloud, min(5, len(cloud)))[0][:, -1].numpy()
-    return np.minimum(gap, 3 * np.median(gap))
+    return np.minimum(gap, 2 * np.median(gap))
 
 
 @contextmanager
@@ -3075,10 +3084,11 @@ def draw_things(view: View, scene: Scene) -> None:
     crowded = len(things) > 60
     shades = 0.65 * palette(max(o.id for o in things))[[o.id for o in things]]
     view.boxes(np.stack([o.box for o in things]), colors=shades, lw=0.5 if crowded else 0.9, zorder=2)
-    tops = np.stack([o.box[:3] + [0, 0, 0 if view.camera is None else o.box[5] / 2] for o in things])
+    places = np.stack([o.box[:3] for o in things])
+    places[:, 2] += np.array([o.box[5] / 2 for o in things]) * bool(view.camera)  # in perspective on top of the box
     words = [o.category or o.colour if view.camera is None or not crowded else "" for o in things]
     texts = [f"{scene.identifiers.get(o.id, '')} {w}".strip() for o, w in zip(things, words, strict=True)]
-    missing = view.labels(tops, texts, 6.5 if len(things) > 35 else 8)
+    missing = view.labels(places, texts, 6.5 if len(things) > 35 else 8)
     if missing:
         view.axis.set_title(f"{view.axis.get_title()} ({missing} names left out)", fontsize=10)
 
@@ -3114,7 +3124,7 @@ def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.n
 def ask_scene(paper, arguments: Sequence[str]) -> None:
     """The command line of a paper: `--scene PATH --ask QUESTION [--ask ...] --run DIR`: prints the answers, and where
     the picture is. A model may offer `refusal(scene, question)`: why this question cannot be answered about this scene,
-    or None. Raises DataError."""
+    or None; and `answer_pictures(scene, samples, answers, folder)`, more pictures. Raises DataError."""
     parser = argparse.ArgumentParser(description="Questions about a scene of your own.", allow_abbrev=False)
     parser.error = lambda message: (_ for _ in ()).throw(DataError(message))
     parser.add_argument("--scene", type=Path, required=True, help=".ply, a scan's folder, or a folder of RGB-D frames")
@@ -3152,7 +3162,8 @@ def ask_scene(paper, arguments: Sequence[str]) -> None:
     picture = a.out or a.run / "ask.png"
     shown = ["" if r else t for r, t in zip(refused, answers, strict=True)]
     draw_scene(scene, picture, lines, model.token_centres(scene), shown)
-    print(f"picture: {picture}")
+    more = getattr(model, "answer_pictures", lambda *_: [])(scene, samples, answers, picture.parent)
+    print("\n".join(f"picture: {path}" for path in [picture, *more]))
 
 
 def write_rooms(out: Path, count: int, objects: int | None, first: int) -> None:

@@ -1,6 +1,6 @@
 """Speed, measured: `python tests/bench.py proxy3d` (or fase3d) prints a row per claim, each a ratio to something named
 and timed in the same run. Best of several repetitions; no time is asserted, so a busy machine only makes the numbers
-worse."""
+worse. `segments` measures how well our segments follow objects."""
 
 from __future__ import annotations
 
@@ -369,8 +369,71 @@ def spatial() -> None:
         print(f"  {name:45s} {row} {1 / (sum(once) + modules + answer):8.1f} {1 / (modules + answer):8.1f}")
 
 
+# ---- own segments ----------------------------------------------------------------------------------------------------
+
+
+def point_iou(found: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """IoU [n, m] of point sets: labels found [N] of 0..n and true [N] of 0..m; rows and columns are labels 1 and up."""
+    n, m = int(found.max(initial=0)) + 1, int(true.max(initial=0)) + 1
+    both = np.bincount(found * m + true, minlength=n * m).reshape(n, m)
+    either = both.sum(1, keepdims=True) + both.sum(0) - both
+    return (both / np.maximum(either, 1))[1:, 1:]
+
+
+def dbscan(points: np.ndarray, normals: np.ndarray, colours: np.ndarray, superpoints: np.ndarray) -> np.ndarray:
+    """Clusters [N] of 1 and up, 0 = none, of what is left when our own shell is taken away: scikit-learn's DBSCAN on
+    coordinates. Of the radii 1.5, 2, 2.5, 3.5 and 5 times the spacing of the points 2.5 was best on validation rooms."""
+    from sklearn.cluster import DBSCAN
+
+    spacing = data.neighbour_pairs(points, 8)[2]
+    thing = ~data.find_shell(points, normals, data.hue_of(colours), superpoints, spacing)
+    label = np.zeros(len(points), np.int64)
+    label[thing] = DBSCAN(eps=2.5 * spacing, min_samples=6).fit(points[thing]).labels_ + 1
+    return label
+
+
+SEGMENTERS = {
+    "superpoints, not merged": lambda p, n, c, s: s + 1,
+    "DBSCAN without the shell": dbscan,
+    "superpoints, merged": lambda p, n, c, s: data.merge_segments(p, n, c, s),
+}
+
+
+def segment_scores(scene: data.Scene, least: int = 10) -> dict[str, np.ndarray]:
+    """For each of SEGMENTERS and every true object with `least` points in the cloud fused from the frames: the best IoU
+    with a segment as point sets and as boxes [n, 2]; and in the last row how many segments there are."""
+    points, colours, normals = data.surface(scene)
+    true = data.read_masks(points, scene.frames)
+    seen = [o for o in scene.objects if (true == o.id).sum() >= least]
+    superpoints = data.over_segment(points, normals)
+    scores = {}
+    for name, segment in SEGMENTERS.items():
+        found = segment(points, normals, colours, superpoints)
+        boxes = np.stack([data.extent(points[found == i]) for i in range(1, found.max() + 1)])
+        by_points = point_iou(found, true).max(0)[[o.id - 1 for o in seen]]
+        by_boxes = data.box_iou(boxes, np.stack([o.box for o in seen])).max(0)
+        scores[name] = np.stack([by_points, by_boxes, np.full(len(seen), len(boxes) / len(seen))], 1)
+    return scores
+
+
+def segments(count: int = 60) -> None:
+    """Whether our segments follow objects: rooms that nothing was tuned on, seen by RGB-D cameras."""
+    first = data.ROOM_SEEDS["test"].start
+    for size, views in ((96, 12), (240, 16)):
+        rows = [segment_scores(data.room(seed, views=views, size=size)) for seed in range(first, first + count)]
+        things = sum(len(next(iter(r.values()))) for r in rows)
+        print(f"own segments against the {things} objects that are seen in {count} test rooms, "
+              f"{views} views of {size} x {size} pixels: best IoU of each object")
+        print("                              as points: mean  > 0.25  > 0.5   as boxes: mean  > 0.25  > 0.5   segments")
+        for name in SEGMENTERS:
+            best, box, number = np.concatenate([r[name] for r in rows]).T
+            cells = [v for x in (best, box) for v in (x.mean(), (x > 0.25).mean(), (x > 0.5).mean())]
+            print("  {:27s} {:15.3f} {:7.3f} {:6.3f} {:16.3f} {:7.3f} {:6.3f} {:8.1f} per object".format(
+                name, *cells, number.mean()))  # fmt: skip
+
+
 BENCHES = {"proxy3d": (clustering, rooms, latency), "fase3d": (curve_keys, graph_time, graph_quality, tokenizer),
-           "spatial3dllm": (spatial,)}  # fmt: skip
+           "spatial3dllm": (spatial,), "segments": (segments,)}  # fmt: skip
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
