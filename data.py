@@ -1437,7 +1437,8 @@ def merge_segments(points: np.ndarray, normals: np.ndarray, colours: np.ndarray,
     Superpoints are cut where the colour jumps, the room's shell is taken away, and touching pieces join in order of
     a cost: colour difference / colour_scale, less for a small piece at a large one (a handle), + the concave share of
     the contact (things meet in concave edges: Stein et al., CVPR 2014), both halved where one lies within the other's
-    box (the glass of a mirror), + the share in which one rests on top of the other in another colour. Nothing grows beyond `largest` metres; what stays below `smallest` is a crumb.
+    box and does not rest on it (the glass of a mirror), + the share in which one rests on top of the other in another
+    colour. Nothing grows beyond `largest` metres; what stays below `smallest` is a crumb.
     points, normals [N, 3] metres z-up, colours [N, 3] u8. The constants were set on procedural rooms.
     """
     a, b, spacing = neighbour_pairs(points, 8, reach=3.5)
@@ -1471,7 +1472,7 @@ def merge_segments(points: np.ndarray, normals: np.ndarray, colours: np.ndarray,
         if (np.maximum(high[p], high[q]) - np.minimum(low[p], low[q])).max() > largest:
             return np.inf
         ends = np.array([low[p] - low[q], high[q] - high[p]])
-        within = (ends >= -spacing).all() or (ends <= spacing).all()
+        within = resting == 0 and ((ends >= -spacing).all() or (ends <= spacing).all())
         half = 0.5 if within else 1.0
         differ = half * float(np.linalg.norm(tint[p] - tint[q])) / colour_scale
         weight = 0.5 + 0.5 * (min(size[p], size[q]) / max(size[p], size[q])) ** 0.5
@@ -2876,21 +2877,24 @@ class View:
         x, y = np.moveaxis((points[..., :2] - self.start) * self.scale, -1, 0)
         return np.stack([x, self.size[0] - y], -1), self.top - points[..., 2]
 
-    def faces(self, points: np.ndarray, normals: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    def faces(self, cloud: dict) -> np.ndarray:
         """Mask [N]: False where the outer walls and the ceiling turn their backs, to look into the room."""
+        points, normals, low, high = (cloud[k] for k in ("points", "normals", "low", "high"))
         if self.camera is None:
             return (normals[:, 2] > -0.3) | (points[:, 2] < low[2] + 0.9 * (high - low)[2])
-        towards = unit(self.camera[1][:3, 3] - points)
-        return (normals * towards).sum(1) > -0.1
+        return (normals * unit(self.camera[1][:3, 3] - points)).sum(1) > -0.1
 
-    def cloud(self, points: np.ndarray, colours: np.ndarray, spacing: np.ndarray) -> None:
-        """Draw points [N, 3] in colours [N, 3] of 0..1: discs as large as their spacing [N] (metres) looks."""
+    def show(self, cloud: dict, look: str) -> None:
+        """Draw a `shown_cloud`, coloured as LOOKS says, its points as discs that close the gaps between them."""
+        points, spacing, colours = cloud["points"], cloud["spacing"], LOOKS[look][1](cloud["ids"], cloud["true"])
         pixels, depth = self.pixels(points)
+        pixels[~self.faces(cloud)] = np.nan
         grain = self.scale if self.camera is None else self.camera[0][0, 0] / np.maximum(depth, 1e-3)
         most = min(14.0, (4e6 / max(len(points), 1)) ** 0.5)
         which = z_buffer(pixels, depth, np.clip(0.6 * spacing * grain, 0.8, most), self.size)
-        image = np.where(which[..., None] >= 0, colours[which] if len(colours) else 1.0, 1.0)
-        image = image * shade(which, depth, 0.04 * self.span)[..., None]
+        image = np.ones((*self.size, 3))
+        image[which >= 0] = colours[which[which >= 0]]
+        image *= shade(which, depth, 0.04 * self.span)[..., None]
         (x0, x1), (y0, y1) = self.axis.get_xlim(), self.axis.get_ylim()
         self.axis.imshow(image, extent=(x0, x1, y0, y1), interpolation="bilinear", aspect="auto", zorder=0)
 
@@ -2944,9 +2948,18 @@ LOOKS = {  # how a cloud is coloured: in words, and from ids [N] and true colour
 }  # fmt: skip
 
 
+def spacing_of(points: np.ndarray) -> np.ndarray:
+    """Distance [N] of every point to its fourth neighbour, at most twice the median: discs of that size close gaps."""
+    cloud = torch.from_numpy(np.ascontiguousarray(points, np.float32))
+    if len(cloud) < 2:
+        return np.full(len(cloud), 0.05)
+    gap = knn(cloud, cloud, min(5, len(cloud)))[0][:, -1].numpy()
+    return np.minimum(gap, 2 * np.median(gap))
+
+
 def shown_cloud(scene: Scene) -> dict[str, np.ndarray]:
     """What pictures show of a scene: points [N, 3], normals [N, 3], true colours [N, 3] of 0..1 (height where there is
-    none), object ids [N]; and the corners low, high [3] of it all."""
+    none), object ids [N], spacing [N] in metres; and the corners low, high [3] of it all."""
     from matplotlib import colormaps
 
     points, colours, normals = surface(scene)
@@ -2966,60 +2979,51 @@ def shown_cloud(scene: Scene) -> dict[str, np.ndarray]:
         true = colormaps["viridis"](np.clip((points[:, 2] - low[2]) / (high - low + pad)[2], 0, 1))[:, :3] * 0.8 + 0.1
     else:
         true = colours / 255
-    return dict(points=points, normals=normals, true=true, ids=ids, low=low - pad, high=high + pad)
+    return dict(points=points, normals=normals, true=true, ids=ids, spacing=spacing_of(points), low=low - pad,
+                high=high + pad)  # fmt: skip
 
 
 def perspective(axis, size: tuple[int, int], cloud: dict) -> View:
     """The view over that corner of the room from which most of the objects (or, without any, of the cloud) is seen."""
     views, seen = [], []
-    some = slice(None, None, max(1, len(cloud["points"]) // 5000))
-    points, normals, ids = (cloud[k][some] for k in ("points", "normals", "ids"))
+    step = max(1, len(cloud["points"]) // 5000)
+    few = {k: v[::step] if k not in ("low", "high") else v for k, v in cloud.items()}
+    thing = (few["ids"] > 0) | ~few["ids"].any()
     for sides in itertools.product((-1, 1), repeat=2):
         camera = corner_camera(cloud["low"], cloud["high"], sides, size)
         views.append(View(axis, size, cloud["low"], cloud["high"], camera))
-        pixels, depth = views[-1].pixels(points)
-        hidden = ~views[-1].faces(points, normals, cloud["low"], cloud["high"])
-        depth[hidden], small = np.inf, (size[0] // 8, size[1] // 8)
-        which = z_buffer(pixels / 8, depth, np.ones(len(points)), small)
-        front = which[which >= 0]
-        seen.append(((ids[front] > 0) | ~ids.any())[~hidden[front]].sum())
+        pixels, depth = views[-1].pixels(few["points"])
+        pixels[~views[-1].faces(few)] = np.nan
+        which = z_buffer(pixels / 8, depth, np.ones(len(depth)), (size[0] // 8, size[1] // 8))
+        seen.append(thing[which[which >= 0]].sum())
     return views[int(np.argmax(seen))]
-
-
-def spacing_of(points: np.ndarray) -> np.ndarray:
-    """Distance [N] of every point to its fourth neighbour, at most twice the median: discs of that size close gaps."""
-    cloud = torch.from_numpy(np.ascontiguousarray(points, np.float32))
-    if len(cloud) < 2:
-        return np.full(len(cloud), 0.05)
-    gap = knn(cloud, cloud, min(5, len(cloud)))[0][:, -1].numpy()
-    return np.minimum(gap, 2 * np.median(gap))
 
 
 @contextmanager
 def board(scene: Scene, path: Path, title: str, lines: Sequence[str] = (), look: str = "segments",
-          images: Sequence[tuple[str, np.ndarray]] = ()) -> Iterator[list[View]]:  # fmt: skip
+          images: Sequence[tuple[str, np.ndarray]] = (), inks: Sequence[str] = ()) -> Iterator[list[View]]:  # fmt: skip
     """A picture of a scene, written to `path` on leaving: its cloud from above and in perspective (coloured as LOOKS
-    says), a row of images (caption, [H, W, 3]) and lines of text below. Yields the two views, to draw over them."""
+    says), a row of images (caption, [H, W, 3]) and lines of text below, in the colours `inks` (black where they end).
+    Yields the two views, to draw over them."""
     from matplotlib.figure import Figure
 
     cloud, wide, high = shown_cloud(scene), 16.4, 6.4
-    lines = [part for line in lines for part in wrap(line, 190) or [""]]
+    lines = [(part, ink) for line, ink in itertools.zip_longest(lines, inks[: len(lines)], fillvalue="black")
+             for part in wrap(line, 190)]  # fmt: skip
     row, foot = 2.6 * bool(images), 0.25 * len(lines) + 0.1
     total = 0.65 + high + 0.6 + row + foot
     figure = Figure(figsize=(wide, total))
     inches = lambda x, y, w, h: figure.add_axes((x / wide, 1 - (y + h) / total, w / wide, h / total))  # noqa: E731
     size = (int(high * DPI), int(7.4 * DPI))
     above, corner = inches(0.7, 0.65, 7.4, high), inches(8.5, 0.65, 7.4, high)
-    low, top = cloud["low"], cloud["high"]
-    views = [View(above, size, low, top, unit=" (m)" if scene.metric else ""), perspective(corner, size, cloud)]
+    unit = " (m)" if scene.metric else ""
+    views = [View(above, size, cloud["low"], cloud["high"], unit=unit), perspective(corner, size, cloud)]
     meaning = LOOKS[look][0] if scene.colours is not None or look == "segments" else "colours: height"
     above.set_title(f"from above; {meaning}", fontsize=10)
     corner.set_title("in perspective", fontsize=10)
     figure.text(0.7 / wide, 1 - 0.3 / total, title, fontsize=12, weight="bold")
-    colours, spacing = LOOKS[look][1](cloud["ids"], cloud["true"]), spacing_of(cloud["points"])
     for view in views:
-        kept = view.faces(cloud["points"], cloud["normals"], low, top)
-        view.cloud(cloud["points"][kept], colours[kept], spacing[kept])
+        view.show(cloud, look)
     left = 0.3
     for caption, image in images:
         width = (row - 0.45) * image.shape[1] / image.shape[0]
@@ -3028,8 +3032,8 @@ def board(scene: Scene, path: Path, title: str, lines: Sequence[str] = (), look:
         axis.set_axis_off()
         axis.set_title(caption, fontsize=9)
         left += width + 0.25
-    for i, line in enumerate(lines):
-        figure.text(0.3 / wide, (foot - 0.25 * i - 0.2) / total, line, fontsize=10)
+    for i, (line, ink) in enumerate(lines):
+        figure.text(0.3 / wide, (foot - 0.25 * i - 0.2) / total, line, fontsize=10, color=ink)
     yield views
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)
@@ -3109,14 +3113,16 @@ def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.n
     """A picture: the cloud from above and in perspective, coloured by object, boxes with identifiers and categories,
     scene tokens [K, 3] as crosses, the places written in answers, each answer in a colour of its own (`draw_answer`);
     below, two frames with their masks and lines of text."""
-    title = f"{scene.name}, {len(scene.objects)} objects"
+    nameless = bool(scene.objects) and not any(o.category for o in scene.objects)
+    title = f"{scene.name}, {len(scene.objects)} objects" + " without categories, named by their true colour" * nameless
     if tokens is not None:
         title += f"; the {len(tokens)} crosses are where the model's scene tokens are"
-    with board(scene, path, title, lines, "segments" if scene.objects else "true", frame_images(scene.frames)) as views:
+    look, inks = "segments" if scene.objects else "true", list(itertools.islice(itertools.cycle(ANSWERS), len(answers)))
+    with board(scene, path, title, lines, look, frame_images(scene.frames), inks) as views:
         for view in views:
             if tokens is not None:
                 view.dots(tokens, c="black", marker="x", s=9, lw=0.6, zorder=2)
-            for answer, shade in zip(answers, itertools.cycle(ANSWERS), strict=False):
+            for answer, shade in zip(answers, inks, strict=True):
                 draw_answer(view, answer, shade, " m" if scene.metric else "")
             draw_things(view, scene)
 

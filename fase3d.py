@@ -1082,7 +1082,8 @@ def draw_curves(points: np.ndarray, found: dict[str, np.ndarray], path: Path) ->
     points = points[found["index"]]
     centres = superpoint_mean(*map(torch.from_numpy, (points, found["owner"])), int(found["owner"].max()) + 1).numpy()
     rows = math.ceil(len(found["orders"]) / 2)
-    figure = Figure(figsize=(14, 6.5 * rows), layout="constrained")
+    wide, deep = np.ptp(points[:, :2], axis=0) + 0.5
+    figure = Figure(figsize=(14, min(6.4 * deep / wide, 12) * rows), layout="constrained")
     axes = figure.subplots(rows, 2, squeeze=False).flatten()
     for axis, order, name in zip(axes, found["orders"], CURVES, strict=False):
         axis.scatter(*points[:, :2].T, s=1, c="0.85", zorder=0)

@@ -700,7 +700,8 @@ class Model(nn.Module):
                 scene, identifiers=data.number_objects(scene, np.random.default_rng(0)))  # fmt: skip
             paths.append(folder / f"{scene.name}.png")
             data.draw_scene(shown, paths[-1], tokens=self.token_centres(shown))
-            for sample in data.question_set([shown], ["ground"], 1, 0) if self.visual == "proxies" else []:
+            asked = data.question_set([shown], ["ground", "ground_superlative"], 1, 0)[: self.visual == "proxies"]
+            for sample in asked:  # the second needs no categories
                 paths.append(folder / f"{scene.name}_attention.png")
                 said = self.generate(self.batch([(shown, [sample])]))[0]
                 draw_attention(self, shown, sample, said, paths[-1])
@@ -996,7 +997,7 @@ def draw_attention(model: Model, scene: Scene, sample: Sample, said: str, path: 
     heat = attention_in_frames(looked, found["c"], found["owner"], points, torch.from_numpy(f.masks[:, ::step, ::step]))
     heat = (heat / looked.max()).numpy()  # [V, H, W] 1 = the most attended proxy
     colours, images = colormaps["YlOrRd"], []
-    for v in sorted(np.argsort(-heat.sum((1, 2)), kind="stable")[:2]):
+    for v in sorted(np.argsort(-np.square(heat).sum((1, 2)), kind="stable")[:2]):
         grey = f.colour[v, ::step, ::step].mean(-1, keepdims=True) / 255
         strong = np.sqrt(heat[v])[..., None]
         images += [(f"frame {v}", f.colour[v]),
