@@ -709,7 +709,9 @@ class Model(nn.Module):
 
     def answer_pictures(self, scene: Scene, samples: Sequence[Sample], answers: Sequence[str],
                         folder: Path) -> list[Path]:  # fmt: skip
-        """Where the model looked for the first of some answers; returns the files."""
+        """Where the model looked for the first of some answers; returns the files (none before proxies are seen)."""
+        if self.visual != "proxies":
+            return []
         draw_attention(self, scene, samples[0], answers[0], folder / "ask_attention.png")
         return [folder / "ask_attention.png"]
 
