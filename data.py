@@ -12,7 +12,7 @@ Boxes are axis-aligned: [cx, cy, cz, w, d, h], the centre and the full sizes alo
 Axis legend: S scenes, V views, H W pixels, N points, n objects, Q questions, T tokens, K scene tokens, D width.
 
 Contents: 1 scenes and samples · 2 geometry · 3 procedural rooms · 4 readers and writers · 5 over-segmentation ·
-6 questions and baselines · 7 text · 8 batches · 9 runs, own scenes, command line
+6 questions and baselines · 7 text · 8 batches · 9 pictures · 10 runs, own scenes, command line
 """
 
 from __future__ import annotations
@@ -2674,101 +2674,9 @@ def write_npz(path: Path, **arrays: np.ndarray) -> None:
     os.replace(part, path)
 
 
-# ---- 9 runs, own scenes, command line --------------------------------------------------------------------------------
+# ---- 9 pictures ------------------------------------------------------------------------------------------------------
 
-
-def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers, the tensors themselves, tied ones once; without those that the model names in
-    `borrowed`: frozen ones that its Config loads from elsewhere."""
-    first, borrowed = {}, set(getattr(model, "borrowed", ()))
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name not in borrowed:
-            first.setdefault(id(tensor), (name, tensor))
-    return dict(first.values())
-
-
-def read_state(run: Path) -> dict:
-    """state.json of a run's checkpoint: {"number", "files", "position", "run", ...}."""
-    path = run / "checkpoint" / "state.json"
-    if not path.exists():
-        raise DataError(f"{path}: missing, so there is no trained model here; train one, or name its folder with --out")
-    try:
-        state = json.loads(path.read_text())
-    except ValueError:
-        state = None
-    if not isinstance(state, dict) or {"number", "files", "position", "run"} - set(state):
-        raise DataError(f"{path}: not the state of a checkpoint; copy the run again")
-    return state
-
-
-def read_tensors(run: Path, kind: str) -> dict[str, torch.Tensor]:
-    path = run / "checkpoint" / read_state(run)["files"][kind]
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path}: missing or damaged ({error}); copy the run again") from None
-
-
-def load_weights(model: torch.nn.Module, run: Path) -> None:
-    """Copy a run's weights into a model that is not sharded: every name and shape must agree."""
-    saved, own = read_tensors(run, "weights"), named_weights(model)
-    for name in sorted(saved.keys() | own.keys()):
-        there, here = (tuple(t[name].shape) if name in t else "missing" for t in (saved, own))
-        if there != here:
-            raise DataError(f"{run}/checkpoint: {name} is {there} there, {here} in this model; {run}/config.json says "
-                            "which model and settings it belongs to")  # fmt: skip
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(saved[name])
-
-
-def load_model(paper, run: Path) -> torch.nn.Module:
-    """The trained model of a run folder, ready to answer: `paper` is the module that offers Config and Model."""
-    record = read_state(run)["run"]
-    name = Path(paper.__file__).stem
-    if record["model"] != name:
-        raise DataError(f"{run} holds a {record['model']}; ask it with python {record['model']}.py, or train {name}")
-    config = {k: tuple(v) if isinstance(v, list) else v for k, v in record["config"].items()}
-    if strange := sorted(config.keys() ^ {f.name for f in fields(paper.Config)}):
-        raise DataError(f"{run}: its settings and {name}.Config differ in {', '.join(strange)}; train with this code")
-    model = paper.Model(paper.Config(**config), load_text(record["text"]))
-    load_weights(model, run)
-    return model.eval()
-
-
-def scan_ids(root: Path) -> dict[str, list[str]]:
-    """The scans below a ScanNet root as {"train", "test"}: by scannetv2_{train,val}.txt where those lists lie there,
-    else every fifth scan is a test scan."""
-    found = sorted({p.parent.name for place in ("", "scans") for p in (root / place).glob(f"*/*{SCAN_FILES[0]}")})
-    if not found:
-        raise DataError(f"{root}: no <id>/<id>{SCAN_FILES[0]} here or under scans/; see python data.py check {root}")
-    lists = {split: root / f"scannetv2_{name}.txt" for split, name in (("train", "train"), ("test", "val"))}
-    if all(path.exists() for path in lists.values()):
-        return {split: [i for i in path.read_text().split() if i in found] for split, path in lists.items()}
-    return {"train": [i for n, i in enumerate(found) if n % 5 != 4], "test": found[4::5] or found[-1:]}
-
-
-def open_scan(root: Path, scene_id: str, **options) -> Scene:
-    """A ScanNet scan whose frames stay on disk until they are looked at."""
-    scene = read_scannet(root, scene_id, **options)
-    if scene.frames is not None:
-        scene.frames = LazyFrames(lambda: read_scannet(root, scene_id, **options).frames)
-    return scene
-
-
-def open_scene(path: str | Path) -> Scene:
-    """A scene of one's own: a .ply cloud, a ScanNet-layout scan or a folder of RGB-D frames. Where nothing is labelled
-    the objects are its own segments."""
-    path = Path(path)
-    if not path.exists():
-        raise DataError(f"{path}: no such scene; give a .ply, a scan's folder or a folder of posed RGB-D frames")
-    if path.suffix == ".ply":
-        scene = read_ply(path)
-    elif (path / f"{path.name}{SCAN_FILES[0]}").exists():
-        scene = read_scannet(path.parent, path.name)
-    else:
-        scene = read_rgbd(path)
-    return scene if scene.objects else with_own_segments(scene)
+DPI = 90  # of all pictures
 
 
 def palette(count: int) -> np.ndarray:
@@ -2939,7 +2847,6 @@ class View:
         return int(seen.sum() - np.isfinite(placed).all(1).sum())
 
 
-DPI = 90  # of all pictures
 LOOKS = {  # how a cloud is coloured: in words, and from ids [N] and true colours [N, 3] of 0..1
     "segments": ("a colour per object, grey is the room itself", lambda ids, true: np.where(
         ids[:, None] > 0, palette(int(ids.max(initial=0)))[ids], 0.4 * true + 0.55)),
@@ -3125,6 +3032,103 @@ def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.n
             for answer, shade in zip(answers, inks, strict=True):
                 draw_answer(view, answer, shade, " m" if scene.metric else "")
             draw_things(view, scene)
+
+
+# ---- 10 runs, own scenes, command line -------------------------------------------------------------------------------
+
+
+def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers, the tensors themselves, tied ones once; without those that the model names in
+    `borrowed`: frozen ones that its Config loads from elsewhere."""
+    first, borrowed = {}, set(getattr(model, "borrowed", ()))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in borrowed:
+            first.setdefault(id(tensor), (name, tensor))
+    return dict(first.values())
+
+
+def read_state(run: Path) -> dict:
+    """state.json of a run's checkpoint: {"number", "files", "position", "run", ...}."""
+    path = run / "checkpoint" / "state.json"
+    if not path.exists():
+        raise DataError(f"{path}: missing, so there is no trained model here; train one, or name its folder with --out")
+    try:
+        state = json.loads(path.read_text())
+    except ValueError:
+        state = None
+    if not isinstance(state, dict) or {"number", "files", "position", "run"} - set(state):
+        raise DataError(f"{path}: not the state of a checkpoint; copy the run again")
+    return state
+
+
+def read_tensors(run: Path, kind: str) -> dict[str, torch.Tensor]:
+    path = run / "checkpoint" / read_state(run)["files"][kind]
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: missing or damaged ({error}); copy the run again") from None
+
+
+def load_weights(model: torch.nn.Module, run: Path) -> None:
+    """Copy a run's weights into a model that is not sharded: every name and shape must agree."""
+    saved, own = read_tensors(run, "weights"), named_weights(model)
+    for name in sorted(saved.keys() | own.keys()):
+        there, here = (tuple(t[name].shape) if name in t else "missing" for t in (saved, own))
+        if there != here:
+            raise DataError(f"{run}/checkpoint: {name} is {there} there, {here} in this model; {run}/config.json says "
+                            "which model and settings it belongs to")  # fmt: skip
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
+
+
+def load_model(paper, run: Path) -> torch.nn.Module:
+    """The trained model of a run folder, ready to answer: `paper` is the module that offers Config and Model."""
+    record = read_state(run)["run"]
+    name = Path(paper.__file__).stem
+    if record["model"] != name:
+        raise DataError(f"{run} holds a {record['model']}; ask it with python {record['model']}.py, or train {name}")
+    config = {k: tuple(v) if isinstance(v, list) else v for k, v in record["config"].items()}
+    if strange := sorted(config.keys() ^ {f.name for f in fields(paper.Config)}):
+        raise DataError(f"{run}: its settings and {name}.Config differ in {', '.join(strange)}; train with this code")
+    model = paper.Model(paper.Config(**config), load_text(record["text"]))
+    load_weights(model, run)
+    return model.eval()
+
+
+def scan_ids(root: Path) -> dict[str, list[str]]:
+    """The scans below a ScanNet root as {"train", "test"}: by scannetv2_{train,val}.txt where those lists lie there,
+    else every fifth scan is a test scan."""
+    found = sorted({p.parent.name for place in ("", "scans") for p in (root / place).glob(f"*/*{SCAN_FILES[0]}")})
+    if not found:
+        raise DataError(f"{root}: no <id>/<id>{SCAN_FILES[0]} here or under scans/; see python data.py check {root}")
+    lists = {split: root / f"scannetv2_{name}.txt" for split, name in (("train", "train"), ("test", "val"))}
+    if all(path.exists() for path in lists.values()):
+        return {split: [i for i in path.read_text().split() if i in found] for split, path in lists.items()}
+    return {"train": [i for n, i in enumerate(found) if n % 5 != 4], "test": found[4::5] or found[-1:]}
+
+
+def open_scan(root: Path, scene_id: str, **options) -> Scene:
+    """A ScanNet scan whose frames stay on disk until they are looked at."""
+    scene = read_scannet(root, scene_id, **options)
+    if scene.frames is not None:
+        scene.frames = LazyFrames(lambda: read_scannet(root, scene_id, **options).frames)
+    return scene
+
+
+def open_scene(path: str | Path) -> Scene:
+    """A scene of one's own: a .ply cloud, a ScanNet-layout scan or a folder of RGB-D frames. Where nothing is labelled
+    the objects are its own segments."""
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such scene; give a .ply, a scan's folder or a folder of posed RGB-D frames")
+    if path.suffix == ".ply":
+        scene = read_ply(path)
+    elif (path / f"{path.name}{SCAN_FILES[0]}").exists():
+        scene = read_scannet(path.parent, path.name)
+    else:
+        scene = read_rgbd(path)
+    return scene if scene.objects else with_own_segments(scene)
 
 
 def ask_scene(paper, arguments: Sequence[str]) -> None:

@@ -1002,8 +1002,8 @@ def draw_attention(model: Model, scene: Scene, sample: Sample, said: str, path: 
     for v in sorted(np.argsort(-np.square(heat).sum((1, 2)), kind="stable")[:2]):
         grey = f.colour[v, ::step, ::step].mean(-1, keepdims=True) / 255
         strong = np.sqrt(heat[v])[..., None]
-        images += [(f"frame {v}", f.colour[v]),
-                   ("its attention", (1 - strong) * grey + strong * colours(heat[v])[..., :3])]  # fmt: skip
+        blend = np.clip((1 - strong) * grey + strong * colours(heat[v])[..., :3], 0, 1)
+        images += [(f"frame {v}", f.colour[v]), ("its attention", blend)]
     put = lambda text: data.substitute(text, lambda i: model.refer(scene, i))  # noqa: E731
     lines = [f"answer: {said}" + f"   (true: {put(sample.answer)})" * bool(sample.answer)]
     with data.board(scene, path, put(sample.question), lines, "pale", images) as views:
@@ -1012,8 +1012,8 @@ def draw_attention(model: Model, scene: Scene, sample: Sample, said: str, path: 
         order = np.argsort(shade)  # the most attended on top
         dots = [view.dots((found["c"].numpy() @ scene.turn.T)[order], c=looked[order], s=8 + 140 * shade[order],
                           cmap="YlOrRd", vmin=0, ec="0.3", lw=0.5, zorder=3) for view in views]  # fmt: skip
-        views[0].axis.legend(*dots[0].legend_elements(num=4, fmt="{x:.1%}"), title="share", loc="upper right",
-                             fontsize=8)  # fmt: skip
+        views[0].axis.legend(*dots[0].legend_elements(num=4, fmt="{x:.1%}"), title="share of attention",
+                             loc="upper right", fontsize=8)  # fmt: skip
         for object_id, name, colour in outlined(scene, sample, said, model.refer):
             box = scene.thing(object_id).box
             for view in views:
