@@ -12,7 +12,7 @@ Boxes are axis-aligned: [cx, cy, cz, w, d, h], the centre and the full sizes alo
 Axis legend: S scenes, V views, H W pixels, N points, n objects, Q questions, T tokens, K scene tokens, D width.
 
 Contents: 1 scenes and samples · 2 geometry · 3 procedural rooms · 4 readers and writers · 5 over-segmentation ·
-6 questions and baselines · 7 text · 8 batches · 9 runs, own scenes, command line
+6 questions and baselines · 7 text · 8 batches · 9 pictures · 10 runs, own scenes, command line
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from textwrap import wrap
 from zipfile import BadZipFile
 
 import numpy as np
@@ -229,6 +230,15 @@ def unproject(depth: np.ndarray, intrinsics: np.ndarray, poses: np.ndarray) -> n
     points = (rays * np.where(depth > 0, depth, np.nan)[..., None]).reshape(V, H * W, 3)
     points = points @ poses[:, :3, :3].swapaxes(1, 2) + poses[:, None, :3, 3]
     return points.reshape(V, H, W, 3).astype(np.float32)
+
+
+def project(points: np.ndarray, K: np.ndarray, pose: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The inverse of `unproject` for one camera: pixels [..., 2] (the first pixel's centre is at 0.5, 0.5) and depth
+    [...] of points [..., 3], with K [3, 3] and pose [4, 4]. Pixels of what lies behind the camera are NaN."""
+    camera = (points - pose[:3, 3]) @ pose[:3, :3]
+    depth = camera[..., 2]
+    ahead = np.where(depth > 1e-6, depth, np.nan)[..., None]
+    return camera[..., :2] / ahead * K[[0, 1], [0, 1]] + K[:2, 2], depth
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -1711,6 +1721,12 @@ def colour_name(colours: np.ndarray | None, mine: np.ndarray) -> str:
     return min(COLOURS, key=lambda name: float(np.square(median - COLOURS[name]).sum()))
 
 
+def hue_of(colours: np.ndarray) -> np.ndarray:
+    """Colours [N, 3] u8 as one axis of brightness, which counts less, and two of hue: [N, 3] float32."""
+    r, g, blue = colours.T.astype(np.float32) / 255
+    return np.stack([(r + g + blue) / 6, 0.7 * (r - g), 0.7 * ((r + g) / 2 - blue)], axis=1)
+
+
 def find_shell(points: np.ndarray, normals: np.ndarray, hue: np.ndarray, superpoints: np.ndarray,
                spacing: float) -> np.ndarray:  # fmt: skip
     """Mask [N] of the room itself: points on a large level or upright plane with next to nothing behind it (floor,
@@ -1736,13 +1752,13 @@ def merge_segments(points: np.ndarray, normals: np.ndarray, colours: np.ndarray,
 
     Superpoints are cut where the colour jumps, the room's shell is taken away, and touching pieces join in order of
     a cost: colour difference / colour_scale, less for a small piece at a large one (a handle), + the concave share of
-    the contact (things meet in concave edges: Stein et al., CVPR 2014) + the share in which one rests on top of the
-    other in another colour. Nothing grows beyond `largest` metres; what stays below `smallest` is a crumb.
+    the contact (things meet in concave edges: Stein et al., CVPR 2014), both halved where one lies within the other's
+    box and does not rest on it (the glass of a mirror), + the share in which one rests on top of the other in another
+    colour. Nothing grows beyond `largest` metres; what stays below `smallest` is a crumb.
     points, normals [N, 3] metres z-up, colours [N, 3] u8. The constants were set on procedural rooms.
     """
     a, b, spacing = neighbour_pairs(points, 8, reach=3.5)
-    r, g, blue = colours.T.astype(np.float32) / 255
-    hue = np.stack([(r + g + blue) / 6, 0.7 * (r - g), 0.7 * ((r + g) / 2 - blue)], axis=1)  # shade counts less
+    hue = hue_of(colours)
     inside = superpoints[a] == superpoints[b]
     jump = np.linalg.norm(hue[a] - hue[b], axis=1)
     piece = segment_graph(len(points), a[inside], b[inside], jump[inside], 0.1, 8)
@@ -1771,9 +1787,12 @@ def merge_segments(points: np.ndarray, normals: np.ndarray, colours: np.ndarray,
         edges, bent, resting = links[p][q]
         if (np.maximum(high[p], high[q]) - np.minimum(low[p], low[q])).max() > largest:
             return np.inf
-        differ = float(np.linalg.norm(tint[p] - tint[q])) / colour_scale
+        ends = np.array([low[p] - low[q], high[q] - high[p]])
+        within = resting == 0 and ((ends >= -spacing).all() or (ends <= spacing).all())
+        half = 0.5 if within else 1.0
+        differ = half * float(np.linalg.norm(tint[p] - tint[q])) / colour_scale
         weight = 0.5 + 0.5 * (min(size[p], size[q]) / max(size[p], size[q])) ** 0.5
-        return weight * differ + bent / edges + (resting / edges if differ > 0.5 else 0.0)
+        return weight * differ + half * bent / edges + (resting / edges if differ > 0.5 else 0.0)
 
     version, into = [0] * S, list(range(S))
     heap = [(cost(p, q), p, q, 0, 0) for p in range(S) for q in links[p] if p < q]
@@ -1834,15 +1853,28 @@ def depth_support(points: np.ndarray, instances: np.ndarray, frames: Frames,
     return agree / np.maximum(agree + against, 1), (agree + against).astype(int)
 
 
+def surface(scene: Scene, limit: int = 100_000) -> tuple:
+    """What its cameras see of a scene: points, colours and normals. A room's own cloud comes from the objects
+    themselves, so that cloud is fused from its frames, like that of any scene with frames alone."""
+    f = scene.frames
+    if f is None or (scene.points is not None and scene.source != "rooms"):
+        return scene.points, scene.colours, scene.normals
+    return fuse(zip(f.colour, f.depth, f.intrinsics, f.poses, strict=True), limit)[:3]
+
+
+def read_masks(points: np.ndarray, frames: Frames) -> np.ndarray:
+    """The inverse of `render_masks`: for points [N, 3] the object id [N] of the nearest depth pixel of all frames."""
+    seen = unproject(frames.depth, frames.intrinsics, frames.poses)[frames.depth > 0]
+    near = knn(torch.from_numpy(np.ascontiguousarray(points, np.float32)), torch.from_numpy(seen), 1)[1][:, 0].numpy()
+    return frames.masks[frames.depth > 0][near].astype(np.int64)
+
+
 def with_own_segments(scene: Scene, limit: int = 100_000) -> Scene:
     """The scene with its own segments for objects (category "", colour by name), its superpoints and masks made anew.
 
-    A room is segmented on the cloud fused from its frames: its own cloud comes from the objects themselves.
+    A room is segmented on the cloud fused from its frames (`surface`).
     """
-    points, colours, normals = scene.points, scene.colours, scene.normals
-    if scene.frames is not None and (points is None or scene.source == "rooms"):
-        f = scene.frames
-        points, colours, normals, _ = fuse(zip(f.colour, f.depth, f.intrinsics, f.poses, strict=True), limit)
+    points, colours, normals = surface(scene, limit)
     if points is None or len(points) < 2:
         raise DataError(f"{scene.name}: no cloud and no frames to segment; read them first")
     normals = estimate_normals(points) if normals is None else normals
@@ -2958,7 +2990,367 @@ def write_npz(path: Path, **arrays: np.ndarray) -> None:
     os.replace(part, path)
 
 
-# ---- 9 runs, own scenes, command line --------------------------------------------------------------------------------
+# ---- 9 pictures ------------------------------------------------------------------------------------------------------
+
+DPI = 90  # of all pictures
+
+
+def palette(count: int) -> np.ndarray:
+    """Colours [count + 1, 3] of objects by id: neighbours in number far apart in hue; 0, the room itself, is pale."""
+    from matplotlib.colors import hsv_to_rgb
+
+    i = np.arange(count + 1)
+    colours = hsv_to_rgb(np.stack([i * 0.618 % 1, np.array([0.7, 0.4, 0.85])[i % 3], 0.95 - 0.25 * (i // 3 % 2)], 1))
+    colours[0] = 0.87
+    return colours
+
+
+def z_buffer(pixels: np.ndarray, depth: np.ndarray, radius: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Which point shows in every pixel of an image of `size` (H, W): [H, W] index, -1 = none. Points are discs of
+    `radius` [N] pixels at pixels [N, 2] (x, y; NaN = unseen), and the one of least depth [N] shows."""
+    H, W = size
+    order = np.argsort(-depth, kind="stable")  # far first: of several in one pixel the last written, the nearest, stays
+    order = order[np.isfinite(pixels[order]).all(1)]
+    at, radius, depth = np.floor(pixels[order]).astype(int), radius[order], depth[order]
+    which, near = np.full(H * W, -1), np.full(H * W, np.inf)
+    reach = int(np.ceil(radius.max(initial=0)))
+    for dy, dx in itertools.product(range(-reach, reach + 1), repeat=2):
+        x, y = at[:, 0] + dx, at[:, 1] + dy
+        here = (dx * dx + dy * dy <= radius * radius) & (x >= 0) & (x < W) & (y >= 0) & (y < H)
+        flat, z = (y * W + x)[here], depth[here]
+        front = z < near[flat]
+        near[flat[front]], which[flat[front]] = z[front], order[here][front]
+    return which.reshape(H, W)
+
+
+def shade(which: np.ndarray, depth: np.ndarray, span: float) -> np.ndarray:
+    """Brightness [H, W] of a `z_buffer`: a pixel behind its neighbours is darker, up to `span` metres; so edges show
+    without normals (eye-dome lighting: Boucheny 2009)."""
+    z = np.pad(np.where(which >= 0, depth[which] if len(depth) else 0.0, np.inf), 2, constant_values=np.inf)
+    behind = np.zeros(which.shape)
+    for dy, dx in itertools.product((-2, 0, 2), repeat=2):
+        around = np.roll(z, (dy, dx), (0, 1))[2:-2, 2:-2]
+        with np.errstate(invalid="ignore"):
+            behind += np.nan_to_num(np.clip((z[2:-2, 2:-2] - around) / span, 0, 1)) * np.isfinite(around)
+    return 1 - 0.09 * np.where(which >= 0, behind, 0)
+
+
+def corner_camera(low: np.ndarray, high: np.ndarray, sides: tuple[int, int],
+                  size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Intrinsics [3, 3] and pose [4, 4] of a camera that looks from above over one corner of the box low..high [3], the
+    one at `sides` (-1 or 1 along x and y), and has all of it in an image of `size` (H, W)."""
+    centre, reach = (low + high) / 2, np.linalg.norm(high - low)
+    away = np.array([*(np.array(sides) * np.maximum(high - low, 0.3 * reach)[:2]), 0.0])
+    away = away / np.linalg.norm(away) + [0, 0, 0.75]
+    pose = _look((centre + 1.05 * reach * away)[None], centre[None])[0]
+    corners = np.array(list(itertools.product(*zip(low, high, strict=True))))
+    flat, _ = project(corners, np.eye(3), pose)
+    least, most = flat.min(0), flat.max(0)
+    focal = 0.97 * min(np.array(size[::-1]) / (most - least))
+    K = np.diag([focal, focal, 1.0])
+    K[:2, 2] = np.array(size[::-1]) / 2 - focal * (least + most) / 2
+    return K, pose
+
+
+def spread_labels(anchors: np.ndarray, sizes: np.ndarray, limits: tuple[float, float],
+                  taken: np.ndarray) -> np.ndarray:  # fmt: skip
+    """Centres [n, 2] for labels of `sizes` [n, 2] near their anchors [n, 2], none over another or over the rectangles
+    `taken` [m, 4] (centre, half size) and all inside (0, 0)..limits; NaN where there is no room within 90 pixels.
+    Greedy, in the order given."""
+    angle = np.arange(16) * np.pi / 8
+    rings = np.concatenate([[[0.0, 0.0]], *(r * np.stack([np.sin(angle), -np.cos(angle)], 1) for r in range(8, 91, 6))])
+    placed = np.full((len(anchors), 2), np.nan)
+    for i, (anchor, half) in enumerate(zip(anchors, sizes / 2, strict=True)):
+        tries = anchor + rings * [1.6, 1.0]  # labels are wider than high
+        free = ((tries - half >= 0) & (tries + half <= limits)).all(1)
+        gap = np.abs(tries[:, None] - taken[:, :2]) - half - taken[:, 2:]
+        free &= (gap >= 0).any(2).all(1)
+        if free.any():
+            placed[i] = tries[free.argmax()]
+            taken = np.concatenate([taken, [[*placed[i], *half]]])
+    return placed
+
+
+class View:
+    """One panel of a picture: the cloud as it looks from there, and whatever is drawn over it, all in metres.
+
+    Without a camera it looks from straight above and its axes are metres; with one, (K, pose), they are pixels."""
+
+    def __init__(self, axis, size: tuple[int, int], low: np.ndarray, high: np.ndarray, camera: tuple | None = None,
+                 unit: str = " (m)"):  # fmt: skip
+        self.axis, self.size, self.camera, self.span = axis, size, camera, float(np.linalg.norm(high - low))
+        H, W = size
+        self.scale, self.start, self.top, self.taken = 1.0, np.zeros(2), high[2], np.zeros((0, 4))
+        if camera is None:
+            self.scale = min(W / (high - low)[0], H / (high - low)[1]) * 0.96  # pixels per metre
+            self.start = (low + high)[:2] / 2 - np.array([W, H]) / self.scale / 2
+            axis.set(xlabel=f"x{unit}", ylabel=f"y{unit}")
+        else:
+            axis.set(xticks=[], yticks=[])
+        x, y = self.start + np.array([[0, 0], [W, H]])[1] / self.scale
+        axis.set(xlim=(self.start[0], x), ylim=(self.start[1], y) if camera is None else (H, 0))
+
+    def place(self, points: np.ndarray) -> np.ndarray:
+        """Points [..., 3] metres -> [..., 2] in the panel's own units; NaN behind the camera."""
+        return np.asarray(points)[..., :2] if self.camera is None else project(points, *self.camera)[0]
+
+    def pixels(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Points [..., 3] -> pixels [..., 2], downwards, and how far they are from the eye [...]."""
+        if self.camera is not None:
+            return project(points, *self.camera)
+        x, y = np.moveaxis((points[..., :2] - self.start) * self.scale, -1, 0)
+        return np.stack([x, self.size[0] - y], -1), self.top - points[..., 2]
+
+    def faces(self, cloud: dict) -> np.ndarray:
+        """Mask [N]: False where the outer walls and the ceiling turn their backs, to look into the room."""
+        points, normals, low, high = (cloud[k] for k in ("points", "normals", "low", "high"))
+        if self.camera is None:
+            return (normals[:, 2] > -0.3) | (points[:, 2] < low[2] + 0.9 * (high - low)[2])
+        return (normals * unit(self.camera[1][:3, 3] - points)).sum(1) > -0.1
+
+    def show(self, cloud: dict, look: str) -> None:
+        """Draw a `shown_cloud`, coloured as LOOKS says, its points as discs that close the gaps between them."""
+        points, spacing, colours = cloud["points"], cloud["spacing"], LOOKS[look][1](cloud["ids"], cloud["true"])
+        pixels, depth = self.pixels(points)
+        pixels[~self.faces(cloud)] = np.nan
+        grain = self.scale if self.camera is None else self.camera[0][0, 0] / np.maximum(depth, 1e-3)
+        most = min(14.0, (4e6 / max(len(points), 1)) ** 0.5)
+        which = z_buffer(pixels, depth, np.clip(0.6 * spacing * grain, 0.8, most), self.size)
+        image = np.ones((*self.size, 3))
+        image[which >= 0] = colours[which[which >= 0]]
+        image *= shade(which, depth, 0.04 * self.span)[..., None]
+        (x0, x1), (y0, y1) = self.axis.get_xlim(), self.axis.get_ylim()
+        self.axis.imshow(image, extent=(x0, x1, y0, y1), interpolation="bilinear", aspect="auto", zorder=0)
+
+    def dots(self, points: np.ndarray, **style):
+        """matplotlib's scatter at points [n, 3]."""
+        return self.axis.scatter(*self.place(points).T, **style)
+
+    def lines(self, paths: np.ndarray, **style) -> None:
+        """Polylines through paths [n, m, 3]; see matplotlib's LineCollection."""
+        from matplotlib.collections import LineCollection
+
+        self.axis.add_collection(LineCollection(self.place(np.asarray(paths)), **style), autolim=False)
+
+    def boxes(self, boxes: np.ndarray, **style) -> None:
+        """Outlines of boxes [n, 6]: their twelve edges; from above, a rectangle each."""
+        steps = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 0], [0, 0, 1], [1, 0, 1], [1, 1, 1],
+                          [0, 1, 1], [0, 0, 1]]) - 0.5  # fmt: skip
+        rest = np.array([[[1, 0, 0], [1, 0, 1]], [[1, 1, 0], [1, 1, 1]], [[0, 1, 0], [0, 1, 1]]]) - 0.5
+        for path in [steps] if self.camera is None else [steps, *rest]:
+            self.lines(boxes[:, None, :3] + boxes[:, None, 3:] * path, **style)
+
+    def labels(self, points: np.ndarray, texts: Sequence[str], size: float = 8, **style) -> int:
+        """Write texts at points [n, 3], moved apart where they would overlap, then with a line to their place. Returns
+        for how many there was no room."""
+        from matplotlib.patheffects import withStroke
+
+        wide = [0.62 * size * max(map(len, t.split("\n"))) + 4 for t in texts]
+        high = [1.25 * size * (t.count("\n") + 1) for t in texts]
+        pixels = self.pixels(np.asarray(points, float).reshape(-1, 3))[0]
+        sizes = np.stack([wide, high], 1).reshape(-1, 2) * DPI / 72
+        seen = (np.isfinite(pixels) & (pixels >= 0) & (pixels <= self.size[::-1])).all(1)
+        placed = np.full(pixels.shape, np.nan)
+        placed[seen] = spread_labels(pixels[seen], sizes[seen], self.size[::-1], self.taken)
+        self.taken = np.concatenate([self.taken, np.concatenate([placed, sizes / 2], 1)[np.isfinite(placed).all(1)]])
+        back = lambda p: p if self.camera else self.start + np.array([p[0], self.size[0] - p[1]]) / self.scale  # noqa: E731
+        for at, to, text in zip(pixels, placed, texts, strict=True):
+            if np.isfinite(to).all():
+                if np.abs(at - to).max() > 12:
+                    self.axis.plot(*np.stack([back(at), back(to)]).T, color="0.25", lw=0.6, zorder=4)
+                self.axis.text(*back(to), text, fontsize=size, ha="center", va="center", zorder=5,
+                               path_effects=[withStroke(linewidth=2, foreground="white")], **style)
+        return int(seen.sum() - np.isfinite(placed).all(1).sum())
+
+
+LOOKS = {  # how a cloud is coloured: in words, and from ids [N] and true colours [N, 3] of 0..1
+    "segments": ("a colour per object, grey is the room itself", lambda ids, true: np.where(
+        ids[:, None] > 0, palette(int(ids.max(initial=0)))[ids], 0.4 * true + 0.55)),
+    "true": ("true colours", lambda ids, true: true),
+    "pale": ("true colours, pale", lambda ids, true: 0.35 * true + 0.6),
+}  # fmt: skip
+
+
+def spacing_of(points: np.ndarray) -> np.ndarray:
+    """Distance [N] of every point to its fourth neighbour, at most twice the median: discs of that size close gaps."""
+    cloud = torch.from_numpy(np.ascontiguousarray(points, np.float32))
+    if len(cloud) < 2:
+        return np.full(len(cloud), 0.05)
+    gap = knn(cloud, cloud, min(5, len(cloud)))[0][:, -1].numpy()
+    return np.minimum(gap, 2 * np.median(gap))
+
+
+def shown_cloud(scene: Scene) -> dict[str, np.ndarray]:
+    """What pictures show of a scene: points [N, 3], normals [N, 3], true colours [N, 3] of 0..1 (height where there is
+    none), object ids [N], spacing [N] in metres; and the corners low, high [3] of it all."""
+    from matplotlib import colormaps
+
+    points, colours, normals = surface(scene)
+    points = np.zeros((0, 3)) if points is None else points
+    if normals is None:
+        normals = estimate_normals(points) if len(points) > 2 else np.tile([0.0, 0.0, 1.0], (len(points), 1))
+    ids = np.zeros(len(points), np.int64)
+    if len(points) and points is scene.points and scene.instances is not None:
+        ids = scene.instances
+    elif len(points) and scene.frames is not None:
+        ids = read_masks(points, scene.frames)
+    extremes = [o.box[:3] + side * o.box[3:] / 2 for o in scene.objects for side in (-1, 1)]
+    extremes += [*np.percentile(points, [0.2, 99.8], axis=0)] if len(points) else []
+    low, high = np.min(extremes or [np.zeros(3)], 0), np.max(extremes or [np.zeros(3)], 0)
+    pad = np.maximum(0.02 * np.linalg.norm(high - low) - (high - low), 0.02)
+    if colours is None:
+        true = colormaps["viridis"](np.clip((points[:, 2] - low[2]) / (high - low + pad)[2], 0, 1))[:, :3] * 0.8 + 0.1
+    else:
+        true = colours / 255
+    return dict(points=points, normals=normals, true=true, ids=ids, spacing=spacing_of(points), low=low - pad,
+                high=high + pad)  # fmt: skip
+
+
+def perspective(axis, size: tuple[int, int], cloud: dict) -> View:
+    """The view over that corner of the room from which most of the objects (or, without any, of the cloud) is seen."""
+    views, seen = [], []
+    step = max(1, len(cloud["points"]) // 5000)
+    few = {k: v[::step] if k not in ("low", "high") else v for k, v in cloud.items()}
+    thing = (few["ids"] > 0) | ~few["ids"].any()
+    for sides in itertools.product((-1, 1), repeat=2):
+        camera = corner_camera(cloud["low"], cloud["high"], sides, size)
+        views.append(View(axis, size, cloud["low"], cloud["high"], camera))
+        pixels, depth = views[-1].pixels(few["points"])
+        pixels[~views[-1].faces(few)] = np.nan
+        which = z_buffer(pixels / 8, depth, np.ones(len(depth)), (size[0] // 8, size[1] // 8))
+        seen.append(thing[which[which >= 0]].sum())
+    return views[int(np.argmax(seen))]
+
+
+@contextmanager
+def board(scene: Scene, path: Path, title: str, lines: Sequence[str] = (), look: str = "segments",
+          images: Sequence[tuple[str, np.ndarray]] = (), inks: Sequence[str] = ()) -> Iterator[list[View]]:  # fmt: skip
+    """A picture of a scene, written to `path` on leaving: its cloud from above and in perspective (coloured as LOOKS
+    says), a row of images (caption, [H, W, 3]) and lines of text below, in the colours `inks` (black where they end).
+    Yields the two views, to draw over them."""
+    from matplotlib.figure import Figure
+
+    cloud, wide, high = shown_cloud(scene), 16.4, 6.4
+    lines = [(part, ink) for line, ink in itertools.zip_longest(lines, inks[: len(lines)], fillvalue="black")
+             for part in wrap(line, 190)]  # fmt: skip
+    row, foot = 2.6 * bool(images), 0.25 * len(lines) + 0.1
+    total = 0.65 + high + 0.6 + row + foot
+    figure = Figure(figsize=(wide, total))
+    inches = lambda x, y, w, h: figure.add_axes((x / wide, 1 - (y + h) / total, w / wide, h / total))  # noqa: E731
+    size = (int(high * DPI), int(7.4 * DPI))
+    above, corner = inches(0.7, 0.65, 7.4, high), inches(8.5, 0.65, 7.4, high)
+    unit = " (m)" if scene.metric else ""
+    views = [View(above, size, cloud["low"], cloud["high"], unit=unit), perspective(corner, size, cloud)]
+    meaning = LOOKS[look][0] if scene.colours is not None or look == "segments" else "colours: height"
+    above.set_title(f"from above; {meaning}", fontsize=10)
+    corner.set_title("in perspective", fontsize=10)
+    figure.text(0.7 / wide, 1 - 0.3 / total, title, fontsize=12, weight="bold")
+    for view in views:
+        view.show(cloud, look)
+    left = 0.3
+    for caption, image in images:
+        width = (row - 0.45) * image.shape[1] / image.shape[0]
+        axis = inches(left, 0.65 + high + 0.85, width, row - 0.45)
+        axis.imshow(image, aspect="auto")
+        axis.set_axis_off()
+        axis.set_title(caption, fontsize=9)
+        left += width + 0.25
+    for i, (line, ink) in enumerate(lines):
+        figure.text(0.3 / wide, (foot - 0.25 * i - 0.2) / total, line, fontsize=10, color=ink)
+    yield views
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI)
+
+
+def read_answer(text: str) -> tuple[list[tuple[str, np.ndarray]], list[np.ndarray], str]:
+    """An answer's places: those named before its last "=" as (words before it, [3] or [6]), those after it, and what
+    else stands there. Without "=" all count as after it."""
+    before, _, after = text.rpartition("=")
+    named, last = [], 0
+    for found in TUPLE.finditer(before):
+        words = re.sub(r"[^A-Za-z<>0-9 ]", " ", before[last : found.start()]).strip()
+        named += [(words, v) for size in (3, 6) for v in tuples(found[0], size) if v is not None]
+        last = found.end()
+    places = [v for t in TUPLE.finditer(after) for size in (3, 6) for v in tuples(t[0], size) if v is not None]
+    return named, places, TUPLE.sub("", after).strip()
+
+
+ANSWERS = ("crimson", "royalblue", "seagreen", "darkorange")  # the colours of the first answer, the second, ...
+
+
+def draw_answer(view: View, text: str, shade: str, unit: str = " m") -> None:
+    """The places that an answer writes. A number that follows two of them is the length of the line between their
+    centres; a box that follows from another is where that one (dashed) is moved to."""
+    named, places, rest = read_answer(text)
+    boxes = [v for _, v in named if len(v) == 6]
+    moved = bool(boxes and len(places) == 1 and len(places[0]) == 6)
+    if moved:
+        old, new = boxes[0], places[0]
+        view.boxes(old[None], colors=shade, lw=1.8, linestyles="dashed", zorder=3)
+        view.lines([[old[:3], new[:3]]], colors=shade, lw=1.5, linestyles="dotted", zorder=3)
+        view.labels(np.stack([old[:3], new[:3]]), [f"{named[0][0]}\nbefore", f"{named[0][0]}\nafter"], 9, color=shade)
+    elif re.fullmatch(r"\d+(\.\d+)?", rest) and len(named) > 1:
+        ends = np.stack([v[:3] for _, v in named[:2]])
+        view.lines(ends[None], colors=shade, lw=2.5, zorder=3)
+        view.dots(ends, c=shade, s=40, zorder=4)
+        view.labels(np.stack([ends.mean(0), *ends]), [rest + unit, named[0][0], named[1][0]], 10, color=shade)
+    for place in places:
+        if len(place) == 6:
+            view.boxes(place[None], colors=shade, lw=2.2, zorder=4)
+        view.dots(place[None, :3], c=shade, s=30, zorder=4)
+    if len(places) > 1:
+        view.lines([[p[:3] for p in places]], colors=shade, lw=1.5, zorder=3)
+
+
+def draw_things(view: View, scene: Scene) -> None:
+    """Boxes of all objects in the colours of their segments, with identifier and category (colour, where that is
+    unknown). Of very many only identifiers are written in perspective; the title says for how many there is no room."""
+    if not scene.objects:
+        return
+    things = sorted(scene.objects, key=lambda o: o.box[3:].prod())  # the small ones choose their places first
+    crowded = len(things) > 60
+    shades = 0.65 * palette(max(o.id for o in things))[[o.id for o in things]]
+    view.boxes(np.stack([o.box for o in things]), colors=shades, lw=0.5 if crowded else 0.9, zorder=2)
+    places = np.stack([o.box[:3] for o in things])
+    places[:, 2] += np.array([o.box[5] / 2 for o in things]) * bool(view.camera)  # in perspective on top of the box
+    words = [o.category or o.colour if view.camera is None or not crowded else "" for o in things]
+    texts = [f"{scene.identifiers.get(o.id, '')} {w}".strip() for o, w in zip(things, words, strict=True)]
+    missing = view.labels(places, texts, 6.5 if len(things) > 35 else 8)
+    if missing:
+        view.axis.set_title(f"{view.axis.get_title()} ({missing} names left out)", fontsize=10)
+
+
+def frame_images(frames: Frames | None, shown: Sequence[int] = (0, -1)) -> list[tuple[str, np.ndarray]]:
+    """Some frames with their masks beside them, as images of `board`."""
+    if frames is None:
+        return []
+    images = []
+    for v in sorted({i % len(frames.colour) for i in shown}):
+        colours = palette(int(frames.masks.max(initial=0)))
+        images += [(f"frame {v}", frames.colour[v]), ("its masks", colours[frames.masks[v]])]
+    return images
+
+
+def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.ndarray | None = None,
+               answers: Sequence[str] = ()) -> None:  # fmt: skip
+    """A picture: the cloud from above and in perspective, coloured by object, boxes with identifiers and categories,
+    scene tokens [K, 3] as crosses, the places written in answers, each answer in a colour of its own (`draw_answer`);
+    below, two frames with their masks and lines of text."""
+    nameless = bool(scene.objects) and not any(o.category for o in scene.objects)
+    title = f"{scene.name}, {len(scene.objects)} objects" + " without categories, named by their true colour" * nameless
+    if tokens is not None:
+        title += f"; the {len(tokens)} crosses are where the model's scene tokens are"
+    look, inks = "segments" if scene.objects else "true", list(itertools.islice(itertools.cycle(ANSWERS), len(answers)))
+    with board(scene, path, title, lines, look, frame_images(scene.frames), inks) as views:
+        for view in views:
+            if tokens is not None:
+                view.dots(tokens, c="black", marker="x", s=9, lw=0.6, zorder=2)
+            for answer, shade in zip(answers, inks, strict=True):
+                draw_answer(view, answer, shade, " m" if scene.metric else "")
+            draw_things(view, scene)
+
+
+# ---- 10 runs, own scenes, command line -------------------------------------------------------------------------------
 
 
 def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -3248,63 +3640,10 @@ def work(jobs: list[tuple], workers: int) -> Iterator[dict]:
         raise DataError("a worker died, perhaps of memory; what was written stays: go on with fewer workers") from None
 
 
-def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.ndarray | None = None,
-               answers: Sequence[str] = ()) -> None:  # fmt: skip
-    """A picture: two frames with their masks, the cloud from above and from the side coloured by object, boxes with
-    identifiers, scene tokens [K, 3] as crosses, lines of text below; and the points and boxes written in answers, each
-    answer in a colour of its own, joined by a line in the order they are named."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    figure = Figure(figsize=(15, 9 + 0.25 * len(lines)), layout="constrained")
-    panels = figure.subplots(2, 3, gridspec_kw={"width_ratios": [1, 1, 1.6]})
-    shown = [[o.id for o in scene.objects], [] if scene.instances is None else scene.instances]  # not all are objects
-    most = max(int(np.max(ids, initial=0)) for ids in (*shown, scene.frames.masks if scene.frames is not None else []))
-    palette = np.random.default_rng(0).uniform(0.15, 0.95, (most + 1, 3))
-    palette[0] = 0.85
-    for panel, row in zip(panels[:, :2], (0, -1), strict=True):
-        for axis in panel:
-            axis.axis("off")
-        if scene.frames is not None:
-            panel[0].imshow(scene.frames.colour[row])
-            panel[1].imshow(palette[scene.frames.masks[row]])
-    if scene.points is not None:
-        label = np.zeros(len(scene.points), int) if scene.instances is None else scene.instances
-        colour = palette[label] if scene.objects else (scene.colours / 255 if scene.colours is not None else "0.5")
-        for axis, (u, v, w) in zip(panels[:, 2], ((0, 1, 2), (0, 2, 1)), strict=True):
-            order = np.argsort(scene.points[:, w] * (1 if w == 2 else -1))  # what is nearer the eye is drawn last
-            if w == 2:  # seen from above: no ceiling
-                order = order[scene.points[order, 2] < 2.3]
-            axis.scatter(*scene.points[order][:, [u, v]].T, s=1, c=colour if isinstance(colour, str) else colour[order])
-            axis.set_aspect("equal")
-            axis.set(xlabel="xyz"[u] + " (m)", ylabel="xyz"[v] + " (m)")
-    for o in scene.objects:
-        low = o.box[:2] - o.box[3:5] / 2
-        panels[0, 2].add_patch(Rectangle(low, *o.box[3:5], fill=False, lw=0.7))
-        name = f"{scene.identifiers.get(o.id, '')} {o.category}".strip()
-        panels[0, 2].annotate(name, o.box[:2], fontsize=7, ha="center")
-    if tokens is not None:
-        for axis, (u, v) in zip(panels[:, 2], ((0, 1), (0, 2)), strict=True):
-            axis.scatter(tokens[:, u], tokens[:, v], s=14, c="black", marker="x", lw=0.8)
-    for answer, shade in zip(answers, ("crimson", "royalblue", "seagreen") * len(answers), strict=False):
-        found = [v for t in TUPLE.finditer(answer) for size in (3, 6) for v in tuples(t[0], size) if v is not None]
-        for axis, (u, v) in zip(panels[:, 2], ((0, 1), (0, 2)), strict=True):
-            for place in found:
-                if len(place) == 6:
-                    corner = place[[u, v]] - place[[u + 3, v + 3]] / 2
-                    axis.add_patch(Rectangle(corner, *place[[u + 3, v + 3]], fill=False, lw=2, ec=shade))
-            if found:
-                axis.plot([p[u] for p in found], [p[v] for p in found], "o-", color=shade, lw=1.5, ms=5)
-    panels[0, 2].set_title(f"{scene.name} from above, and from the side; crosses: scene tokens", fontsize=9)
-    figure.supxlabel("\n".join(lines), fontsize=10, x=0.02, ha="left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80)
-
-
 def ask_scene(paper, arguments: Sequence[str]) -> None:
     """The command line of a paper: `--scene PATH --ask QUESTION [--ask ...] --run DIR`: prints the answers, and where
     the picture is. A model may offer `refusal(scene, question)`: why this question cannot be answered about this scene,
-    or None. Raises DataError."""
+    or None; and `answer_pictures(scene, samples, answers, folder)`, more pictures. Raises DataError."""
     parser = argparse.ArgumentParser(description="Questions about a scene of your own.", allow_abbrev=False)
     parser.error = lambda message: (_ for _ in ()).throw(DataError(message))
     parser.add_argument("--scene", type=Path, required=True, help=".ply, a scan's folder, or a folder of RGB-D frames")
@@ -3342,7 +3681,8 @@ def ask_scene(paper, arguments: Sequence[str]) -> None:
     picture = a.out or a.run / "ask.png"
     shown = ["" if r else t for r, t in zip(refused, answers, strict=True)]
     draw_scene(scene, picture, lines, model.token_centres(scene), shown)
-    print(f"picture: {picture}")
+    more = getattr(model, "answer_pictures", lambda *_: [])(scene, samples, answers, picture.parent)
+    print("\n".join(f"picture: {path}" for path in [picture, *more]))
 
 
 def write_rooms(out: Path, count: int, objects: int | None, first: int) -> None:

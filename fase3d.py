@@ -1043,12 +1043,14 @@ class Model(nn.Module):
         return self.centres(scene).numpy()
 
     def pictures(self, scenes: Sequence[Scene], folder: Path, count: int = 2) -> list[Path]:
-        """Of some scenes: cloud, boxes and tokens; curves, superpoint graph and seeds. Returns the files."""
+        """Of some scenes: cloud, boxes and tokens; curves; superpoint graph and seeds. Returns the files."""
         paths = []
         for scene in scenes[:count]:
-            paths += [folder / f"{scene.name}.png", folder / f"{scene.name}_graph.png"]
-            data.draw_scene(scene, paths[-2], tokens=self.token_centres(scene))
-            draw_curves(scene.points, {k: v.numpy() for k, v in self.load_geometry(scene).items()}, paths[-1])
+            found = {k: v.numpy() for k, v in self.load_geometry(scene).items()}
+            paths += [folder / f"{scene.name}{what}.png" for what in ("", "_curves", "_graph")]
+            data.draw_scene(scene, paths[-3], tokens=self.token_centres(scene))
+            draw_curves(scene.points, found, paths[-2])
+            draw_graph(scene, found, paths[-1])
         return paths
 
 
@@ -1072,34 +1074,50 @@ def spectral_clusters(edges: np.ndarray, weight: np.ndarray, nodes: int, count: 
 
 
 def draw_curves(points: np.ndarray, found: dict[str, np.ndarray], path: Path) -> None:
-    """A picture of a scene's geometry (`Model.geometry`): its superpoints along each curve, their graph, and the seeds.
-    points [N, 3] of the scene, as turned."""
+    """A picture of a scene's curves (`Model.geometry`): its superpoints in line along each, from above. points [N, 3]
+    of the scene, as turned."""
     from matplotlib.collections import LineCollection
     from matplotlib.figure import Figure
 
     points = points[found["index"]]
-    count = np.bincount(found["owner"])
-    centres = np.stack([np.bincount(found["owner"], c) for c in points.T], 1) / count[:, None]  # [M, 3]
-    figure = Figure(figsize=(15, 10), layout="constrained")
-    axes = figure.subplots(2, 3).flatten()
+    centres = superpoint_mean(*map(torch.from_numpy, (points, found["owner"])), int(found["owner"].max()) + 1).numpy()
+    rows = math.ceil(len(found["orders"]) / 2)
+    wide, deep = np.ptp(points[:, :2], axis=0) + 0.5
+    figure = Figure(figsize=(14, min(6.4 * deep / wide, 12) * rows), layout="constrained")
+    axes = figure.subplots(rows, 2, squeeze=False).flatten()
     for axis, order, name in zip(axes, found["orders"], CURVES, strict=False):
+        axis.scatter(*points[:, :2].T, s=1, c="0.85", zorder=0)
         line = centres[order][:, :2]
-        parts = LineCollection(np.stack([line[:-1], line[1:]], 1), cmap="turbo", array=np.arange(len(line)), lw=1)
+        parts = LineCollection(np.stack([line[:-1], line[1:]], 1), cmap="turbo", array=np.arange(len(line)), lw=1.3)
         axis.add_collection(parts)
-        axis.set_title(f"{name}: {len(line)} superpoints in line", fontsize=9)
-    graph, merged = axes[-2:]
-    graph.add_collection(LineCollection(centres[found["edges"]][:, :, :2], colors="gray", lw=0.4))
-    graph.scatter(*centres[:, :2].T, s=6, c=centres[:, 2])
-    graph.set_title(f"superpoint graph: {len(found['edges']) // 2} edges by window voting", fontsize=9)
-    merged.scatter(*points[:, :2].T, s=0.5, c="lightgray")
-    seed = centres[found["seed"]]
-    merged.scatter(*seed[:, :2].T, s=16, c=np.arange(len(seed)), cmap="turbo")
-    merged.set_title(f"{len(seed)} seeds, coloured in the order of the tokens", fontsize=9)
-    for axis in axes:
-        axis.set_aspect("equal")
-        axis.autoscale()
+        axis.set_title(f"curve {name!r} from above", fontsize=11)
+        axis.set(aspect="equal", xlabel="x", ylabel="y")
+    for axis in axes[len(found["orders"]) :]:
+        axis.set_axis_off()
+    bar = figure.colorbar(parts, ax=axes, shrink=0.5, label=f"place of a superpoint in the line of {len(line)}")
+    bar.ax.tick_params(labelsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=data.DPI)
+
+
+def draw_graph(scene: Scene, found: dict[str, np.ndarray], path: Path) -> None:
+    """A picture of a scene's superpoint graph (`Model.geometry`): nodes at the superpoints' centres in the colours of
+    their points, edges darker the more votes they have, the seeds that become tokens larger."""
+    M, index = int(found["owner"].max()) + 1, found["index"]
+    mean = lambda rows: superpoint_mean(torch.from_numpy(np.ascontiguousarray(rows)).float(),  # noqa: E731
+                                        torch.from_numpy(found["owner"]), M).numpy()  # fmt: skip
+    centres = mean(scene.points[index])
+    colours = np.full((M, 3), 0.5) if scene.colours is None else mean(scene.colours[index] / 255)
+    once = found["edges"][:, 0] < found["edges"][:, 1]
+    edges, votes = found["edges"][once], found["votes"][once]
+    strength = np.log1p(votes) / np.log1p(votes.max(initial=1))
+    title = (f"{scene.name}: superpoint graph of {M} superpoints and {len(edges)} edges by window voting; "
+             f"{len(found['seed'])} ringed seeds become tokens")  # fmt: skip
+    with data.board(scene, path, title, ["edges: the darker, the more votes"], "pale") as views:
+        for view in views:
+            view.lines(centres[edges], colors=np.c_[np.zeros((len(edges), 3)), 0.15 + 0.6 * strength], lw=0.8, zorder=2)
+            view.dots(centres, c=colours, s=12, zorder=3)
+            view.dots(centres[found["seed"]], c=colours[found["seed"]], s=55, ec="black", lw=1.0, zorder=4)
 
 
 # ---- 9 the adapters as files -----------------------------------------------------------------------------------------

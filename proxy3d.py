@@ -27,7 +27,7 @@ n objects.
 | (6) next-token loss on answers         | Model.forward                                 |
 | supp. Table 1, four stages             | STAGES                                        |
 | supp. Table 2, SpaceSpan-318K          | SPACESPAN                                     |
-| supp. Fig. 3, proxy attention map      | attention_map                                 |
+| supp. Fig. 3, proxy attention map      | attention_map, draw_attention                 |
 | main Tables 4-5, ablations             | last section                                  |
 
 What the paper leaves open, and what we chose
@@ -696,14 +696,28 @@ class Model(nn.Module):
         return (self.proxy_tokens if self.visual == "proxies" else self.symbol_tokens)(scene)[1].cpu().numpy()
 
     def pictures(self, scenes: Sequence[Scene], folder: Path, count: int = 4) -> list[Path]:
-        """Some scenes with their segments, boxes, identifiers and proxies; returns the files."""
+        """Some scenes with their segments, boxes, identifiers and proxies, and where the model looks while it answers a
+        question; returns the files."""
         paths = []
         for scene in scenes[:count]:
             shown = scene if scene.identifiers else replace(
                 scene, identifiers=data.number_objects(scene, np.random.default_rng(0)))  # fmt: skip
             paths.append(folder / f"{scene.name}.png")
             data.draw_scene(shown, paths[-1], tokens=self.token_centres(shown))
+            asked = data.question_set([shown], ["ground", "ground_superlative"], 1, 0)[: self.visual == "proxies"]
+            for sample in asked:  # the second needs no categories
+                paths.append(folder / f"{scene.name}_attention.png")
+                said = self.generate(self.batch([(shown, [sample])]))[0]
+                draw_attention(self, shown, sample, said, paths[-1])
         return paths
+
+    def answer_pictures(self, scene: Scene, samples: Sequence[Sample], answers: Sequence[str],
+                        folder: Path) -> list[Path]:  # fmt: skip
+        """Where the model looked for the first of some answers; returns the files (none before proxies are seen)."""
+        if self.visual != "proxies":
+            return []
+        draw_attention(self, scene, samples[0], answers[0], folder / "ask_attention.png")
+        return [folder / "ask_attention.png"]
 
     @contextlib.contextmanager
     def untrained_tower(self):
@@ -964,6 +978,62 @@ def attention_map(model: Model, scene: Scene, sample: Sample) -> Tensor:
         language.set_attn_implementation(before)
     looked = attention[0].float().mean(0)[(block[0] > 0)][:, ids[0] == SCENE].sum(0)  # [K]
     return looked / looked.sum()
+
+
+def attention_in_frames(looked: Tensor, centres: Tensor, owner: Tensor, points: Tensor, masks: Tensor) -> Tensor:
+    """The attention that every pixel got: that of the nearest proxy of its own object. looked [K], centres [K, 3],
+    owner [K], points [..., 3] metres (NaN = missing), masks [...] -> [...], 0 where no proxy stands for the pixel."""
+    apart = 100.0  # metres between objects along a fourth axis, so that no other object's proxy is nearest
+    place = lambda p, m: torch.cat([p.float(), apart * m[..., None].float()], -1)  # noqa: E731
+    seen = torch.isfinite(points).all(-1)  # [...]
+    distance, nearest = data.knn(place(points[seen], masks[seen]), place(centres, owner), 1)
+    heat = torch.zeros(masks.shape)
+    heat[seen] = torch.where(distance[:, 0] < apart / 2, looked[nearest[:, 0]], 0.0)
+    return heat
+
+
+def draw_attention(model: Model, scene: Scene, sample: Sample, said: str, path: Path) -> None:
+    """A picture of the `attention_map` of an answer: the proxies over the pale cloud, and the two frames that show most
+    of it; the true object (where it is known) and the answered one are outlined."""
+    from matplotlib import colormaps
+
+    looked = attention_map(model, scene, replace(sample, steps="", answer=said)).cpu()
+    found, f = model.load_proxies(scene), scene.frames
+    step = max(1, math.ceil((f.depth[0].size / 60_000) ** 0.5))
+    points = torch.from_numpy(data.unproject(f.depth, f.intrinsics, f.poses)[:, ::step, ::step])
+    heat = attention_in_frames(looked, found["c"], found["owner"], points, torch.from_numpy(f.masks[:, ::step, ::step]))
+    heat = (heat / looked.max()).numpy()  # [V, H, W] 1 = the most attended proxy
+    colours, images = colormaps["YlOrRd"], []
+    for v in sorted(np.argsort(-np.square(heat).sum((1, 2)), kind="stable")[:2]):
+        grey = f.colour[v, ::step, ::step].mean(-1, keepdims=True) / 255
+        strong = np.sqrt(heat[v])[..., None]
+        blend = np.clip((1 - strong) * grey + strong * colours(heat[v])[..., :3], 0, 1)
+        images += [(f"frame {v}", f.colour[v]), ("its attention", blend)]
+    put = lambda text: data.substitute(text, lambda i: model.refer(scene, i))  # noqa: E731
+    lines = [f"answer: {said}" + f"   (true: {put(sample.answer)})" * bool(sample.answer)]
+    with data.board(scene, path, put(sample.question), lines, "pale", images) as views:
+        views[0].axis.set_title(f"from above: attention of the last layer to {len(looked)} proxies", fontsize=10)
+        shade = (looked / looked.max()).numpy()
+        order = np.argsort(shade)  # the most attended on top
+        dots = [view.dots((found["c"].numpy() @ scene.turn.T)[order], c=looked[order], s=8 + 140 * shade[order],
+                          cmap="YlOrRd", vmin=0, ec="0.3", lw=0.5, zorder=3) for view in views]  # fmt: skip
+        views[0].axis.legend(*dots[0].legend_elements(num=4, fmt="{x:.1%}"), title="share of attention",
+                             loc="upper right", fontsize=8)  # fmt: skip
+        for object_id, name, colour in outlined(scene, sample, said, model.refer):
+            box = scene.thing(object_id).box
+            for view in views:
+                view.boxes(box[None], colors=colour, lw=2.2, zorder=4)
+                view.labels(box[None, :3] + [0, 0, box[5] / 2], [name], 10, color=colour)
+
+
+def outlined(scene: Scene, sample: Sample, said: str, refer) -> list[tuple[int, str, str]]:
+    """(object id, name, colour) of what `draw_attention` outlines: the true objects and those that the answer names."""
+    right = list(sample.targets or sample.about)
+    named = [o.id for o in scene.objects if o.id in scene.identifiers and refer(scene, o.id) in said]
+    kinds = {(True, True): ("true and answered", "green"), (True, False): ("true", "blue"),
+             (False, True): ("answered", "crimson")}  # fmt: skip
+    rows = [(i, *kinds[i in right, i in named]) for i in dict.fromkeys(right + named)]
+    return [(i, f"{kind}: {scene.thing(i).category or refer(scene, i)}", colour) for i, kind, colour in rows]
 
 
 # ---- 9 demo and command line -----------------------------------------------------------------------------------------

@@ -813,9 +813,50 @@ class Model(nn.Module):
             answers = self.generate(self.batch([(scene, asked)])) if asked else []
             said = [text.rpartition("=")[2].strip() for text in answers]
             lines = [f"{s.question}  {t}  (true: {s.answer})" for s, t in zip(asked, said, strict=True)]
-            paths.append(folder / f"{scene.name}.png")
-            data.draw_scene(scene, paths[-1], lines, self.token_centres(scene), answers)
+            paths += [folder / f"{scene.name}.png", folder / f"{scene.name}_referents.png"]
+            data.draw_scene(scene, paths[-2], lines, self.token_centres(scene), answers)
+            self.draw_referents(scene, paths[-1])
         return paths
+
+    @torch.no_grad()
+    def told(self, scene: Scene) -> dict[str, np.ndarray | list[str]]:
+        """What the referents say of themselves: "box" [R, 6] and "name", the category nearest to each ("" = nothing),
+        with "sure" [R], its share among all; and the "seed" [M, 3] with its "vote" [M, 3]."""
+        h, boxes, votes, places, _ = (x[0] for x in self.see([scene]))
+        names = ["", *sorted(data.CATEGORIES)]
+        words = F.normalize(torch.stack([self.words_of(name) for name in names]).to(h.device), dim=-1)  # [names, D]
+        sure, best = (25 * F.normalize(self.projector(h).float(), dim=-1) @ words.T).softmax(-1).max(-1)  # [R]
+        found = {"box": boxes, "sure": sure, "seed": places, "vote": votes}
+        return {k: v.float().cpu().numpy() for k, v in found.items()} | {"name": [names[i] for i in best.tolist()]}
+
+    def draw_referents(self, scene: Scene, path: Path) -> None:
+        """A picture of the way from points to referents: seeds, their votes, and of the referents that name something
+        the surest of every place with its box."""
+        found = self.told(scene)
+        kept = surest(found["box"], found["sure"] * [bool(name) for name in found["name"]])
+        title = (f"{scene.name}: {len(found['seed'])} seeds (grey) vote for the middle of their object (blue); "
+                 f"{len(found['box'])} referents gather them (black)")  # fmt: skip
+        lines = ["boxes and names: what the surest referent of each place says of its object"]
+        with data.board(scene, path, title, lines, "pale") as views:
+            for view in views:
+                view.lines(np.stack([found["seed"], found["vote"]], 1), colors="steelblue", lw=0.5, alpha=0.6, zorder=1)
+                view.dots(found["seed"], c="0.5", s=3, zorder=1)
+                view.dots(found["vote"], c="royalblue", s=5, zorder=2)
+                view.dots(found["box"][:, :3], c="black", s=9, zorder=3)
+                view.boxes(found["box"][kept], colors="crimson", lw=1.2, zorder=3)
+                view.labels(found["box"][kept, :3], [found["name"][i] for i in kept], 9)
+
+
+def surest(boxes: np.ndarray, sure: np.ndarray, overlap: float = 0.25) -> list[int]:
+    """Of boxes [R, 6] that overlap by more than that IoU, or lie within 0.3 m, the one with the highest `sure` [R];
+    surest first, zeros left out (greedy non-maximum suppression)."""
+    near = data.box_iou(boxes, boxes) > overlap
+    near |= np.linalg.norm(boxes[:, None, :3] - boxes[:, :3], axis=-1) < 0.3
+    kept: list[int] = []
+    for i in np.argsort(-sure, kind="stable"):
+        if sure[i] > 0 and not near[i, kept].any():
+            kept.append(int(i))
+    return kept
 
 
 # ---- 7 locations as text ---------------------------------------------------------------------------------------------

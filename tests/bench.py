@@ -1,6 +1,6 @@
 """Speed, measured: `python tests/bench.py proxy3d` (or fase3d) prints a row per claim, each a ratio to something named
 and timed in the same run. Best of several repetitions; no time is asserted, so a busy machine only makes the numbers
-worse."""
+worse. `segments` measures how well our segments follow objects."""
 
 from __future__ import annotations
 
@@ -369,8 +369,103 @@ def spatial() -> None:
         print(f"  {name:45s} {row} {1 / (sum(once) + modules + answer):8.1f} {1 / (modules + answer):8.1f}")
 
 
+# ---- own segments ----------------------------------------------------------------------------------------------------
+
+
+def point_iou(found: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """IoU [n, m] of point sets: labels found [N] of 0..n and true [N] of 0..m; rows and columns are labels 1 and up."""
+    n, m = int(found.max(initial=0)) + 1, int(true.max(initial=0)) + 1
+    both = np.bincount(found * m + true, minlength=n * m).reshape(n, m)
+    either = both.sum(1, keepdims=True) + both.sum(0) - both
+    return (both / np.maximum(either, 1))[1:, 1:]
+
+
+def dbscan(points: np.ndarray, normals: np.ndarray, colours: np.ndarray, superpoints: np.ndarray) -> np.ndarray:
+    """Clusters [N] of 1 and up, 0 = none, of what is left when our own shell is taken away: scikit-learn's DBSCAN on
+    coordinates. Of the radii 1.5, 2, 2.5, 3.5 and 5 times the points' spacing 2.5 was best on validation rooms."""
+    from sklearn.cluster import DBSCAN
+
+    spacing = data.neighbour_pairs(points, 8)[2]
+    thing = ~data.find_shell(points, normals, data.hue_of(colours), superpoints, spacing)
+    label = np.zeros(len(points), np.int64)
+    label[thing] = DBSCAN(eps=2.5 * spacing, min_samples=6).fit(points[thing]).labels_ + 1
+    return label
+
+
+SEGMENTERS = {
+    "superpoints, not merged": lambda p, n, c, s: s + 1,
+    "DBSCAN without the shell": dbscan,
+    "superpoints, merged": lambda p, n, c, s: data.merge_segments(p, n, c, s),
+}
+
+
+def segment_scores(scene: data.Scene, least: int = 10) -> dict[str, np.ndarray]:
+    """For each of SEGMENTERS and every true object with `least` points in the cloud fused from the frames: the best IoU
+    with a segment as point sets and as boxes [n, 2]; and in the last row how many segments there are."""
+    points, colours, normals = data.surface(scene)
+    true = data.read_masks(points, scene.frames)
+    seen = [o for o in scene.objects if (true == o.id).sum() >= least]
+    superpoints = data.over_segment(points, normals)
+    scores = {}
+    for name, segment in SEGMENTERS.items():
+        found = segment(points, normals, colours, superpoints)
+        boxes = np.stack([data.extent(points[found == i]) for i in range(1, found.max() + 1)])
+        by_points = point_iou(found, true).max(0)[[o.id - 1 for o in seen]]
+        by_boxes = data.box_iou(boxes, np.stack([o.box for o in seen])).max(0)
+        scores[name] = np.stack([by_points, by_boxes, np.full(len(seen), len(boxes) / len(seen))], 1)
+    return scores
+
+
+def segments(count: int = 60) -> None:
+    """Whether our segments follow objects: rooms that nothing was tuned on, seen by RGB-D cameras."""
+    first = data.ROOM_SEEDS["test"].start
+    for size, views in ((96, 12), (240, 16)):
+        rows = [segment_scores(data.room(seed, views=views, size=size)) for seed in range(first, first + count)]
+        things = sum(len(next(iter(r.values()))) for r in rows)
+        print(f"own segments against the {things} objects that are seen in {count} test rooms, "
+              f"{views} views of {size} x {size} pixels: best IoU of each object")
+        print("                              as points: mean  > 0.25  > 0.5   as boxes: mean  > 0.25  > 0.5   segments")
+        for name in SEGMENTERS:
+            best, box, number = np.concatenate([r[name] for r in rows]).T
+            cells = [v for x in (best, box) for v in (x.mean(), (x > 0.25).mean(), (x > 0.5).mean())]
+            print("  {:27s} {:15.3f} {:7.3f} {:6.3f} {:16.3f} {:7.3f} {:6.3f} {:8.1f} per object".format(
+                name, *cells, number.mean()))  # fmt: skip
+
+
+KITCHEN = Path(__file__).resolve().parents[2] / "shared/data/7scenes_redkitchen"
+
+
+def draw_segments() -> None:
+    """The README's picture: real frames and a procedural room, in their own colours and as our segments."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    path = Path(__file__).resolve().parents[1] / ".github/segments.png"
+    if not KITCHEN.exists():
+        print(f"no real frames at {KITCHEN}: {path.name} was not drawn")
+        return
+    rooms = {"real RGB-D frames (7-Scenes, red kitchen)": data.read_rgbd(KITCHEN),
+             "procedural room": data.room(data.ROOM_SEEDS["test"].start + 6, size=240, views=16)}  # fmt: skip
+    figure, size = Figure(figsize=(12, 9.4)), (440, 590)
+    for column, (name, scene) in enumerate(rooms.items()):
+        own = data.with_own_segments(scene)
+        cloud = data.shown_cloud(own)
+        for row, look in enumerate(("true", "segments")):
+            axis = figure.add_axes((0.005 + 0.5 * column, 0.505 - 0.5 * row, 0.49, 0.465))
+            view = data.perspective(axis, size, cloud)
+            view.show(cloud, look)
+            axis.set_title(f"{name}: {len(own.objects)} segments of our own" if row else name, fontsize=11)
+            if row:
+                shades = 0.65 * data.palette(len(own.objects))[1:]
+                view.boxes(np.stack([o.box for o in own.objects]), colors=shades, lw=0.8)
+    figure.savefig(path, dpi=85)
+    fewer = np.minimum((np.asarray(Image.open(path).convert("RGB")).astype(int) + 4) // 8 * 8, 255)  # half the file
+    Image.fromarray(fewer.astype(np.uint8)).save(path, optimize=True)
+    print(f"picture: {path} ({path.stat().st_size / 1024:.0f} KB)")
+
+
 BENCHES = {"proxy3d": (clustering, rooms, latency), "fase3d": (curve_keys, graph_time, graph_quality, tokenizer),
-           "spatial3dllm": (spatial,)}  # fmt: skip
+           "spatial3dllm": (spatial,), "segments": (segments, draw_segments)}  # fmt: skip
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

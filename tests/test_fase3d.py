@@ -1322,13 +1322,13 @@ def test_proposals_are_clusters_of_superpoints_with_the_extent_of_their_points(t
     assert np.array_equal(scenes[0].superpoints, model.propose(scenes[0]).superpoints)
 
 
-def test_pictures_show_clouds_and_curves(text, scenes, tmp_path):
-    """Two files a scene that can be opened."""
+def test_pictures_show_clouds_curves_and_graphs(text, scenes, tmp_path):
+    """Three files a scene, none blank."""
     from PIL import Image
 
     paths = make(text).pictures(scenes, tmp_path, 1)
-    assert [p.name for p in paths] == [f"{scenes[0].name}.png", f"{scenes[0].name}_graph.png"]
-    assert all(min(Image.open(p).size) > 300 for p in paths)
+    assert [p.name for p in paths] == [f"{scenes[0].name}{what}.png" for what in ("", "_curves", "_graph")]
+    assert all(len(Image.open(p).convert("RGB").getcolors(1 << 24)) > 1000 for p in paths)
 
 
 # ---- 9 adapters and runs as files ------------------------------------------------------------------------------------

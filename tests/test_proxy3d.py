@@ -24,6 +24,7 @@ from proxy3d import (
     Model,
     _half,
     allocate,
+    attention_in_frames,
     attention_map,
     bfs_order,
     breadth_first,
@@ -1060,3 +1061,35 @@ def test_the_attention_map_is_a_distribution_over_the_scene(text, scenes):
         looked = attention_map(model, scene, samples[0])
         assert looked.shape == (K,) and (looked >= 0).all() and float(looked.sum()) == pytest.approx(1, abs=1e-5)
         assert looked.std() > 1e-4 and torch.equal(told(model, [(scene, samples)])[0], before)
+
+
+def test_pixels_get_the_attention_of_the_nearest_proxy_of_their_own_object():
+    """Against a loop; a nearer proxy of another object does not count, nor does a pixel without depth."""
+    rng = np.random.default_rng(0)
+    points = torch.from_numpy(rng.uniform(-2, 2, (2, 5, 4, 3))).float()
+    points[0, 0, 0] = math.nan
+    masks = torch.from_numpy(rng.integers(0, 4, (2, 5, 4)))  # nothing stands for object 3
+    centres, owner = torch.from_numpy(rng.uniform(-2, 2, (9, 3))).float(), torch.arange(9) % 3
+    looked = torch.rand(9)
+    heat = attention_in_frames(looked, centres, owner, points, masks)
+    for at in np.ndindex(2, 5, 4):
+        gap = (centres - points[at]).norm(dim=1).masked_fill(owner != masks[at], math.inf)
+        known = bool(torch.isfinite(gap).any())
+        assert heat[at] == (looked[gap.argmin()] if known else 0)
+
+
+def test_pictures_show_where_an_answer_looked(text, scenes, tmp_path):
+    """A run's pictures and `--ask`'s: two files a scene, neither blank; before proxies are seen, only the first."""
+    from PIL import Image
+
+    model = make(text)
+    model.begin(PROXIES)
+    paths = model.pictures(scenes, tmp_path, 1)
+    assert [p.name for p in paths] == [f"{scenes[0].name}.png", f"{scenes[0].name}_attention.png"]
+    ((scene, samples),) = asked(scenes[:1], 2)
+    paths += model.answer_pictures(scene, samples, ["nothing", "<OBJ001>"], tmp_path)
+    assert paths[-1] == tmp_path / "ask_attention.png"
+    assert all(len(Image.open(p).convert("RGB").getcolors(1 << 24)) > 1000 for p in paths)
+    model.begin(PLACED)
+    assert len(model.pictures(scenes, tmp_path, 1)) == 1
+    assert model.answer_pictures(scene, samples, ["x"], tmp_path) == []

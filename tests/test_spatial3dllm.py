@@ -598,6 +598,32 @@ def test_a_question_that_names_several_things_is_refused(text):
     assert Model.refusal(scene, "move the red thing 1 metre") == "more than one thing fits. 2 red things are here."
 
 
+def test_of_overlapping_boxes_the_surest_is_kept():
+    """Against the definition, pair by pair: each that is left out overlaps a surer one that is kept."""
+    rng = np.random.default_rng(0)
+    boxes, sure = np.concatenate([rng.uniform(0, 2, (30, 3)), rng.uniform(0.3, 1, (30, 3))], 1), rng.uniform(0, 1, 30)
+    sure[:3] = 0
+    kept = spatial3dllm.surest(boxes, sure)
+    near = (data.box_iou(boxes, boxes) > 0.25) | (np.linalg.norm(boxes[:, None, :3] - boxes[:, :3], axis=-1) < 0.3)
+    assert 3 < len(kept) < 27 and (np.diff(sure[kept]) < 0).all()
+    assert near[np.ix_(kept, kept)].sum() == len(kept), "each is near itself alone"
+    for i in set(range(30)) - set(kept):
+        assert sure[i] == 0 or any(near[i, j] and sure[j] > sure[i] for j in kept)
+
+
+def test_pictures_show_answers_and_referents(text, scenes, tmp_path):
+    """Two files a scene, none blank; referents name categories or nothing."""
+    from PIL import Image
+
+    model = make(text)
+    paths = model.pictures(scenes, tmp_path, 1)
+    assert [p.name for p in paths] == [f"{scenes[0].name}.png", f"{scenes[0].name}_referents.png"]
+    assert all(len(Image.open(p).convert("RGB").getcolors(1 << 24)) > 1000 for p in paths)
+    said = model.told(scenes[0])
+    assert len(said["box"]) == len(said["name"]) == model.config.referents and (said["sure"] > 0).all()
+    assert set(said["name"]) <= {"", *data.CATEGORIES} and said["seed"].shape == said["vote"].shape
+
+
 def test_a_loaded_model_is_no_part_of_the_checkpoint(hub):
     """LoRA and the scene's modules are; seven billion weights stay where they were loaded from."""
     names = data.named_weights(load(hub)).keys()
