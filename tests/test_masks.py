@@ -398,7 +398,7 @@ def test_a_tiny_untrained_sam2_tracks_what_it_proposes(sam2):
     assert len(found) >= 3 and all(m.shape == (64, 64) and m.dtype == bool for m in found)
     strips = [m & (np.arange(64) // 16 == i) for i, m in enumerate(found[:3])]
     before = colour.copy()
-    tracks, again = (sam2_masks(colour, sam2, 2, most=2, chunk=1, propose=lambda image: strips) for _ in range(2))
+    tracks, again = (sam2_masks(colour, sam2, 2, most=2, propose=lambda image: strips) for _ in range(2))
     assert tracks.shape == (3, 64, 64) and tracks.dtype == np.int32
     assert 1 <= tracks.max() <= 2 and np.array_equal(np.unique(tracks[tracks > 0]), np.arange(1, tracks.max() + 1))
     assert np.array_equal(tracks, again) and np.array_equal(colour, before)
