@@ -12,7 +12,7 @@ Boxes are axis-aligned: [cx, cy, cz, w, d, h], the centre and the full sizes alo
 Axis legend: S scenes, V views, H W pixels, N points, n objects, Q questions, T tokens, K scene tokens, D width.
 
 Contents: 1 scenes and samples · 2 geometry · 3 procedural rooms · 4 readers and writers · 5 over-segmentation ·
-6 questions and baselines · 7 text · 8 batches · 9 pictures · 10 runs, own scenes, command line
+6 masks of a video · 7 questions and baselines · 8 text · 9 batches · 10 pictures · 11 runs, own scenes, command line
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import argparse
 import heapq
 import importlib
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -28,6 +29,7 @@ import multiprocessing
 import os
 import re
 import sys
+import tempfile
 import time
 import warnings
 import zlib
@@ -825,11 +827,16 @@ def stack_frames(frames: list[tuple], world: np.ndarray | None = None) -> Frames
     return out if world is None else replace(out, poses=world @ out.poses)
 
 
+def voxel_of(points: np.ndarray, voxel: float) -> np.ndarray:
+    """The occupied voxel [N] int64 of each of points [N, 3], numbered from 0."""
+    cell = np.floor(points / voxel).astype(np.int64)
+    cell -= cell.min(0, initial=np.iinfo(np.int64).max)
+    return np.unique((cell[:, 0] << 42) + (cell[:, 1] << 21) + cell[:, 2], return_inverse=True)[1].reshape(-1)
+
+
 def voxel_mean(points: np.ndarray, values: np.ndarray, weight: np.ndarray, voxel: float) -> tuple[np.ndarray, ...]:
     """Weighted means of points [N, 3] and values [N, C] in every occupied voxel, and the summed weight."""
-    cell = np.floor(points / voxel).astype(np.int64)
-    cell -= cell.min(0)
-    _, inverse = np.unique((cell[:, 0] << 42) + (cell[:, 1] << 21) + cell[:, 2], return_inverse=True)
+    inverse = voxel_of(points, voxel)
     total = np.bincount(inverse, weight)
     means = (np.stack([np.bincount(inverse, weight * c) for c in a.T], axis=1) for a in (points, values))
     return *(m / total[:, None] for m in means), total
@@ -1835,20 +1842,26 @@ def render_masks(points: np.ndarray, instances: np.ndarray, frames: Frames, reac
     return masks
 
 
+def in_view(points: np.ndarray, K: np.ndarray, pose: np.ndarray,
+            size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """Which points [N, 3] fall on an image of size (H, W), hidden ones too: (index [M], row [M], column [M], depth [M]
+    metres along the camera's axis). K [3, 3]; pose [4, 4] camera to world."""
+    pixels, depth = project(points, K, pose)
+    inside = np.flatnonzero((depth > 0.1) & (pixels >= 0).all(1) & (pixels < size[::-1]).all(1))
+    column, row = pixels[inside].astype(int).T
+    return inside, row, column, depth[inside]
+
+
 def depth_support(points: np.ndarray, instances: np.ndarray, frames: Frames,
                   reach: float = 0.1) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """What depth that a segmentation has not used says about it: for every instance id the share [n] of its points that
     lie on the measured surface (to `reach` metres) among those that do or are seen through, and their number [n].
     A point behind the surface is hidden and has no say."""
     agree, against = (np.zeros(int(instances.max(initial=0)) + 1) for _ in range(2))
-    H, W = frames.depth.shape[1:]
     for depth, K, pose in zip(frames.depth, frames.intrinsics, frames.poses, strict=True):
-        camera = (points - pose[:3, 3]) @ pose[:3, :3]
-        z = np.maximum(camera[:, 2], 1e-6)
-        u, v = (np.floor(np.clip(camera[:, i] / z * K[i, i] + K[i, 2], -1, n)).astype(int) for i, n in ((0, W), (1, H)))
-        inside = (camera[:, 2] > 0.1) & (u >= 0) & (u < W) & (v >= 0) & (v < H)
-        measured = depth[v[inside], u[inside]]
-        for total, hit in ((agree, np.abs(measured - z[inside]) <= reach), (against, measured > z[inside] + reach)):
+        inside, v, u, z = in_view(points, K, pose, depth.shape)
+        measured = depth[v, u]
+        for total, hit in ((agree, np.abs(measured - z) <= reach), (against, measured > z + reach)):
             total += np.bincount(instances[inside][hit & (measured > 0)], minlength=len(total))
     return agree / np.maximum(agree + against, 1), (agree + against).astype(int)
 
@@ -1869,17 +1882,20 @@ def read_masks(points: np.ndarray, frames: Frames) -> np.ndarray:
     return frames.masks[frames.depth > 0][near].astype(np.int64)
 
 
-def with_own_segments(scene: Scene, limit: int = 100_000) -> Scene:
-    """The scene with its own segments for objects (category "", colour by name), its superpoints and masks made anew.
-
-    A room is segmented on the cloud fused from its frames (`surface`).
-    """
+def seen_cloud(scene: Scene, limit: int = 100_000) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]:
+    """`surface` with what it may lack: points, colours (None: without), normals, and the colours or grey."""
     points, colours, normals = surface(scene, limit)
     if points is None or len(points) < 2:
         raise DataError(f"{scene.name}: no cloud and no frames to segment; read them first")
-    normals = estimate_normals(points) if normals is None else normals
-    superpoints = over_segment(points, normals)
     grey = np.full((len(points), 3), 128, np.uint8) if colours is None else colours
+    return points, colours, estimate_normals(points) if normals is None else normals, grey
+
+
+def with_own_segments(scene: Scene, limit: int = 100_000) -> Scene:
+    """The scene with its own segments for objects (category "", colour by name), its superpoints and masks made anew,
+    on the cloud of `seen_cloud`."""
+    points, colours, normals, grey = seen_cloud(scene, limit)
+    superpoints = over_segment(points, normals)
     instances = merge_segments(points, normals, grey, superpoints)
     objects = []
     for i in range(1, int(instances.max()) + 1):
@@ -1891,7 +1907,239 @@ def with_own_segments(scene: Scene, limit: int = 100_000) -> Scene:
                    objects=objects, frames=frames, notes=[*scene.notes, note])  # fmt: skip
 
 
-# ---- 6 questions and baselines ---------------------------------------------------------------------------------------
+# ---- 6 masks of a video ----------------------------------------------------------------------------------------------
+# SAM 2 follows what it is shown through the frames and loses what leaves the view; points in space say which tracks are
+# one object: with_tracks(scene, merge_tracks(sam2_masks(f.colour, load_sam2()), unproject(f.depth, f.intrinsics, ...)))
+
+SAM2 = "facebook/sam2.1-hiera-large"  # Proxy3D does not say which SAM 2 it takes: the most accurate one
+
+
+def load_sam2(name: str | Path | None = SAM2, config: str | None = None, device: str | None = None, **overrides):
+    """SAM 2's video predictor, ready to track.
+
+    name: of its weights on the hub; a checkpoint (.pt) of one's own, with the name of its configuration in SAM 2's
+    package unless the file still bears its published name; or None, untrained weights. overrides: values of the
+    configuration's model, as image_size=512 (pixels, published 1024). Weights are read without executing pickles.
+    Raises DataError where the package or the weights are missing, or do not fit each other.
+    """
+    try:
+        from pickle import UnpicklingError
+
+        from hydra.errors import HydraException
+        from sam2.build_sam import HF_MODEL_ID_TO_FILENAMES, build_sam2_video_predictor
+    except ImportError:
+        raise DataError('SAM 2 is not installed: pip install -e ".[video]" (frames with masks need no SAM 2)') from None
+    published = {file: configuration for configuration, file in HF_MODEL_ID_TO_FILENAMES.values()}
+    path = None
+    if name in HF_MODEL_ID_TO_FILENAMES:
+        from huggingface_hub import hf_hub_download
+
+        configuration, file = HF_MODEL_ID_TO_FILENAMES[name]
+        try:
+            path = Path(hf_hub_download(name, file))
+        except OSError:
+            raise DataError(f"{name}: {file} is not here and the hub does not give it; download it where there is a "
+                            "network and give its path in the name's place") from None  # fmt: skip
+        published[path.name] = configuration
+    elif name is not None:
+        path = Path(name)
+        if not path.is_file():
+            raise DataError(f"{path}: no such checkpoint; give a file or one of {', '.join(HF_MODEL_ID_TO_FILENAMES)}")
+    config = config or (path and published.get(path.name))
+    if config is None:
+        raise DataError(f"{name}: whose configuration? give config = one of {', '.join(sorted(published.values()))}")
+    try:
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        changes = [f"++model.{key}={value}" for key, value in overrides.items()]
+        model = build_sam2_video_predictor(config, device=device, hydra_overrides_extra=changes)
+    except HydraException as error:
+        why = " ".join(str(error).split())[:200]
+        raise DataError(f"{config}: not a configuration of SAM 2's package, or not with {overrides} ({why})") from None
+    if path is not None:
+        with reading(path, f"checkpoint for {config}"):
+            try:
+                model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["model"])
+            except (RuntimeError, UnpicklingError) as error:  # other names and shapes; more than tensors inside
+                raise ValueError(" ".join(str(error).split())) from None
+    model.fill_hole_area = 0  # holes of 8 pixels: filling them needs SAM 2's own CUDA extension, and warns without it
+    return model
+
+
+def automatic_masks(model, **settings) -> Callable[[np.ndarray], list[np.ndarray]]:
+    """A function from one image [H, W, 3] u8 to the masks [H, W] bool that SAM 2 sees in it when it is prompted with a
+    grid of points; it shares the video predictor's weights. settings: SAM2AutomaticMaskGenerator's (points_per_side=32,
+    pred_iou_thresh=0.8, ...); unknown ones raise DataError."""
+    from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
+
+    known = dict(inspect.signature(SAM2AutomaticMaskGenerator).parameters)
+    for key in settings:  # it would take and forget them
+        choose(known, key, "setting of automatic masks")
+    generator = SAM2AutomaticMaskGenerator(model, **settings)
+    generator.predictor._bb_feat_sizes = [(model.image_size // s,) * 2 for s in (4, 8, 16)]  # it assumes 1024 pixels
+    return lambda image: [found["segmentation"] for found in generator.generate(image)]
+
+
+def new_masks(proposals: Sequence[np.ndarray], tracks: np.ndarray, smallest: float, largest: float) -> list[np.ndarray]:
+    """Of the masks [H, W] bool proposed on a frame those that start a track, from large to small.
+
+    tracks [H, W] int are already there. A mask is left out if it covers less than `smallest` or more than `largest` of
+    the frame (a wall from near), or if half of it belongs to tracks or to larger masks: then it is such an object, or a
+    part of one. Otherwise it keeps what it shares with none.
+    """
+    taken, kept = tracks > 0, []
+    for mask in sorted(proposals, key=np.count_nonzero, reverse=True):  # stable: equal ones in the order given
+        fresh = mask & ~taken
+        if smallest <= mask.mean() <= largest and 2 * fresh.sum() > mask.sum():
+            kept.append(fresh)
+            taken |= mask
+    return kept
+
+
+def keep_labels(labels: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """The labels with kept[label] renumbered from 1 in their order, the others 0; int32."""
+    kept = kept & (np.arange(len(kept)) > 0)
+    return (np.cumsum(kept) * kept).astype(np.int32)[labels]
+
+
+def sam2_masks(images: np.ndarray, model, keyframe_every: int = 8, most: int = 100, chunk: int = 16,
+               smallest: float = 0.001, largest: float = 0.5,
+               propose: Callable[[np.ndarray], Sequence[np.ndarray]] | None = None) -> np.ndarray:  # fmt: skip
+    """Tracks [V, H, W] int32 of everything in a video [V, H, W, 3] u8: 0 = none, ids 1..n, n <= most.
+
+    On every `keyframe_every`-th frame and on the last, `propose` (default: `automatic_masks(model)`) finds masks; those
+    that no track explains (see `new_masks`) are followed forwards and backwards, the largest first, until there are
+    `most` tracks. A pixel goes to the track of the highest score; on a frame where a track has less than `smallest` of
+    the pixels it is not seen. What leaves the view and comes back may be a new track: `merge_tracks`.
+
+    model: `load_sam2()`. Memory on the CPU, at 1024 pixels: 12.6 MB per frame, 8 bytes per pixel of the video and the
+    state of `chunk` tracks, 4 MB per track and 0.8 MB per track and frame; so sample 32 to 64 frames of a video first.
+    Time grows with tracks times frames; the images are encoded anew for every chunk.
+    """
+    from PIL import Image
+
+    V, H, W = images.shape[:3]
+    propose = propose or automatic_masks(model)
+    tracks, best, count = np.zeros((V, H, W), np.int32), np.zeros((V, H, W), np.float32), 0
+    on_gpu = model.device.type == "cuda"
+    with (tempfile.TemporaryDirectory() as folder, torch.inference_mode(),
+          torch.autocast(model.device.type, torch.bfloat16, enabled=on_gpu)):  # fmt: skip
+        for v in range(V):  # SAM 2 reads frames from a folder only
+            Image.fromarray(images[v]).save(f"{folder}/{v:05d}.jpg", quality=95, subsampling=0)
+        state = model.init_state(folder, offload_video_to_cpu=True, offload_state_to_cpu=True)
+        for key in sorted({*range(0, V, keyframe_every), V - 1}):
+            started = new_masks(propose(images[key]), tracks[key], smallest, largest)[: most - count]
+            for first in range(0, len(started), chunk):
+                for mask in started[first : first + chunk]:
+                    count += 1
+                    model.add_new_mask(state, key, count, mask)
+                for reverse in (False, True):
+                    for v, ids, logits in model.propagate_in_video(state, start_frame_idx=key, reverse=reverse):
+                        score, which = (t.cpu().numpy() for t in logits[:, 0].float().max(0))  # [H, W] each
+                        better = score > best[v]
+                        best[v][better], tracks[v][better] = score[better], np.array(ids)[which[better]]
+                model.reset_state(state)
+    shown = np.zeros(count + 1, bool)
+    for frame in tracks:
+        area = np.bincount(frame.ravel(), minlength=count + 1)
+        frame[area[frame] < smallest * H * W] = 0
+        shown |= area >= max(1, smallest * H * W)
+    return keep_labels(tracks, shown)
+
+
+def merge_tracks(tracks: np.ndarray, points: np.ndarray, voxel: float = 0.05, share: float = 0.3,
+                 smallest: int = 4) -> np.ndarray:  # fmt: skip
+    """Masks [V, H, W] int32 in which tracks [V, H, W] that are one object bear one id, from 1, the largest first.
+
+    points [V, H, W, 3] metres (NaN = missing, `unproject`). A track occupies the voxels where it has more than half of
+    the points, counted on the frames that show the track: at its edges, neighbours and what its mask spills on have
+    more. Two tracks become one if they share at least `share` of the voxels of the smaller, the largest shares first,
+    unless some frame shows both, or shows what each has already become: standing side by side they are two objects (a
+    book lies on the table that is seen with it). Objects of fewer than `smallest` voxels are dropped.
+    """
+    V, n = len(tracks), int(tracks.max(initial=0))
+    present = np.zeros((n + 1, V), bool)
+    for v in range(V):
+        present[np.unique(tracks[v]), v] = True
+    measured = np.isfinite(points).all(-1)
+    cell = voxel_of(points[measured], voxel)
+    C = int(cell.max(initial=-1)) + 1
+    key = (np.nonzero(measured)[0] * C + cell) * (n + 1) + tracks[measured]
+    key, count = np.unique(key, return_counts=True)  # a row per frame, voxel and track
+    frame, cell, track = key // (n + 1) // max(C, 1), key // (n + 1) % max(C, 1), key % (n + 1)
+    occupied = np.zeros((n + 1, C), np.float32)
+    for t in range(1, n + 1):
+        here, own = present[t, frame], track == t
+        occupied[t] = 2 * np.bincount(cell[own], count[own], C) > np.bincount(cell[here], count[here], C)
+
+    both, size = occupied @ occupied.T, occupied.sum(1)
+    overlap = np.triu(both / np.maximum(np.minimum(size[:, None], size), 1), 1)
+    a, b = np.nonzero(overlap >= share)
+    root = np.arange(n + 1)
+    for i in np.argsort(-overlap[a, b], kind="stable"):
+        p, q = root[a[i]], root[b[i]]
+        if p != q and not (present[p] & present[q]).any():
+            present[p] |= present[q]
+            occupied[p] = np.maximum(occupied[p], occupied[q])
+            root[root == q] = p
+    size = occupied.sum(1) * (root == np.arange(n + 1))
+    order = np.argsort(-size, kind="stable")[: int((size >= smallest).sum())]
+    rank = np.zeros(n + 1, np.int32)
+    rank[order] = np.arange(1, len(order) + 1)
+    return rank[root][tracks]
+
+
+def vote(points: np.ndarray, masks: np.ndarray, frames: Frames | LazyFrames, reach: float = 0.05) -> np.ndarray:
+    """Instances [N] int64 of points [N, 3]: the mask [V, H, W] that most frames show at the point, if most of those
+    that see the point and that mask anywhere agree; 0 = none. A frame sees a point within `reach` metres of its depth.
+    """
+    N, n, V = len(points), int(masks.max(initial=0)), len(masks)
+    votes, seen = np.zeros((N, n + 1), np.int16), np.zeros((V, N), bool)
+    for v in range(V):
+        inside, row, column, z = in_view(points, frames.intrinsics[v], frames.poses[v], masks.shape[1:])
+        near = np.abs(frames.depth[v][row, column] - z) <= reach
+        inside, row, column = inside[near], row[near], column[near]
+        seen[v, inside] = True
+        votes[inside, masks[v][row, column]] += 1
+    votes[:, 0] = 0
+    first = votes.argmax(1)
+    together = np.zeros(N, int)
+    for v in range(V):
+        together += seen[v] & np.isin(first, np.unique(masks[v]))
+    return np.where(2 * votes[np.arange(N), first] > together, first, 0)
+
+
+def with_tracks(scene: Scene, tracks: np.ndarray, limit: int = 100_000) -> Scene:
+    """The scene with merged tracks [V, H, W] of its frames for masks and objects (category "", colour by name), on the
+    cloud of `seen_cloud`; its points are labelled by `vote`.
+
+    A track that mostly lies on the room's shell (floor, wall), or has fewer than 8 points, is dropped. Boxes span the
+    2nd to 98th percentile of a track's points: masks bleed at edges. Raises DataError without frames of that size.
+    """
+    f = scene.frames
+    if f is None or f.depth.shape != tracks.shape:
+        have = "none" if f is None else f.depth.shape
+        raise DataError(f"{scene.name}: tracks are {tracks.shape}, frames {have}; make the tracks from these frames")
+    points, colours, normals, grey = seen_cloud(scene, limit)
+    keep = scene.superpoints is not None and points is scene.points
+    superpoints = scene.superpoints if keep else over_segment(points, normals)
+    shell = find_shell(points, normals, hue_of(grey), superpoints, neighbour_pairs(points, 1)[2])
+    instances = vote(points, tracks, f)
+    n = int(tracks.max(initial=0))
+    total, flat = (np.bincount(i, minlength=n + 1) for i in (instances, instances[shell]))
+    kept = (total >= 8) & (2 * flat < total)
+    instances, masks = keep_labels(instances, kept).astype(np.int64), keep_labels(tracks, kept)
+    objects = []
+    for i in range(1, int(instances.max(initial=0)) + 1):
+        mine = instances == i
+        box = extent(np.quantile(points[mine], (0.02, 0.98), axis=0))
+        objects.append(Thing(i, "", colour_name(colours, mine), box))
+    note = f"objects are {len(objects)} tracks through the frames, without categories"
+    return replace(scene, points=points, colours=colours, normals=normals, superpoints=superpoints, instances=instances,
+                   objects=objects, frames=Frames(f.colour, f.depth, masks, f.intrinsics, f.poses),
+                   notes=[*scene.notes, note])  # fmt: skip
+
+
+# ---- 7 questions and baselines ---------------------------------------------------------------------------------------
 
 # Wordings per template: content words close to the answer, since anything between is one more hop for a small model.
 # {what}, {other}, {at}, {facing} are descriptions ("red chair"), {a} and {b} are marks.
@@ -2692,7 +2940,7 @@ def chance(sample: Sample, scene: Scene, answers: Sequence[str] = (),
     return sum(map(score, answers)) / len(answers) if answers else 0.0
 
 
-# ---- 7 text ----------------------------------------------------------------------------------------------------------
+# ---- 8 text ----------------------------------------------------------------------------------------------------------
 
 SCENE, PROMPT = -1, -2  # placeholder ids for scene tokens and for a question's own click or box; never in a vocabulary
 IGNORE = -100  # label of a position that carries no loss
@@ -2871,7 +3119,7 @@ def look_back(attention: torch.nn.Module, heads: int, gain: float = 2.0) -> None
         attention.o_proj.weight[:, rows] *= 1.5
 
 
-# ---- 8 batches -------------------------------------------------------------------------------------------------------
+# ---- 9 batches -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -2990,7 +3238,7 @@ def write_npz(path: Path, **arrays: np.ndarray) -> None:
     os.replace(part, path)
 
 
-# ---- 9 pictures ------------------------------------------------------------------------------------------------------
+# ---- 10 pictures -----------------------------------------------------------------------------------------------------
 
 DPI = 90  # of all pictures
 
@@ -3350,7 +3598,7 @@ def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.n
             draw_things(view, scene)
 
 
-# ---- 10 runs, own scenes, command line -------------------------------------------------------------------------------
+# ---- 11 runs, own scenes, command line -------------------------------------------------------------------------------
 
 
 def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

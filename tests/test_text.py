@@ -1,4 +1,4 @@
-"""Tokenizers and batches (data.py, parts 7 and 8): what is written is read back, and what is packed stays apart."""
+"""Tokenizers and batches (data.py, parts 8 and 9): what is written is read back, and what is packed stays apart."""
 
 import itertools
 
