@@ -1909,11 +1909,12 @@ def with_own_segments(scene: Scene, limit: int = 100_000) -> Scene:
 
 # ---- 6 masks of a video ----------------------------------------------------------------------------------------------
 # SAM 2 follows what it is shown through the frames and loses what leaves the view; points in space say which tracks are
-# one object: with_tracks(scene, merge_tracks(sam2_masks(f.colour, load_sam2()), unproject(f.depth, f.intrinsics, ...)))
+# one object (`with_sam2`).
 
 SAM2 = "facebook/sam2.1-hiera-large"  # Proxy3D does not say which SAM 2 it takes: the most accurate one
 
 
+@lru_cache(maxsize=1)
 def load_sam2(name: str | Path | None = SAM2, config: str | None = None, device: str | None = None, **overrides):
     """SAM 2's video predictor, ready to track.
 
@@ -3689,7 +3690,7 @@ SCENE_OPTIONS = {  # flags of a scene of one's own -> (type, help)
     "longest": (int, "longer side of the frames in pixels (default: 320 with depth and poses, else 640)"),
     "vggt": (str, "name or folder of VGGT's weights, for frames without depth or poses"),
     "masks": (str, "where objects come from: segments (of the cloud, the default) or sam2"),
-    "sam2": (str, "name or checkpoint of SAM 2's weights"),
+    "sam2": (str, f"name or checkpoint of SAM 2's weights (default: {SAM2})"),
 }
 FRAME_OPTIONS = {"up", "convention", "depth_scale", "max_frames", "longest", "masks", "sam2"}
 
@@ -3744,7 +3745,16 @@ def open_scene(path: str | Path, **options) -> Scene:
     return scene if scene.objects else choose(SEGMENTERS, masks, "--masks")(scene, sam2)
 
 
-SEGMENTERS = {"segments": lambda scene, _: with_own_segments(scene)}
+def with_sam2(scene: Scene, name: str | None = None) -> Scene:
+    """The scene with SAM 2's tracks through its frames, merged in 3D, for objects."""
+    f = scene.frames
+    if f is None:
+        raise DataError(f"--masks sam2: {scene.name} has no frames; leave it out")
+    tracks = sam2_masks(f.colour, load_sam2(name or SAM2))
+    return with_tracks(scene, merge_tracks(tracks, unproject(f.depth, f.intrinsics, f.poses)))
+
+
+SEGMENTERS = {"segments": lambda scene, _: with_own_segments(scene), "sam2": with_sam2}
 
 # Words of a question whose answer is a measure: of a scene of unknown scale it is refused.
 MEASURE = re.compile(
