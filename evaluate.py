@@ -1901,7 +1901,7 @@ dt { color: var(--dim); }
 dd { margin: 0; }
 figure { margin: 1rem 0; }
 img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: .25rem; }
-@media (max-width: 45rem) { .scroll > img { max-width: none; width: 48rem; } }
+@media (max-width: 45rem) { .scroll > img { max-width: none; width: 40rem; } th, td { padding: .2rem .4rem; } }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); gap: .6rem;
   margin: .6rem 0 2rem; padding: 0; list-style: none; }
 .cards > li { background: var(--panel); border-radius: .25rem; padding: .5rem .75rem; font-size: .875rem; }
@@ -1927,6 +1927,11 @@ def html_table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Mark
     return tag("div", tag("table", tag("thead", top), tag("tbody", *lines)), class_="scroll", tabindex=0)
 
 
+def anchor(*names: str) -> str:
+    """What links within the page lead to: an id without spaces."""
+    return "/".join(names).replace(" ", "-")
+
+
 def facts_list(facts: Mapping[str, object]) -> Markup:
     return tag("dl", *(tag(k, v) for pair in facts.items() for k, v in zip(("dt", "dd"), pair, strict=True)))
 
@@ -1942,7 +1947,7 @@ def embedded(path: Path, alt: str) -> Markup:
     picture = Image.open(path).convert("RGB")
     picture.thumbnail((WIDE, 2 * WIDE))
     held = io.BytesIO()
-    picture.quantize(256).save(held, "PNG")
+    picture.quantize(256, Image.Quantize.FASTOCTREE).save(held, "PNG")
     source = f"data:image/png;base64,{base64.b64encode(held.getvalue()).decode()}"
     size = dict(zip(("width", "height"), picture.size, strict=True))
     return tag("div", tag("img", src=source, alt=alt, **size), class_="scroll", tabindex=0)
@@ -1973,7 +1978,7 @@ def overview(entries: Mapping[str, dict], place: str) -> Markup:
     rows = []
     for name, entry in entries.items():
         key = score_keys(entry)[0][0]
-        link = tag("a", name, href=f"#{place}{name}")
+        link = tag("a", name, href=f"#{anchor(place, name)}")
         picture = bar(entry[key], entry["blind"], entry["chance"])
         rows.append([link, key, show(entry[key]), picture, against_blind(entry, key), show(entry["blind"]),
                      show(entry["chance"]), entry["count"]])  # fmt: skip
@@ -1990,7 +1995,7 @@ def all_scores(entries: Mapping[str, dict], place: str) -> list[Markup]:
         rows = [[[key, cells[0], against_blind(entry, key), *cells[1:]] for key in keys
                  for cells in [score_row(entry, key, columns)]] for keys in score_keys(entry)]  # fmt: skip
         papers, reasons = papers_beside(name, entry)
-        parts += [tag("h3", name, id=f"{place}{name}"), html_table(head, rows[0])]
+        parts += [tag("h3", name, id=anchor(place, name)), html_table(head, rows[0])]
         parts += [folded(f"{len(rows[1])} scores of parts", html_table(head, rows[1]))] * bool(rows[1])
         parts += [tag("p", line, class_="dim") for line in remarks(entry)]
         parts += [tag("p", "What papers print:"), html_table(papers[0], papers[1:])] if papers else []
@@ -2044,6 +2049,21 @@ def named(text: str, scene: Scene) -> str:
     return re.sub(r"<?OBJ(\d{3})(?!\d)>?", lambda m: m[0] + words(int(m[1])), one_line(text)[:300])
 
 
+def truth_of(case: Case) -> str:
+    """The references; with the boxes of the targets where the answer is in numbers."""
+    words = " / ".join(named(r, case.scene) for r in case.references) or "(nothing fits)"
+    boxed = [data.listed(b) for b in case.truth if b[0] < LOST[0]] if boxes(case.text) else []
+    return " ".join([words, *boxed])
+
+
+def places_of(case: Case) -> str:
+    """Answer and truth where both write places near enough to be drawn, else ""."""
+    both = case.text, truth_of(case)
+    found = [[v for size in (3, 6) for v in tuples(text, size)] for text in both]
+    near = all(v is not None and np.abs(v).max() < 10 * FAR for side in found for v in side)
+    return " ".join(both) if all(found) and near else ""
+
+
 def verdict(row: Benchmark, value: float) -> Markup:
     if not row.metrics:
         return tag("span", f"CIDEr {value:.2f}", class_="dim")
@@ -2054,32 +2074,31 @@ def verdict(row: Benchmark, value: float) -> Markup:
 def card(name: str, case: Case, value: float, *more: str) -> Markup:
     """A question with answer and truth."""
     row = find_benchmark(name.split("@")[0])
-    asked = substitute(row.prompt(case.sample), lambda i: refer(case.scene, i))
+    asked = one_line(substitute(row.prompt(case.sample), lambda i: refer(case.scene, i)))[:600]
     place = "" if case.sample.prompt is None else f" at {data.listed(case.sample.prompt)}"
-    said = named(case.text, case.shown) or tag("span", "(nothing)", class_="dim")
-    truth = " / ".join(named(r, case.scene) for r in case.references) or "(nothing fits)"
+    told = {"asked": asked + place, "answered": named(case.text, case.shown) or tag("span", "(nothing)", class_="dim"),
+            "true": truth_of(case)}  # fmt: skip
     head = tag("div", name, " · ", verdict(row, value), *(f" · {m}" for m in more))
-    return tag("li", head, facts_list({"asked": one_line(asked)[:600] + place, "answered": said, "true": truth}))
+    return tag("li", head, facts_list(told))
 
 
 def room_figures(answered: Mapping[str, tuple[list[Case], list[float]]], scenes: Mapping[str, Scene],
                  root: Path | None) -> list[Markup]:  # fmt: skip
     """Rooms with what was asked about them. A room whose cloud is at hand, or below `root`, is drawn with the objects
-    shown to the model, and the first three answers that write places joined to their truth."""
+    shown to the model, and the first three places answered, each joined to the true one."""
     parts = []
     for (scene, proposals), asked in draw_at_random(answered).items():
         cases = [answered[name][0][i] for name, i in asked]
         place = scenes.get(scene) or (data.open_scan(root, scene) if root and scene in scans_below(root) else None)
-        located = [c for c in cases if data.TUPLE.search(c.references[0])][:3]
+        located = [c for c in cases if places_of(c)][:3]
         title = f"{scene}, proposals: {proposals}" if proposals else scene
         parts.append(tag("h3", title))
         if place is not None and place.points is not None:
             shown = replace(place, objects=cases[0].shown.objects, identifiers=cases[0].shown.identifiers)
             with tempfile.TemporaryDirectory() as folder:
-                data.draw_scene(shown, Path(folder) / "room.png",
-                                answers=[f"{c.text} {c.references[0]}" for c in located])  # fmt: skip
+                data.draw_scene(shown, Path(folder) / "room.png", answers=[places_of(c) for c in located])
                 parts.append(embedded(Path(folder) / "room.png", f"{title}: frames, and its cloud with objects"))
-        cards = [card(name, c, answered[name][1][i], *["drawn"] * any(c is d for d in located))
+        cards = [card(name, c, answered[name][1][i], *["in the picture"] * any(c is d for d in located))
                  for (name, i), c in zip(asked, cases, strict=True)]  # fmt: skip
         parts.append(tag("ul", *cards, class_="cards"))
     return parts
@@ -2088,7 +2107,7 @@ def room_figures(answered: Mapping[str, tuple[list[Case], list[float]]], scenes:
 def stage_rows(run: Path) -> list[list[str]]:
     """Stage, steps, minutes, first and last loss, running share of right answer tokens: from log.jsonl."""
     rows, before = [], 0.0
-    lines = [line for _, line in read_lines(run / "log.jsonl")]
+    lines = [line for _, line in read_lines(run / "log.jsonl") if line]  # a kill may leave half a line
     for stage, group in itertools.groupby(lines, key=lambda x: x["stage"]):
         own = list(group)
         last = own[-1]
@@ -2132,13 +2151,12 @@ def write_report(folder: Path, run: Path, scenes: Iterable[Scene] = (), root: Pa
         tag("p", "A score means what it is above ", tag("em", "blind"), ", the most frequent training answer to the "
             "same wording (the solid mark), and ", tag("em", "chance"), ", a guess among the answers that are possible "
             "(the dotted mark). Both are computed for the very questions scored. A score's name carries its protocol."),
-        overview(entries, ""), *all_scores(entries, "")]}  # fmt: skip
+        *([overview(entries, "own"), *all_scores(entries, "own")] if entries else [])]}  # fmt: skip
     for name, side in sides.items():
         side.pop("provenance")
-        title = f"Rooms of {name.removeprefix('objects-')} objects" if name.startswith("objects-") else (
-            f"{name.replace('after', 'After stage', 1)}")
-        parts["Scores"] += [tag("h3", title), overview(side, f"{name}/"),
-                            folded(f"{title}: all scores", *all_scores(side, f"{name}/"))]  # fmt: skip
+        title = re.sub("^after ", "After stage ", re.sub(r"^objects-(\d+)$", r"Rooms of \1 objects", name))
+        parts["Scores"] += [tag("h3", title), overview(side, name),
+                            folded(f"{title}: all scores", *all_scores(side, name))]  # fmt: skip
     if (run / "loss.png").is_file():
         parts["Loss"] = [embedded(run / "loss.png", "loss and share of right answer tokens against steps, by stage")]
     if (run / "log.jsonl").is_file():
@@ -2147,7 +2165,8 @@ def write_report(folder: Path, run: Path, scenes: Iterable[Scene] = (), root: Pa
     if answered:
         known = {s.name: s for s in scenes}
         parts["Rooms"] = [
-            tag("p", f"{ASKED} questions of every benchmark, drawn at random (seed 0) without a look at the answers."),
+            tag("p", f"{ASKED} questions of every benchmark, drawn at random (seed 0) without a look at the answers. "
+                "Right and wrong are by the benchmark's first score."),
             *room_figures(answered, known, root)]  # fmt: skip
         parts["Failures"] = [tag("p", f"The {worst} worst answers of every benchmark by its first score. Some are "
                                  "errors of the question, not of the model.")]  # fmt: skip
@@ -2167,10 +2186,11 @@ def write_report(folder: Path, run: Path, scenes: Iterable[Scene] = (), root: Pa
              "scored in": f"{facts['scenes']} scenes of {facts['scenes_from']}" if "scenes" in facts else None,
              "seed": record.get("seed", facts.get("seed")), "code": facts.get("code", record.get("revision")),
              "date": facts.get("date"), "device": facts.get("device"), "run": run.name}  # fmt: skip
-    links = [tag("a", title, href=f"#{title}") for title in parts]
+    links = [tag("a", title, href=f"#{anchor(title)}") for title in parts]
+    sections = [tag("section", tag("h2", title, id=anchor(title)), *inside) for title, inside in parts.items()]
     body = tag("main", tag("h1", f"{model}: report of a run"),
                facts_list({k: v for k, v in about.items() if v is not None}), tag("nav", *links),
-               *(tag("section", tag("h2", title, id=title), *inside) for title, inside in parts.items()))  # fmt: skip
+               *sections)  # fmt: skip
     head = tag("head", tag("meta", charset="utf-8"),
                tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
                tag("title", f"{model}: report of a run"), tag("style", Markup(STYLE)))  # fmt: skip

@@ -80,7 +80,7 @@ class Oracle(torch.nn.Module):
 def done(out: Path, root: Path, model: torch.nn.Module | None = None) -> SimpleNamespace:
     """What train.load_run gives, as far as scoring needs it."""
     args = SimpleNamespace(seed=3, model="oracle", data="scannet", root=str(root), out=out)
-    return SimpleNamespace(args=args, model=model or Oracle(), stages=[Stage("IV", {}, (), iterations=1)],
+    return SimpleNamespace(args=args, model=model or Oracle(), stages=[Stage("IV", {}, (), iterations=1)], test=[],
                            prepare=lambda scenes: None)  # fmt: skip
 
 
