@@ -1882,7 +1882,7 @@ h2 { margin: 2.5rem 0 .5rem; border-bottom: 2px solid var(--line); }
 h3 { margin: 1.75rem 0 .5rem; }
 h1, h2, h3, dd, p, li { overflow-wrap: anywhere; }
 a { color: inherit; }
-nav a { margin-right: 1rem; }
+nav a { margin-right: 1rem; display: inline-block; }
 .dim { color: var(--dim); }
 .good { color: var(--good); }
 .bad { color: var(--bad); }
@@ -1980,9 +1980,9 @@ def overview(entries: Mapping[str, dict], place: str) -> Markup:
         key = score_keys(entry)[0][0]
         link = tag("a", name, href=f"#{anchor(place, name)}")
         picture = bar(entry[key], entry["blind"], entry["chance"])
-        rows.append([link, key, show(entry[key]), picture, against_blind(entry, key), show(entry["blind"]),
-                     show(entry["chance"]), entry["count"]])  # fmt: skip
-    head = ["benchmark", "score", "model", "0 to 1", "against blind", "blind", "chance", "questions"]
+        rows.append([link, show(entry[key]), picture, against_blind(entry, key), show(entry["blind"]),
+                     show(entry["chance"]), entry["count"], key])  # fmt: skip
+    head = ["benchmark", "model", "0 to 1", "against blind", "blind", "chance", "questions", "score"]
     return html_table(head, rows)
 
 
@@ -2067,7 +2067,7 @@ def places_of(case: Case) -> str:
 def verdict(row: Benchmark, value: float) -> Markup:
     if not row.metrics:
         return tag("span", f"CIDEr {value:.2f}", class_="dim")
-    words = "✓ right" if value >= 1 else "✗ wrong" if value <= 0 else f"{value:.3f}"
+    words = "✓ right" if value >= 1 else "✗ wrong" if value <= 0 else f"{value:.3f} of 1"
     return tag("span", words, class_="good" if value >= 1 else "bad")
 
 
@@ -2117,12 +2117,10 @@ def stage_rows(run: Path) -> list[list[str]]:
     return rows
 
 
-def command_of(record: Mapping, run: Path, processes: int = 1) -> str:
-    """The command that made a run, every choice written out."""
-    words = ["torchrun", *(["--nproc_per_node", str(processes)] if processes > 1 else []), "train.py"]
-    for key, value in record.items():
-        if key == "config":  # what follows is not from the command line
-            break
+def command_of(record: Mapping, run: Path) -> str:
+    """The command that made a run, every choice written out; any number of processes gives the same."""
+    words = ["torchrun", "train.py"]
+    for key, value in itertools.takewhile(lambda pair: pair[0] != "config", record.items()):
         if value not in (None, []):
             words += [f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join([*words, "--out", str(run)])
@@ -2135,6 +2133,41 @@ def shortened(value: object) -> object:
     return [*value[:3], f"... {len(value)} in all", value[-1]] if isinstance(value, list) and len(value) > 12 else value
 
 
+def scores_section(entries: Mapping[str, dict], sides: Mapping[str, Mapping[str, dict]]) -> list[Markup]:
+    about = tag("p", "A score means what it is above ", tag("em", "blind"), ", the most frequent training answer to "
+                "the same wording (the solid mark), and ", tag("em", "chance"), ", a guess among the answers that are "
+                "possible (the dotted mark). Both are computed for the very questions scored. A score's name carries "
+                "its protocol.")  # fmt: skip
+    parts = [about, *([overview(entries, "own"), *all_scores(entries, "own")] if entries else [])]
+    for name, side in sides.items():
+        title = re.sub("^after ", "After stage ", re.sub(r"^objects-(\d+)$", r"Rooms of \1 objects", name))
+        parts += [tag("h3", title), overview(side, name), folded(f"{title}: all scores", *all_scores(side, name))]
+    return parts
+
+
+def loss_section(run: Path) -> list[Markup]:
+    picture, parts = run / "loss.png", []
+    if picture.is_file():
+        parts.append(embedded(picture, "loss and share of right answer tokens against steps, by stage"))
+    if (run / "log.jsonl").is_file():
+        head = ["stage", "steps", "minutes", "first loss", "last loss", "right answer tokens"]
+        parts.append(html_table(head, stage_rows(run)))
+    return parts
+
+
+def failures_section(answered: Mapping[str, tuple[list[Case], list[float]]], count: int) -> list[Markup]:
+    parts = [tag("p", f"The {count} worst answers of every benchmark by its first score. Some are errors of the "
+                 "question, not of the model.")]  # fmt: skip
+    for name, (cases, values) in answered.items():
+        row = find_benchmark(name.split("@")[0])
+        order = worst_first(row, values)
+        cards = [card(name, cases[i], values[i], f"score {values[i]:.3f}", cases[i].sample.scene)
+                 for i in order[:count]]  # fmt: skip
+        short = f"{len(order)} of {len(cases)} not right" if row.metrics else "the lowest CIDEr"
+        parts += [tag("h3", f"{name}: {short}"), tag("ul", *cards, class_="cards")]
+    return parts
+
+
 def write_report(folder: Path, run: Path, scenes: Iterable[Scene] = (), root: Path | None = None,
                  worst: int = ASKED) -> None:  # fmt: skip
     """FOLDER/report.html from what FOLDER (metrics.json, predictions/) and the run's folder (config.json, loss.png,
@@ -2145,57 +2178,34 @@ def write_report(folder: Path, run: Path, scenes: Iterable[Scene] = (), root: Pa
     read = lambda path: data.read_json(path) if path.is_file() else {}  # noqa: E731
     entries, record = read(folder / "metrics.json"), read(run / "config.json")
     facts = entries.pop("provenance", {})
+    sides = {p.parent.name: {k: v for k, v in read(p).items() if k != "provenance"} for p in side_scores(folder)}
     answered = read_answered(folder, entries)
-    sides = {p.parent.name: read(p) for p in side_scores(run)}
-    parts: dict[str, list[Markup]] = {"Scores": [
-        tag("p", "A score means what it is above ", tag("em", "blind"), ", the most frequent training answer to the "
-            "same wording (the solid mark), and ", tag("em", "chance"), ", a guess among the answers that are possible "
-            "(the dotted mark). Both are computed for the very questions scored. A score's name carries its protocol."),
-        *([overview(entries, "own"), *all_scores(entries, "own")] if entries else [])]}  # fmt: skip
-    for name, side in sides.items():
-        side.pop("provenance")
-        title = re.sub("^after ", "After stage ", re.sub(r"^objects-(\d+)$", r"Rooms of \1 objects", name))
-        parts["Scores"] += [tag("h3", title), overview(side, name),
-                            folded(f"{title}: all scores", *all_scores(side, name))]  # fmt: skip
-    if (run / "loss.png").is_file():
-        parts["Loss"] = [embedded(run / "loss.png", "loss and share of right answer tokens against steps, by stage")]
-    if (run / "log.jsonl").is_file():
-        head = ["stage", "steps", "minutes", "first loss", "last loss", "right answer tokens"]
-        parts["Loss"] = [*parts.get("Loss", []), html_table(head, stage_rows(run))]
+    parts = {"Scores": scores_section(entries, sides), "Loss": loss_section(run)}
     if answered:
-        known = {s.name: s for s in scenes}
-        parts["Rooms"] = [
-            tag("p", f"{ASKED} questions of every benchmark, drawn at random (seed 0) without a look at the answers. "
-                "Right and wrong are by the benchmark's first score."),
-            *room_figures(answered, known, root)]  # fmt: skip
-        parts["Failures"] = [tag("p", f"The {worst} worst answers of every benchmark by its first score. Some are "
-                                 "errors of the question, not of the model.")]  # fmt: skip
-        for name, (cases, values) in answered.items():
-            order = worst_first(find_benchmark(name.split("@")[0]), values)
-            cards = [card(name, cases[i], values[i], cases[i].sample.scene) for i in order[:worst]]
-            parts["Failures"] += [tag("h3", f"{name}: {len(order)} of {len(cases)} not right"),
-                                  tag("ul", *cards, class_="cards")]  # fmt: skip
-    if pictures := sorted((run / "pictures").glob("*.png"))[:ROOMS]:
-        parts["As the model sees it"] = [folded(p.stem, embedded(p, p.stem)) for p in pictures]
+        about = tag("p", f"{ASKED} questions of every benchmark, drawn at random (seed 0) without a look at the "
+                    "answers. Right and wrong are by the benchmark's first score.")  # fmt: skip
+        parts["Rooms"] = [about, *room_figures(answered, {s.name: s for s in scenes}, root)]
+        parts["Failures"] = failures_section(answered, worst)
+    pictures = sorted((run / "pictures").glob("*.png"))[:ROOMS]
+    parts["As the model sees it"] = [folded(p.stem, embedded(p, f"{p.stem} as the model sees it")) for p in pictures]
     parts["How it was made"] = [
-        *([tag("pre", command_of(record, run, facts.get("processes", 1)))] if record else []),
-        folded("provenance", tag("pre", json.dumps(shortened(facts), indent=1))),
-        folded("configuration", tag("pre", json.dumps(shortened(record), indent=1)))]  # fmt: skip
+        *([tag("pre", command_of(record, run))] if record else []),
+        *(folded(k, tag("pre", json.dumps(shortened(v), indent=1)))
+          for k, v in (("provenance", facts), ("configuration", record)))]  # fmt: skip
+    parts = {title: inside for title, inside in parts.items() if inside}
+
     model = record.get("model", facts.get("paper", run.name))
-    about = {"model": model, "preset": record.get("preset"), "data": record.get("data", facts.get("scenes_from")),
-             "scored in": f"{facts['scenes']} scenes of {facts['scenes_from']}" if "scenes" in facts else None,
-             "seed": record.get("seed", facts.get("seed")), "code": facts.get("code", record.get("revision")),
-             "date": facts.get("date"), "device": facts.get("device"), "run": run.name}  # fmt: skip
-    links = [tag("a", title, href=f"#{anchor(title)}") for title in parts]
-    sections = [tag("section", tag("h2", title, id=anchor(title)), *inside) for title, inside in parts.items()]
+    known = {**facts, **record, "code": facts.get("code", record.get("revision")), "run": run.resolve().name,
+             "scored in": facts.get("scenes_from"), "scenes scored in": facts.get("scenes")}  # fmt: skip
+    order = ("model", "preset", "data", "scored in", "scenes scored in", "seed", "code", "date", "device", "run")
     body = tag("main", tag("h1", f"{model}: report of a run"),
-               facts_list({k: v for k, v in about.items() if v is not None}), tag("nav", *links),
-               *sections)  # fmt: skip
+               facts_list({k: known[k] for k in order if known.get(k) is not None}),
+               tag("nav", *(tag("a", title, href=f"#{anchor(title)}") for title in parts)),
+               *(tag("section", tag("h2", t, id=anchor(t)), *inside) for t, inside in parts.items()))  # fmt: skip
     head = tag("head", tag("meta", charset="utf-8"),
                tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
                tag("title", f"{model}: report of a run"), tag("style", Markup(STYLE)))  # fmt: skip
-    text = "<!doctype html>\n" + tag("html", head, tag("body", body), lang="en") + "\n"
-    write_whole(folder / "report.html", text)
+    write_whole(folder / "report.html", "<!doctype html>\n" + tag("html", head, tag("body", body), lang="en") + "\n")
     print(f"report: {folder / 'report.html'}")
 
 
