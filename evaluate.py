@@ -2090,10 +2090,11 @@ def room_figures(answered: Mapping[str, tuple[list[Case], list[float]]], scenes:
     for (scene, proposals), asked in draw_at_random(answered).items():
         cases = [answered[name][0][i] for name, i in asked]
         place = scenes.get(scene) or (data.open_scan(root, scene) if root and scene in scans_below(root) else None)
-        located = [c for c in cases if places_of(c)][:3]
+        drawn = place is not None and place.points is not None
+        located = [c for c in cases if places_of(c)][: 3 * drawn]
         title = f"{scene}, proposals: {proposals}" if proposals else scene
         parts.append(tag("h3", title))
-        if place is not None and place.points is not None:
+        if drawn:
             shown = replace(place, objects=cases[0].shown.objects, identifiers=cases[0].shown.identifiers)
             with tempfile.TemporaryDirectory() as folder:
                 data.draw_scene(shown, Path(folder) / "room.png", answers=[places_of(c) for c in located])
@@ -2150,7 +2151,7 @@ def loss_section(run: Path) -> list[Markup]:
     if picture.is_file():
         parts.append(embedded(picture, "loss and share of right answer tokens against steps, by stage"))
     if (run / "log.jsonl").is_file():
-        head = ["stage", "steps", "minutes", "first loss", "last loss", "right answer tokens"]
+        head = ["stage", "steps", "minutes", "first loss", "last loss", "right answer tokens, averaged"]
         parts.append(html_table(head, stage_rows(run)))
     return parts
 
@@ -2196,8 +2197,8 @@ def write_report(folder: Path, run: Path, scenes: Iterable[Scene] = (), root: Pa
 
     model = record.get("model", facts.get("paper", run.name))
     known = {**facts, **record, "code": facts.get("code", record.get("revision")), "run": run.resolve().name,
-             "scored in": facts.get("scenes_from"), "scenes scored in": facts.get("scenes")}  # fmt: skip
-    order = ("model", "preset", "data", "scored in", "scenes scored in", "seed", "code", "date", "device", "run")
+             "scored in": f"{facts['scenes']} scenes: {facts['scenes_from']}" if "scenes" in facts else None}
+    order = ("model", "preset", "data", "scored in", "seed", "code", "date", "device", "run")
     body = tag("main", tag("h1", f"{model}: report of a run"),
                facts_list({k: known[k] for k in order if known.get(k) is not None}),
                tag("nav", *(tag("a", title, href=f"#{anchor(title)}") for title in parts)),
