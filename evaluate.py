@@ -17,29 +17,35 @@ without volume, is an answer that hits nothing.
 Beside every score stand chance and blind, computed for the very questions scored.
 
 Contents: 1 reading an answer · 2 metrics · 3 captions · 4 benchmarks · 4b official files · 5 scoring · 6 asking a
-model · 6b mixtures to train on · 7 files · 8 tables and the command line
+model · 6b mixtures to train on · 7 files · 8 tables and failures · 9 the report · 10 runs and the command line
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import base64
 import contextlib
 import csv
 import functools
 import hashlib
+import html
 import importlib
+import io
 import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -1198,28 +1204,31 @@ def majority(samples: Sequence[Sample]) -> dict[str, dict[str, str]]:
     return {"majority": {s.id: most for s in samples}, "first reference": {s.id: s.answers[0] for s in samples}}
 
 
+def cases_of(name: str, questions: Questions,
+             answers: Iterable[tuple[object, object]] | Mapping[str, str]) -> tuple[list[Case], Counter]:  # fmt: skip
+    """(one case for every question of a benchmark, what was wrong with the answers: `admit`)."""
+    samples = select(find_benchmark(name), questions.samples)
+    texts, faults = admit([s.id for s in samples], answers.items() if isinstance(answers, Mapping) else answers)
+    return [Case(s, texts[s.id], questions.scenes[s.scene], questions.shown[s.scene]) for s in samples], faults
+
+
 def score(name: str, questions: Questions, answers: Iterable[tuple[object, object]] | Mapping[str, str],
           columns: Mapping[str, Mapping[str, str]] | None = None, faults: Counter | None = None) -> dict:  # fmt: skip
     """One benchmark's entry of metrics.json: every score of `answers` (id -> text, or pairs as read from a file), the
     headline's chance and blind, the count, what was malformed, the proposals, and under "columns" the same scores for
     blind, chance, the row's baselines and each further set of answers in `columns`."""
     row = find_benchmark(name)
-    samples = select(row, questions.samples)
-    ids = [s.id for s in samples]
-    texts, found = admit(ids, answers.items() if isinstance(answers, Mapping) else answers)
-
-    def cases(texts: Mapping[str, str]) -> list[Case]:
-        return [Case(s, texts[s.id], questions.scenes[s.scene], questions.shown[s.scene]) for s in samples]
-
-    values = measure(row, cases(texts))
-    others = {"blind": questions.blind} if questions.blind.keys() & set(ids) else {}
-    others |= {k: {c.sample.id: answer(c) for c in cases(texts)} for k, answer in row.baselines.items()}
+    cases, found = cases_of(name, questions, answers)
+    samples = [c.sample for c in cases]
+    values = measure(row, cases)
+    others = {"blind": questions.blind} if questions.blind.keys() & {s.id for s in samples} else {}
+    others |= {k: {c.sample.id: answer(c) for c in cases} for k, answer in row.baselines.items()}
     others |= majority(samples) if row.format else {}
     others |= columns or {}
-    others = {k: measure(row, cases(admit(ids, v.items())[0])) for k, v in others.items()}
+    others = {k: measure(row, cases_of(name, questions, v)[0]) for k, v in others.items()}
     others["chance"] = chance_scores(row, questions, samples)
     headline = next(iter(values))
-    malformed = found + (faults or Counter()) + Counter(f for c in cases(texts) if c.text and (f := row.fault(c)))
+    malformed = found + (faults or Counter()) + Counter(f for c in cases if c.text and (f := row.fault(c)))
     entry = values | {"chance": others["chance"].get(headline), "blind": others.get("blind", {}).get(headline),
                       "count": len(samples), "malformed": dict(malformed),
                       "counts": group_counts(row, samples),
@@ -1566,7 +1575,8 @@ def revision() -> str:
 
 def provenance(model: torch.nn.Module | None = None, **more: object) -> dict:
     """What a number depends on besides the answers."""
-    facts = {"code": revision(), "torch": torch.__version__, "python": sys.version.split()[0]}
+    facts = {"date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "code": revision(), "torch": torch.__version__,
+             "python": sys.version.split()[0]}  # fmt: skip
     if model is not None:
         weight = next(model.parameters())
         kernels = (getattr(getattr(m, "config", None), "_attn_implementation", None) for m in model.modules())
@@ -1588,10 +1598,11 @@ def fingerprint(path: Path) -> str:
 
 def save_metrics(path: Path, entries: Mapping[str, dict], facts: dict) -> None:
     """metrics.json = {benchmark: entry, "provenance": facts + every benchmark's proposals and prompt}. Entries already
-    there stay only if the facts are the same, so that one file never mixes two runs."""
+    there stay only if the facts are the same but for the date, so that one file never mixes two runs."""
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"provenance": {}}
     before = old.pop("provenance")
-    if {k: v for k, v in before.items() if k not in ("proposals", "prompts")} != json.loads(to_json(facts)):
+    same = lambda d: {k: v for k, v in d.items() if k not in ("date", "proposals", "prompts")}  # noqa: E731
+    if same(before) != same(json.loads(to_json(facts))):
         old = {}
     entries = old | dict(entries)
     more = {"proposals": {name: e["proposals"] for name, e in entries.items()},
@@ -1600,32 +1611,53 @@ def save_metrics(path: Path, entries: Mapping[str, dict], facts: dict) -> None:
     write_whole(path, text + "\n")
 
 
-# ---- 8 tables and the command line -----------------------------------------------------------------------------------
+# ---- 8 tables and failures -------------------------------------------------------------------------------------------
+
+
+def show(value: float | str | None) -> str:
+    return "n/a" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def columns_beside(entries: Mapping[str, dict]) -> list[str]:
+    """The baselines that some entry has, blind and chance last."""
+    extra = dict.fromkeys(c for e in entries.values() for c in e["columns"] if c not in ("blind", "chance"))
+    return [*extra, "blind", "chance"]
+
+
+def score_row(entry: dict, key: str, columns: Sequence[str]) -> list[str]:
+    """One score as text: model, further columns, count."""
+    part = key.split("/")[2:]
+    cells = [entry, *(entry["columns"].get(c, {}) for c in columns)]
+    return [*(show(cell.get(key, "")) for cell in cells), str(entry["counts"][part[0]] if part else entry["count"])]
+
+
+def score_keys(entry: dict) -> tuple[list[str], list[str]]:
+    """(scores over all questions and the headline's parts, parts of the other scores)."""
+    keys = [k for k in entry if "/" in k]
+    first = [k for k in keys if not k.split("/")[2:] or k.startswith(f"{keys[0]}/")]
+    return first, [k for k in keys if k not in first]
+
+
+def remarks(entry: dict) -> list[str]:
+    """What was malformed, which proposals were used and how they fit, notes, the file, what is not available."""
+    recall = [f"{k} {show(v)}" for k, v in entry["proposals"].items() if k != "source"]
+    lines = [f"{n} answers: {fault}" for fault, n in entry["malformed"].items()]
+    lines += [f"proposals: {entry['proposals']['source']}, {', '.join(recall)}"] if recall else []
+    lines += entry["notes"] + [f"questions: {entry['file']}"] * bool(entry["file"])
+    lacks = entry.get("not_available", {})
+    return lines + [f"{', '.join(k for k in lacks if lacks[k] == why)} not available: {why}"
+                    for why in dict.fromkeys(lacks.values())]  # fmt: skip
 
 
 def table(entries: Mapping[str, dict]) -> str:
     """One line per score, and per group for headlines: model, further columns, blind, chance, count. What was
     malformed, which proposals were used and what is not available ("n/a") stand below, then what papers print."""
-    extra = dict.fromkeys(c for e in entries.values() for c in e["columns"] if c not in ("blind", "chance"))
-    rows = [["benchmark", "score", "model", *extra, "blind", "chance", "count"]]
+    columns = columns_beside(entries)
+    rows = [["benchmark", "score", "model", *columns, "count"]]
     notes: dict[str, list[str]] = {}
-    show = lambda v: "n/a" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v)  # noqa: E731
     for name, entry in entries.items():
-        scores = [k for k in entry if "/" in k]
-        for key in scores:
-            part = key.split("/")[2:]
-            if not part or key.startswith(f"{scores[0]}/"):
-                cells = [entry, *(entry["columns"].get(c, {}) for c in (*extra, "blind", "chance"))]
-                count = entry["counts"][part[0]] if part else entry["count"]
-                rows.append([name, key, *(show(cell.get(key, "")) for cell in cells), str(count)])
-        recall = [f"{k} {show(v)}" for k, v in entry["proposals"].items() if k != "source"]
-        remarks = [f"{n} answers: {fault}" for fault, n in entry["malformed"].items()]
-        remarks += [f"proposals: {entry['proposals']['source']}, {', '.join(recall)}"] if recall else []
-        remarks += entry["notes"] + [f"questions: {entry['file']}"] * bool(entry["file"])
-        lacks = entry.get("not_available", {})
-        remarks += [f"{', '.join(k for k in lacks if lacks[k] == why)} not available: {why}"
-                    for why in dict.fromkeys(lacks.values())]  # fmt: skip
-        for remark in remarks:
+        rows += [[name, key, *score_row(entry, key, columns)] for key in score_keys(entry)[0]]
+        for remark in remarks(entry):
             notes.setdefault(remark, []).append(name)
     lines = columns_of(rows, 2) + [f"{remark} ({', '.join(names)})" for remark, names in notes.items()]
     return "\n".join(lines + [line for name, entry in entries.items() for line in literature(name, entry)])
@@ -1773,12 +1805,12 @@ def printed(name: str) -> dict[str, dict[str, tuple[float, str]]]:
     return table
 
 
-def literature(name: str, entry: dict) -> list[str]:
-    """Lines of what papers print beside our row, a mark at every number that is not comparable, and why."""
+def papers_beside(name: str, entry: dict) -> tuple[list[list[str]], list[str]]:
+    """(head, our row and what papers print; why numbers with a mark are not comparable); ([], []) where none print."""
     papers = printed(name.split("@")[0])
     keys = list(dict.fromkeys(k for row in papers.values() for k in row))
     if not keys:
-        return []
+        return [], []
     reasons: dict[str, str] = {}
     mark = lambda why: f" [{reasons.setdefault(why, str(len(reasons) + 1))}]" if why else ""  # noqa: E731
     ours = "" if entry["count"] == entry["expected"] else (
@@ -1788,27 +1820,38 @@ def literature(name: str, entry: dict) -> list[str]:
     cell = lambda v, why="": "" if v is None else f"{v:.3f}{mark(why)}"  # noqa: E731
     rows = [[name, *keys], ["this run", *(cell(entry.get(k), ours) for k in keys)]]
     rows += [[model, *(cell(*row.get(k, (None,))) for k in keys)] for model, row in papers.items()]
-    return ["", *columns_of(rows, 1), *(f"[{n}] not comparable: {why}" for why, n in reasons.items())]
+    return rows, [f"[{n}] not comparable: {why}" for why, n in reasons.items()]
+
+
+def literature(name: str, entry: dict) -> list[str]:
+    """`papers_beside` as lines."""
+    rows, reasons = papers_beside(name, entry)
+    return ["", *columns_of(rows, 1), *reasons] if rows else []
+
+
+def case_values(row: Benchmark, cases: Sequence[Case]) -> list[float]:
+    """Each answer's own headline score; of captions their CIDEr, at most 10, within this set."""
+    if row.metrics:
+        return [next(iter(row.metrics.values()))(c) for c in cases]
+    from pycocoevalcap.cider.cider import Cider
+
+    said = [one_line(c.text) for c in cases]
+    pair = beside([[*map(one_line, c.references)] for c in cases] + [[t] for t in said], len(cases))
+    return Cider().compute_score(*pair)[1].tolist()
+
+
+def worst_first(row: Benchmark, values: Sequence[float]) -> list[int]:
+    """Which answers are not right, the worst first."""
+    return [i for i in np.argsort(values, kind="stable").tolist() if values[i] < 1 or not row.metrics]
 
 
 def failures(name: str, questions: Questions, answers: Mapping[str, str], count: int, folder: Path) -> list[str]:
     """The `count` worst answers by the headline metric (captions: each one's CIDEr), as lines and, where the scene has
     a cloud, as pictures in `folder`. Some are errors of the annotation, not of the model."""
-    row = find_benchmark(name)
-    samples = select(row, questions.samples)
-    texts, _ = admit([s.id for s in samples], answers.items())
-    cases = [Case(s, texts[s.id], questions.scenes[s.scene], questions.shown[s.scene]) for s in samples]
-    if row.metrics:
-        values = [next(iter(row.metrics.values()))(c) for c in cases]
-    else:
-        from pycocoevalcap.cider.cider import Cider
-
-        said = [one_line(c.text) for c in cases]
-        values = Cider().compute_score(*beside([[*map(one_line, c.references)] for c in cases] + [[t] for t in said],
-                                               len(cases)))[1]  # fmt: skip
+    row, (cases, _) = find_benchmark(name), cases_of(name, questions, answers)
+    values = case_values(row, cases)
     lines = []
-    order = [i for i in np.argsort(values, kind="stable").tolist() if values[i] < 1 or not row.metrics]
-    for n, i in enumerate(order[:count], start=1):
+    for n, i in enumerate(worst_first(row, values)[:count], start=1):
         c = cases[i]
         facts = {"asked": row.prompt(c.sample), "answered": c.text or "(nothing)", "true": " / ".join(c.references)}
         told = [f"{n}. {c.sample.id} in {c.sample.scene}: {values[i]:.3f}",
@@ -1819,6 +1862,355 @@ def failures(name: str, questions: Questions, answers: Mapping[str, str], count:
         lines += told
     write_whole(folder / "failures.txt", "\n".join(lines) + "\n")
     return lines
+
+
+# ---- 9 the report ----------------------------------------------------------------------------------------------------
+
+LESS = re.compile("error|mae|collision")  # scores of which less is better
+ROOMS, ASKED = 3, 4  # pictures of rooms, and questions of a benchmark in them
+WIDE = 1200  # pixels of an embedded picture
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c1d21; --dim: #60646c; --line: #dcdee3; --page: #ffffff; --panel: #f5f6f8;
+  --good: #17702f; --bad: #b3261e; --bar: #4a86cf; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e7ea; --dim: #a0a4ad; --line: #3a3d44; --page: #16171a;
+  --panel: #202226; --good: #6cc985; --bad: #f2857b; --bar: #4f8fdc; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 76rem; margin: auto; padding: 1rem 1rem 4rem; }
+h1 { margin: .5rem 0; line-height: 1.2; }
+h2 { margin: 2.5rem 0 .5rem; border-bottom: 2px solid var(--line); }
+h3 { margin: 1.75rem 0 .5rem; }
+h1, h2, h3, dd, p, li { overflow-wrap: anywhere; }
+a { color: inherit; }
+nav a { margin-right: 1rem; display: inline-block; }
+.dim { color: var(--dim); }
+.good { color: var(--good); }
+.bad { color: var(--bad); }
+.scroll { overflow-x: auto; margin: .5rem 0; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th { color: var(--dim); font-weight: 600; }
+tr > :first-child { text-align: left; position: sticky; left: 0; background: var(--page); }
+.bar { display: inline-block; position: relative; width: 8rem; height: .8rem; vertical-align: middle;
+  background: var(--panel); border: 1px solid var(--line); }
+.bar i { display: block; height: 100%; background: var(--bar); }
+.bar b { position: absolute; top: -.2rem; bottom: -.2rem; border-left: 2px solid var(--ink); }
+.bar b.chance { border-left-style: dotted; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem .75rem; margin: .25rem 0; }
+dt { color: var(--dim); }
+dd { margin: 0; }
+figure { margin: 1rem 0; }
+img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: .25rem; }
+@media (max-width: 45rem) { .scroll > img { max-width: none; width: 40rem; } th, td { padding: .2rem .4rem; } }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); gap: .6rem;
+  margin: .6rem 0 2rem; padding: 0; list-style: none; }
+.cards > li { background: var(--panel); border-radius: .25rem; padding: .5rem .75rem; font-size: .875rem; }
+pre { background: var(--panel); padding: .75rem; overflow-x: auto; font-size: .8125rem; }
+summary { cursor: pointer; color: var(--dim); margin: .5rem 0; }
+"""
+
+
+class Markup(str):
+    """Text that is HTML already; any other text is escaped where it enters a tag."""
+
+
+def tag(name: str, /, *inside: object, **attributes: object) -> Markup:
+    """<name attributes>inside</name>; a trailing _ of an attribute's name is dropped (class_)."""
+    head = "".join(f' {k.rstrip("_")}="{html.escape(str(v))}"' for k, v in attributes.items())
+    body = "".join(x if isinstance(x, Markup) else html.escape(str(x)) for x in inside)
+    return Markup(f"<{name}{head}>" if name in ("meta", "img") else f"<{name}{head}>{body}</{name}>")
+
+
+def html_table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Markup:
+    lines = [tag("tr", *(tag("td", cell) for cell in row)) for row in rows]
+    top = tag("tr", *(tag("th", cell, scope="col") for cell in head))
+    return tag("div", tag("table", tag("thead", top), tag("tbody", *lines)), class_="scroll", tabindex=0)
+
+
+def anchor(*names: str) -> str:
+    """What links within the page lead to: an id without spaces."""
+    return "/".join(names).replace(" ", "-")
+
+
+def facts_list(facts: Mapping[str, object]) -> Markup:
+    return tag("dl", *(tag(k, v) for pair in facts.items() for k, v in zip(("dt", "dd"), pair, strict=True)))
+
+
+def folded(title: str, *inside: Markup) -> Markup:
+    return tag("details", tag("summary", title), *inside)
+
+
+def embedded(path: Path, alt: str) -> Markup:
+    """The picture itself, at most WIDE pixels wide and in 256 colours, which drawings do not miss."""
+    from PIL import Image
+
+    picture = Image.open(path).convert("RGB")
+    picture.thumbnail((WIDE, 2 * WIDE))
+    held = io.BytesIO()
+    picture.quantize(256, Image.Quantize.FASTOCTREE).save(held, "PNG")
+    source = f"data:image/png;base64,{base64.b64encode(held.getvalue()).decode()}"
+    size = dict(zip(("width", "height"), picture.size, strict=True))
+    return tag("div", tag("img", src=source, alt=alt, **size), class_="scroll", tabindex=0)
+
+
+def against_blind(entry: dict, key: str) -> Markup:
+    """How far a score is above blind, or above chance where there is no blind one; in words, as less may be better."""
+    column = next((c for c in ("blind", "chance") if entry["columns"].get(c, {}).get(key) is not None), None)
+    if column is None or not isinstance(entry[key], float):
+        return Markup("")
+    gain = (entry[key] - entry["columns"][column][key]) * (-1 if LESS.search(key) else 1)
+    words = f"{abs(gain):.3f} {'better' if gain > 0 else 'worse'}" if round(gain, 3) else "equal"
+    than = "" if column == "blind" else " than chance"
+    return tag("span", words + than, class_="good" if round(gain, 3) > 0 else "bad")
+
+
+def bar(value: object, blind: object, chance: object) -> Markup:
+    """A share as a bar, with marks where blind and chance are; nothing for what is no share."""
+    if not isinstance(value, float) or not 0 <= value <= 1:
+        return Markup("")
+    marks = {"blind": blind, "chance": chance}
+    lines = [tag("b", class_=k, style=f"left:{v:.1%}") for k, v in marks.items() if v is not None]
+    return tag("span", tag("i", style=f"width:{value:.1%}"), *lines, class_="bar")
+
+
+def overview(entries: Mapping[str, dict], place: str) -> Markup:
+    """A line per benchmark: its headline score."""
+    rows = []
+    for name, entry in entries.items():
+        key = score_keys(entry)[0][0]
+        link = tag("a", name, href=f"#{anchor(place, name)}")
+        picture = bar(entry[key], entry["blind"], entry["chance"])
+        rows.append([link, show(entry[key]), picture, against_blind(entry, key), show(entry["blind"]),
+                     show(entry["chance"]), entry["count"], key])  # fmt: skip
+    head = ["benchmark", "model", "0 to 1", "against blind", "blind", "chance", "questions", "score"]
+    return html_table(head, rows)
+
+
+def all_scores(entries: Mapping[str, dict], place: str) -> list[Markup]:
+    """Every score of every benchmark, with all baselines; below it what papers print."""
+    parts = []
+    for name, entry in entries.items():
+        columns = [c for c in columns_beside({name: entry}) if entry["columns"].get(c)]
+        head = ["score", "model", "against blind", *columns, "questions"]
+        rows = [[[key, cells[0], against_blind(entry, key), *cells[1:]] for key in keys
+                 for cells in [score_row(entry, key, columns)]] for keys in score_keys(entry)]  # fmt: skip
+        papers, reasons = papers_beside(name, entry)
+        parts += [tag("h3", name, id=anchor(place, name)), html_table(head, rows[0])]
+        parts += [folded(f"{len(rows[1])} scores of parts", html_table(head, rows[1]))] * bool(rows[1])
+        parts += [tag("p", line, class_="dim") for line in remarks(entry)]
+        parts += [tag("p", "What papers print:"), html_table(papers[0], papers[1:])] if papers else []
+        parts += [tag("p", line, class_="dim") for line in reasons]
+    return parts
+
+
+def side_scores(run: Path) -> list[Path]:
+    """The metrics.json of other questions than the run's own: after a stage, and in rooms of N objects."""
+    number = lambda p: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", p.parent.name)]  # noqa: E731
+    return sorted([*run.glob("after */metrics.json"), *run.glob("objects-*/metrics.json")], key=number)
+
+
+def read_answered(folder: Path, entries: Mapping[str, dict]) -> dict[str, tuple[list[Case], list[float]]]:
+    """Benchmark -> (its cases, each one's own score), from the files that a run wrote."""
+    found = {}
+    for name in entries:
+        path = folder / "predictions" / f"{name}.jsonl"
+        if path.is_file():
+            benchmark = name.split("@")[0]
+            cases, _ = cases_of(benchmark, read_questions(path.with_suffix(".questions.jsonl")),
+                                read_predictions(path)[0])  # fmt: skip
+            found[name] = cases, case_values(find_benchmark(benchmark), cases)
+    return found
+
+
+def draw_at_random(answered: Mapping[str, tuple[list[Case], list[float]]]) -> dict[tuple[str, str], list[tuple]]:
+    """(scene, proposals) -> [(benchmark, which case), ..]: ASKED questions of every benchmark out of ROOMS rooms, the
+    same rooms for all as far as they were asked about; nothing here looks at an answer."""
+    rng = np.random.default_rng(0)
+    order = rng.permutation(sorted({c.sample.scene for cases, _ in answered.values() for c in cases})).tolist()
+    rooms_of_it = {name: {c.sample.scene for c in cases} for name, (cases, _) in answered.items()}
+    rooms, chosen = [], {}
+    for name in sorted(answered, key=lambda n: len(rooms_of_it[n])):  # rare ones decide on the rooms
+        mine = [r for r in dict.fromkeys([*rooms, *order]) if r in rooms_of_it[name]][:ROOMS]
+        rooms = list(dict.fromkeys([*rooms, *mine]))
+        pool = [i for i, c in enumerate(answered[name][0]) if c.sample.scene in mine]
+        chosen[name] = rng.permutation(pool)[:ASKED].tolist()
+    drawn: dict[tuple[str, str], list[tuple]] = {}
+    for name in answered:
+        for i in chosen[name]:
+            key = answered[name][0][i].sample.scene, name.partition("@")[2]
+            drawn.setdefault(key, []).append((name, i))
+    return drawn
+
+
+def named(text: str, scene: Scene) -> str:
+    """At most 300 characters of an answer on one line, with every identifier's object in words."""
+    things = {k: scene.thing(i) for i, k in scene.identifiers.items()}
+    words = lambda k: f" ({data.phrase(things[k].category, things[k].colour)})" if k in things else ""  # noqa: E731
+    return re.sub(r"<?OBJ(\d{3})(?!\d)>?", lambda m: m[0] + words(int(m[1])), one_line(text)[:300])
+
+
+def truth_of(case: Case) -> str:
+    """The references; with the boxes of the targets where the answer is in numbers."""
+    words = " / ".join(named(r, case.scene) for r in case.references) or "(nothing fits)"
+    boxed = [data.listed(b) for b in case.truth if b[0] < LOST[0]] if boxes(case.text) else []
+    return " ".join([words, *boxed])
+
+
+def places_of(case: Case) -> str:
+    """Answer and truth where both write places near enough to be drawn, else ""."""
+    both = case.text, truth_of(case)
+    found = [[v for size in (3, 6) for v in tuples(text, size)] for text in both]
+    near = all(v is not None and np.abs(v).max() < 10 * FAR for side in found for v in side)
+    return " ".join(both) if all(found) and near else ""
+
+
+def verdict(row: Benchmark, value: float) -> Markup:
+    if not row.metrics:
+        return tag("span", f"CIDEr {value:.2f}", class_="dim")
+    words = "✓ right" if value >= 1 else "✗ wrong" if value <= 0 else f"{value:.3f} of 1"
+    return tag("span", words, class_="good" if value >= 1 else "bad")
+
+
+def card(name: str, case: Case, value: float, *more: str) -> Markup:
+    """A question with answer and truth."""
+    row = find_benchmark(name.split("@")[0])
+    asked = one_line(substitute(row.prompt(case.sample), lambda i: refer(case.scene, i)))[:600]
+    place = "" if case.sample.prompt is None else f" at {data.listed(case.sample.prompt)}"
+    told = {"asked": asked + place, "answered": named(case.text, case.shown) or tag("span", "(nothing)", class_="dim"),
+            "true": truth_of(case)}  # fmt: skip
+    head = tag("div", name, " · ", verdict(row, value), *(f" · {m}" for m in more))
+    return tag("li", head, facts_list(told))
+
+
+def room_figures(answered: Mapping[str, tuple[list[Case], list[float]]], scenes: Mapping[str, Scene],
+                 root: Path | None) -> list[Markup]:  # fmt: skip
+    """Rooms with what was asked about them. A room whose cloud is at hand, or below `root`, is drawn with the objects
+    shown to the model, and the first three places answered, each joined to the true one."""
+    parts = []
+    for (scene, proposals), asked in draw_at_random(answered).items():
+        cases = [answered[name][0][i] for name, i in asked]
+        place = scenes.get(scene) or (data.open_scan(root, scene) if root and scene in scans_below(root) else None)
+        drawn = place is not None and place.points is not None
+        located = [c for c in cases if places_of(c)][: 3 * drawn]
+        title = f"{scene}, proposals: {proposals}" if proposals else scene
+        parts.append(tag("h3", title))
+        if drawn:
+            shown = replace(place, objects=cases[0].shown.objects, identifiers=cases[0].shown.identifiers)
+            with tempfile.TemporaryDirectory() as folder:
+                data.draw_scene(shown, Path(folder) / "room.png", answers=[places_of(c) for c in located])
+                parts.append(embedded(Path(folder) / "room.png", f"{title}: frames, and its cloud with objects"))
+        cards = [card(name, c, answered[name][1][i], *["in the picture"] * any(c is d for d in located))
+                 for (name, i), c in zip(asked, cases, strict=True)]  # fmt: skip
+        parts.append(tag("ul", *cards, class_="cards"))
+    return parts
+
+
+def stage_rows(run: Path) -> list[list[str]]:
+    """Stage, steps, minutes, first and last loss, running share of right answer tokens: from log.jsonl."""
+    rows, before = [], 0.0
+    lines = [line for _, line in read_lines(run / "log.jsonl") if line]  # a kill may leave half a line
+    for stage, group in itertools.groupby(lines, key=lambda x: x["stage"]):
+        own = list(group)
+        last = own[-1]
+        rows.append([stage, len(own), f"{(last['seconds'] - before) / 60:.1f}", show(own[0]["loss"]),
+                     show(last["loss"]), show(last["running"])])  # fmt: skip
+        before = last["seconds"]
+    return rows
+
+
+def command_of(record: Mapping, run: Path) -> str:
+    """The command that made a run, every choice written out; any number of processes gives the same."""
+    words = ["torchrun", "train.py"]
+    for key, value in itertools.takewhile(lambda pair: pair[0] != "config", record.items()):
+        if value not in (None, []):
+            words += [f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join([*words, "--out", str(run)])
+
+
+def shortened(value: object) -> object:
+    """Long lists by their ends."""
+    if isinstance(value, dict):
+        return {k: shortened(v) for k, v in value.items()}
+    return [*value[:3], f"... {len(value)} in all", value[-1]] if isinstance(value, list) and len(value) > 12 else value
+
+
+def scores_section(entries: Mapping[str, dict], sides: Mapping[str, Mapping[str, dict]]) -> list[Markup]:
+    about = tag("p", "A score means what it is above ", tag("em", "blind"), ", the most frequent training answer to "
+                "the same wording (the solid mark), and ", tag("em", "chance"), ", a guess among the answers that are "
+                "possible (the dotted mark). Both are computed for the very questions scored. A score's name carries "
+                "its protocol.")  # fmt: skip
+    parts = [about, *([overview(entries, "own"), *all_scores(entries, "own")] if entries else [])]
+    for name, side in sides.items():
+        title = re.sub("^after ", "After stage ", re.sub(r"^objects-(\d+)$", r"Rooms of \1 objects", name))
+        parts += [tag("h3", title), overview(side, name), folded(f"{title}: all scores", *all_scores(side, name))]
+    return parts
+
+
+def loss_section(run: Path) -> list[Markup]:
+    picture, parts = run / "loss.png", []
+    if picture.is_file():
+        parts.append(embedded(picture, "loss and share of right answer tokens against steps, by stage"))
+    if (run / "log.jsonl").is_file():
+        head = ["stage", "steps", "minutes", "first loss", "last loss", "right answer tokens, averaged"]
+        parts.append(html_table(head, stage_rows(run)))
+    return parts
+
+
+def failures_section(answered: Mapping[str, tuple[list[Case], list[float]]], count: int) -> list[Markup]:
+    parts = [tag("p", f"The {count} worst answers of every benchmark by its first score. Some are errors of the "
+                 "question, not of the model.")]  # fmt: skip
+    for name, (cases, values) in answered.items():
+        row = find_benchmark(name.split("@")[0])
+        order = worst_first(row, values)
+        cards = [card(name, cases[i], values[i], f"score {values[i]:.3f}", cases[i].sample.scene)
+                 for i in order[:count]]  # fmt: skip
+        short = f"{len(order)} of {len(cases)} not right" if row.metrics else "the lowest CIDEr"
+        parts += [tag("h3", f"{name}: {short}"), tag("ul", *cards, class_="cards")]
+    return parts
+
+
+def write_report(folder: Path, run: Path, scenes: Iterable[Scene] = (), root: Path | None = None,
+                 worst: int = ASKED) -> None:  # fmt: skip
+    """FOLDER/report.html from what FOLDER (metrics.json, predictions/) and the run's folder (config.json, loss.png,
+    log.jsonl, pictures/) hold: one file that needs no other and no network. What is not there is left out. scenes, and
+    the scans below `root`: clouds to draw rooms from. worst: failures to list per benchmark. Rank 0 writes."""
+    if rank_and_world()[0]:
+        return
+    read = lambda path: data.read_json(path) if path.is_file() else {}  # noqa: E731
+    entries, record = read(folder / "metrics.json"), read(run / "config.json")
+    facts = entries.pop("provenance", {})
+    sides = {p.parent.name: {k: v for k, v in read(p).items() if k != "provenance"} for p in side_scores(folder)}
+    answered = read_answered(folder, entries)
+    parts = {"Scores": scores_section(entries, sides), "Loss": loss_section(run)}
+    if answered:
+        about = tag("p", f"{ASKED} questions of every benchmark, drawn at random (seed 0) without a look at the "
+                    "answers. Right and wrong are by the benchmark's first score.")  # fmt: skip
+        parts["Rooms"] = [about, *room_figures(answered, {s.name: s for s in scenes}, root)]
+        parts["Failures"] = failures_section(answered, worst)
+    pictures = sorted((run / "pictures").glob("*.png"))[:ROOMS]
+    parts["As the model sees it"] = [folded(p.stem, embedded(p, f"{p.stem} as the model sees it")) for p in pictures]
+    parts["How it was made"] = [
+        *([tag("pre", command_of(record, run))] if record else []),
+        *(folded(k, tag("pre", json.dumps(shortened(v), indent=1)))
+          for k, v in (("provenance", facts), ("configuration", record)))]  # fmt: skip
+    parts = {title: inside for title, inside in parts.items() if inside}
+
+    model = record.get("model", facts.get("paper", run.name))
+    known = {**facts, **record, "code": facts.get("code", record.get("revision")), "run": run.resolve().name,
+             "scored in": f"{facts['scenes']} scenes: {facts['scenes_from']}" if "scenes" in facts else None}
+    order = ("model", "preset", "data", "scored in", "seed", "code", "date", "device", "run")
+    body = tag("main", tag("h1", f"{model}: report of a run"),
+               facts_list({k: known[k] for k in order if known.get(k) is not None}),
+               tag("nav", *(tag("a", title, href=f"#{anchor(title)}") for title in parts)),
+               *(tag("section", tag("h2", t, id=anchor(t)), *inside) for t, inside in parts.items()))  # fmt: skip
+    head = tag("head", tag("meta", charset="utf-8"),
+               tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+               tag("title", f"{model}: report of a run"), tag("style", Markup(STYLE)))  # fmt: skip
+    write_whole(folder / "report.html", "<!doctype html>\n" + tag("html", head, tag("body", body), lang="en") + "\n")
+    print(f"report: {folder / 'report.html'}")
+
+
+# ---- 10 runs and the command line ------------------------------------------------------------------------------------
 
 
 def label(name: str, questions: Questions) -> str:
@@ -1868,9 +2260,7 @@ def submission(name: str, questions: Questions, answers: Mapping[str, str], path
     row = find_benchmark(name)
     if row.submit is None:
         raise DataError(f"{name}: {questions.file} has no answers, and no server's file format for it is known here")
-    samples = select(row, questions.samples)
-    texts, faults = admit([s.id for s in samples], answers.items())
-    cases = [Case(s, texts[s.id], questions.scenes[s.scene], questions.shown[s.scene]) for s in samples]
+    cases, faults = cases_of(name, questions, answers)
     write_whole(path, json.dumps([row.submit(c) for c in cases]) + "\n")
     print(f"{name}: the answers of {questions.file} are hidden; to be submitted: {path} "
           f"({len(cases)} answers, {dict(faults) or 'none'} malformed)")  # fmt: skip
@@ -1939,12 +2329,17 @@ def blind_of(name: str, annotations: Path) -> data.Blind | None:
     return None if found is None else data.Blind(read_official(name, found, split="train").samples)
 
 
+def scans_of(done: object) -> Path | None:
+    """The folder of the scans that a run was trained on, if it was on such."""
+    return Path(done.args.root) if done.args.data == "scannet" else None
+
+
 def evaluate_official(done: object, name: str, annotations: Path, root: Path | None = None, proposals: str = "gt",
                       partial: bool = False, out: Path | None = None, batch_size: int = 256,
                       worst: int = 0) -> dict[str, dict]:  # fmt: skip
     """Score a run of train.py on an official file (or the split of it that papers score, found below a folder), in the
     scans below `root` (default: those it trained on). Returns as `run`."""
-    root = root or (done.args.root if done.args.data == "scannet" else None)
+    root = root or scans_of(done)
     if root is None:
         raise DataError(f"{name}: its scenes are needed; give the folder of the scans with --root")
     questions = read_official(name, annotations, Path(root))
@@ -2052,6 +2447,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for n in [] if official else a.objects:
                 out = (a.out or a.run) / f"objects-{n}" if n else a.out
                 evaluate_run(done, a.benchmark, a.proposals, a.partial, out, objects=n, worst=a.failures)
+            write_report(a.out or a.run, a.run, done.test, a.root or scans_of(done), a.failures or ASKED)
         elif a.annotations and a.predictions and len(a.benchmark) == 1 and not a.run:
             score_file(a.benchmark[0], a.annotations, a.predictions, a.out, a.partial, a.root, a.proposals, a.failures)
         else:

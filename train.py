@@ -22,8 +22,9 @@ every world-th scene of that list; losses are summed, then divided by the *globa
 number of processes nor accumulation changes the result. Random states need no saving: a step seeds them from its
 position. The learning rate belongs to the global batch and is never rescaled.
 
-A run folder holds config.json, log.jsonl, loss.png, cache/ and checkpoint/. state.json commits a checkpoint: it names
-the weight files and is replaced in one stroke once they are on disk; a kill at any instant leaves the old or the new.
+A run folder holds config.json, log.jsonl, loss.png, cache/ and checkpoint/; metrics.json, predictions/ and report.html
+once it is scored. state.json commits a checkpoint: it names the weight files and is replaced in one stroke once they
+are on disk; a kill at any instant leaves the old or the new.
 
 log.jsonl, a line per step, numbers over all processes:
   stage, step, total  stage, steps done in it, steps done in all    loss         mean per term (answer token)
@@ -578,10 +579,12 @@ def open_run(out: Path, record: dict, position: dict | None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     log = out / "log.jsonl"
     if position is None:
-        for name in ("checkpoint", "predictions"):
+        for name in ("checkpoint", "predictions", "pictures"):
             shutil.rmtree(out / name, ignore_errors=True)
-        for name in ("log.jsonl", "nonfinite.jsonl", "loss.png", "metrics.json"):
+        for name in ("log.jsonl", "nonfinite.jsonl", "loss.png", "metrics.json", "report.html"):
             (out / name).unlink(missing_ok=True)
+        for path in evaluate.side_scores(out):
+            path.unlink()
     elif log.exists():  # steps after the checkpoint will be done again
         lines = [x for x in log.read_text().splitlines(True) if x.endswith("\n")]
         log.write_text("".join(x for x in lines if json.loads(x)["total"] <= position["total"]))
@@ -855,6 +858,7 @@ def run(args: argparse.Namespace, paper=None, scenes: tuple | None = None) -> Ru
     if not args.no_eval:
         evaluate_run(whole, stages[-1])
         draw_pictures(whole)
+        evaluate.write_report(args.out, args.out, whole.test)
     ranks.say(f"{args.out}: done in {(time.monotonic() - started) / 60:.1f} minutes")
     return whole
 

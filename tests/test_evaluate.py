@@ -478,6 +478,7 @@ def test_two_processes_give_the_metrics_of_one(tmp_path):
         evaluate.run(Echo(), many()[1], STAGE, tmp_path / "one")
     one, two = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("one", "two"))
     assert two["provenance"].pop("processes") == 2 and one["provenance"].pop("processes") == 1
+    assert two["provenance"].pop("date") and one["provenance"].pop("date")
     assert one == two
     names = [f"predictions/{name}.jsonl" for name in one if name != "provenance"]
     assert all((tmp_path / "one" / n).read_bytes() == (tmp_path / "two" / n).read_bytes() for n in names)

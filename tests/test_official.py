@@ -80,7 +80,7 @@ class Oracle(torch.nn.Module):
 def done(out: Path, root: Path, model: torch.nn.Module | None = None) -> SimpleNamespace:
     """What train.load_run gives, as far as scoring needs it."""
     args = SimpleNamespace(seed=3, model="oracle", data="scannet", root=str(root), out=out)
-    return SimpleNamespace(args=args, model=model or Oracle(), stages=[Stage("IV", {}, (), iterations=1)],
+    return SimpleNamespace(args=args, model=model or Oracle(), stages=[Stage("IV", {}, (), iterations=1)], test=[],
                            prepare=lambda scenes: None)  # fmt: skip
 
 
@@ -326,7 +326,8 @@ def settings(paper) -> list[str]:
 
 
 @pytest.mark.parametrize("model", train.MODELS)
-def test_every_model_trains_on_official_files_and_is_scored_on_them(model, world, tmp_path, no_java, capsys):
+def test_every_model_trains_on_official_files_and_is_scored_on_them(model, world, tmp_path, no_java, capsys,
+                                                                    monkeypatch):  # fmt: skip
     """The commands as typed, from scans and files alone: mixture, run, scores of all six; batched and one at a time."""
     paper = importlib.import_module(model)
     listed = any(s.files for s in paper.STAGES["tiny"])
@@ -346,6 +347,9 @@ def test_every_model_trains_on_official_files_and_is_scored_on_them(model, world
         assert "blind" in metrics["columns"] or name == "vsibench", "the training file lies beside"
         worst = out / "failures" / name
         assert (worst / "failures.txt").read_text().startswith("1. ") and (worst / "1.png").stat().st_size > 10_000
+        if name == SIX[0]:
+            assert 'alt="scene' in (out / "report.html").read_text(), "scans that are drawn from their folder"
+            monkeypatch.setattr(evaluate, "write_report", lambda *a: None)  # a second each, and no other
     run = train.load_run(tmp_path / "run")
     torch.manual_seed(0)
     for p in run.model.parameters():  # hardly trained models say nothing: these say something, whatever it is
