@@ -523,10 +523,10 @@ def test_a_row_tells_where_everything_is_in_the_scans_own_numbers(root, tmp_path
 def test_what_a_poor_scan_cannot_give_the_others_do():
     poor, rich = hand(thing(1, "chair", "red", 0, 0), thing(2, "table", "blue", 2, 0)), data.room(0, views=0, points=0)
     streams = [distinct(s, "modle_distance", 0) for s in (poor, rich)]
-    samples = modle.spread(streams, 60)
+    samples = modle.share_out(streams, 60)
     most = 2 * len(TEMPLATES["modle_distance"])  # two orders, every wording
     assert len(samples) == 60 and Counter(s.scene for s in samples) == {"hand": most, rich.name: 60 - most}
-    assert len(modle.spread([distinct(poor, "modle_distance", 0)], 60)) == most
+    assert len(modle.share_out([distinct(poor, "modle_distance", 0)], 60)) == most
 
 
 def test_the_papers_number_of_questions_comes_from_its_scans():
