@@ -208,7 +208,6 @@ def metre_error(predicted: float | np.ndarray | None, truth: float | np.ndarray)
 
 # ---- 3 captions ------------------------------------------------------------------------------------------------------
 
-
 NGRAM = ("cider", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l")
 
 
@@ -285,8 +284,7 @@ def ngram_scores(known: dict, said: dict, protocol: str) -> dict[str, float]:
     return {f"{name}/{protocol}": float(v) for name, v in zip(NGRAM, values, strict=True)}
 
 
-def captions_at_iou(captions: Sequence[str], ious: Sequence[float], threshold: float,
-                    strict: bool) -> list[str]:  # fmt: skip
+def captions_at_iou(captions: Sequence[str], ious: Sequence[float], threshold: float, strict: bool) -> list[str]:
     """The captions that Scan2Cap's m@kIoU scores: "sos ... eos" where the box fits, "sos eos" where not.
 
     strict: IoU > threshold (Scan2Cap, LL3DA) or >= (Chat-Scene). The markers stay because papers keep them; they lift
@@ -362,6 +360,11 @@ class Case:
         offered = boxes(self.text)[:1] or [o.box for o in self.shown.objects if o.id in self.shown.identifiers]
         offered = [b for b in offered if b is not None]
         return float(iou_matrix(np.stack(offered), np.stack(self.truth)).max()) if offered and self.truth else 0.0
+
+
+def cases_of(questions: Questions, samples: Sequence[Sample], texts: Mapping[str, str]) -> list[Case]:
+    """Answers, by question id, beside their questions."""
+    return [Case(s, texts[s.id], questions.scenes[s.scene], questions.shown[s.scene]) for s in samples]
 
 
 def refer(scene: Scene, object_id: int) -> str:
@@ -954,8 +957,8 @@ def submit_scanqa(case: Case) -> dict:
 
 def submit_scanrefer(case: Case) -> dict:
     """The box as its 8 corners. "others" only sorts the server's table; it is not derived here."""
-    box = next((b for b in case.referred if b is not None), np.zeros(6))
-    corners = [box[:3] + box[3:] * np.array(signs) / 2 for signs in itertools.product((-1, 1), repeat=3)]
+    found = next((b for b in case.referred if b is not None), np.zeros(6))
+    corners = [found[:3] + found[3:] * np.array(signs) / 2 for signs in itertools.product((-1, 1), repeat=3)]
     scene, thing, ann = case.sample.id.split("|")
     return {"scene_id": scene, "object_id": thing, "ann_id": ann, "bbox": np.array(corners).tolist(),
             "unique_multiple": int(case.sample.kind == "multiple"), "others": 0}  # fmt: skip
@@ -1206,24 +1209,22 @@ def score(name: str, questions: Questions, answers: Iterable[tuple[object, objec
     row = find_benchmark(name)
     samples = select(row, questions.samples)
     ids = [s.id for s in samples]
-    texts, found = admit(ids, answers.items() if isinstance(answers, Mapping) else answers)
-
-    def cases(texts: Mapping[str, str]) -> list[Case]:
-        return [Case(s, texts[s.id], questions.scenes[s.scene], questions.shown[s.scene]) for s in samples]
-
-    values = measure(row, cases(texts))
-    others = {"blind": questions.blind} if questions.blind.keys() & set(ids) else {}
-    others |= {k: {c.sample.id: answer(c) for c in cases(texts)} for k, answer in row.baselines.items()}
-    others |= majority(samples) if row.format else {}
-    others |= columns or {}
-    others = {k: measure(row, cases(admit(ids, v.items())[0])) for k, v in others.items()}
-    others["chance"] = chance_scores(row, questions, samples)
+    admitted, found = admit(ids, answers.items() if isinstance(answers, Mapping) else answers)
+    cases = cases_of(questions, samples, admitted)
+    values = measure(row, cases)
+    rivals = {"blind": questions.blind} if questions.blind.keys() & set(ids) else {}
+    rivals |= {name: {c.sample.id: answer(c) for c in cases} for name, answer in row.baselines.items()}
+    rivals |= majority(samples) if row.format else {}
+    rivals |= columns or {}
+    beside = {name: measure(row, cases_of(questions, samples, admit(ids, told.items())[0]))
+              for name, told in rivals.items()}  # fmt: skip
+    beside["chance"] = chance_scores(row, questions, samples)
     headline = next(iter(values))
-    malformed = found + (faults or Counter()) + Counter(f for c in cases(texts) if c.text and (f := row.fault(c)))
-    entry = values | {"chance": others["chance"].get(headline), "blind": others.get("blind", {}).get(headline),
+    malformed = found + (faults or Counter()) + Counter(f for c in cases if c.text and (f := row.fault(c)))
+    entry = values | {"chance": beside["chance"].get(headline), "blind": beside.get("blind", {}).get(headline),
                       "count": len(samples), "malformed": dict(malformed),
                       "counts": group_counts(row, samples),
-                      "proposals": proposal_recall(questions, samples), "columns": others,
+                      "proposals": proposal_recall(questions, samples), "columns": beside,
                       "expected": questions.expected, "notes": questions.notes, "file": questions.file}  # fmt: skip
     if None in values.values():
         entry["not_available"] = {k: "needs a working Java" for k, v in values.items() if v is None}
@@ -1256,12 +1257,17 @@ def prepare(samples: list[Sample], scenes: Mapping[str, Scene], blind: object = 
         for name, scene in seen.items()
     }  # fmt: skip
     questions = replace(official or Questions(samples, scenes), scenes=scenes, shown=shown, proposals=proposals)
-    if blind is not None:
-        for s in samples:
-            text = blind.predict(s, shown[s.scene])
-            questions.blind[s.id] = substitute(text, lambda i, s=s: refer(shown[s.scene], i))
-        questions.guesses = {task: list(blind.answers(task, 50)) for task in sorted({s.task for s in samples})}
+    guess_blindly(questions, blind)
     return questions
+
+
+def guess_blindly(questions: Questions, blind: object = None) -> None:
+    """Add what `data.Blind` answers to every question, and the guesses that chance draws from."""
+    for s in questions.samples if blind is not None else ():
+        shown = questions.shown[s.scene]
+        questions.blind[s.id] = substitute(blind.predict(s, shown), lambda i, shown=shown: refer(shown, i))
+        if s.task not in questions.guesses:
+            questions.guesses[s.task] = list(blind.answers(s.task, 50))
 
 
 def numbered(scene: Scene, seed: int) -> Scene:
@@ -1373,6 +1379,8 @@ def mixture(sources: Mapping[str, data.Source], folder: Path, root: Path, train:
     answer. Dropped, in this order, are answers of another form, leaks, questions without a scan, those whose target no
     object that gets an identifier fits with the source's IoU (boxes: proposals.json in the folder, else the scans'
     own), and what is more than the source takes."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; name the one that holds the official files")
     benchmarks = sorted({source.benchmark for source in sources.values()})
     spaces = evaluation_spaces(benchmarks, folder, root, held)
     there = {s.name: s for s in train}
@@ -1512,18 +1520,26 @@ def write_questions(path: Path, questions: Questions, samples: Sequence[Sample])
     write_whole(path, "".join(to_json(line) + "\n" for line in lines))
 
 
+def read_sample(held: dict) -> Sample:
+    sample = Sample(**held)
+    arrays = {name: getattr(sample, name) for name in ("point", "box", "prompt")}
+    return replace(sample, **{name: None if a is None else np.array(a, float) for name, a in arrays.items()})
+
+
+def read_scene(held: dict) -> Scene:
+    things = [Thing(**o | {"box": np.array(o["box"], float)}) for o in held["objects"]]
+    bounds = held.get("bounds") and np.array(held["bounds"], float)
+    return Scene(held["name"], held["source"], things, identifiers=dict(held["identifiers"]), bounds=bounds)
+
+
 def read_questions(path: Path) -> Questions:
     """What `write_questions` wrote. Errors name the file, the row and the field."""
     questions = Questions([], {})
     shown, seen = {}, set()
-    arrays = ("point", "box", "prompt")
     for row, line in read_lines(path):
         try:
             if "sample" in line:
-                sample = Sample(**line["sample"])
-                for name in arrays:
-                    value = getattr(sample, name)
-                    setattr(sample, name, None if value is None else np.array(value, float))
+                sample = read_sample(line["sample"])
                 if sample.id in seen:
                     raise DataError(f"{path}, row {row}, field id: {sample.id} twice; question ids must differ")
                 if sample.scene not in questions.scenes:
@@ -1534,14 +1550,12 @@ def read_questions(path: Path) -> Questions:
                 questions.samples.append(sample)
                 if line.get("blind"):
                     questions.blind[sample.id] = line["blind"]
-            elif "scene" in line or "shown" in line:
-                key = "scene" if "scene" in line else "shown"
-                known = line[key]
-                things = [Thing(**o | {"box": np.array(o["box"], float)}) for o in known["objects"]]
-                bounds = known.get("bounds") and np.array(known["bounds"], float)
-                scene = Scene(known["name"], known["source"], things, identifiers=dict(known["identifiers"]),
-                              bounds=bounds)  # fmt: skip
-                (questions.scenes if key == "scene" else shown)[scene.name] = scene
+            elif "scene" in line:
+                scene = read_scene(line["scene"])
+                questions.scenes[scene.name] = scene
+            elif "shown" in line:
+                scene = read_scene(line["shown"])
+                shown[scene.name] = scene
             else:
                 questions.proposals, questions.guesses = line["proposals"], line["guesses"]
         except DataError:
@@ -1796,8 +1810,7 @@ def failures(name: str, questions: Questions, answers: Mapping[str, str], count:
     a cloud, as pictures in `folder`. Some are errors of the annotation, not of the model."""
     row = find_benchmark(name)
     samples = select(row, questions.samples)
-    texts, _ = admit([s.id for s in samples], answers.items())
-    cases = [Case(s, texts[s.id], questions.scenes[s.scene], questions.shown[s.scene]) for s in samples]
+    cases = cases_of(questions, samples, admit([s.id for s in samples], answers.items())[0])
     if row.metrics:
         values = [next(iter(row.metrics.values()))(c) for c in cases]
     else:
@@ -1870,7 +1883,7 @@ def submission(name: str, questions: Questions, answers: Mapping[str, str], path
         raise DataError(f"{name}: {questions.file} has no answers, and no server's file format for it is known here")
     samples = select(row, questions.samples)
     texts, faults = admit([s.id for s in samples], answers.items())
-    cases = [Case(s, texts[s.id], questions.scenes[s.scene], questions.shown[s.scene]) for s in samples]
+    cases = cases_of(questions, samples, texts)
     write_whole(path, json.dumps([row.submit(c) for c in cases]) + "\n")
     print(f"{name}: the answers of {questions.file} are hidden; to be submitted: {path} "
           f"({len(cases)} answers, {dict(faults) or 'none'} malformed)")  # fmt: skip
@@ -1919,7 +1932,8 @@ def ask_all(model: torch.nn.Module, questions: Questions, stage: data.Stage, nam
     chosen = {name: select(find_benchmark(name), questions.samples) for name in names or generated()}
     empty = [name for name, samples in chosen.items() if not samples]
     if names and empty:
-        raise DataError(f"{empty[0]}: this run has no such questions; it has {', '.join(ask_names(questions))}")
+        known = ", ".join(ask_names(questions)) or "none of those named; without --benchmark it is asked all it has"
+        raise DataError(f"{empty[0]}: this run has no such questions; it has {known}")
     return {
         name: predict(model, questions, samples, stage, BENCHMARKS[name].tokens, batch_size,
                       BENCHMARKS[name].prompt)
@@ -1990,11 +2004,7 @@ def read_benchmark(name: str, annotations: Path, root: Path | None = None, propo
         raise DataError(f"{name}: its boxes lie in the scans; give their folder with --root")
     if proposals != "gt":
         questions = with_boxes(questions, Path(proposals))
-    if (blind := blind_of(name, annotations)) is not None:
-        for s in questions.samples:
-            text = blind.predict(s, questions.shown[s.scene])
-            questions.blind[s.id] = substitute(text, lambda i, s=s: refer(questions.shown[s.scene], i))
-        questions.guesses.update({task: list(blind.answers(task, 50)) for task in row.tasks})
+    guess_blindly(questions, blind_of(name, annotations))
     return questions
 
 
