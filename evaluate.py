@@ -2067,7 +2067,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             parser.error("give --run DIR, or one --benchmark NAME with --annotations FILE and --predictions FILE; a "
                          "run and an official benchmark take --annotations too")  # fmt: skip
-    except DataError as e:
+    except (DataError, OSError) as e:  # OSError: what cannot be written
         parser.exit(2, f"evaluate.py: {e}\n")
 
 

@@ -1451,7 +1451,7 @@ def main(arguments: Sequence[str]) -> int:
             data.choose(COMMANDS, arguments[0], "command")(arguments[1:])
         else:
             data.ask_scene(sys.modules[__name__], arguments)
-    except DataError as error:
+    except (DataError, OSError) as error:  # OSError: what cannot be written
         print(f"spatial3dllm.py: {error}", file=sys.stderr)
         return 2
     return 0

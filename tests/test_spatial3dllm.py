@@ -626,7 +626,14 @@ def test_a_loaded_model_is_no_part_of_the_checkpoint(hub):
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 
-def test_a_command_that_lacks_something_says_so_in_one_line(capsys):
-    for arguments in (["encoder"], ["modle", "--root", "nowhere"], ["--scene", "nowhere", "--ask", "?"]):
-        assert spatial3dllm.main(arguments) == 2
-        assert capsys.readouterr().err.count("\n") == 1
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["encoder"], "--run, --out"),
+    (["modle", "--root", "nowhere"], "--out"),
+    (["modle", "--root", "nowhere", "--out", "x", "--per-scene", "0"], "--per-scene 0: give at least 1"),
+    (["modl"], "command 'modl' is unknown: choose one of modle, encoder"),
+    (["--scene", "nowhere", "--ask", "?"], "--run"),
+])  # fmt: skip
+def test_a_command_that_lacks_something_says_so_in_one_line(arguments, says, capsys):
+    assert spatial3dllm.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert says in said and said.count("\n") == 1
