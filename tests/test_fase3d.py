@@ -49,6 +49,7 @@ from fase3d import (
     hilbert,
     load_adapters,
     morton,
+    most_frequent,
     nearest_edges,
     nearest_to_centre,
     quantise,
@@ -968,6 +969,15 @@ def test_what_a_seed_shows_is_the_most_frequent_object_on_its_superpoint(text, s
         for s, shown in zip(found["seed"], found["shows"], strict=True):
             votes = Counter(things[found["owner"] == s].tolist())
             assert votes[int(shown)] == max(votes.values())
+
+
+def test_the_most_frequent_label_equals_counting():
+    """Superpoints of rooms hardly ever lie on two things, so the rooms above cannot tell; ties go to the largest."""
+    g = torch.Generator().manual_seed(0)
+    label, owner = torch.randint(0, 4, (60,), generator=g), torch.randint(0, 9, (60,), generator=g)
+    for m, found in enumerate(most_frequent(label, owner, 9).tolist()):
+        votes = Counter(label[owner == m].tolist())
+        assert found == max(votes, key=lambda i: (votes[i], i))
 
 
 @pytest.mark.parametrize("unknown", ["category", "colour"])

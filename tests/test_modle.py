@@ -469,6 +469,9 @@ def test_blind_guesses_a_mean_box_and_does_not_know_what_is_ambiguous(asked):
     assert data.tuples(blind.predict(bare[0], None), 6)[0] == pytest.approx(np.mean(boxes, axis=0), abs=0.0051)
     ambiguous = next(s for s, _ in asked["modle_refuse"] if s.wording.startswith("modle_distance"))
     assert evaluate.number(data.Blind(seen).predict(ambiguous, None)) is not None
+    form = lambda s: re.sub(r"#\d+|=[^|]*", "", s.wording)  # noqa: E731  template and slots, without their values
+    answerable = {form(s) for task in ("modle_distance", "modle_move", "modle_place") for s, _ in asked[task]}
+    assert {form(s) for s, _ in asked["modle_refuse"] if s.kind == "ambiguous"} < answerable
 
 
 # ---- written down ----------------------------------------------------------------------------------------------------
