@@ -1902,12 +1902,13 @@ def evaluate_run(done: object, names: Sequence[str] = (), proposals: str = "gt",
     per_scene = per_scene or max(3, 60 // len(test))  # of every task; more where there are few scenes
     done.model.begin(stage)
     seed, trained = done.args.seed, set(stage.tasks)
-    rows = [BENCHMARKS[n] for n in names or generated()]
-    tasks = [task for row in rows for task in row.tasks
-             if task in data.TASKS and (names or task in trained or trained.intersection(row.beside))]
+    usual = [task for row in map(BENCHMARKS.get, generated()) for task in row.tasks
+             if task in data.TASKS and (task in trained or trained.intersection(row.beside))]  # fmt: skip
+    tasks = [task for n in names for task in BENCHMARKS[n].tasks if task in data.TASKS] if names else usual
     scenes = {s.name: numbered(s, seed) for s in test}
     samples = data.question_set(scenes.values(), tasks, per_scene, seed)
-    blind = data.Blind(data.question_set(done.train[:300], tasks, 3, seed + 1))
+    known = list(dict.fromkeys([*usual, *tasks]))  # one wording may serve several tasks: blind knows them all
+    blind = data.Blind(data.question_set(done.train[:300], known, 3, seed + 1))
     questions = prepare(samples, scenes, blind, proposals, seed, getattr(done.model, "proposals", dict)())
     done.prepare(list(questions.shown.values()))
     columns = {}

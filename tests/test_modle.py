@@ -6,9 +6,11 @@ import math
 import re
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from test_evaluate import STAGE, Echo
 from test_questions import ends, find, only, support
 
 import data
@@ -472,6 +474,17 @@ def test_blind_guesses_a_mean_box_and_does_not_know_what_is_ambiguous(asked):
     form = lambda s: re.sub(r"#\d+|=[^|]*", "", s.wording)  # noqa: E731  template and slots, without their values
     answerable = {form(s) for task in ("modle_distance", "modle_move", "modle_place") for s, _ in asked[task]}
     assert {form(s) for s, _ in asked["modle_refuse"] if s.kind == "ambiguous"} < answerable
+
+
+def test_blind_knows_the_same_whether_a_benchmark_is_asked_alone(scenes, tmp_path):
+    """An ambiguous request has the wording of a measurement: who never saw those would guess the refusal."""
+    rooms, tasks = list(scenes.values()), ("modle_distance", "modle_move", "modle_place", "modle_refuse")
+    args = SimpleNamespace(seed=3, model="spatial3dllm", data="rooms", out=tmp_path)
+    done = SimpleNamespace(args=args, model=Echo(), stages=[replace(STAGE, tasks=dict.fromkeys(tasks, 1.0))],
+                           train=rooms[10:40], test=rooms[:4], prepare=lambda scenes: None)  # fmt: skip
+    together, alone = (evaluate.evaluate_run(done, names, per_scene=4)["rooms/modle_refuse"]["columns"]["blind"]
+                       for names in ((), ["rooms/modle_refuse"]))  # fmt: skip
+    assert together == alone and together["em/cleaned/ambiguous"] < together["em/cleaned/contradictory"]
 
 
 # ---- written down ----------------------------------------------------------------------------------------------------
