@@ -250,6 +250,8 @@ def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     inter = np.clip(hi - lo, 0, None).prod(-1)
     union = a[..., 3:].prod(-1)[..., :, None] + b[..., 3:].prod(-1)[..., None, :] - inter
     return inter / np.maximum(union, 1e-12)
+
+
 FLAT = 0.05  # metres: what is lower, a rug, is no obstacle
 
 
@@ -3042,12 +3044,17 @@ class TinyText:
 
 class HubText:
     """The tokenizer of a pre-trained model (any `AutoTokenizer` name or folder), with its own chat template where it
-    has one, else the plain "### human: ... ### assistant:" form. Numbers stay text, metres with two decimals."""
+    has one, else the plain "### human: ... ### assistant:" form. Numbers stay text, metres with two decimals. Raises
+    DataError where there is no such model."""
 
     def __init__(self, name: str):
         from transformers import AutoTokenizer
 
-        self.name, self.tokenizer = name, AutoTokenizer.from_pretrained(name)
+        try:
+            self.name, self.tokenizer = name, AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{name}: no pre-trained model there ({str(error).splitlines()[0][:120]}); give its "
+                            "folder, or its name and a network at the first use") from None  # fmt: skip
         self.eos = self.tokenizer.eos_token_id
         self.pad = self.eos if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         if self.tokenizer.chat_template:

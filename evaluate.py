@@ -214,7 +214,6 @@ def metre_error(predicted: float | np.ndarray | None, truth: float | np.ndarray)
 
 # ---- 3 captions ------------------------------------------------------------------------------------------------------
 
-
 NGRAM = ("cider", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l")
 
 
@@ -291,8 +290,7 @@ def ngram_scores(known: dict, said: dict, protocol: str) -> dict[str, float]:
     return {f"{name}/{protocol}": float(v) for name, v in zip(NGRAM, values, strict=True)}
 
 
-def captions_at_iou(captions: Sequence[str], ious: Sequence[float], threshold: float,
-                    strict: bool) -> list[str]:  # fmt: skip
+def captions_at_iou(captions: Sequence[str], ious: Sequence[float], threshold: float, strict: bool) -> list[str]:
     """The captions that Scan2Cap's m@kIoU scores: "sos ... eos" where the box fits, "sos eos" where not.
 
     strict: IoU > threshold (Scan2Cap, LL3DA) or >= (Chat-Scene). The markers stay because papers keep them; they lift
@@ -960,8 +958,8 @@ def submit_scanqa(case: Case) -> dict:
 
 def submit_scanrefer(case: Case) -> dict:
     """The box as its 8 corners. "others" only sorts the server's table; it is not derived here."""
-    box = next((b for b in case.referred if b is not None), np.zeros(6))
-    corners = [box[:3] + box[3:] * np.array(signs) / 2 for signs in itertools.product((-1, 1), repeat=3)]
+    found = next((b for b in case.referred if b is not None), np.zeros(6))
+    corners = [found[:3] + found[3:] * np.array(signs) / 2 for signs in itertools.product((-1, 1), repeat=3)]
     scene, thing, ann = case.sample.id.split("|")
     return {"scene_id": scene, "object_id": thing, "ann_id": ann, "bbox": np.array(corners).tolist(),
             "unique_multiple": int(case.sample.kind == "multiple"), "others": 0}  # fmt: skip
@@ -1265,12 +1263,17 @@ def prepare(samples: list[Sample], scenes: Mapping[str, Scene], blind: object = 
         for name, scene in seen.items()
     }  # fmt: skip
     questions = replace(official or Questions(samples, scenes), scenes=scenes, shown=shown, proposals=proposals)
-    if blind is not None:
-        for s in samples:
-            text = blind.predict(s, shown[s.scene])
-            questions.blind[s.id] = substitute(text, lambda i, s=s: refer(shown[s.scene], i))
-        questions.guesses = {task: list(blind.answers(task, 50)) for task in sorted({s.task for s in samples})}
+    guess_blindly(questions, blind)
     return questions
+
+
+def guess_blindly(questions: Questions, blind: object = None) -> None:
+    """Add what `data.Blind` answers to every question, and the guesses that chance draws from."""
+    for s in questions.samples if blind is not None else ():
+        shown = questions.shown[s.scene]
+        questions.blind[s.id] = substitute(blind.predict(s, shown), lambda i, shown=shown: refer(shown, i))
+        if s.task not in questions.guesses:
+            questions.guesses[s.task] = list(blind.answers(s.task, 50))
 
 
 def numbered(scene: Scene, seed: int) -> Scene:
@@ -1382,6 +1385,8 @@ def mixture(sources: Mapping[str, data.Source], folder: Path, root: Path, train:
     answer. Dropped, in this order, are answers of another form, leaks, questions without a scan, those whose target no
     object that gets an identifier fits with the source's IoU (boxes: proposals.json in the folder, else the scans'
     own), and what is more than the source takes."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; name the one that holds the official files")
     benchmarks = sorted({source.benchmark for source in sources.values()})
     spaces = evaluation_spaces(benchmarks, folder, root, held)
     there = {s.name: s for s in train}
@@ -1521,18 +1526,26 @@ def write_questions(path: Path, questions: Questions, samples: Sequence[Sample])
     write_whole(path, "".join(to_json(line) + "\n" for line in lines))
 
 
+def read_sample(held: dict) -> Sample:
+    sample = Sample(**held)
+    arrays = {name: getattr(sample, name) for name in ("point", "box", "prompt")}
+    return replace(sample, **{name: None if a is None else np.array(a, float) for name, a in arrays.items()})
+
+
+def read_scene(held: dict) -> Scene:
+    things = [Thing(**o | {"box": np.array(o["box"], float)}) for o in held["objects"]]
+    bounds = held.get("bounds") and np.array(held["bounds"], float)
+    return Scene(held["name"], held["source"], things, identifiers=dict(held["identifiers"]), bounds=bounds)
+
+
 def read_questions(path: Path) -> Questions:
     """What `write_questions` wrote. Errors name the file, the row and the field."""
     questions = Questions([], {})
     shown, seen = {}, set()
-    arrays = ("point", "box", "prompt")
     for row, line in read_lines(path):
         try:
             if "sample" in line:
-                sample = Sample(**line["sample"])
-                for name in arrays:
-                    value = getattr(sample, name)
-                    setattr(sample, name, None if value is None else np.array(value, float))
+                sample = read_sample(line["sample"])
                 if sample.id in seen:
                     raise DataError(f"{path}, row {row}, field id: {sample.id} twice; question ids must differ")
                 if sample.scene not in questions.scenes:
@@ -1543,14 +1556,12 @@ def read_questions(path: Path) -> Questions:
                 questions.samples.append(sample)
                 if line.get("blind"):
                     questions.blind[sample.id] = line["blind"]
-            elif "scene" in line or "shown" in line:
-                key = "scene" if "scene" in line else "shown"
-                known = line[key]
-                things = [Thing(**o | {"box": np.array(o["box"], float)}) for o in known["objects"]]
-                bounds = known.get("bounds") and np.array(known["bounds"], float)
-                scene = Scene(known["name"], known["source"], things, identifiers=dict(known["identifiers"]),
-                              bounds=bounds)  # fmt: skip
-                (questions.scenes if key == "scene" else shown)[scene.name] = scene
+            elif "scene" in line:
+                scene = read_scene(line["scene"])
+                questions.scenes[scene.name] = scene
+            elif "shown" in line:
+                scene = read_scene(line["shown"])
+                shown[scene.name] = scene
             else:
                 questions.proposals, questions.guesses = line["proposals"], line["guesses"]
         except DataError:
@@ -2279,12 +2290,13 @@ def evaluate_run(done: object, names: Sequence[str] = (), proposals: str = "gt",
     per_scene = per_scene or max(3, 60 // len(test))  # of every task; more where there are few scenes
     done.model.begin(stage)
     seed, trained = done.args.seed, set(stage.tasks)
-    rows = [BENCHMARKS[n] for n in names or generated()]
-    tasks = [task for row in rows for task in row.tasks
-             if task in data.TASKS and (names or task in trained or trained.intersection(row.beside))]
+    usual = [task for row in map(BENCHMARKS.get, generated()) for task in row.tasks
+             if task in data.TASKS and (task in trained or trained.intersection(row.beside))]  # fmt: skip
+    tasks = [task for n in names for task in BENCHMARKS[n].tasks if task in data.TASKS] if names else usual
     scenes = {s.name: numbered(s, seed) for s in test}
     samples = data.question_set(scenes.values(), tasks, per_scene, seed)
-    blind = data.Blind(data.question_set(done.train[:300], tasks, 3, seed + 1))
+    known = list(dict.fromkeys([*usual, *tasks]))  # one wording may serve several tasks: blind knows them all
+    blind = data.Blind(data.question_set(done.train[:300], known, 3, seed + 1))
     questions = prepare(samples, scenes, blind, proposals, seed, getattr(done.model, "proposals", dict)())
     done.prepare(list(questions.shown.values()))
     columns = {}
@@ -2309,7 +2321,8 @@ def ask_all(model: torch.nn.Module, questions: Questions, stage: data.Stage, nam
     chosen = {name: select(find_benchmark(name), questions.samples) for name in names or generated()}
     empty = [name for name, samples in chosen.items() if not samples]
     if names and empty:
-        raise DataError(f"{empty[0]}: this run has no such questions; it has {', '.join(ask_names(questions))}")
+        known = ", ".join(ask_names(questions)) or "none of those named; without --benchmark it is asked all it has"
+        raise DataError(f"{empty[0]}: this run has no such questions; it has {known}")
     return {
         name: predict(model, questions, samples, stage, BENCHMARKS[name].tokens, batch_size,
                       BENCHMARKS[name].prompt)
@@ -2385,11 +2398,7 @@ def read_benchmark(name: str, annotations: Path, root: Path | None = None, propo
         raise DataError(f"{name}: its boxes lie in the scans; give their folder with --root")
     if proposals != "gt":
         questions = with_boxes(questions, Path(proposals))
-    if (blind := blind_of(name, annotations)) is not None:
-        for s in questions.samples:
-            text = blind.predict(s, questions.shown[s.scene])
-            questions.blind[s.id] = substitute(text, lambda i, s=s: refer(questions.shown[s.scene], i))
-        questions.guesses.update({task: list(blind.answers(task, 50)) for task in row.tasks})
+    guess_blindly(questions, blind_of(name, annotations))
     return questions
 
 
@@ -2453,7 +2462,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             parser.error("give --run DIR, or one --benchmark NAME with --annotations FILE and --predictions FILE; a "
                          "run and an official benchmark take --annotations too")  # fmt: skip
-    except DataError as e:
+    except (DataError, OSError) as e:  # OSError: what cannot be written
         parser.exit(2, f"evaluate.py: {e}\n")
 
 

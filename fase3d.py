@@ -223,23 +223,24 @@ def unmorton(keys: Tensor, bits: int) -> Tensor:
     return torch.stack([_gather(keys >> axis) for axis in range(3)], 1).int()
 
 
-def hilbert(cells: Tensor, bits: int) -> Tensor:
-    """Hilbert keys [N] int64 of cells [N, 3] (Skilling 2004): consecutive keys are face neighbours.
+def _turn(x: list[Tensor], axis: int, level: int) -> None:
+    """One step of the Hilbert curve, in place and its own inverse: where bit `level` of the axis is set, the lower bits
+    of axis 0 flip; elsewhere they change places with those of the axis."""
+    low = (1 << level) - 1
+    turned = -((x[axis] >> level) & 1)  # all ones where the bit is set
+    swap = (x[0] ^ x[axis]) & low & ~turned
+    x[0] = x[0] ^ (swap | turned & low)
+    if axis:
+        x[axis] = x[axis] ^ swap
 
-    From the top bit down an axis whose bit is set flips the lower bits of axis 0, else swaps them with its own; what
-    remains is a Gray code.
-    """
+
+def hilbert(cells: Tensor, bits: int) -> Tensor:
+    """Hilbert keys [N] int64 of cells [N, 3] (Skilling 2004): consecutive keys are face neighbours. Every axis turns
+    the lower bits, from the top bit down; what remains is a Gray code."""
     x = [c.contiguous().int() for c in cells.unbind(1)]
     for level in range(bits - 1, 0, -1):
-        low = (1 << level) - 1
-        for i in range(3):
-            turned = -((x[i] >> level) & 1)  # all ones where the bit is set
-            if i == 0:
-                x[0] = x[0] ^ (turned & low)
-            else:
-                swap = (x[0] ^ x[i]) & low
-                x[0] = x[0] ^ (swap & ~turned | turned & low)
-                x[i] = x[i] ^ (swap & ~turned)
+        for axis in (0, 1, 2):
+            _turn(x, axis, level)
     x[1] = x[1] ^ x[0]
     x[2] = x[2] ^ x[1]
     t = x[2] >> 1  # bit j becomes the parity of the bits above it
@@ -257,20 +258,13 @@ def unhilbert(keys: Tensor, bits: int) -> Tensor:
     x[1] = x[1] ^ x[0]
     x[0] = x[0] ^ t
     for level in range(1, bits):
-        low = (1 << level) - 1
-        for i in (2, 1, 0):
-            turned = -((x[i] >> level) & 1)
-            if i == 0:
-                x[0] = x[0] ^ (turned & low)
-            else:
-                swap = (x[0] ^ x[i]) & low
-                x[0] = x[0] ^ (swap & ~turned | turned & low)
-                x[i] = x[i] ^ (swap & ~turned)
+        for axis in (2, 1, 0):
+            _turn(x, axis, level)
     return torch.stack(x, 1)
 
 
-CURVES = {  # name -> (keys, axes as they enter: the first leads a Hilbert key, the last a Morton key); 1, 2, 4 or 6 are
-    # used, from the top
+CURVES = {  # name -> (keys, axes in the order in which they enter); Config.curves of them are used, from the top. The
+    # first axis leads a Hilbert key, the last a Morton key: height leads "z", and turns fastest in "vertical z"
     "z": (morton, (0, 1, 2)), "hilbert": (hilbert, (0, 1, 2)),
     "transposed z": (morton, (1, 0, 2)), "transposed hilbert": (hilbert, (1, 0, 2)),
     "vertical z": (morton, (2, 0, 1)), "vertical hilbert": (hilbert, (2, 0, 1)),
@@ -441,6 +435,15 @@ def nearest_to_centre(points: Tensor, owner: Tensor, count: int) -> Tensor:
     order = torch.argsort(gap, stable=True)
     order = order[torch.argsort(owner[order], stable=True)]
     return order[torch.searchsorted(owner[order], torch.arange(count, device=owner.device))]
+
+
+def most_frequent(label: Tensor, owner: Tensor, count: int) -> Tensor:
+    """The most frequent label >= 0 [count] of each group of points (ties: the largest); label, owner [N]."""
+    pair, times = (owner * (int(label.max()) + 1) + label).unique(return_counts=True)
+    group, label = pair // (int(label.max()) + 1), pair % (int(label.max()) + 1)
+    most = times.new_zeros(count).scatter_reduce(0, group, times, "amax")
+    first = times == most[group]
+    return label.new_zeros(count).scatter_reduce(0, group[first], label[first], "amax")
 
 
 def graph_pool(S: Tensor, seed: Tensor, token: Tensor, member: Tensor, strength: Tensor, count: int) -> Tensor:
@@ -689,7 +692,7 @@ class Model(nn.Module):
         self.merger = Merger(config.dim, D, scale)
         self.place = Place(D, scale)
         self.coordinate = CoordinateToken(config.dim, D, scale)
-        self.selector = SELECTORS[config.selector][1](config) or None
+        self.selector = SELECTORS[config.selector][1](config)
         if config.llm is not None:  # a checkpoint need not repeat what `llm` names
             names = self.llm.named_parameters(prefix="llm", remove_duplicate=False)  # a tied weight has two
             self.borrowed = tuple(n for n, _ in names if "lora_" not in n)
@@ -760,11 +763,7 @@ class Model(nn.Module):
         token, member, strength = support(seed, edges, votes)
         shows = torch.zeros(len(seed), dtype=torch.long)
         if scene.instances is not None:
-            thing = torch.from_numpy(scene.instances[index]).long()
-            pair, votes_for = (owner * (int(thing.max()) + 1) + thing).unique(return_counts=True)
-            best = torch.zeros(len(centres), dtype=torch.long).scatter_reduce(
-                0, pair // (int(thing.max()) + 1), votes_for * 2**32 + pair % (int(thing.max()) + 1), "amax")
-            shows = (best % 2**32)[seed]  # the most frequent object on the seed's superpoint  # fmt: skip
+            shows = most_frequent(torch.from_numpy(scene.instances[index]).long(), owner, len(centres))[seed]
         found = dict(index=torch.from_numpy(index), owner=owner, orders=orders, seed=seed, token=token, member=member,
                      edges=edges, votes=votes, shows=shows)  # fmt: skip
         return {k: v.numpy().astype(np.int32) for k, v in found.items()} | {

@@ -14,7 +14,8 @@ named by description ("the red chair") or by their box in text, never by an iden
   h --k-NN graph, 2 layers--> h --cross-attention to the seeds, Fourier positions--> h [R,C], boxes [R,6]
   projector(h) + code(boxes) = scene tokens [R,D] -> Llama with LoRA -> "red chair [1.25, -0.80, 0.45, ...] ... = 2.03"
 
-Axes: B scenes, N points, M seeds, R referents, S points of a ball, C channels, K scene tokens (= R), D width, T text.
+Axes: B scenes, N points, M seeds, R referents, P points of a ball, C channels, H heads, K scene tokens (= R), D width
+of the language model, S packed rows (one per scene), Q questions, T text, A answer tokens.
 
 | paper                                     | here                                                   |
 | scene encoder, PointNet++, frozen         | SetAbstraction, FeaturePropagation, PointNet           |
@@ -191,9 +192,9 @@ def gather(values: Tensor, index: Tensor) -> Tensor:
 
 
 def gather_max(values: Tensor, index: Tensor) -> Tensor:
-    """max over S of values [B, N, C] at index [B, M, S] -> [B, M, C], without ever holding [B, M, S, C]."""
+    """max over P of values [B, N, C] at index [B, M, P] -> [B, M, C], without ever holding [B, M, P, C]."""
     B, N, C = values.shape
-    rows = index + torch.arange(B, device=index.device)[:, None, None] * N  # [B, M, S] into B * N
+    rows = index + torch.arange(B, device=index.device)[:, None, None] * N  # [B, M, P] into B * N
     return F.embedding_bag(rows.flatten(0, 1), values.reshape(B * N, C), mode="max").view(B, -1, C)
 
 
@@ -213,14 +214,14 @@ class SetAbstraction(nn.Module):
                                  nn.LayerNorm(outputs))  # fmt: skip
 
     def forward(self, f: Tensor, p: Tensor, q: Tensor, index: Tensor) -> Tensor:
-        """f [B, N, C], p [B, N, 3], centres q [B, M, 3], index [B, M, S] of points in the ball -> [B, M, C']."""
-        place = self.place.weight.T / self.radius  # [3, H]
-        point, centre = self.feature(f) + p @ place, q @ place  # [B, N, H], [B, M, H]
+        """f [B, N, C], p [B, N, 3], centres q [B, M, 3], index [B, M, P] of points in the ball -> [B, M, outputs]."""
+        place = self.place.weight.T / self.radius  # [3, hidden]
+        point, centre = self.feature(f) + p @ place, q @ place  # [B, N, hidden], [B, M, hidden]
         if len(self.pairs):
-            h = self.pairs(gather(point, index) - centre[:, :, None]).amax(2)  # [B, M, H]
+            h = self.pairs(gather(point, index) - centre[:, :, None]).amax(2)  # [B, M, hidden]
         else:
-            h = gather_max(point, index) - centre  # [B, M, H]
-        return self.out(h)  # [B, M, C']
+            h = gather_max(point, index) - centre  # [B, M, hidden]
+        return self.out(h)  # [B, M, outputs]
 
 
 class FeaturePropagation(nn.Module):
@@ -232,9 +233,9 @@ class FeaturePropagation(nn.Module):
         self.norm = nn.LayerNorm(outputs)
 
     def forward(self, coarse: Tensor, fine: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        """coarse [B, M, C], fine [B, N, C'], index [B, N, 3] into M, weight [B, N, 3] -> [B, N, C'']."""
-        spread = (gather(coarse, index) * weight[..., None]).sum(2)  # [B, N, C]
-        return self.norm(self.mlp(torch.cat([spread, fine], -1)))  # [B, N, C'']
+        """coarse [B, M, C], fine [B, N, C'], index [B, N, 3] into M, weight [B, N, 3] -> [B, N, outputs]."""
+        carried = (gather(coarse, index) * weight[..., None]).sum(2)  # [B, N, C]
+        return self.norm(self.mlp(torch.cat([carried, fine], -1)))  # [B, N, outputs]
 
 
 class PointNet(nn.Module):
@@ -253,16 +254,16 @@ class PointNet(nn.Module):
     def forward(self, f: Tensor, p: Tensor, order: Tensor, balls: Sequence[Tensor],
                 links: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Cloud f [B, N, 7], p [B, N, 3]; order [B, M1] of the first centres, of which every later level is a prefix;
-        balls [B, M, S] per level; links per propagation -> seed features [B, M2, C] and their places [B, M2, 3]."""
+        balls [B, M, P] per level; links per propagation -> seed features [B, M2, C] and their places [B, M2, 3]."""
         q = gather(p, order)  # [B, M1, 3]
         levels = []
         for layer, index in zip(self.down, balls, strict=True):
-            centres = q[:, : index.shape[1]]
-            f, p = layer(f, p, centres, index), centres
+            centres = q[:, : index.shape[1]]  # [B, M, 3]
+            f, p = layer(f, p, centres, index), centres  # [B, M, C], [B, M, 3]
             levels.append(f)
         for layer, fine, link in zip(self.up, (levels[2], levels[1]), links, strict=True):
-            f = layer(f, fine, *link)
-        return f, q[:, : f.shape[1]]
+            f = layer(f, fine, *link)  # [B, finer, C]
+        return f, q[:, : f.shape[1]]  # [B, M2, C], [B, M2, 3]
 
 
 # ---- 3 intra-referent clustering and abstraction ---------------------------------------------------------------------
@@ -282,15 +283,16 @@ class Abstraction(nn.Module):
     def forward(self, f: Tensor, p: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Seeds f [B, M, C] at p [B, M, 3] in farthest-point order -> referents h [B, R, C] and the votes [B, M, 3] of
         all seeds, of which the first R are the referents' centres."""
-        moved = self.vote(f)  # [B, M, 3 + C]
-        v, f = p + moved[..., :3], f + moved[..., 3:]
+        moved, change = self.vote(f).split((3, f.shape[-1]), -1)  # [B, M, 3], [B, M, C]
+        v, f = p + moved, f + change  # [B, M, 3], [B, M, C]
         q = v[:, :count]  # [B, R, 3]
         with torch.no_grad():
-            far, index = torch.cdist(q, v).topk(min(self.samples, v.shape[1]), largest=False)  # [B, R, S]
+            far, index = torch.cdist(q, v).topk(min(self.samples, v.shape[1]), largest=False)  # [B, R, P]
             own = torch.arange(q.shape[1], device=q.device)[:, None]  # what is too far is the referent itself again
-            index = torch.where(far <= self.ball, index, own)
-        place = self.place.weight.T / self.ball
-        return self.out(gather_max(self.feature(f) + v @ place, index) - q @ place), v
+            index = torch.where(far <= self.ball, index, own)  # [B, R, P]
+        place = self.place.weight.T / self.ball  # [3, C]
+        h = gather_max(self.feature(f) + v @ place, index) - q @ place  # [B, R, C]
+        return self.out(h), v  # [B, R, C], [B, M, 3]
 
 
 # ---- 4 inter-referent message passing --------------------------------------------------------------------------------
@@ -301,11 +303,11 @@ def neighbour_graph(centres: Tensor, k: int) -> Tensor:
     [B, R, 3] -> [B, R, R]."""
     far = torch.cdist(centres, centres)  # [B, R, R]
     near = far.topk(min(k + 1, far.shape[-1]), largest=False).indices  # [B, R, k + 1]
-    linked = torch.zeros_like(far).scatter_(-1, near, 1.0)
-    linked = torch.maximum(linked, linked.mT)
+    linked = torch.zeros_like(far).scatter_(-1, near, 1.0)  # [B, R, R]
+    linked = torch.maximum(linked, linked.mT)  # [B, R, R]
     linked.diagonal(dim1=-2, dim2=-1).fill_(1.0)  # of two referents at one place either may be the nearest
     degree = linked.sum(-1).rsqrt()  # [B, R]
-    return degree[..., None] * linked * degree[..., None, :]
+    return degree[..., None] * linked * degree[..., None, :]  # [B, R, R]
 
 
 class Graph(nn.Module):
@@ -322,7 +324,7 @@ class Graph(nn.Module):
         """h [B, R, C], centres [B, R, 3] -> [B, R, C]."""
         graph = neighbour_graph(centres.detach(), self.k)  # [B, R, R]
         for norm, layer in zip(self.norms, self.layers, strict=True):
-            h = h + F.relu(graph @ layer(norm(h)))
+            h = h + F.relu(graph @ layer(norm(h)))  # [B, R, C]
         return h
 
 
@@ -338,8 +340,9 @@ class FourierPosition(nn.Module):
         self.out = nn.Linear(features, C, bias=False)
 
     def forward(self, places: Tensor) -> Tensor:
-        phase = places @ self.frequencies
-        return self.out(torch.cat([phase.cos(), phase.sin()], -1))
+        """places [..., 3] metres -> [..., C]."""
+        phase = places @ self.frequencies  # [..., waves]
+        return self.out(torch.cat([phase.cos(), phase.sin()], -1))  # [..., C]
 
 
 class Context(nn.Module):
@@ -350,7 +353,7 @@ class Context(nn.Module):
         C = config.feature
         self.heads = config.context_heads
         self.norm, self.norm_scene, self.norm_mlp = (nn.LayerNorm(C) for _ in range(3))
-        self.position = FourierPosition(config.fourier, C, .25)
+        self.position = FourierPosition(config.fourier, C, 0.25)
         self.query, self.key, self.value, self.out = (nn.Linear(C, C) for _ in range(4))
         self.place = nn.Linear(3, C, bias=False)  # what is seen is written from the referent's own place
         self.mlp = nn.Sequential(nn.Linear(C, 2 * C), nn.ReLU(), nn.Linear(2 * C, C))
@@ -358,13 +361,14 @@ class Context(nn.Module):
     def forward(self, h: Tensor, centres: Tensor, scene: Tensor, places: Tensor) -> Tensor:
         """Referents h [B, R, C] at centres [B, R, 3], seeds scene [B, M, C] at places [B, M, 3] -> [B, R, C]."""
         B, R, C = h.shape
-        split = lambda x: x.view(B, -1, self.heads, C // self.heads).transpose(1, 2)  # noqa: E731  [B, n, ., C / n]
-        q, s = self.norm(h), self.norm_scene(scene)
-        q, k, v = self.query(q + self.position(centres)), self.key(s + self.position(places)), self.value(s)
-        seen = F.scaled_dot_product_attention(split(q), split(k), split(v + self.place(places)))
+        split = lambda x: x.view(B, -1, self.heads, C // self.heads).transpose(1, 2)  # noqa: E731
+        q, s = self.norm(h), self.norm_scene(scene)  # [B, R, C], [B, M, C]
+        q = split(self.query(q + self.position(centres)))  # [B, H, R, C / H]
+        k, v = split(self.key(s + self.position(places))), split(self.value(s) + self.place(places))  # [B, H, M, C / H]
+        seen = F.scaled_dot_product_attention(q, k, v)  # [B, H, R, C / H]
         seen = seen.transpose(1, 2).reshape(B, R, C) - self.place(centres)  # [B, R, C]
-        h = h + self.out(seen)
-        return h + self.mlp(self.norm_mlp(h))
+        h = h + self.out(seen)  # [B, R, C]
+        return h + self.mlp(self.norm_mlp(h))  # [B, R, C]
 
 
 # ---- 6 the model -----------------------------------------------------------------------------------------------------
@@ -375,7 +379,7 @@ WAVES = 6  # wavelengths 0.5, 1, ... 16 m
 def waves(values: Tensor) -> Tensor:
     """[...] metres -> [..., 2 * WAVES]: cosines and sines of the value at WAVES wavelengths."""
     phase = values[..., None] * (2 * math.pi / 0.5 / 2 ** torch.arange(WAVES, device=values.device))  # [..., WAVES]
-    return torch.cat([phase.cos(), phase.sin()], -1)
+    return torch.cat([phase.cos(), phase.sin()], -1)  # [..., 2 * WAVES]
 
 
 class LocationCode(nn.Module):
@@ -387,7 +391,7 @@ class LocationCode(nn.Module):
 
     def forward(self, boxes: Tensor) -> Tensor:
         """boxes [..., 6] metres -> [..., D]."""
-        return self.out(waves(boxes).flatten(-2))
+        return self.out(waves(boxes).flatten(-2))  # [..., D]
 
 
 def build_llm(config: Config, vocabulary: int):
@@ -658,9 +662,9 @@ class Model(nn.Module):
         c = self.config
         h, v = self.intra(f, p, c.referents) if c.intra else (f[:, : c.referents], p)
         q = v[:, : c.referents]  # [B, R, 3]
-        h = self.inter[c.inter](h, q)
+        h = self.inter[c.inter](h, q)  # [B, R, C]
         if c.context:
-            h = self.context(h, q, f, p) if c.positions else self.context(h, 0 * q, f, 0 * p)
+            h = self.context(h, q, f, p) if c.positions else self.context(h, 0 * q, f, 0 * p)  # [B, R, C]
         box = self.box(h)  # [B, R, 6] the rest of the way, and log sizes
         return h, torch.cat([q + box[..., :3], (box[..., 3:] - 1).clamp(-5, 3).exp()], -1), v
 
@@ -709,11 +713,11 @@ class Model(nn.Module):
             loss = torch.zeros(())
         else:
             h, boxes, *seeds = self.see(scenes)
-            z = self.projector(h)
+            z = self.projector(h)  # [B, K, D]
             valid = torch.ones(z.shape[:2], dtype=torch.bool)
             loss = self.seen_loss(scenes, z, boxes, *seeds)[0] if teach else torch.zeros(())
         if self.config.positions:
-            z = z + self.code(boxes)
+            z = z + self.code(boxes)  # [B, K, D]
         return z, valid.to(z.device), loss
 
     def encode(self, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
@@ -742,9 +746,9 @@ class Model(nn.Module):
         return data.collate(groups, self.text, lengths, self.refer, self.stage_steps)
 
     def embed(self, ids: Tensor, tokens: Tensor, valid: Tensor) -> Tensor:
-        """Word embeddings with the scene's tokens in place of the placeholders: ids [R, T] -> [R, T, D]."""
-        embeds = self.llm.get_input_embeddings()(ids.clamp(min=0))  # [R, T, D]
-        return embeds.masked_scatter((ids == SCENE)[..., None], tokens[valid].to(embeds))  # [R, T, D]
+        """Word embeddings with the scene's tokens in place of the placeholders: ids [S or Q, T] -> [.., T, D]."""
+        embeds = self.llm.get_input_embeddings()(ids.clamp(min=0))  # [S, T, D]
+        return embeds.masked_scatter((ids == SCENE)[..., None], tokens[valid].to(embeds))  # [S, T, D]
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """Summed next-token loss over answer tokens, {"loss", "weight", "correct"} (weight = how many); in the
@@ -762,7 +766,8 @@ class Model(nn.Module):
                                 position_ids=positions, use_cache=False).last_hidden_state  # [S, T, D]  # fmt: skip
         answered = labels != IGNORE  # [S, T]
         logits = self.llm.lm_head(hidden[answered]).float()  # [A, vocabulary]
-        target, weight = labels[answered], answered.sum()  # [A]
+        target = labels[answered]  # [A]
+        weight = answered.sum()
         loss = F.cross_entropy(logits, target, reduction="sum") + self.config.teach * weight * seen
         return {"loss": loss, "weight": weight, "correct": (logits.argmax(-1) == target).sum()}
 
@@ -771,7 +776,7 @@ class Model(nn.Module):
         """Greedy answers, one per question in the batch's order, locations in metres; rows are left-padded so that all
         end together."""
         device = self.llm.device
-        tokens, valid = self.encode(batch["scenes"])  # [S, K, D]
+        tokens, valid = self.encode(batch["scenes"])  # [S, K, D], [S, K]
         rows = data.unpack_for_generation(batch, self.text)
         ids, attention, scene = (rows[k].to(device) for k in ("ids", "attention", "scene"))
         out = self.llm.generate(inputs_embeds=self.embed(ids, tokens[scene], valid[scene]), attention_mask=attention,
@@ -1047,7 +1052,7 @@ def add_up(axis: int, value: float, side: str, amount: float) -> tuple[str, floa
     return f"{'xyz'[axis]}{metres(value)} {side} {metres(amount)} {'xyz'[axis]}{metres(total)}", total
 
 
-def stack(z: float, height: float) -> tuple[str, float]:
+def half_up(z: float, height: float) -> tuple[str, float]:
     """The steps of half a height, "h0.36 z0.92", and the printed sum z + height / 2."""
     total = round(round(z, 2) + round(height, 2) / 2, 2)
     return f"h{metres(height)} z{metres(total)}", total
@@ -1172,7 +1177,7 @@ def place_on_floor(scene: Scene, rng: np.random.Generator, task: str, i: int, j:
         return None
     side, amount, axis = sides[k], float(amounts[k]), int(axes[k])
     sums, new = add_up(axis, start[axis], side, amount)
-    up, z = stack(0.0, box[5])
+    up, z = half_up(0.0, box[5])
     answer = start.copy()
     answer[axis], answer[2] = new, z
     steps = f"{f.described[i]} {listed(box)} {f.described[j]} {listed(other[:3])} {sums} z0.00 {up} ="
@@ -1185,8 +1190,8 @@ def place_on_top(scene: Scene, rng: np.random.Generator, task: str, i: int, j: i
     target = np.array([*other[:2], other[2] + (other[5] + box[5]) / 2, *box[3:]])
     if not allowed(f, i, target[None])[0]:
         return None
-    first, top = stack(other[2], other[5])
-    second, z = stack(top, box[5])
+    first, top = half_up(other[2], other[5])
+    second, z = half_up(top, box[5])
     answer = target.copy()
     answer[2] = z
     steps = f"{f.described[i]} {listed(box)} {f.described[j]} {listed(other)} z{metres(other[2])} {first} {second} ="
@@ -1228,7 +1233,7 @@ def modle_drill(scene: Scene, rng: np.random.Generator, task: str) -> Sample | N
     lo, hi = tight(f)
     if task == "modle_stack":
         z = 0.0 if rng.random() < 0.3 else rng.uniform(0, max(hi[2] / 2, 0.1))  # things are put on floors, and on tops
-        steps, value = stack(z, rng.uniform(0.05, max(hi[2] - z, 0.1)))
+        steps, value = half_up(z, rng.uniform(0.05, max(hi[2] - z, 0.1)))
         numbers, answer = f"z{metres(z)} {steps}".rsplit(" ", 1)
     else:
         side = pick(rng, tuple(DIRECTIONS))
@@ -1275,7 +1280,7 @@ def distinct(scene: Scene, task: str, seed: int, patience: int = 100) -> Iterato
             yield sample
 
 
-def spread(streams: Sequence[Iterator[Sample]], total: int) -> list[Sample]:
+def share_out(streams: Sequence[Iterator[Sample]], total: int) -> list[Sample]:
     """`total` samples, one of every stream in turn; what a poor scene cannot give, the others do."""
     samples, streams = [], list(streams)
     while streams and len(samples) < total:
@@ -1302,6 +1307,8 @@ def write_modle(root: Path, out: Path, per_scene: int = PER_SCENE, seed: int = 0
     has `per_scene` questions times its scans, shared out over tasks by SHARES, as far as its scans can give them; the
     validation scans are asked as many once more in the looser wordings. The same seed gives the same files."""
     data.adopt(sys.modules[__name__])
+    if per_scene < 1:
+        raise DataError(f"--per-scene {per_scene}: give at least 1 question per scan")
     manifest = {"seed": seed, "per_scene": per_scene, "shares": SHARES, "wordings": TEMPLATES}
     out.mkdir(parents=True, exist_ok=True)
     for split, ids in zip(("train", "val"), data.scan_ids(root).values(), strict=True):
@@ -1313,7 +1320,7 @@ def write_modle(root: Path, out: Path, per_scene: int = PER_SCENE, seed: int = 0
         for task, share in SHARES.items():
             for wording in WORDINGS[split]:
                 streams = [distinct(scene, task + wording, seed) for scene in scenes.values()]
-                samples += spread(streams, round(share * per_scene * len(scenes)))
+                samples += share_out(streams, round(share * per_scene * len(scenes)))
         rows = [json.dumps(annotation(s, scenes[s.scene])) for s in samples]
         (out / f"{split}.json").write_text("[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8")
         counts = {scene_id: Counter(s.task for s in samples if s.scene == scene_id) for scene_id in scenes}
@@ -1399,10 +1406,10 @@ class Concatenation(nn.Module):
 
     def forward(self, h: Tensor, centres: Tensor) -> Tensor:
         """h [B, R, C], centres [B, R, 3] -> [B, R, C]; with fewer than k others the nearest come again."""
-        R = h.shape[1]
-        near = torch.cdist(centres, centres).topk(min(self.k + 1, R), largest=False).indices  # [B, R, k + 1]
-        near = near[..., torch.arange(self.k + 1, device=h.device) % R]
-        return h + F.relu(self.out(gather(self.norm(h), near).flatten(2)))
+        R, k = h.shape[1], self.k
+        near = torch.cdist(centres, centres).topk(min(k + 1, R), largest=False).indices  # [B, R, k + 1]
+        near = near[..., torch.arange(k + 1, device=h.device) % R]  # [B, R, k + 1]
+        return h + F.relu(self.out(gather(self.norm(h), near).flatten(2)))  # [B, R, C]
 
 
 class Nothing(nn.Module):
@@ -1481,11 +1488,11 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if not arguments:
             demo()
-        elif arguments[0] in COMMANDS:
-            COMMANDS[arguments[0]](arguments[1:])
+        elif not arguments[0].startswith("-"):
+            data.choose(COMMANDS, arguments[0], "command")(arguments[1:])
         else:
             data.ask_scene(sys.modules[__name__], arguments)
-    except DataError as error:
+    except (DataError, OSError) as error:  # OSError: what cannot be written
         print(f"spatial3dllm.py: {error}", file=sys.stderr)
         return 2
     return 0

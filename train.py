@@ -883,7 +883,8 @@ def draw_pictures(run: Run) -> None:
 def main(argv: list[str] | None = None, paper=None, scenes: tuple | None = None) -> int:
     try:
         run(parse(argv), paper, scenes)
-    except DataError as error:  # a loader process puts its traceback in front: the last line is the message
+    except (DataError, OSError) as error:  # OSError: what cannot be written
+        # a loader process puts its traceback in front: the last line is the message
         print(f"train.py: {str(error).strip().splitlines()[-1].removeprefix('data.DataError: ')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -453,6 +453,22 @@ def test_ranks_share_the_questions_without_overlap_or_padding(world):
             evaluate.merge(bad, ids)
 
 
+def two_processes(script: str, *arguments: str) -> None:
+    """Run a script as rank 0 and rank 1 of a gloo group, from the repository's root."""
+    root = Path(__file__).parents[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2",
+                                "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}  # fmt: skip
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", script, *arguments], cwd=root, stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT, env=environment | {"RANK": str(rank)}) for rank in range(2)
+    ]  # fmt: skip
+    said = [r.communicate(timeout=120)[0].decode() for r in ranks]
+    assert [r.returncode for r in ranks] == [0, 0], said
+
+
 def test_two_processes_give_the_metrics_of_one(tmp_path):
     """The real thing over gloo; rank 0 alone writes."""
     script = (
@@ -461,18 +477,7 @@ def test_two_processes_give_the_metrics_of_one(tmp_path):
         "out = evaluate.run(t.Echo(), t.many()[1], t.STAGE, sys.argv[1], batch_size=4)\n"
         "assert bool(out) == (dist.get_rank() == 0); dist.destroy_process_group()"
     )
-    root = Path(__file__).parents[1]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2",
-                                "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}  # fmt: skip
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "two")], cwd=root, stdout=subprocess.PIPE,
-                         stderr=subprocess.STDOUT, env=environment | {"RANK": str(rank)}) for rank in range(2)
-    ]  # fmt: skip
-    said = [r.communicate(timeout=120)[0].decode() for r in ranks]
-    assert [r.returncode for r in ranks] == [0, 0], said
+    two_processes(script, str(tmp_path / "two"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "java", lambda: False)
         evaluate.run(Echo(), many()[1], STAGE, tmp_path / "one")

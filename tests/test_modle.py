@@ -6,9 +6,11 @@ import math
 import re
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from test_evaluate import STAGE, Echo
 from test_questions import ends, find, only, support
 
 import data
@@ -469,6 +471,20 @@ def test_blind_guesses_a_mean_box_and_does_not_know_what_is_ambiguous(asked):
     assert data.tuples(blind.predict(bare[0], None), 6)[0] == pytest.approx(np.mean(boxes, axis=0), abs=0.0051)
     ambiguous = next(s for s, _ in asked["modle_refuse"] if s.wording.startswith("modle_distance"))
     assert evaluate.number(data.Blind(seen).predict(ambiguous, None)) is not None
+    form = lambda s: re.sub(r"#\d+|=[^|]*", "", s.wording)  # noqa: E731  template and slots, without their values
+    answerable = {form(s) for task in ("modle_distance", "modle_move", "modle_place") for s, _ in asked[task]}
+    assert {form(s) for s, _ in asked["modle_refuse"] if s.kind == "ambiguous"} < answerable
+
+
+def test_blind_knows_the_same_whether_a_benchmark_is_asked_alone(scenes, tmp_path):
+    """An ambiguous request has the wording of a measurement: who never saw those would guess the refusal."""
+    rooms, tasks = list(scenes.values()), ("modle_distance", "modle_move", "modle_place", "modle_refuse")
+    args = SimpleNamespace(seed=3, model="spatial3dllm", data="rooms", out=tmp_path)
+    done = SimpleNamespace(args=args, model=Echo(), stages=[replace(STAGE, tasks=dict.fromkeys(tasks, 1.0))],
+                           train=rooms[10:40], test=rooms[:4], prepare=lambda scenes: None)  # fmt: skip
+    together, alone = (evaluate.evaluate_run(done, names, per_scene=4)["rooms/modle_refuse"]["columns"]["blind"]
+                       for names in ((), ["rooms/modle_refuse"]))  # fmt: skip
+    assert together == alone and together["em/cleaned/ambiguous"] < together["em/cleaned/contradictory"]
 
 
 # ---- written down ----------------------------------------------------------------------------------------------------
@@ -523,10 +539,10 @@ def test_a_row_tells_where_everything_is_in_the_scans_own_numbers(root, tmp_path
 def test_what_a_poor_scan_cannot_give_the_others_do():
     poor, rich = hand(thing(1, "chair", "red", 0, 0), thing(2, "table", "blue", 2, 0)), data.room(0, views=0, points=0)
     streams = [distinct(s, "modle_distance", 0) for s in (poor, rich)]
-    samples = modle.spread(streams, 60)
+    samples = modle.share_out(streams, 60)
     most = 2 * len(TEMPLATES["modle_distance"])  # two orders, every wording
     assert len(samples) == 60 and Counter(s.scene for s in samples) == {"hand": most, rich.name: 60 - most}
-    assert len(modle.spread([distinct(poor, "modle_distance", 0)], 60)) == most
+    assert len(modle.share_out([distinct(poor, "modle_distance", 0)], 60)) == most
 
 
 def test_the_papers_number_of_questions_comes_from_its_scans():

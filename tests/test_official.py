@@ -6,10 +6,6 @@
 import importlib
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +15,7 @@ import numpy as np
 import official
 import pytest
 import torch
+from test_evaluate import two_processes
 
 import data
 import evaluate
@@ -368,19 +365,7 @@ def test_two_processes_give_the_official_metrics_of_one(world, tmp_path):
         "evaluate.evaluate_official(t.done(out, root), name, root / 'files' / name, partial=True, batch_size=4)\n"
         "dist.destroy_process_group()"
     )
-    root = Path(__file__).parents[1]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2",
-                                "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}  # fmt: skip
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", script, str(world.root), str(tmp_path / "two")], cwd=root,
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment | {"RANK": str(rank)})
-        for rank in range(2)
-    ]  # fmt: skip
-    said = [r.communicate(timeout=120)[0].decode() for r in ranks]
-    assert [r.returncode for r in ranks] == [0, 0], said
+    two_processes(script, str(world.root), str(tmp_path / "two"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "java", lambda: False)
         evaluate.evaluate_official(done(tmp_path / "one", world.root), "scanqa", world.files / "scanqa", partial=True)

@@ -143,3 +143,11 @@ def test_captions_of_clusters_are_scored_where_they_fit(points_run, capsys):
     evaluate.main(["--run", str(points_run), *what])
     entry = json.loads((out / "metrics.json").read_text())["rooms/caption@clusters"]
     assert next(iter(entry)).endswith("@0.5/chat-scene") and entry["proposals"]["source"] == "clusters"
+
+
+def test_a_file_where_a_folder_is_to_be_written_gets_one_line_and_status_2(tmp_path, capsys):
+    (tmp_path / "taken").touch()
+    little = ["--steps", "5", "--train-scenes", "1", "--test-scenes", "1", "--workers", "0", *SMALL]
+    assert train.main(["--model", "proxy3d", "--out", str(tmp_path / "taken"), *little]) == 2
+    said = capsys.readouterr().err
+    assert "taken" in said and said.count("\n") == 1

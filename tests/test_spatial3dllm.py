@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from shapes import wrong_shapes
 from test_text import save_tokenizer
 from torch import nn
 
@@ -212,6 +213,23 @@ def test_every_shape_column_with_all_axes_different(text, scenes):
         assert z.shape == (3, K, 32) and valid.shape == (3, K)
     model.begin(SYMBOLS)
     assert model.encode(scenes)[1].sum(1).tolist() == [9, 12, 7]
+
+
+def test_every_shape_in_a_comment_is_true_with_all_axes_different(text, hub, scenes):
+    """Statement by statement (`shapes.wrong_shapes`): N 300, M 64, 31, 18, 8, R 13, P 7, C 20, D 32."""
+    odd = dict(centres=(64, 31, 18, 8), feature=20, samples=(7,) * 4, ball_samples=7, neighbours=5, context_heads=4,
+               referents=13)  # fmt: skip
+
+    def run():
+        for change in ({}, {"pairs": 1}, {"inter": "concat"}, {"locations": "metres"}):
+            model = make(text, **odd, **change)
+            for stage in (ENCODER, SYMBOLS, REFERENTS):
+                model.begin(stage)
+                model.prepare(scenes)
+                model(model.batch(asked(scenes) if stage is not ENCODER else [(s, []) for s in scenes]))
+        model.generate(model.batch(asked(scenes, 4)), 1)
+
+    assert wrong_shapes(spatial3dllm, run, ({"B", "S"}, {"R", "K"})) == []
 
 
 # ---- 3 to 5 the three modules ----------------------------------------------------------------------------------------
@@ -634,7 +652,14 @@ def test_a_loaded_model_is_no_part_of_the_checkpoint(hub):
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 
-def test_a_command_that_lacks_something_says_so_in_one_line(capsys):
-    for arguments in (["encoder"], ["modle", "--root", "nowhere"], ["--scene", "nowhere", "--ask", "?"]):
-        assert spatial3dllm.main(arguments) == 2
-        assert capsys.readouterr().err.count("\n") == 1
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["encoder"], "--run, --out"),
+    (["modle", "--root", "nowhere"], "--out"),
+    (["modle", "--root", "nowhere", "--out", "x", "--per-scene", "0"], "--per-scene 0: give at least 1"),
+    (["modl"], "command 'modl' is unknown: choose one of modle, encoder"),
+    (["--scene", "nowhere", "--ask", "?"], "--run"),
+])  # fmt: skip
+def test_a_command_that_lacks_something_says_so_in_one_line(arguments, says, capsys):
+    assert spatial3dllm.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert says in said and said.count("\n") == 1

@@ -12,6 +12,7 @@ from data import (
     NUMBERS,
     PROMPT,
     SCENE,
+    DataError,
     HubText,
     Sample,
     Scene,
@@ -55,6 +56,12 @@ def text():
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     return HubText(save_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def test_a_model_that_is_not_there_is_one_line(tmp_path):
+    """A name with a typing error, or no network: the libraries say it in pages."""
+    with pytest.raises(DataError, match=r"nothing: no pre-trained model there .*; give its folder[^\n]*$"):
+        HubText(str(tmp_path / "nothing"))
 
 
 # ---- the tiny tokenizer ----------------------------------------------------------------------------------------------

@@ -1,0 +1,101 @@
+"""Comments with shapes are claims: `wrong_shapes` compares them with the tensors of a real run, statement by statement.
+
+A letter is one size within a call of a function, and no two letters of a comment are the same size (or two axes could
+be mixed up unseen), so the run must have all axes different.
+"""
+
+import ast
+import inspect
+import itertools
+import re
+import sys
+from collections import defaultdict
+
+import numpy as np
+import torch
+
+
+def shape_comments(module):
+    """{function: [(first line, last line, names, shapes)]} of the statements whose comment has shapes."""
+    lines = inspect.getsource(module).splitlines()
+    found = defaultdict(list)
+    for function in ast.walk(ast.parse("\n".join(lines))):
+        if not isinstance(function, ast.FunctionDef) or function.name.startswith("draw"):
+            continue
+        for node in ast.walk(function):
+            if not isinstance(node, ast.Assign | ast.Return):
+                continue
+            shapes = re.findall(r"\[[^\[\]]+\]", lines[node.end_lineno - 1].partition("  # ")[2])
+            target = node.targets[0] if isinstance(node, ast.Assign) else None
+            names = ["return"] if target is None else [n.id for n in getattr(target, "elts", [target])
+                                                       if isinstance(n, ast.Name)]  # fmt: skip
+            if names and shapes:
+                found[function.name].append((node.lineno, node.end_lineno, names, shapes))
+    return dict(found)
+
+
+class Shapes:
+    """Compares tensors with the shapes in comments, for one call of a function: a letter is one size throughout."""
+
+    def __init__(self, alike, **known):
+        self.alike, self.size, self.bound_at = alike, known, {}
+
+    def check(self, line, shape, true, ints):
+        """What is wrong with a tensor of sizes `true` under "[R, W, L/2 + 1]", or None. ints: the function's own."""
+        self.size = {k: v for k, v in self.size.items() if self.bound_at.get(k) != line}  # again: a loop's next round
+        parts = [re.sub(r"(\d)([A-Za-z])", r"\1*\2", p.strip()).replace("/", "//") for p in shape[1:-1].split(",")]
+        if parts[0] == "...":
+            parts = [str(n) for n in true[: len(true) - len(parts) + 1]] + parts[1:]
+        if len(parts) != len(true):
+            return f"{shape} but {true}"
+        for part, n in zip(parts, true, strict=True):
+            if part.isidentifier() and part not in {**ints, **self.size}:
+                self.size[part], self.bound_at[part] = n, line
+        all_ = {**ints, **self.size}
+        sizes = [eval(p, {"__builtins__": {}}, all_) for p in parts]
+        letters = [k for k in all_ if re.search(rf"\b{k}\b", shape)]
+        same = [p for p in itertools.combinations(letters, 2) if all_[p[0]] == all_[p[1]] and {*p} not in self.alike]
+        return f"{shape} but {true} {same or ''}" if sizes != list(true) or same else None
+
+
+def wrong_shapes(module, run, alike=(), known=lambda function: {}):
+    """What is wrong with the module's comments while `run()` runs, a line each; comments that it never reached too.
+    alike: pairs of letters that may be the same size; known(function): sizes of letters that a function must have."""
+    comments, seen, wrong, calls, pending = shape_comments(module), set(), {}, {}, {}
+
+    def check(frame, statement, value):
+        _, last, names, shapes = statement
+        values = [value] if names == ["return"] else [frame.f_locals.get(n) for n in names if n != "_"]
+        values = list(values[0]) if isinstance(values[0], tuple) else values
+        ints = {k: v for k, v in frame.f_locals.items() if isinstance(v, int)}
+        for tensor, shape in zip(values, shapes * len(values) if len(shapes) == 1 else shapes, strict=False):
+            if isinstance(tensor, torch.Tensor | np.ndarray):
+                seen.add(last)
+                if problem := calls[id(frame)].check(last, shape, tensor.shape, ints):
+                    wrong[f"{module.__name__}.py:{last}: {problem}"] = True
+
+    def trace(frame, event, arg):
+        name = frame.f_code.co_name
+        if frame.f_code.co_filename != module.__file__ or name not in comments:
+            return None
+        inside = lambda s: s[0] <= frame.f_lineno <= s[1]  # noqa: E731
+        if event == "call":
+            calls[id(frame)], pending[id(frame)] = Shapes(alike, **known(name)), None
+        if event in ("line", "return"):
+            last = pending[id(frame)]
+            if last and last[2] == ["return"] and event == "line":  # leaving a `with` on the way out
+                return trace
+            if last and (event == "return" or not inside(last)):
+                check(frame, last, arg)
+                pending[id(frame)] = None
+            if event == "line":
+                pending[id(frame)] = next((s for s in comments[name] if inside(s)), None)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        run()
+    finally:
+        sys.settrace(None)
+    missed = {last for rows in comments.values() for _, last, _, _ in rows} - seen
+    return [*wrong, *(f"{module.__name__}.py:{last}: no call reached this comment" for last in sorted(missed))]
