@@ -30,7 +30,7 @@ import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -2843,9 +2843,11 @@ def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.n
 def typed() -> Iterator[list[str]]:
     """Questions as they are typed, until an empty line, `quit` or the end of the input (Ctrl-D)."""
     print("questions, one a line; an empty line or quit ends")
-    with suppress(EOFError):
+    try:
         while (line := input("? ").strip()) not in ("", "quit"):
             yield [line]
+    except EOFError:
+        print()
 
 
 def ask_model(model: torch.nn.Module, scene: Scene, asked: Sequence[str], place: np.ndarray | None,
