@@ -46,6 +46,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.nn.utils.rnn import pad_sequence
 
 COLOURS = {  # name -> RGB in 0..255; also the vocabulary in which real surfaces are described
     "red": (200, 40, 40), "orange": (235, 130, 30), "yellow": (235, 210, 60), "green": (60, 150, 60),
@@ -3209,32 +3210,79 @@ def collate(groups: Sequence[tuple[Scene, Sequence[Sample]]], text: TinyText | H
             "scenes": [g[0] for g in groups], "samples": [list(g[1]) for g in groups]}  # fmt: skip
 
 
-def packed_mask(block: torch.Tensor) -> torch.Tensor:
-    """[S, 1, T, T] bool, True = may attend: causal, in the shared prefix or the own question; padding sees itself."""
+def packed_mask(block: torch.Tensor, new: int | None = None) -> torch.Tensor:
+    """[S, 1, N, T] bool, True = may attend, for the last N = `new` positions of T (None: all): causal, in the shared
+    prefix or the own question; padding sees itself."""
     T = block.shape[1]
-    query, key = block[:, :, None], block[:, None, :]  # [S, T, 1], [S, 1, T]
-    order = torch.ones(T, T, dtype=torch.bool, device=block.device).tril()
-    visible = ((key == 0) | (key == query)) & order & (key >= 0)
-    return (visible | torch.eye(T, dtype=torch.bool, device=block.device))[:, None]
+    N = T if new is None else new
+    key, query = torch.arange(T, device=block.device), torch.arange(T - N, T, device=block.device)[:, None]
+    theirs, own = block[:, None, :], block[:, T - N :, None]  # [S, 1, T], [S, N, 1]
+    visible = ((theirs == 0) | (theirs == own)) & (key <= query) & (theirs >= 0)
+    return (visible | (key == query))[:, None]
 
 
-def unpack_for_generation(batch: dict, text: TinyText | HubText) -> dict:
-    """One left-padded row per question, ending where its answer would begin: ids [Q, T], positions [Q, T],
-    attention [Q, T] bool, scene [Q] (which scene of the batch each row belongs to)."""
-    rows, owners = [], []
-    for s in range(len(batch["ids"])):
-        ids, block, labels = (batch[k][s].tolist() for k in ("ids", "block", "labels"))
-        shared = [i for i, b in zip(ids, block, strict=True) if b == 0]
-        for q in range(1, len(batch["samples"][s]) + 1):
-            own = [(i, target) for i, b, target in zip(ids, block, labels, strict=True) if b == q]
-            first = next(t for t, (_, target) in enumerate(own) if target != IGNORE)  # predicts the first answer token
-            rows.append(shared + [i for i, _ in own[: first + 1]])
-            owners.append(s)
-    T = max((len(r) for r in rows), default=0)
-    ids = torch.tensor([[text.pad] * (T - len(r)) + r for r in rows])
-    attention = torch.tensor([[0] * (T - len(r)) + [1] * len(r) for r in rows]).bool()
-    return {"ids": ids, "attention": attention, "positions": (attention.long().cumsum(1) - 1).clamp(min=0),
-            "scene": torch.tensor(owners), "prompts": batch["prompts"]}  # fmt: skip
+@torch.no_grad()
+def read_scenes(batch: dict, encode: Callable, read: Callable, kept: dict | None = None) -> tuple[dict, tuple]:
+    """What the questions of a packed batch share, worked out once per scene: (seen, past); seen is what encode gave,
+    past the language model's keys and values of the shared prefix and its block [S, P], padded on the right.
+
+    encode(scenes) -> {"tokens" [B, K, D], "valid" [B, K], others [B, K, ...]}; read(ids [S, N], positions [S, N], mask
+    [S, 1, N, T], cache=.., **seen) -> [S, N, D] runs the language model over N positions behind those in the cache.
+    `kept` finds scenes again in later calls, {id(scene): (scene, seen, keys and values)}: it belongs to one model at
+    one stage, and to scenes that do not change meanwhile. Callers get copies; answering writes nothing into it.
+    """
+    from transformers import DynamicCache
+
+    scenes, kept = batch["scenes"], {} if kept is None else kept
+    if new := [s for s, scene in enumerate(scenes) if id(scene) not in kept]:
+        seen, cache = encode([scenes[s] for s in new]), DynamicCache()
+        ids, positions, block = (batch[k][new].to(seen["valid"].device) for k in ("ids", "positions", "block"))
+        lengths = (block == 0).sum(1).tolist()
+        shared = (block == 0)[:, : max(lengths)]  # [B, P]
+        ids, positions = (x[:, : max(lengths)].where(shared, 0) for x in (ids, positions))
+        read(ids, positions, packed_mask(shared.long() - 1), cache=cache, **seen)
+        for b, (s, n) in enumerate(zip(new, lengths, strict=True)):
+            states = [x[b, :, :n].transpose(0, 1) for layer in cache.layers for x in (layer.keys, layer.values)]
+            kept[id(scenes[s])] = scenes[s], {k: v[b] for k, v in seen.items()}, states  # each state [P, heads, .]
+    _, each, states = zip(*(kept[id(scene)] for scene in scenes), strict=True)
+    seen = {k: pad_sequence([row[k] for row in each], batch_first=True) for k in each[0]}
+    layers = [pad_sequence(rows, batch_first=True).transpose(1, 2) for rows in zip(*states, strict=True)]
+    cache = DynamicCache()
+    for i in range(0, len(layers), 2):
+        cache.update(layers[i], layers[i + 1], i // 2)
+    empty = [torch.zeros(len(row[0]), dtype=torch.long, device=layers[0].device) for row in states]
+    return seen, (cache, pad_sequence(empty, batch_first=True, padding_value=-1))
+
+
+@torch.no_grad()
+def answer(batch: dict, text: TinyText | HubText, past: tuple, read: Callable, head: Callable, limit: int) -> list[str]:
+    """Greedy answers of at most `limit` tokens, one per question in the batch's order. A scene's questions stay in one
+    row, as in training: each step writes one token of each behind what all of them share (`packed_mask`), and a
+    question that has ended takes part no more. past from `read_scenes`, which it changes; read(ids, positions, mask,
+    cache=..) as there; head: hidden [Q, D] -> logits."""
+    cache, block = past
+    told, own = batch["labels"] != IGNORE, batch["block"]
+    follows = told.roll(1, 1) & (own == own.roll(1, 1))  # behind a position that predicts an answer token
+    asked = (own > 0) & ~follows  # the question; its last position predicts the first answer token
+    pick = lambda x, pad: pad_sequence([r[a] for r, a in zip(x, asked, strict=True)], True, pad).to(block.device)  # noqa: E731
+    ids, positions, own = pick(batch["ids"], text.pad), pick(batch["positions"], 0), pick(own, -1)  # [S, N]
+    row, column = pick(told, False).nonzero(as_tuple=True)  # [Q] where the questions end
+    number, place, index = own[row, column], positions[row, column], torch.arange(len(row), device=row.device)
+    said = [[] for _ in index]
+    for _ in range(limit):
+        block = torch.cat([block, own], 1)
+        hidden = read(ids, positions, packed_mask(block, own.shape[1]), cache=cache)  # [S, N, D]
+        token = head(hidden[row, column]).argmax(-1)  # [Q]
+        for q, t in zip(index.tolist(), token.tolist(), strict=True):
+            said[q].append(t)
+        alive = token != text.eos
+        if not alive.any():
+            break
+        row, number, place, index, token = (x[alive] for x in (row, number, place + 1, index, token))
+        column = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)  # rank in its row
+        ids, positions, own = (block.new_full((len(block), int(column.max()) + 1), v) for v in (text.pad, 0, -1))
+        ids[row, column], positions[row, column], own[row, column] = token, place, number
+    return [text.decode(ids) for ids in said]
 
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:
@@ -3905,49 +3953,100 @@ def work(jobs: list[tuple], workers: int) -> Iterator[dict]:
         raise DataError("a worker died, perhaps of memory; what was written stays: go on with fewer workers") from None
 
 
+def typed() -> Iterator[list[str]]:
+    """Questions as they are typed, until an empty line, `quit` or the end of the input (Ctrl-D)."""
+    print("questions, one a line; an empty line or quit ends")
+    try:
+        while (line := input("? ").strip()) not in ("", "quit"):
+            yield [line]
+    except EOFError:
+        print()
+
+
+def ask_model(model: torch.nn.Module, scene: Scene, samples: Sequence[Sample],
+              kept: dict) -> list[tuple[str, str]]:  # fmt: skip
+    """Per question (what to say, what the model wrote, "" where it is refused); notes words that it has never read.
+    `kept`: of the model's `generate`. A model may offer `refusal(scene, question)`: why it cannot be answered, or None.
+    """
+    asked = [s.question for s in samples]
+    for word in sorted({w for q in asked for w in model.text.unknown(q)}):
+        print(f"note: the model has never read the word {word!r}")
+    for i in {int(i) for q in asked for i in MARK.findall(q)} - {o.id for o in scene.objects}:
+        raise DataError(f"<obj {i}>: {scene.name} has no such object; its picture shows those it has")
+    answers, rows = model.generate(model.batch([(scene, samples)]), max_new_tokens=48, kept=kept), []
+    for question, written in zip(asked, answers, strict=True):
+        refused = refuse_measures(scene, question, written) or (
+            model.refusal(scene, question) if hasattr(model, "refusal") else None)  # fmt: skip
+        said = refused or written.rpartition("=")[2].strip()
+        rows.append((said + " m" * bool(re.fullmatch(r"\d+[.]\d+", said)), "" if refused else written))
+    return rows
+
+
 def ask_scene(paper, arguments: Sequence[str]) -> None:
     """The command line of a paper: `--scene PATH --ask QUESTION [--ask ...] --run DIR`: prints the answers, and where
-    the picture is. A model may offer `refusal(scene, question)`: why this question cannot be answered about this scene,
-    or None; and `answer_pictures(scene, samples, answers, folder)`, more pictures. Raises DataError."""
+    the pictures are. Without --ask questions are typed at a terminal, one after another; the scene is read once. A
+    model may offer `answer_pictures(scene, samples, answers, folder)`, more pictures. Raises DataError."""
     parser = argparse.ArgumentParser(description="Questions about a scene of your own.", allow_abbrev=False)
     parser.error = lambda message: (_ for _ in ()).throw(DataError(message))
-    parser.add_argument("--scene", type=Path, required=True, help=".ply, a scan's folder, or a folder of RGB-D frames")
-    parser.add_argument("--ask", action="append", required=True, help="a question; may be given several times")
+    parser.add_argument("--scene", type=Path, required=True,
+                        help="a video, a folder of frames with or without depth and poses, a .ply, a scan's folder")
+    parser.add_argument("--ask", action="append", help="a question; may be given several times (default: a prompt)")
     name = Path(paper.__file__).stem
     parser.add_argument("--run", type=Path, help="folder of a trained run")
     parser.add_argument("--at", help="X,Y,Z metres: the place that the questions mean by \"this\" (Fase3D)")
     parser.add_argument("--out", type=Path, help="picture to write (default: <run>/ask.png)")
+    add_scene_options(parser)
     a = parser.parse_args(arguments)
-    try:
-        place = None if a.at is None else np.array([float(v) for v in a.at.split(",")]).reshape(3)
-    except ValueError:
-        raise DataError(f"--at {a.at}: give three numbers in metres, such as 1.2,-0.5,0.4") from None
-    if place is not None and not hasattr(paper, "CoordinateToken"):
+    place = None if a.at is None else read_place(a.at)
+    places = hasattr(paper, "CoordinateToken")
+    if place is not None and not places:
         raise DataError(f"--at: {name} takes no places; fase3d does")
     if a.run is None:
         raise DataError(f"--run: name a trained run; python train.py --model {name} makes runs/{name}")
+    if not (a.ask or (sys.stdin.isatty() and sys.stdout.isatty())):
+        raise DataError("--ask: give a question; without one they are typed at a terminal, and this is none")
     model = load_model(paper, a.run)
     record = read_state(a.run)["run"]
     stages = [s for s in paper.STAGES[record["preset"]] if s.tasks]
     model.begin(stages[-1])
-    scene = open_scene(a.scene)
+    options = scene_options(a)
+    if (wide := getattr(model, "frame_width", 0)) > 320 and "longest" in choose_reader(a.scene)[1]:
+        options.setdefault("longest", max(640, wide))
+    scene = open_scene(a.scene, **options)
     scene.identifiers = number_objects(scene, np.random.default_rng(0))
     for note in scene.notes:
         print(f"note: {note}")
-    samples = [Sample(str(i), scene.name, "ask", q, "", prompt=place) for i, q in enumerate(a.ask)]
-    for word in sorted({w for q in a.ask for w in model.text.unknown(q)}):
-        print(f"note: the model has never read the word {word!r}")
-    answers = model.generate(model.batch([(scene, samples)]), max_new_tokens=48)
-    refused = [getattr(model, "refusal", lambda scene, question: None)(scene, q) for q in a.ask]
-    said = [r or t.rpartition("=")[2].strip() for r, t in zip(refused, answers, strict=True)]
-    metric = [" m" * bool(re.fullmatch(r"[0-9]+[.][0-9]+", t)) for t in said]
-    lines = [f"{q}  {t}{m}" for q, t, m in zip(a.ask, said, metric, strict=True)]
-    print("\n".join(lines))
+    kept, samples, rows = {}, [], []
+    for asked in [a.ask] if a.ask else typed():
+        new = [Sample(str(i), scene.name, "ask", q, "", prompt=place) for i, q in enumerate(asked, len(samples))]
+        if places and place is None and any(re.search(r"\bthis *[?.]?$", q.lower()) for q in asked):
+            print('note: "this" is a place that you point at: --at X,Y,Z')
+        try:
+            told = ask_model(model, scene, new, kept)
+        except DataError as error:
+            if a.ask:
+                raise
+            print(error)  # one bad question does not end a conversation
+            continue
+        samples, rows = samples + new, rows + told
+        for question, (said, _) in zip(asked, told, strict=True):
+            print(f"{question}  {said}" if a.ask else said)
+    lines, written = [f"{s.question}  {said}" for s, (said, _) in zip(samples, rows, strict=True)], [w for _, w in rows]
     picture = a.out or a.run / "ask.png"
-    shown = ["" if r else t for r, t in zip(refused, answers, strict=True)]
-    draw_scene(scene, picture, lines, model.token_centres(scene), shown)
-    more = getattr(model, "answer_pictures", lambda *_: [])(scene, samples, answers, picture.parent)
+    draw_scene(scene, picture, lines, model.token_centres(scene), written)
+    more = model.answer_pictures(scene, samples, written, picture.parent) if hasattr(model, "answer_pictures") else []
     print("\n".join(f"picture: {path}" for path in [picture, *more]))
+
+
+def read_place(text: str) -> np.ndarray:
+    """A place [3] from "X,Y,Z"."""
+    try:
+        place = np.array([float(v) for v in text.split(",")]).reshape(3)
+    except ValueError:
+        place = np.full(3, np.nan)
+    if not np.isfinite(place).all():
+        raise DataError(f"--at {text}: give three numbers in metres, such as 1.2,-0.5,0.4")
+    return place
 
 
 def write_rooms(out: Path, count: int, objects: int | None, first: int) -> None:

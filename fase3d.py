@@ -70,6 +70,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -955,6 +956,15 @@ class Model(nn.Module):
         embeds = embeds.masked_scatter((ids == SCENE)[..., None], tokens[valid].to(embeds))  # [R, T, D]
         return embeds.masked_scatter((ids == PROMPT)[..., None], prompts.to(embeds))  # [R, T, D]
 
+    def read(self, ids: Tensor, positions: Tensor, mask: Tensor, tokens: Tensor, valid: Tensor,
+             prompts: Tensor | None = None, cache=None, **_) -> Tensor:  # fmt: skip
+        """The language model over ids and positions [R, N], behind what its cache holds: last hidden state [R, N, D];
+        mask [R, 1, N, T] bool, prompts [P, D] those of the questions in ids. Scene and coordinate tokens are vision."""
+        embeds = self.embed(ids, tokens, valid, tokens[0, :0] if prompts is None else prompts)
+        with self.router.routed(ids < 0):
+            return self.llm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
+                                  past_key_values=cache, use_cache=cache is not None).last_hidden_state  # fmt: skip
+
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """Eq. (4): summed next-token loss over answer tokens, {"loss", "weight", "correct"} (weight = how many)."""
         if self.visual == "tokenizer":
@@ -963,10 +973,7 @@ class Model(nn.Module):
         ids, labels, positions, block = (batch[k].to(device) for k in ("ids", "labels", "positions", "block"))
         seen = self.encode(batch["scenes"])
         prompts = self.prompt_tokens(batch, seen)  # [P, D]
-        embeds = self.embed(ids, seen["tokens"], seen["valid"], prompts)  # [R, T, D]
-        with self.router.routed(ids < 0):
-            hidden = self.llm.model(inputs_embeds=embeds, attention_mask=data.packed_mask(block),
-                                    position_ids=positions, use_cache=False).last_hidden_state  # [R, T, D]
+        hidden = self.read(ids, positions, data.packed_mask(block), **seen, prompts=prompts)  # [R, T, D]
         answered = labels != IGNORE  # [R, T]
         logits = self.llm.lm_head(hidden[answered]).float()  # [A, vocabulary]
         target = labels[answered]  # [A]
@@ -975,18 +982,12 @@ class Model(nn.Module):
                 "tokens": (block >= 0).sum()}  # fmt: skip
 
     @torch.no_grad()
-    def generate(self, batch: dict, max_new_tokens: int = 64) -> list[str]:
-        """Greedy answers, one per question in the batch's order; rows are left-padded so that all end together."""
-        device = self.llm.device
-        seen = self.encode(batch["scenes"])
-        rows = data.unpack_for_generation(batch, self.text)
-        ids, attention, scene = (rows[k].to(device) for k in ("ids", "attention", "scene"))
-        embeds = self.embed(ids, seen["tokens"][scene], seen["valid"][scene], self.prompt_tokens(batch, seen))
-        with self.router.routed(ids < 0):
-            out = self.llm.generate(inputs_embeds=embeds, attention_mask=attention.long(), do_sample=False, num_beams=1,
-                                    max_new_tokens=max_new_tokens, repetition_penalty=1.0, pad_token_id=self.text.pad,
-                                    eos_token_id=self.text.eos)  # fmt: skip
-        return [self.text.decode(row) for row in out.tolist()]
+    def generate(self, batch: dict, max_new_tokens: int = 64, kept: dict | None = None) -> list[str]:
+        """Greedy answers, one per question in the batch's order. Scenes are read once, with a dict `kept` also from
+        call to call (`data.read_scenes`)."""
+        seen, past = data.read_scenes(batch, self.encode, self.read, kept)
+        read = partial(self.read, **seen, prompts=self.prompt_tokens(batch, seen))
+        return data.answer(batch, self.text, past, read, self.llm.lm_head, max_new_tokens)
 
     # -- the tokenizer stage of the tiny preset
 

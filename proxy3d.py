@@ -63,6 +63,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -548,6 +549,11 @@ class Model(nn.Module):
             return self.norm(visual(images))
         return self.norm(qwen_tokens(visual, images, together and self.config.inter_frame))
 
+    @property
+    def frame_width(self) -> int:
+        """Pixels of a frame's longer side that the tower looks at: what frames should be read with."""
+        return max(self.config.grid) * self.cell
+
     def fit(self, images: Tensor) -> Tensor:
         """Images [V, H, W, 3] uint8, of whatever camera, at exactly the grid's pixels [V, h * cell, w * cell, 3]."""
         want = (self.config.grid[0] * self.cell, self.config.grid[1] * self.cell)
@@ -714,7 +720,7 @@ class Model(nn.Module):
     def answer_pictures(self, scene: Scene, samples: Sequence[Sample], answers: Sequence[str],
                         folder: Path) -> list[Path]:  # fmt: skip
         """Where the model looked for the first of some answers; returns the files (none before proxies are seen)."""
-        if self.visual != "proxies":
+        if self.visual != "proxies" or not samples:
             return []
         draw_attention(self, scene, samples[0], answers[0], folder / "ask_attention.png")
         return [folder / "ask_attention.png"]
@@ -758,6 +764,14 @@ class Model(nn.Module):
         embeds = self.llm.get_input_embeddings()(ids.clamp(min=0))  # [R, T, D]
         return embeds.masked_scatter((ids == SCENE)[..., None], tokens[valid].to(embeds))  # [R, T, D]
 
+    def read(self, ids: Tensor, positions: Tensor, mask: Tensor, tokens: Tensor, valid: Tensor, cache=None) -> Tensor:
+        """The language model over ids and positions [R, N], behind what its cache holds: last hidden state [R, N, D];
+        mask [R, 1, N, T] bool. Proxies take positions like words, t = h = w."""
+        return self.llm.model.language_model(
+            inputs_embeds=self.embed(ids, tokens, valid), attention_mask={"full_attention": mask},
+            position_ids=positions.expand(3, -1, -1), past_key_values=cache, use_cache=cache is not None
+        ).last_hidden_state  # fmt: skip
+
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """Eq. (6): summed next-token loss over answer tokens, {"loss", "weight", "correct"} (weight = how many)."""
         if self.visual == "tower":
@@ -765,11 +779,7 @@ class Model(nn.Module):
         device = self.llm.device
         ids, labels, positions, block = (batch[k].to(device) for k in ("ids", "labels", "positions", "block"))
         tokens, valid = self.encode(batch["scenes"])  # [S, K, D], [S, K]
-        embeds = self.embed(ids, tokens, valid)  # [S, T, D]
-        mask = data.packed_mask(block)  # [S, 1, T, T]
-        hidden = self.llm.model.language_model(
-            inputs_embeds=embeds, attention_mask={"full_attention": mask}, position_ids=positions.expand(3, -1, -1),
-            use_cache=False).last_hidden_state  # [S, T, D]  # fmt: skip
+        hidden = self.read(ids, positions, data.packed_mask(block), tokens, valid)  # [S, T, D]
         answered = labels != IGNORE  # [S, T]
         logits = self.llm.lm_head(hidden[answered]).float()  # [A, vocabulary]
         target = labels[answered]  # [A]
@@ -777,19 +787,12 @@ class Model(nn.Module):
         return {"loss": F.cross_entropy(logits, target, reduction="sum"), "weight": answered.sum(), "correct": correct}
 
     @torch.no_grad()
-    def generate(self, batch: dict, max_new_tokens: int = 64) -> list[str]:
-        """Greedy answers, one per question in the batch's order; rows are left-padded so that all end together."""
-        device = self.llm.device
-        tokens, valid = self.encode(batch["scenes"])  # [S, K, D]
-        rows = data.unpack_for_generation(batch, self.text)
-        ids, attention, positions, scene = (rows[k].to(device) for k in ("ids", "attention", "positions", "scene"))
-        embeds = self.embed(ids, tokens[scene], valid[scene])  # [Q, T, D]
-        self.llm.model.rope_deltas = None
-        out = self.llm.generate(inputs_embeds=embeds, attention_mask=attention,
-                                position_ids=positions.expand(3, -1, -1), max_new_tokens=max_new_tokens,
-                                do_sample=False, repetition_penalty=1.0, pad_token_id=self.text.pad,
-                                eos_token_id=self.text.eos)  # fmt: skip
-        return [self.text.decode(row) for row in out.tolist()]
+    def generate(self, batch: dict, max_new_tokens: int = 64, kept: dict | None = None) -> list[str]:
+        """Greedy answers, one per question in the batch's order. Scenes are read once, with a dict `kept` also from
+        call to call (`data.read_scenes`)."""
+        encode = lambda scenes: dict(zip(("tokens", "valid"), self.encode(scenes), strict=True))  # noqa: E731
+        seen, past = data.read_scenes(batch, encode, self.read, kept)
+        return data.answer(batch, self.text, past, partial(self.read, **seen), self.llm.lm_head, max_new_tokens)
 
     # -- stage 0 of the tiny preset
 

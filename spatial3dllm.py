@@ -750,6 +750,12 @@ class Model(nn.Module):
         embeds = self.llm.get_input_embeddings()(ids.clamp(min=0))  # [S, T, D]
         return embeds.masked_scatter((ids == SCENE)[..., None], tokens[valid].to(embeds))  # [S, T, D]
 
+    def read(self, ids: Tensor, positions: Tensor, mask: Tensor, tokens: Tensor, valid: Tensor, cache=None) -> Tensor:
+        """The language model over ids and positions [R, N], behind what its cache holds: last hidden state [R, N, D];
+        mask [R, 1, N, T] bool."""
+        return self.llm.model(inputs_embeds=self.embed(ids, tokens, valid), attention_mask=mask, position_ids=positions,
+                              past_key_values=cache, use_cache=cache is not None).last_hidden_state  # fmt: skip
+
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """Summed next-token loss over answer tokens, {"loss", "weight", "correct"} (weight = how many); in the
         encoder's stage the detection loss per scene."""
@@ -762,8 +768,7 @@ class Model(nn.Module):
         device = self.llm.device
         ids, labels, positions, block = (batch[k].to(device) for k in ("ids", "labels", "positions", "block"))
         tokens, valid, seen = self.look(scenes, teach=self.visual == "referents")  # [S, K, D], [S, K]
-        hidden = self.llm.model(inputs_embeds=self.embed(ids, tokens, valid), attention_mask=data.packed_mask(block),
-                                position_ids=positions, use_cache=False).last_hidden_state  # [S, T, D]  # fmt: skip
+        hidden = self.read(ids, positions, data.packed_mask(block), tokens, valid)  # [S, T, D]
         answered = labels != IGNORE  # [S, T]
         logits = self.llm.lm_head(hidden[answered]).float()  # [A, vocabulary]
         target = labels[answered]  # [A]
@@ -772,20 +777,15 @@ class Model(nn.Module):
         return {"loss": loss, "weight": weight, "correct": (logits.argmax(-1) == target).sum()}
 
     @torch.no_grad()
-    def generate(self, batch: dict, max_new_tokens: int = 64) -> list[str]:
-        """Greedy answers, one per question in the batch's order, locations in metres; rows are left-padded so that all
-        end together."""
-        device = self.llm.device
-        tokens, valid = self.encode(batch["scenes"])  # [S, K, D], [S, K]
-        rows = data.unpack_for_generation(batch, self.text)
-        ids, attention, scene = (rows[k].to(device) for k in ("ids", "attention", "scene"))
-        out = self.llm.generate(inputs_embeds=self.embed(ids, tokens[scene], valid[scene]), attention_mask=attention,
-                                max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.0,
-                                pad_token_id=self.text.pad, eos_token_id=self.text.eos)  # fmt: skip
-        texts = [self.text.decode(row) for row in out.tolist()]
+    def generate(self, batch: dict, max_new_tokens: int = 64, kept: dict | None = None) -> list[str]:
+        """Greedy answers, one per question in the batch's order, locations in metres. Scenes are read once, with a dict
+        `kept` also from call to call (`data.read_scenes`)."""
+        encode = lambda scenes: dict(zip(("tokens", "valid"), self.encode(scenes), strict=True))  # noqa: E731
+        seen, past = data.read_scenes(batch, encode, self.read, kept)
+        texts = data.answer(batch, self.text, past, partial(self.read, **seen), self.llm.lm_head, max_new_tokens)
         if self.config.locations == "metres":
             return texts
-        bounds = [batch["scenes"][s].bounds for s in scene.tolist()]
+        bounds = [scene.bounds for scene, asked in zip(batch["scenes"], batch["samples"], strict=True) for _ in asked]
         return [translate(t, b, self.config.locations, "metres") for t, b in zip(texts, bounds, strict=True)]
 
     # -- own scenes and pictures

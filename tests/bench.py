@@ -1,6 +1,6 @@
-"""Speed, measured: `python tests/bench.py proxy3d` (or fase3d) prints a row per claim, each a ratio to something named
-and timed in the same run. Best of several repetitions; no time is asserted, so a busy machine only makes the numbers
-worse. `segments` measures how well our segments follow objects."""
+"""Speed, measured: `python tests/bench.py proxy3d` (or another of BENCHES) prints a row per claim, each a ratio to
+something named and timed in the same run. Best of several repetitions; no time is asserted, so a busy machine only
+makes the numbers worse. `segments` measures how well our segments follow objects."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import full_rows
+
 import data
 import fase3d
 import proxy3d
@@ -464,13 +466,68 @@ def draw_segments() -> None:
     print(f"picture: {path} ({path.stat().st_size / 1024:.0f} KB)")
 
 
+# ---- questions about one scene, all three ----------------------------------------------------------------------------
+
+WIDE = dict(width=512, layers=8)
+ASKED = {  # name -> (paper, changes to its tiny preset); the sizes of scenes are the papers' own
+    "Proxy3D, tiny": (proxy3d, {}),
+    "Proxy3D, width 512, 8 layers": (proxy3d, dict(**WIDE, heads=8, hidden=2048, budget=700)),
+    "Fase3D, tiny": (fase3d, {}),
+    "Fase3D, width 512, 8 layers": (fase3d, dict(**WIDE, attention_heads=8, ffn=2048, tokens=256)),
+    "Spatial 3D-LLM, tiny": (spatial3dllm, {}),
+    "Spatial 3D-LLM, width 512, 8 layers": (spatial3dllm, dict(**WIDE, heads=8, hidden=2048, referents=256)),
+}
+
+
+def ask_model(model: torch.nn.Module, scene: data.Scene, samples: list[data.Sample], tokens: int) -> list[float]:
+    """Seconds for the first question and for all: generate, full rows, from the opened scene, with the prefix kept.
+    Raises RuntimeError where the answers differ."""
+    batches = [model.batch([(scene, samples[:n])]) for n in (1, len(samples))]
+    answers = model.generate(batches[1], tokens)
+    alone = [model.generate(model.batch([(scene, [s])]), tokens)[0] for s in samples]
+    if not answers == alone == full_rows.answer(model, batches[1], tokens) or len(set(answers)) < len(answers) / 2:
+        raise RuntimeError("answers differ between alone, together and in full rows, or are all one")
+    kept: dict = {}
+
+    def whole(n: int) -> None:
+        model.cache.clear()
+        model.generate(model.batch([(scene, samples[:n])]), tokens)
+
+    times = [best(lambda b=b: model.generate(b, tokens), 5) for b in batches]
+    times += [best(lambda b=b: full_rows.answer(model, b, tokens)) for b in batches]
+    times += [best(lambda n=n: whole(n), 5) for n in (1, len(samples))]
+    return times + [best(lambda b=b: model.generate(b, tokens, kept), 5) for b in batches]
+
+
+def ask(questions: int = 10, tokens: int = 16) -> None:
+    """One question against ten about one scene, all written to the same length by models with random weights; beside
+    them full rows: every question with the scene of its own."""
+    scene = data.room(5, objects=40)
+    scene.identifiers = data.number_objects(scene, np.random.default_rng(0))
+    mix = {"colour": 1, "what": 1, "where": 1, "count": 1, "exist": 1}
+    samples = data.questions(scene, mix, questions, np.random.default_rng(0))
+    text = data.TinyText(data.vocabulary())
+    text.eos = text.unk  # hardly ever written: all answers run to their full length
+    print(f"seconds for one question and for {questions} about one scene, {tokens} tokens each (goal: less than 2 x)")
+    print("  generate: scene tokens and answers; whole: from the opened scene; kept: what a later question still takes")
+    columns = "".join(f"{c:>12s}: 1{questions:>8d}   ratio" for c in ("generate", "full rows", "whole", "kept"))
+    print(f"  {'':35s} scene tokens {columns}")
+    for name, (paper, changes) in ASKED.items():
+        torch.manual_seed(0)
+        model = paper.Model(paper.Config.tiny(**changes), text).eval().requires_grad_(False)
+        full_rows.vary(getattr(model.llm.model, "language_model", model.llm.model))
+        pairs = np.array(ask_model(model, scene, samples, tokens)).reshape(-1, 2)
+        row = "".join(f"{one:15.3f}{many:8.3f} {many / one:5.2f} x" for one, many in pairs)
+        print(f"  {name:35s} {model.scene_length(scene):12d} {row}")
+
+
 BENCHES = {"proxy3d": (clustering, rooms, latency), "fase3d": (curve_keys, graph_time, graph_quality, tokenizer),
-           "spatial3dllm": (spatial,), "segments": (segments, draw_segments)}  # fmt: skip
+           "spatial3dllm": (spatial,), "segments": (segments, draw_segments), "ask": (ask,)}  # fmt: skip
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", choices=sorted(BENCHES))
-    chosen = BENCHES[parser.parse_args().model]
+    parser.add_argument("what", choices=sorted(BENCHES))
+    chosen = BENCHES[parser.parse_args().what]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for bench in chosen:
         bench()

@@ -7,6 +7,7 @@ from dataclasses import replace
 from fractions import Fraction
 from types import SimpleNamespace
 
+import full_rows
 import numpy as np
 import pytest
 import torch
@@ -834,15 +835,12 @@ def answer_slowly(model, scene, sample, count):
 @pytest.mark.parametrize("stage", [PLACED, PROXIES], ids=lambda s: s.name)
 @pytest.mark.parametrize("loaded", [False, True], ids=["tiny", "loaded"])
 def test_generation_is_step_by_step_argmax(text, hub, scenes, stage, loaded):
-    """Scenes and questions of different lengths in one left-padded batch, against one question at a time. A loaded
-    generation config with sampling or a repetition penalty, a `rope_deltas` left by someone else, and companions in the
-    batch must not matter."""
+    """Scenes and questions of different lengths in one batch, against one question at a time. A loaded generation
+    config with sampling or a repetition penalty, a `rope_deltas` left by someone else, and companions in the batch must
+    not matter."""
     model = load(hub) if loaded else make(text)
-    if not loaded:  # a fresh tiny model repeats its last word; other weights give answers that vary
-        g = torch.Generator().manual_seed(3)
-        for p in model.llm.model.language_model.parameters():
-            if p.dim() == 2:
-                p.data = torch.randn(p.shape, generator=g) * 2 * p.shape[1] ** -0.5
+    if not loaded:
+        full_rows.vary(model.llm.model.language_model)
     model.begin(stage)
     groups = asked(scenes)
     expected = [answer_slowly(model, s, q, 9) for s, samples in groups for q in samples]
@@ -854,6 +852,16 @@ def test_generation_is_step_by_step_argmax(text, hub, scenes, stage, loaded):
     before = model(batch)["loss"].detach()
     assert model.generate(model.batch([(groups[2][0], groups[2][1][1:2])]), max_new_tokens=9) == [expected[7]]
     assert torch.equal(model(batch)["loss"].detach(), before)
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["tiny", "loaded"])
+def test_ten_questions_about_a_scene_are_answered_as_each_alone(text, hub, scenes, loaded):
+    """The scene's tokens go through the language model once, and are found again in the next call, unchanged."""
+    model = load(hub) if loaded else make(text)
+    if not loaded:
+        full_rows.vary(model.llm.model.language_model)
+    model.begin(PLACED)
+    full_rows.compare(model, [*asked(scenes[:1], 10), *asked(scenes[1:2], 1), *asked(scenes[2:])])
 
 
 @pytest.mark.parametrize("stage", STAGES["paper"], ids=lambda s: s.name)

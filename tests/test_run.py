@@ -3,7 +3,11 @@
     pytest tests/test_run.py
 """
 
+import contextlib
+import io
 import json
+import os
+import sys
 
 import pytest
 
@@ -126,6 +130,41 @@ def test_a_bare_cloud_can_be_asked_about_points_and_places(points_run, capsys):
         said = capsys.readouterr().out
         assert ("this cloud has no colour." in said) == (file == "bare.ply")
     assert fase3d.main([*ask, "--ask", "what is this?", "--at", "1.0,-0.5,0.4"]) == 0
+
+
+@pytest.mark.parametrize("end", ["quit\n", "\n", "\x04"], ids=["quit", "empty", "Ctrl-D"])
+def test_questions_typed_at_a_terminal_are_answered_one_after_another(points_run, end, capsys, monkeypatch):
+    """As if all had been given with --ask; the scene is read once, one bad question does not end it, and the picture
+    is drawn at the end with all that was asked."""
+    asked = ["how many chairs are there?", "what colour is the sofa?", "how many gizmos are there?"]
+    command = ["--scene", str(points_run / "bare.ply"), "--run", str(points_run), "--out", str(points_run / "ask.png")]
+    assert fase3d.main([*command, *(word for q in asked for word in ("--ask", q))]) == 0
+    expected = [line for line in capsys.readouterr().out.splitlines() if "?" in line]
+    encode, encoded, drawn = fase3d.Model.encode, [], []
+    monkeypatch.setattr(fase3d.Model, "encode", lambda model, scenes: encoded.append(1) or encode(model, scenes))
+    monkeypatch.setattr(data, "draw_scene", lambda scene, path, lines, *_: drawn.append(lines))
+    master, slave = os.openpty()
+    os.write(master, "\n".join([asked[0], "what is <obj 999>?", *asked[1:], end]).encode())
+    with open(slave) as stdin, open(slave, "w", closefd=False) as stdout:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert fase3d.main(command) == 0
+    monkeypatch.undo()
+    said = b""
+    with open(master, "rb", buffering=0) as terminal, contextlib.suppress(OSError):  # raised when all is read
+        while part := terminal.read(4096):
+            said += part
+    said = said.decode()
+    assert drawn == [expected] and len(encoded) == 1
+    assert said.count("\n? ") >= 4 and "this cloud has no colour." in said and "'gizmos'" in said
+    assert "<obj 999>: bare has no such object" in said and said.rstrip().endswith("ask.png")
+
+
+def test_without_a_question_and_without_a_terminal_there_is_nothing_to_answer(points_run, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("how many chairs are there?"))
+    assert fase3d.main(["--scene", str(points_run / "cloud.ply"), "--run", str(points_run)]) == 2
+    said = capsys.readouterr().err
+    assert "--ask: give a question" in said and said.count("\n") == 1
 
 
 def test_a_place_must_be_three_numbers_and_a_model_that_takes_places(run, points_run, capsys):

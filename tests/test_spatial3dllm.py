@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from types import SimpleNamespace
 
+import full_rows
 import numpy as np
 import pytest
 import torch
@@ -468,7 +469,7 @@ def test_half_precision_changes_the_loss_by_a_rounding(hub, scenes, stage):
     assert losses[1:] == pytest.approx(losses[:1] * 3, rel=0.02) and len(set(losses)) > 1
 
 
-def test_boxes_as_integers_are_written_and_read_back(hub, scenes):
+def test_boxes_as_integers_are_written_and_read_back(hub, scenes, monkeypatch):
     """The grid form: what the model reads holds integers, what it answers is metres again; the tiny tokenizer has no
     such tokens and says so."""
     model = load(hub, locations="grid")
@@ -481,19 +482,16 @@ def test_boxes_as_integers_are_written_and_read_back(hub, scenes):
     box = scene.thing(sample.targets[0]).box
     expected = np.round((box - [*low, 0, 0, 0]) / np.tile(span, 2) * 255)
     assert np.abs(np.array(json.loads(written)) - expected).max() <= 1
-    model.llm.generate = lambda **kwargs: torch.tensor([model.text.encode(written)])
+    monkeypatch.setattr(data, "answer", lambda *_: [written])
     assert np.abs(data.tuples(model.generate(batch)[0], 6)[0] - box).max() < 0.03
     with pytest.raises(DataError, match="tiny tokenizer has metres only"):
         Model(Config.tiny(**SMALL, locations="grid"), TinyText([]))
 
 
 def test_generation_is_step_by_step_argmax(text, scenes):
-    """Scenes and questions of different lengths in one left-padded batch, against the whole row again per token."""
+    """Scenes and questions of different lengths in one batch, against the whole row again per token."""
     model = make(text)
-    g = torch.Generator().manual_seed(3)
-    for p in model.llm.model.parameters():
-        if p.dim() == 2:
-            p.data = torch.randn(p.shape, generator=g) * 2 * p.shape[1] ** -0.5
+    full_rows.vary(model.llm.model)
     for stage in (SYMBOLS, REFERENTS):
         model.begin(stage)
         groups, expected = asked(scenes), []
@@ -508,6 +506,16 @@ def test_generation_is_step_by_step_argmax(text, scenes):
             expected.append(text.decode(ids[start:]))
         assert len(set(expected)) > 5
         assert model.generate(model.batch(groups), max_new_tokens=9) == expected
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["tiny", "loaded"])
+def test_ten_questions_about_a_scene_are_answered_as_each_alone(text, hub, scenes, loaded):
+    """The scene's tokens go through the language model once, and are found again in the next call, unchanged."""
+    model = load(hub).eval() if loaded else make(text)
+    if not loaded:
+        full_rows.vary(model.llm.model)
+    model.begin(SYMBOLS)
+    full_rows.compare(model, [*asked(scenes[:1], 10), *asked(scenes[1:2], 1), *asked(scenes[2:])])
 
 
 def test_answers_depend_on_the_scene_and_on_positions(text, scenes):

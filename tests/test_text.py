@@ -1,6 +1,7 @@
 """Tokenizers and batches (data.py, parts 8 and 9): what is written is read back, and what is packed stays apart."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,11 +18,12 @@ from data import (
     Sample,
     Scene,
     TinyText,
+    answer,
     collate,
     load_text,
     packed_mask,
+    read_scenes,
     substitute,
-    unpack_for_generation,
     vocabulary,
     write_npz,
 )
@@ -256,28 +258,91 @@ def test_the_packed_mask_equals_a_loop_over_pairs(text, groups):
         assert bool(mask[s, 0, t, u]) == (t == u or (u < t and b >= 0 and (b in (0, a)) and not (a == 0 != b)))
 
 
-def test_unpacked_rows_are_the_questions_alone_without_their_answers(text, groups):
-    """Left-padded, so that all end where the answer begins; each knows its scene."""
-    batch = collate(groups, text, [3, 2, 1], refer, steps=True)
-    rows = unpack_for_generation(batch, text)
-    assert rows["scene"].tolist() == [0, 0, 1, 1, 1]
-    alone = [(g[0], [s]) for g in groups for s in g[1]]
-    for row, (group, K) in enumerate(zip(alone, [3, 3, 2, 2, 2], strict=True)):
-        single = collate([group], text, [K], refer, steps=True)
-        start = int((single["labels"][0] != IGNORE).nonzero()[0]) + 1
-        assert rows["ids"][row][rows["attention"][row]].tolist() == single["ids"][0, :start].tolist()
-        assert rows["positions"][row][rows["attention"][row]].tolist() == list(range(start))
-        pad = rows["ids"].shape[1] - start
-        assert rows["attention"][row].tolist() == [False] * pad + [True] * start
-        assert (rows["ids"][row, :pad] == text.pad).all()
-    assert torch.equal(rows["prompts"], batch["prompts"])
+def test_the_mask_of_the_last_positions_is_the_end_of_the_whole(text, groups):
+    """What is new sees what is cached as it would have seen it in one pass."""
+    block = collate(groups, text, [3, 2, 1], refer)["block"]
+    for new in (0, 1, 5, block.shape[1]):
+        assert torch.equal(packed_mask(block, new), packed_mask(block)[:, :, block.shape[1] - new :])
 
 
-def test_unpacking_works_with_a_chat_template(hub, groups):
-    """Rows end with the assistant's turn."""
-    rows = unpack_for_generation(collate(groups, hub, [3, 2, 1], refer), hub)
-    end = hub.encode(hub.template[2])
-    assert rows["ids"][:, -len(end) :].tolist() == [end] * 5 and rows["attention"][:, -1].all()
+class Countdown:
+    """A language model that counts down: behind the identifier 5 it writes 4, 3, 2, <eos>; and that checks what a
+    decoder would rely on. Its keys are the ids, so that the cache tells what was read."""
+
+    def __init__(self, text, prefixes):
+        self.text, self.prefixes, self.encoded, self.widths = text, prefixes, [], []
+
+    def encode(self, scenes):
+        self.encoded += [s.name for s in scenes]
+        lengths = torch.tensor([self.prefixes[s.name] for s in scenes])
+        valid = torch.arange(int(lengths.max())) < lengths[:, None]
+        return {"tokens": lengths[:, None, None] * valid[..., None], "valid": valid}
+
+    def read(self, ids, positions, mask, tokens, valid, cache):
+        S, N = ids.shape
+        self.widths.append(N)
+        keys, places = cache.update(ids[:, None, :, None], positions[:, None, :, None], 0)
+        assert mask.shape == (S, 1, N, keys.shape[2])
+        for s, n in itertools.product(range(S), range(N)):
+            (order,) = mask[s, 0, n].nonzero(as_tuple=True)  # what this position sees, in the order it was read
+            if ids[s, n] != self.text.pad:
+                assert places[s, 0, order, 0].tolist() == list(range(len(order))), "a gap, or another's words"
+                assert (keys[s, 0, order, 0] == SCENE).sum() <= valid[s].sum() == tokens[s].amax()
+        return ids[..., None]
+
+    def head(self, hidden):
+        down = hidden[:, 0] - 1
+        end = self.text.index["<obj002>"]
+        return torch.nn.functional.one_hot(torch.where(down < end, self.text.eos, down), len(self.text))
+
+
+def test_questions_of_unequal_answers_share_a_row(text):
+    """Each starts behind its scene, ends for itself, and then takes no room; answers come in the batch's order."""
+    name = lambda i: f"<obj{i:03d}>"  # noqa: E731
+    counts = [[5], [3, 9, 2], [], [7, 4]]
+    scenes = [Scene(f"s{i}", "rooms", []) for i in range(4)]
+    groups = [(s, [Sample("", s.name, "id", "how about " + name(i), "no") for i in c])
+              for s, c in zip(scenes, counts, strict=True)]  # fmt: skip
+    lengths = [4, 6, 3, 1]
+    model = Countdown(text, dict(zip(("s0", "s1", "s2", "s3"), lengths, strict=True)))
+    batch = collate(groups, text, lengths, refer)
+    expected = [[name(j) for j in range(i - 1, 1, -1)] for c in counts for i in c]
+    seen, past = read_scenes(batch, model.encode, model.read)
+    assert seen["valid"].sum(1).tolist() == lengths and (past[1] == 0).sum(1).tolist() == lengths
+    said = answer(batch, text, past, partial(model.read, **seen), model.head, 20)
+    assert [s.lower().split() for s in said] == expected
+    assert model.widths == [6, 9, 2, 2, 1, 1, 1, 1, 1], "prefix, questions, then a token of each that goes on"
+    for limit in (0, 1, 3):
+        past = read_scenes(batch, model.encode, model.read)[1]
+        said = answer(batch, text, past, partial(model.read, **seen), model.head, limit)
+        assert [s.lower().split() for s in said] == [row[:limit] for row in expected]
+
+
+def test_a_scene_is_kept_by_the_object_and_never_written_to(text):
+    """A second scene of the same name is another one; what is kept of the first does not grow with its answers."""
+    first, second = (Scene("s", "rooms", []) for _ in range(2))
+    ask = lambda scene: collate([(scene, [Sample("", "s", "id", "how about <obj006>", "no")])], text, [3], refer)  # noqa: E731
+    model, kept = Countdown(text, {"s": 3}), {}
+    for scene, times in ((first, 1), (first, 1), (second, 2), (first, 2)):
+        seen, past = read_scenes(ask(scene), model.encode, model.read, kept)
+        assert answer(ask(scene), text, past, partial(model.read, **seen), model.head, 9)[0].count("<OBJ") == 4
+        assert len(model.encoded) == times == len(kept)
+        assert [len(x) for x in kept[id(first)][2]] == [3, 3]
+
+
+def test_what_is_read_before_an_answer_ends_with_the_turn_of_the_chat(hub, groups):
+    """The prefix ends with the scene, the question with the template; nothing of the answer is read."""
+    model, read = Countdown(hub, dict(a=3, b=2)), []
+    model.head = lambda hidden: read.append(hidden) or torch.nn.functional.one_hot(torch.tensor([hub.eos]), len(hub))
+    for scene, samples in groups[:2]:
+        for sample in samples:
+            batch = collate([(scene, [sample])], hub, [model.prefixes[scene.name]], refer)
+            seen, (cache, block) = read_scenes(batch, model.encode, model.read)
+            answer(batch, hub, (cache, block), partial(model.read, **seen), model.head, 1)
+            alone = batch["ids"][0, : int((batch["labels"][0] != IGNORE).nonzero()[0]) + 1].tolist()
+            assert cache.layers[0].keys.flatten().tolist() == alone and block.shape[1] == (batch["block"] == 0).sum()
+            assert alone[-len(hub.encode(hub.template[2])) :] == hub.encode(hub.template[2])
+    assert len(read) == 5
 
 
 def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
