@@ -1328,6 +1328,7 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 INSTALL = {  # packages that only some inputs need -> how they are had
     "av": 'pip install -e ".[video]"',
     "vggt": "pip install git+https://github.com/facebookresearch/vggt",
+    "sam2": "SAM2_BUILD_CUDA=0 pip install --no-build-isolation sam2",
 }
 
 
@@ -1932,7 +1933,7 @@ def load_sam2(name: str | Path | None = SAM2, config: str | None = None, device:
         from hydra.errors import HydraException
         from sam2.build_sam import HF_MODEL_ID_TO_FILENAMES, build_sam2_video_predictor
     except ImportError:
-        raise DataError('SAM 2 is not installed: pip install -e ".[video]" (frames with masks need no SAM 2)') from None
+        raise DataError(f"SAM 2 is not installed: {INSTALL['sam2']} (or --masks segments)") from None
     published = {file: configuration for configuration, file in HF_MODEL_ID_TO_FILENAMES.values()}
     path = None
     if name in HF_MODEL_ID_TO_FILENAMES:

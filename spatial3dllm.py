@@ -829,8 +829,9 @@ class Model(nn.Module):
         with "sure" [R], its share among all; and the "seed" [M, 3] with its "vote" [M, 3]."""
         h, boxes, votes, places, _ = (x[0] for x in self.see([scene]))
         names = ["", *sorted(data.CATEGORIES)]
-        words = F.normalize(torch.stack([self.words_of(name) for name in names]).to(h.device), dim=-1)  # [names, D]
-        sure, best = (25 * F.normalize(self.projector(h).float(), dim=-1) @ words.T).softmax(-1).max(-1)  # [R]
+        words = F.normalize(torch.stack([self.words_of(name) for name in names]).to(h.device), dim=-1)
+        alike = F.normalize(self.projector(h).float(), dim=-1) @ words.T  # [R, names]
+        sure, best = (25 * alike).softmax(-1).max(-1)
         found = {"box": boxes, "sure": sure, "seed": places, "vote": votes}
         return {k: v.float().cpu().numpy() for k, v in found.items()} | {"name": [names[i] for i in best.tolist()]}
 

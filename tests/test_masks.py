@@ -1,7 +1,7 @@
 """Masks of a video (data.py, part 6): SAM 2's tracks, merged where their points are one object in space.
 
 What surrounds SAM 2 is tested with a stand-in that knows the true masks of a procedural room; the real network, tiny
-and untrained, only where the package is installed: pip install -e ".[video]".
+and untrained, only where the package is installed (data.INSTALL).
 """
 
 import builtins
@@ -379,13 +379,13 @@ def test_without_the_package_the_error_says_how_to_install_it(monkeypatch):
         return real(name, *args, **options)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(DataError, match=r'^SAM 2 is not installed: pip install -e "\.\[video\]"[^\n]*$'):
+    with pytest.raises(DataError, match=r"^SAM 2 is not installed: SAM2_BUILD_CUDA=0 pip install [^\n]*sam2[^\n]*$"):
         load_sam2()
 
 
 @pytest.fixture(scope="module")
 def sam2():
-    pytest.importorskip("sam2", reason='SAM 2 is not installed: pip install -e ".[video]"')
+    pytest.importorskip("sam2", reason=f"SAM 2 is not installed: {data.INSTALL['sam2']}")
     torch.manual_seed(0)
     return load_sam2(None, config=TINY, device="cpu", **SMALL)
 

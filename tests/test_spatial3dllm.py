@@ -229,6 +229,7 @@ def test_every_shape_in_a_comment_is_true_with_all_axes_different(text, hub, sce
                 model.prepare(scenes)
                 model(model.batch(asked(scenes) if stage is not ENCODER else [(s, []) for s in scenes]))
         model.generate(model.batch(asked(scenes, 4)), 1)
+        model.told(scenes[0])
 
     assert wrong_shapes(spatial3dllm, run, ({"B", "S"}, {"R", "K"})) == []
 
