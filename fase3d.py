@@ -68,6 +68,7 @@ import contextlib
 import hashlib
 import math
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -616,7 +617,9 @@ def adapt(llm: nn.Module, layers: int, rank: int, alpha: float, names: dict[str,
         settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=FFN, bias="none",
                               layers_to_transform=list(range(layers)), layers_pattern="layers")  # fmt: skip
         if wrapped is None:
-            wrapped = get_peft_model(llm, settings, adapter_name=name)
+            with warnings.catch_warnings():  # peft asks transformers a question by its old name
+                warnings.simplefilter("ignore", FutureWarning)
+                wrapped = get_peft_model(llm, settings, adapter_name=name)
         else:
             wrapped.add_adapter(name, settings)
     if wrapped is not None:
