@@ -47,8 +47,10 @@ What the paper leaves open, and what we chose
 - Category symbols come from the data's categories (the paper's list of 213 is not public) and are drawn icons; a folder
   of images named after categories replaces them. Stage IV adds identifiers only, as in the notes on the paper.
 - Without semantic grouping the whole scene is one group and a proxy's identifier is the majority of its patches.
-- Point maps and masks come from the scene (sensor depth; instance masks or our own segments). VGGT and SAM 2 would
-  enter at the same place, `Frames.depth` and `Frames.masks`.
+- Point maps and masks come from the scene: sensor depth, or VGGT's depth un-projected with its cameras (its unit made
+  metres by known poses, depth or a given length, else metric questions are refused); instance masks, our own segments,
+  or SAM 2's tracks: masks on every eighth frame, followed through the frames, joined where their points overlap in 3D
+  unless some frame shows both (data.py, parts 4b and 6).
 - The tiny preset has no pre-trained parts. In their place: a convolutional tower with a stage 0 of its own (pieces of
   objects -> the words for their category and colour), icons tinted in the object's colour, an initialisation that looks
   back at the last words, attends to what shares content and copies it (`start_tiny`), a constant vector whose rotation

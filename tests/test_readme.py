@@ -14,6 +14,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import ablate
+import bench
 import numpy as np
 import pytest
 from PIL import Image
@@ -52,6 +54,10 @@ NOT_RUN = {
     'python fase3d.py --scene CLOUD.ply --ask "How many chairs are there?" --run runs/fase3d': "tests/test_run.py",
     'python fase3d.py --scene CLOUD.ply --ask "What is this?" --at 1.2,-0.5,0.4 --run runs/fase3d':
         "tests/test_run.py",
+    'python proxy3d.py --scene VIDEO --ask "How many chairs are there?" --run runs/proxy3d': "tests/test_own_room.py",
+    "torchrun train.py --model proxy3d --data cached --root OUT": "tests/test_video.py",
+    "python tests/bench.py ask": "timings belong to a quiet machine",
+    "python tests/bench.py segments": "minutes; tests/test_readers.py measures a few rooms",
     "python tests/bench.py fase3d": "timings belong to a quiet machine",
     "python tests/ablate.py fase3d": "an hour",
     "python tests/bench.py proxy3d": "timings belong to a quiet machine",
@@ -84,7 +90,7 @@ def test_every_flag_of_a_command_is_in_its_help(command, capsys, monkeypatch):
     """`--help` is what the program's own parser knows; words that are no flag must be known to it too, or be values."""
     program, *words = command
     flags = [w for w in words if w.startswith("--")]
-    branch = [w for w in words[:1] if w in ("check", "rooms", "modle", "encoder")]
+    branch = [w for w in words[:1] if w in ("check", "rooms", "cache", "modle", "encoder")]
     said = help_of(program, branch, capsys, monkeypatch)
     assert [f for f in flags if not re.search(rf"{f}\b", said)] == []
 
@@ -101,7 +107,8 @@ def test_benchmarks_and_papers_named_in_commands_exist():
     for command in PROGRAMS:
         for flag, value in itertools.pairwise(command):
             assert flag != "--benchmark" or value in evaluate.BENCHMARKS
-        assert not command[0].startswith("tests/") or command[1] in train.MODELS
+        assert command[0] != "tests/bench.py" or command[1] in bench.BENCHES
+        assert command[0] != "tests/ablate.py" or command[1] in ablate.STUDIES
 
 
 def test_the_extras_of_the_install_lines_exist():
