@@ -731,8 +731,8 @@ class Model(nn.Module):
     def untrained_tower(self):
         """The same model, but what it sees comes from a tower at its initial weights."""
         visual = self.llm.model.visual
-        weights = {k: v.clone() for k, v in visual.state_dict().items()}
-        kept = weights, self.cache, self.symbol_features, self.cache_folder
+        weights = [p.detach().clone() for p in visual.parameters()]  # state_dict() would shard them again
+        kept = self.cache, self.symbol_features, self.cache_folder
         self.cache, self.symbol_features, self.cache_folder = {}, {}, None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
@@ -740,8 +740,9 @@ class Model(nn.Module):
         try:
             yield
         finally:
-            visual.load_state_dict(kept[0])
-            _, self.cache, self.symbol_features, self.cache_folder = kept
+            for p, weight in zip(visual.parameters(), weights, strict=True):
+                p.data.copy_(weight)
+            self.cache, self.symbol_features, self.cache_folder = kept
 
     def baselines(self) -> dict:
         """Columns beside the score: only where the tower was trained here."""
