@@ -258,8 +258,13 @@ def wrap(model: nn.Module, ranks: Ranks, dtype: torch.dtype, shard: bool) -> nn.
 
 @contextlib.contextmanager
 def gathered(model: nn.Module):
-    """Whole weights on every rank, so that ranks may run different numbers of forwards: frozen work, generation."""
+    """Whole weights on every rank, so that ranks may run different numbers of forwards: frozen work, generation. Inside
+    another `gathered` it does nothing: the outer one would find its weights sharded again."""
     sharded = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    if not sharded or getattr(model, "is_gathered", False):
+        yield
+        return
+    model.is_gathered = True
     for m in sharded:
         m.set_reshard_after_forward(False, recurse=False)
         m.unshard()
@@ -267,6 +272,7 @@ def gathered(model: nn.Module):
     for m in sharded:
         m.reshard()
         m.set_reshard_after_forward(m is not model, recurse=False)
+    model.is_gathered = False
 
 
 def keep_precise(model: nn.Module, stages: list[Stage]) -> None:
@@ -859,6 +865,7 @@ def run(args: argparse.Namespace, paper=None, scenes: tuple | None = None) -> Ru
         evaluate_run(whole, stages[-1])
         draw_pictures(whole)
         evaluate.write_report(args.out, args.out, whole.test)
+        ranks.barrier()  # a process that ends before the first is done drawing looks like one that failed
     ranks.say(f"{args.out}: done in {(time.monotonic() - started) / 60:.1f} minutes")
     return whole
 
@@ -875,8 +882,9 @@ def evaluate_run(run: Run, stage: Stage, names: tuple[str, ...] = (), out: Path 
 def draw_pictures(run: Run) -> None:
     """Some test scenes as the model sees them, where it can show that."""
     found = [run.args.out / "loss.png"]
-    if run.ranks.rank == 0 and hasattr(run.model, "pictures"):
-        found += run.model.pictures(run.test, run.args.out / "pictures")
+    with gathered(run.model):
+        if run.ranks.rank == 0 and hasattr(run.model, "pictures"):
+            found += run.model.pictures(run.test, run.args.out / "pictures")
     run.ranks.say("\n".join(f"picture: {path}" for path in found))
 
 

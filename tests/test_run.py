@@ -10,6 +10,8 @@ import os
 import sys
 
 import pytest
+import torch
+from test_evaluate import two_processes
 
 import data
 import evaluate
@@ -190,3 +192,19 @@ def test_a_file_where_a_folder_is_to_be_written_gets_one_line_and_status_2(tmp_p
     assert train.main(["--model", "proxy3d", "--out", str(tmp_path / "taken"), *little]) == 2
     said = capsys.readouterr().err
     assert "taken" in said and said.count("\n") == 1
+
+
+def test_a_sharded_run_of_two_processes_ends_with_scores_and_pictures(run, tmp_path):
+    """Frozen work, the untrained tower, answers and pictures need whole weights on every rank, also within each other;
+    only the first process draws, and the second waits for it."""
+    small = "0 tower.batch=2|I identifiers.batch=16|II coordinates.batch=16|III relations.batch=48|IV proxies.batch=16"
+    script = (
+        "import sys, train; sys.exit(train.main(['--model', 'proxy3d', '--steps', '5', '--train-scenes', '3', "
+        "'--test-scenes', '2', '--workers', '0', '--shard', '--out', sys.argv[1], '--set', *sys.argv[2].split('|')]))"
+    )
+    two_processes(script, str(tmp_path / "run"), small)
+    scores = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert "untrained tower" in scores["rooms/grounding"]["columns"] and scores["provenance"]["processes"] == 2
+    assert (tmp_path / "run/report.html").exists() and len([*(tmp_path / "run/pictures").glob("*.png")]) >= 2
+    for name, tensor in data.read_tensors(run, "weights").items():  # one process that trained in three rooms as well
+        assert torch.allclose(data.read_tensors(tmp_path / "run", "weights")[name], tensor, rtol=1e-3, atol=1e-3), name
