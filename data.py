@@ -986,7 +986,7 @@ def load_rgbd(root: str | Path, size: tuple[int, int] | int | None = (240, 320),
         for i, (colour, depth, mask, K, pose) in enumerate(read_frames(chosen, camera, convention, depth_scale, notes)):
             out = hold_out and i % hold_out == hold_out - 1
             shape = fit_longest(*depth.shape, size) if isinstance(size, int) else size or depth.shape
-            (held if out else kept).append(resize_frame((colour, depth, mask * 0, K, pose), shape))
+            (held if out else kept).append(resize_frame((colour, depth, mask, K, pose), shape))
             if not out:
                 yield colour, depth, K, pose
 
@@ -1465,11 +1465,11 @@ def read_partial(rows: list, camera: Path, count: int, longest: int, convention:
                  depth_scale: float) -> tuple[np.ndarray, dict, list[str]]:  # fmt: skip
     """Frames that have depth or poses but not both (rows and camera as of find_frames): images [V, H, W, 3] uint8;
     {"depth": [V, H, W] metres} or {"poses": [V, 4, 4] camera to world, and, where the folder has them, "intrinsics":
-    [V, 3, 3]}; notes."""
+    [V, 3, 3]}, with "masks" [V, H, W]; notes."""
     depth, chosen = rows[0][1].exists(), evenly(rows, count)
     axes, inverse = choose(CONVENTIONS, convention, "pose convention")
-    images, values, lost = [], [], 0
-    for colour_path, depth_path, pose_path, _ in chosen:
+    images, values, masks, lost = [], [], [], 0
+    for colour_path, depth_path, pose_path, mask_path in chosen:
         if depth:
             value = read_image(depth_path)
             value = np.where(value == 65535, 0, value).astype(np.float32) / np.float32(depth_scale)
@@ -1483,9 +1483,12 @@ def read_partial(rows: list, camera: Path, count: int, longest: int, convention:
         size = image.shape[:2]
         images.append(shrink(image, longest))
         values.append(nearest_pixels(value, images[-1].shape[:2]) if depth else value)
+        mask = read_image(mask_path).astype(np.int32) if mask_path.exists() else np.zeros((1, 1), np.int32)
+        masks.append(nearest_pixels(mask, images[-1].shape[:2]))
     if not images:
         raise DataError(f"{camera.parent}: none of its {lost} poses is finite; export the frames again")
-    images, known = same_size(images, camera.parent), {"depth" if depth else "poses": np.stack(values)}
+    images = same_size(images, camera.parent)
+    known = {"depth" if depth else "poses": np.stack(values), "masks": np.stack(masks)}
     H, W = images.shape[1:3]
     colour = [c for c in map(camera.with_name, ("intrinsic_color.txt", "intrinsic.txt", camera.name)) if c.exists()]
     if not depth and colour:  # of the images, where depth has a camera of its own
@@ -1597,7 +1600,8 @@ def read_views(path: str | Path, geometry: Callable | None = None, vggt: str = "
         unit = GUESS / float(np.median(found[sure])) * (scale or 1.0)
     cameras = np.concatenate([cameras[:, :, :3], cameras[:, :, 3:] * [[unit], [unit], [unit], [1]]], axis=2)
     depth = known.get("depth", np.where(sure, found * np.float32(unit), 0).astype(np.float32))
-    arrays = (images, depth, np.zeros(depth.shape, np.int32), known.get("intrinsics", K), known.get("poses", cameras))
+    masks = known.get("masks", np.zeros(depth.shape, np.int32))
+    arrays = (images, depth, masks, known.get("intrinsics", K), known.get("poses", cameras))
     kept = list(zip(*arrays, strict=True))
     scene, _ = fused_scene(path.stem, "video", ((c, d, k, p) for c, d, _, k, p in kept), kept, notes, points, up)
     if known or scale is not None:
@@ -3745,7 +3749,8 @@ SCENE_OPTIONS = {  # flags of a scene of one's own -> (type, help)
     "max_frames": (int, "frames to use at most (default: 64 with depth and poses, else 32)"),
     "longest": (int, "longer side of the frames in pixels (default: 320 with depth and poses, else 640)"),
     "vggt": (str, "name or folder of VGGT's weights, for frames without depth or poses"),
-    "masks": (str, "where objects come from: segments (of the cloud, the default) or sam2"),
+    "masks": (str, "where objects come from: files (instance-filt/, the default where it lies), segments of the cloud "
+              "(else the default) or sam2"),
     "sam2": (str, f"name or checkpoint of SAM 2's weights (default: {SAM2})"),
 }
 FRAME_OPTIONS = {"up", "convention", "depth_scale", "max_frames", "longest", "masks", "sam2"}
@@ -3788,7 +3793,8 @@ def choose_reader(path: Path) -> tuple[Callable, set[str]]:
 def open_scene(path: str | Path, **options) -> Scene:
     """A scene of one's own: a video, a folder of frames with or without depth and poses, a .ply cloud, a ScanNet-layout
     scan, or a scene kept by `data.py cache`. Where nothing is labelled the objects are its own segments, or with
-    masks = "sam2" SAM 2's tracks. Options: SCENE_OPTIONS; one that has no part in this kind of scene is a DataError."""
+    masks = "sam2" SAM 2's tracks, or where frames come with masks those. Options: SCENE_OPTIONS; one that has no part
+    in this kind of scene is a DataError."""
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path}: no such scene; give a video, a folder of frames, a .ply or a scan's folder")
@@ -3796,9 +3802,12 @@ def open_scene(path: str | Path, **options) -> Scene:
     if strange := sorted(set(options) - takes):
         raise DataError(f"--{strange[0].replace('_', '-')}: has no part in reading {path}; "
                         f"known here: {', '.join(sorted(takes)) or 'none'}")  # fmt: skip
-    masks, sam2 = options.pop("masks", "segments"), options.pop("sam2", None)
+    masks, sam2 = options.pop("masks", None), options.pop("sam2", None)
+    if masks is not None:
+        choose(SEGMENTERS, masks, "--masks")
     scene = reader(path, **options)
-    return scene if scene.objects else choose(SEGMENTERS, masks, "--masks")(scene, sam2)
+    given = scene.frames is not None and scene.frames.masks.any()
+    return scene if scene.objects else SEGMENTERS[masks or ("files" if given else "segments")](scene, sam2)
 
 
 def with_sam2(scene: Scene, name: str | None = None) -> Scene:
@@ -3810,7 +3819,14 @@ def with_sam2(scene: Scene, name: str | None = None) -> Scene:
     return with_tracks(scene, merge_tracks(tracks, unproject(f.depth, f.intrinsics, f.poses)))
 
 
-SEGMENTERS = {"segments": lambda scene, _: with_own_segments(scene), "sam2": with_sam2}
+def with_files(scene: Scene, _: object = None) -> Scene:
+    """The scene with the masks that lie beside its frames for objects."""
+    if scene.frames is None or not scene.frames.masks.any():
+        raise DataError(f"--masks files: {scene.name} has no instance-filt/ with masks; leave it out")
+    return with_tracks(scene, scene.frames.masks)
+
+
+SEGMENTERS = {"segments": lambda scene, _: with_own_segments(scene), "sam2": with_sam2, "files": with_files}
 
 # Words of a question whose answer is a measure: of a scene of unknown scale it is refused.
 MEASURE = re.compile(

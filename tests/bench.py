@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -371,6 +373,47 @@ def spatial() -> None:
         print(f"  {name:45s} {row} {1 / (sum(once) + modules + answer):8.1f} {1 / (modules + answer):8.1f}")
 
 
+# ---- long videos and large clouds ------------------------------------------------------------------------------------
+
+
+def apart(code: str) -> tuple[float, float]:
+    """Seconds, and GB beyond the imports, that some lines take in a process of their own (on Linux)."""
+    around = ("import re, sys, time; sys.path.insert(0, sys.argv[1]); import av, data, scipy.spatial\n"
+              "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 2**20\n"
+              f"before, start = peak(), time.perf_counter()\n{code}\n"
+              "print(time.perf_counter() - start, peak() - before)")  # fmt: skip
+    root = str(Path(__file__).resolve().parents[1])
+    said = subprocess.run([sys.executable, "-c", around, root], capture_output=True, text=True, check=True).stdout
+    return tuple(map(float, said.split()))
+
+
+def large_inputs(minutes: int = 10, points: int = 4_000_000) -> None:
+    """A long video and a cloud of millions of points: what reading them takes."""
+    import av
+
+    still = np.asarray(data.room(1, views=1, size=360, points=0).frames.colour[0])
+    with tempfile.TemporaryDirectory() as folder:
+        for name, length in (("short", minutes * 30), ("long", minutes * 1800)):  # 10 seconds and 10 minutes
+            with av.open(f"{folder}/{name}.mp4", "w") as container:
+                stream = container.add_stream("libx264", rate=30)
+                stream.width, stream.height, stream.pix_fmt = 640, 360, "yuv420p"
+                stream.options = {"preset": "ultrafast", "g": "250"}
+                wide = np.tile(still, (1, 3, 1))
+                for i in range(length):
+                    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(wide[:, i % 360 : i % 360 + 640]), "rgb24")
+                    container.mux(stream.encode(frame))
+                container.mux(stream.encode())
+            row = apart(f"data.read_video({folder + '/' + name + '.mp4'!r})")
+            print(f"32 of the {length:6d} frames of a video, 640 x 360: {row[0]:5.1f} s, {row[1]:.2f} GB")
+        scene, rng = data.room(1, views=0, points=200_000), np.random.default_rng(0)
+        for count in (points // 10, points):
+            pick = rng.integers(0, len(scene.points), count)
+            moved = (scene.points[pick] + rng.normal(0, 0.01, (count, 3))).astype(np.float32)
+            data.write_ply(f"{folder}/cloud.ply", moved, scene.colours[pick], scene.normals[pick])
+            row = apart(f"data.open_scene({folder + '/cloud.ply'!r})")
+            print(f"a cloud of {count:9d} points read and segmented:     {row[0]:5.1f} s, {row[1]:.2f} GB")
+
+
 # ---- own segments ----------------------------------------------------------------------------------------------------
 
 
@@ -522,7 +565,8 @@ def ask(questions: int = 10, tokens: int = 16) -> None:
 
 
 BENCHES = {"proxy3d": (clustering, rooms, latency), "fase3d": (curve_keys, graph_time, graph_quality, tokenizer),
-           "spatial3dllm": (spatial,), "segments": (segments, draw_segments), "ask": (ask,)}  # fmt: skip
+           "spatial3dllm": (spatial,), "segments": (segments, draw_segments), "ask": (ask,),
+           "room": (large_inputs,)}  # fmt: skip
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

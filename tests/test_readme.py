@@ -57,6 +57,7 @@ NOT_RUN = {
     'python proxy3d.py --scene VIDEO --ask "How many chairs are there?" --run runs/proxy3d': "tests/test_own_room.py",
     "torchrun train.py --model proxy3d --data cached --root OUT": "tests/test_video.py",
     "python tests/bench.py ask": "timings belong to a quiet machine",
+    "python tests/bench.py room": "minutes",
     "python tests/bench.py segments": "minutes; tests/test_readers.py measures a few rooms",
     "python tests/bench.py fase3d": "timings belong to a quiet machine",
     "python tests/ablate.py fase3d": "an hour",

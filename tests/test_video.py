@@ -262,6 +262,24 @@ def test_all_ways_give_the_same_frames(ways):
     assert np.abs(ways["video"].frames.colour.astype(int) - ways["rgbd"].frames.colour).mean() < 6
 
 
+def test_masks_that_lie_beside_the_frames_are_the_objects(tmp_path):
+    """No SAM 2 is needed where a folder has instance-filt/; our own segments replace them when asked for."""
+    scene = room(3, views=12, size=96)
+    folder = write_rgbd(scene, tmp_path / "room")
+    (folder / "instance-filt").mkdir()
+    for i, mask in enumerate(scene.frames.masks):
+        Image.fromarray(mask.astype(np.uint16)).save(folder / f"instance-filt/frame-{i:06d}.png")
+    found = open_scene(folder, longest=96)
+    assert "tracks through the frames" in found.notes[-1]
+    seen = [o for o in scene.objects if (scene.frames.masks == o.id).sum() > 100]
+    sizes = np.stack([np.sort(o.box[3:]) for o in found.objects])  # the cloud may lie a quarter turn off
+    near = [np.abs(sizes - np.sort(o.box[3:])).max(1).min() < 0.25 for o in seen]
+    assert np.mean(near) > 0.8 and len(found.objects) <= len(scene.objects)
+    assert "segments of our own" in open_scene(folder, longest=96, masks="segments").notes[-1]
+    with pytest.raises(DataError, match="--masks 'x' is unknown: choose one of segments, sam2, files"):
+        open_scene(folder, masks="x")
+
+
 def askable(scene):
     """The question types that a scene can be asked once its own segments are its objects."""
     scene = data.with_own_segments(scene)
