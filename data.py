@@ -2,17 +2,19 @@
 
 A `Scene` is one furnished place with posed frames, a coloured point cloud and objects; a `Sample` is one question about
 it with all that scoring needs. Four readers fill scenes, a table of question templates fills samples, `collate` turns
-both into tensors. The geometry at the end of part 2 (`knn`, `farthest_point_sampling`, `over_segment`) is what papers
-share and what is most often copied.
+both into tensors. `knn`, `farthest_point_sampling` (part 2) and `over_segment` (part 5) are what papers share and
+what is most often copied.
 
 Frames and units: every array is in metres, z up, axis-aligned, right-handed, the floor at z = 0. Cameras follow OpenCV
 (x right, y down, z forward); poses map camera to world; depth is measured along the camera's z axis, 0 = missing.
 Boxes are axis-aligned: [cx, cy, cz, w, d, h], the centre and the full sizes along x, y, z.
 
-Axis legend: S scenes, V views, H W pixels, N points, n objects, Q questions, T tokens, K scene tokens, D width.
+Axis legend: S scenes, B boxes or those scenes that are read anew, V views, H W pixels, P pixels of a view or positions
+of a prefix, N points, n objects, Q questions, T tokens, K scene tokens, D width.
 
-Contents: 1 scenes and samples · 2 geometry · 3 procedural rooms · 4 readers and writers · 5 over-segmentation ·
-6 masks of a video · 7 questions and baselines · 8 text · 9 batches · 10 pictures · 11 runs, own scenes, command line
+Contents: 1 scenes and samples · 2 geometry · 3 procedural rooms · 4 readers and writers · 4b video ·
+5 over-segmentation · 6 masks of a video · 7 questions and baselines · 8 text · 9 batches · 10 pictures · 11 runs, own
+scenes, command line
 """
 
 from __future__ import annotations
@@ -3751,6 +3753,16 @@ SCENE_OPTIONS = {  # flags of a scene of one's own -> (type, help)
 FRAME_OPTIONS = {"up", "convention", "depth_scale", "max_frames", "longest", "masks", "sam2"}
 
 
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes, and those of its sub-commands, are a DataError and so one line."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        raise DataError(message)
+
+
 def add_scene_options(parser: argparse.ArgumentParser) -> None:
     for name, (kind, said) in SCENE_OPTIONS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=said)
@@ -3987,19 +3999,18 @@ def ask_scene(paper, arguments: Sequence[str]) -> None:
     """The command line of a paper: `--scene PATH --ask QUESTION [--ask ...] --run DIR`: prints the answers, and where
     the pictures are. Without --ask questions are typed at a terminal, one after another; the scene is read once. A
     model may offer `answer_pictures(scene, samples, answers, folder)`, more pictures. Raises DataError."""
-    parser = argparse.ArgumentParser(description="Questions about a scene of your own.", allow_abbrev=False)
-    parser.error = lambda message: (_ for _ in ()).throw(DataError(message))
+    parser = Parser(description="Questions about a scene of your own.")
     parser.add_argument("--scene", type=Path, required=True,
                         help="a video, a folder of frames with or without depth and poses, a .ply, a scan's folder")
     parser.add_argument("--ask", action="append", help="a question; may be given several times (default: a prompt)")
-    name = Path(paper.__file__).stem
+    name, places = Path(paper.__file__).stem, hasattr(paper, "CoordinateToken")
     parser.add_argument("--run", type=Path, help="folder of a trained run")
-    parser.add_argument("--at", help="X,Y,Z metres: the place that the questions mean by \"this\" (Fase3D)")
+    parser.add_argument("--at", metavar="X,Y,Z", help='in metres: the place that "this" in a question means' if places
+                        else argparse.SUPPRESS)  # fmt: skip
     parser.add_argument("--out", type=Path, help="picture to write (default: <run>/ask.png)")
     add_scene_options(parser)
     a = parser.parse_args(arguments)
     place = None if a.at is None else read_place(a.at)
-    places = hasattr(paper, "CoordinateToken")
     if place is not None and not places:
         raise DataError(f"--at: {name} takes no places; fase3d does")
     if a.run is None:
@@ -4058,8 +4069,7 @@ def write_rooms(out: Path, count: int, objects: int | None, first: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Look at data, or make some.", allow_abbrev=False)
-    parser.error = lambda message: (_ for _ in ()).throw(DataError(message))
+    parser = Parser(description="Look at data, or make some.")
     commands = parser.add_subparsers(dest="command", required=True)
     look = commands.add_parser("check", help="what is there, what is missing, and where it is had")
     look.add_argument("path", type=Path)
@@ -4085,7 +4095,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2 if failed else 0
         else:
             write_rooms(a.out, a.count, a.objects, a.seed)
-    except DataError as error:
+    except (DataError, OSError) as error:  # OSError: what cannot be written
         print(f"data.py: {error}", file=sys.stderr)
         return 2
     return 0
