@@ -208,6 +208,13 @@ def knn(queries: torch.Tensor, points: torch.Tensor, k: int, chunk: int = 4096) 
     return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
 
 
+def nearest(queries: np.ndarray, points: np.ndarray, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """`knn` of arrays: distances [M, k] and indices [M, k]; of fewer than k points, all."""
+    tensors = (torch.from_numpy(np.ascontiguousarray(a, np.float32)) for a in (queries, points))
+    distance, index = knn(*tensors, min(k, len(points)))
+    return distance.numpy(), index.numpy()
+
+
 def farthest_point_sampling(points: torch.Tensor, count: int, first: int | None = None) -> torch.Tensor:
     """Indices [count] of points chosen one by one, each the farthest from those chosen before; ties: lowest index.
 
@@ -759,6 +766,23 @@ def read_matrix(path: Path, rows: int = 4) -> np.ndarray:
         return np.array(table)[:rows, :rows].reshape(rows, rows)
 
 
+def read_depth(path: Path, scale: float) -> np.ndarray:
+    """A depth image [H, W] in float32 metres, of whole numbers, `scale` a metre; 0 = missing, as 65535 is there."""
+    depth = read_image(path)
+    if depth.ndim != 2 or depth.dtype.kind not in "iu":
+        raise DataError(f"{path}: {depth.dtype} {depth.shape}; export one channel of 16-bit integers")
+    return np.where(depth == 65535, 0, depth).astype(np.float32) / np.float32(scale)
+
+
+def read_pose(path: Path, convention: str) -> np.ndarray | None:
+    """The pose [4, 4], camera to world, of a file in one of CONVENTIONS; None where it is not finite."""
+    axes, inverse = choose(CONVENTIONS, convention, "pose convention")
+    if not np.isfinite(pose := read_matrix(path)).all():
+        return None
+    pose = nearest_rigid(pose, path)
+    return (np.linalg.inv(pose) if inverse else pose) @ np.diag(axes)
+
+
 def read_json(path: Path):
     with reading(path, "JSON file"):
         return json.loads(path.read_text())
@@ -792,18 +816,12 @@ def read_frames(rows: list, camera: Path, convention: str, depth_scale: float, n
     """(colour [H, W, 3] u8, depth [H, W] f32 metres, mask [H, W] i32, intrinsics [3, 3], pose [4, 4]) of every usable
     frame, at the size of its depth. Frames whose pose is not finite or whose depth is empty are dropped and counted."""
     intrinsics = read_matrix(camera, 3)
-    axes, inverse = choose(CONVENTIONS, convention, "pose convention")
     dropped = {"a pose that is not finite": 0, "no depth": 0}
     for colour_path, depth_path, pose_path, mask_path in rows:
-        pose, depth = read_matrix(pose_path), read_image(depth_path)
-        if depth.ndim != 2 or depth.dtype.kind not in "iu":
-            raise DataError(f"{depth_path}: {depth.dtype} {depth.shape}; export one channel of 16-bit integers")
-        depth = np.where(depth == 65535, 0, depth).astype(np.float32) / np.float32(depth_scale)
-        if not np.isfinite(pose).all() or not depth.any():
-            dropped["no depth" if np.isfinite(pose).all() else "a pose that is not finite"] += 1
+        pose, depth = read_pose(pose_path, convention), read_depth(depth_path, depth_scale)
+        if pose is None or not depth.any():
+            dropped["no depth" if pose is not None else "a pose that is not finite"] += 1
             continue
-        pose = nearest_rigid(pose, pose_path)
-        pose = (np.linalg.inv(pose) if inverse else pose) @ np.diag(axes)
         mask = read_image(mask_path).astype(np.int32) if mask_path.exists() else np.zeros(depth.shape, np.int32)
         yield resize_frame((read_image(colour_path, "RGB"), depth, mask, intrinsics, pose), depth.shape)
     notes += [f"dropped {n} of {len(rows)} frames with {what}" for what, n in dropped.items() if n]
@@ -815,16 +833,18 @@ def nearest_pixels(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return image[np.ix_(*(((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(size, image.shape, strict=True)))]
 
 
-def resize_frame(frame: tuple, size: tuple[int, int]) -> tuple:
-    """A frame at (H, W): colour by area, depth and mask by nearest pixel, intrinsics (of the depth) scaled."""
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """An image [h, w, 3] uint8 at (H, W), every pixel the mean over its area."""
     from PIL import Image
 
+    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BOX))
+
+
+def resize_frame(frame: tuple, size: tuple[int, int]) -> tuple:
+    """A frame at (H, W): colour by area, depth and mask by nearest pixel, intrinsics (of the depth) scaled."""
     colour, depth, mask, intrinsics, pose = frame
-    (H, W), (h, w) = size, depth.shape
-    if colour.shape[:2] != (H, W):
-        colour = np.asarray(Image.fromarray(colour).resize((W, H), Image.Resampling.BOX))
-    scale = np.diag([W / w, H / h, 1.0])
-    return colour, nearest_pixels(depth, size), nearest_pixels(mask, size), scale @ intrinsics, pose
+    scale = np.diag([size[1] / depth.shape[1], size[0] / depth.shape[0], 1.0])
+    return resize_image(colour, size), nearest_pixels(depth, size), nearest_pixels(mask, size), scale @ intrinsics, pose
 
 
 def stack_frames(frames: list[tuple], world: np.ndarray | None = None) -> Frames:
@@ -894,8 +914,7 @@ def fuse(frames: Iterable[tuple], limit: int = 100_000, voxel: float | None = No
 
 def estimate_normals(points: np.ndarray, k: int = 24) -> np.ndarray:
     """Unit normals [N, 3] float32 of a bare cloud: least axis of each point's k neighbours, facing the centroid."""
-    tensor = torch.from_numpy(np.ascontiguousarray(points, np.float32))
-    near = points[knn(tensor, tensor, min(k, len(points)))[1].numpy()].astype(np.float32)
+    near = points[nearest(points, points, k)[1]].astype(np.float32)
     near = near - near.mean(1, keepdims=True)
     normals = np.linalg.eigh(np.einsum("nki,nkj->nij", near, near))[1][..., 0]
     inward = (normals * (points.mean(0) - points)).sum(1, keepdims=True) >= 0
@@ -1451,10 +1470,7 @@ def read_images(folder: Path, count: int = 32, longest: int = 640, tries: int = 
 
 def shrink(image: np.ndarray, longest: int) -> np.ndarray:
     """An image [H, W, 3] uint8 whose longer side is at most `longest` pixels."""
-    from PIL import Image
-
-    h, w = fit_longest(*image.shape[:2], longest)
-    return np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BOX))
+    return resize_image(image, fit_longest(*image.shape[:2], longest))
 
 
 def same_size(images: list[np.ndarray], where: object) -> np.ndarray:
@@ -1469,22 +1485,16 @@ def read_partial(rows: list, camera: Path, count: int, longest: int, convention:
     {"depth": [V, H, W] metres} or {"poses": [V, 4, 4] camera to world, and, where the folder has them, "intrinsics":
     [V, 3, 3]}; notes."""
     depth, chosen = rows[0][1].exists(), evenly(rows, count)
-    axes, inverse = choose(CONVENTIONS, convention, "pose convention")
-    images, values, lost = [], [], 0
+    images, values = [], []
     for colour_path, depth_path, pose_path, _ in chosen:
-        if depth:
-            value = read_image(depth_path)
-            value = np.where(value == 65535, 0, value).astype(np.float32) / np.float32(depth_scale)
-        elif not np.isfinite(value := read_matrix(pose_path)).all():
-            lost += 1
+        value = read_depth(depth_path, depth_scale) if depth else read_pose(pose_path, convention)
+        if value is None:
             continue
-        else:
-            value = nearest_rigid(value, pose_path)
-            value = (np.linalg.inv(value) if inverse else value) @ np.diag(axes)
         image = read_image(colour_path, "RGB")
         size = image.shape[:2]
         images.append(shrink(image, longest))
         values.append(nearest_pixels(value, images[-1].shape[:2]) if depth else value)
+    lost = len(chosen) - len(images)
     if not images:
         raise DataError(f"{camera.parent}: none of its {lost} poses is finite; export the frames again")
     images, known = same_size(images, camera.parent), {"depth" if depth else "poses": np.stack(values)}
@@ -1630,8 +1640,7 @@ def vertex_normals(points: np.ndarray, faces: np.ndarray) -> np.ndarray:
 def neighbour_pairs(points: np.ndarray, k: int, reach: float = np.inf) -> tuple[np.ndarray, np.ndarray, float]:
     """Every pair a < b of points where one is among the other's k nearest, closer than `reach` times the median
     distance of nearest points: (a [E], b [E], that distance)."""
-    tensor = torch.from_numpy(np.ascontiguousarray(points, np.float32))
-    distance, near = (t.numpy()[:, 1:] for t in knn(tensor, tensor, min(k + 1, len(points))))
+    distance, near = (a[:, 1:] for a in nearest(points, points, k + 1))
     spacing = float(np.median(distance[:, 0]))
     a, b = np.nonzero(distance <= max(reach * spacing, 1e-9))[0], near[distance <= max(reach * spacing, 1e-9)]
     key = np.sort(np.minimum(a, b) * len(points) + np.maximum(a, b))
@@ -1836,14 +1845,13 @@ def merge_segments(points: np.ndarray, normals: np.ndarray, colours: np.ndarray,
 def render_masks(points: np.ndarray, instances: np.ndarray, frames: Frames, reach: float | None = None) -> np.ndarray:
     """Masks [V, H, W] int32: every depth pixel takes the instance [N] of the nearest point [N, 3], 0 beyond `reach`
     metres (default: 5 cm or twice the cloud's spacing). Asked from the pixels, this tests depth and leaves no holes."""
-    cloud = torch.from_numpy(np.ascontiguousarray(points, np.float32))
     if reach is None:
-        reach = max(0.05, 2 * float(knn(cloud, cloud, min(2, len(cloud)))[0][:, -1].median()))
+        reach = max(0.05, 2 * float(np.quantile(nearest(points, points, 2)[0][:, -1], 0.5, method="lower")))
     masks = np.zeros(frames.depth.shape, np.int32)
     for v in range(len(masks)):  # one frame at a time: memory stays that of a frame
         seen = frames.depth[v] > 0
         pixels = unproject(frames.depth[v : v + 1], frames.intrinsics[v : v + 1], frames.poses[v : v + 1])[0][seen]
-        distance, near = (t.numpy()[:, 0] for t in knn(torch.from_numpy(pixels), cloud, 1))
+        distance, near = (a[:, 0] for a in nearest(pixels, points))
         masks[v][seen] = np.where(distance <= reach, instances[near], 0)
     return masks
 
@@ -1884,8 +1892,7 @@ def surface(scene: Scene, limit: int = 100_000) -> tuple:
 def read_masks(points: np.ndarray, frames: Frames) -> np.ndarray:
     """The inverse of `render_masks`: for points [N, 3] the object id [N] of the nearest depth pixel of all frames."""
     seen = unproject(frames.depth, frames.intrinsics, frames.poses)[frames.depth > 0]
-    near = knn(torch.from_numpy(np.ascontiguousarray(points, np.float32)), torch.from_numpy(seen), 1)[1][:, 0].numpy()
-    return frames.masks[frames.depth > 0][near].astype(np.int64)
+    return frames.masks[frames.depth > 0][nearest(points, seen)[1][:, 0]].astype(np.int64)
 
 
 def seen_cloud(scene: Scene, limit: int = 100_000) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]:
@@ -3288,13 +3295,18 @@ def answer(batch: dict, text: TinyText | HubText, past: tuple, read: Callable, h
     return [text.decode(ids) for ids in said]
 
 
-def write_npz(path: Path, **arrays: np.ndarray) -> None:
-    """Write arrays so that a reader never sees half a file: to a neighbour first, then renamed."""
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """What to write to in place of `path`, which it becomes on leaving: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    with open(part, "wb") as f:
-        np.savez(f, **arrays)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    yield part
     os.replace(part, path)
+
+
+def write_npz(path: Path, **arrays: np.ndarray) -> None:
+    with whole(path) as part, open(part, "wb") as file:
+        np.savez(file, **arrays)
 
 
 # ---- 10 pictures -----------------------------------------------------------------------------------------------------
@@ -3480,10 +3492,9 @@ LOOKS = {  # how a cloud is coloured: in words, and from ids [N] and true colour
 
 def spacing_of(points: np.ndarray) -> np.ndarray:
     """Distance [N] of every point to its fourth neighbour, at most twice the median: discs of that size close gaps."""
-    cloud = torch.from_numpy(np.ascontiguousarray(points, np.float32))
-    if len(cloud) < 2:
-        return np.full(len(cloud), 0.05)
-    gap = knn(cloud, cloud, min(5, len(cloud)))[0][:, -1].numpy()
+    if len(points) < 2:
+        return np.full(len(points), 0.05)
+    gap = nearest(points, points, 5)[0][:, -1]
     return np.minimum(gap, 2 * np.median(gap))
 
 
@@ -3944,10 +3955,8 @@ def cache_scenes(path: Path, out: Path, workers: int = 1, **options) -> dict[str
 
 
 def write_manifest(path: Path, options: dict, rows: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({"options": options, "scenes": dict(sorted(rows.items()))}, indent=1))
-    os.replace(part, path)
+    with whole(path) as part:
+        part.write_text(json.dumps({"options": options, "scenes": dict(sorted(rows.items()))}, indent=1))
 
 
 def work(jobs: list[tuple], workers: int) -> Iterator[dict]:

@@ -34,7 +34,6 @@ import importlib
 import io
 import itertools
 import json
-import os
 import re
 import shlex
 import shutil
@@ -1472,11 +1471,8 @@ def draw_mixture(listed: Mapping[str, Sequence[Sample]], report: Sequence[Mappin
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is never seen half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    with data.whole(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def to_json(value: object) -> str:
