@@ -39,7 +39,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache, partial, wraps
 from pathlib import Path
 from textwrap import wrap
 from zipfile import BadZipFile
@@ -1573,16 +1573,32 @@ def similarity(found: np.ndarray, known: np.ndarray, where: object) -> tuple[flo
 GUESS = 2.0  # metres: the median depth of a video whose scale nobody knows
 
 
+def metres_per_unit(depth: np.ndarray, poses: np.ndarray, sure: np.ndarray, known: dict, scale: float | None,
+                    where: object) -> tuple[float, list[str]]:  # fmt: skip
+    """Metres per unit of depth [V, H, W] and poses [V, 4, 4] that were found, sure [V, H, W] bool; and a line that says
+    how: by the known poses (`similarity`) or depth [V, H, W] (median ratio), else by a guess times `scale`."""
+    if "poses" in known:
+        factor, off = similarity(poses, known["poses"], where)
+        return factor, [f"depth as seen in the images, its scale from {len(poses)} poses, which fit to {off:.2f} m"]
+    if "depth" in known:
+        both = sure & (known["depth"] > 0)
+        if not both.any():
+            raise DataError(f"{where}: its depth images are empty; export them again")
+        factor = float(np.median(known["depth"][both] / depth[both]))
+        return factor, ["poses as seen in the images, their scale from the depth"]
+    return GUESS / float(np.median(depth[sure])) * (scale or 1.0), []
+
+
 def read_views(path: str | Path, geometry: Callable | None = None, vggt: str = "facebook/VGGT-1B", max_frames: int = 32,
                longest: int = 640, scale: float | None = None, up: str = "auto", convention: str = "opencv",
                depth_scale: float = 1000.0, points: int = 100_000) -> Scene:  # fmt: skip
     """A video, a folder of images, or a folder of frames that lacks depth or poses, as a scene without objects.
 
     What is missing comes from geometry(images) -> depth, confidence, intrinsics, poses as of `vggt_geometry` (the
-    default). Its unit becomes metres by the folder's poses (`similarity`), by its depth (median ratio), or by `scale`,
-    true metres per guessed one, where the guess puts half of what is seen within GUESS metres. Without any of them the
-    scene is not metric, and questions in metres are refused. A fifth of the depth, the least certain, is dropped; known
-    depth, poses and intrinsics replace what was found. Raises DataError.
+    default). Its unit becomes metres by the folder's poses or depth, or by `scale`, true metres per guessed one, where
+    the guess puts half of what is seen within GUESS metres. Without any of them the scene is not metric, and questions
+    in metres are refused. A fifth of the depth, the least certain, is dropped; known depth, poses and intrinsics
+    replace what was found. Raises DataError.
     """
     path, known = Path(path), {}
     rows, camera = (find_frames(path) if path.is_dir() else None) or ([], None)
@@ -1596,19 +1612,11 @@ def read_views(path: str | Path, geometry: Callable | None = None, vggt: str = "
     sure = (found > 0) & (confidence >= np.quantile(confidence, 0.2))
     if not (sure.any() and all(np.isfinite(a).all() for a in (found, K, cameras))):
         raise DataError(f"{path}: no depth and cameras were found in its frames; record it again, slowly and in light")
-    if "poses" in known:
-        unit, off = similarity(cameras, known["poses"], path)
-        notes.append(f"depth as seen in the images, its scale from {len(images)} poses, which fit to {off:.2f} m")
-    elif "depth" in known:
-        both = sure & (known["depth"] > 0)
-        if not both.any():
-            raise DataError(f"{path}: its depth images are empty; export them again")
-        unit = float(np.median(known["depth"][both] / found[both]))
-        notes.append("poses as seen in the images, their scale from the depth")
-    else:
-        unit = GUESS / float(np.median(found[sure])) * (scale or 1.0)
-    cameras = np.concatenate([cameras[:, :, :3], cameras[:, :, 3:] * [[unit], [unit], [unit], [1]]], axis=2)
-    depth = known.get("depth", np.where(sure, found * np.float32(unit), 0).astype(np.float32))
+    factor, said = metres_per_unit(found, cameras, sure, known, scale, path)
+    notes += said
+    cameras = cameras * [1, 1, 1, factor]  # the last column: where they stand
+    cameras[:, 3, 3] = 1
+    depth = known.get("depth", np.where(sure, found * np.float32(factor), 0).astype(np.float32))
     arrays = (images, depth, np.zeros(depth.shape, np.int32), known.get("intrinsics", K), known.get("poses", cameras))
     kept = list(zip(*arrays, strict=True))
     scene, _ = fused_scene(path.stem, "video", ((c, d, k, p) for c, d, _, k, p in kept), kept, notes, points, up)
@@ -1905,19 +1913,28 @@ def seen_cloud(scene: Scene, limit: int = 100_000) -> tuple[np.ndarray, np.ndarr
 
 
 def with_own_segments(scene: Scene, limit: int = 100_000) -> Scene:
-    """The scene with its own segments for objects (category "", colour by name), its superpoints and masks made anew,
-    on the cloud of `seen_cloud`."""
+    """The scene with its own segments for objects, its superpoints and masks made anew, on the cloud of `seen_cloud`.
+    Raises DataError where there is nothing to segment."""
     points, colours, normals, grey = seen_cloud(scene, limit)
     superpoints = over_segment(points, normals)
     instances = merge_segments(points, normals, grey, superpoints)
-    objects = []
-    for i in range(1, int(instances.max()) + 1):
+    masks = None if scene.frames is None else render_masks(points, instances, scene.frames)
+    return with_pieces(scene, (points, colours, normals), superpoints, instances, masks, "segments of our own")
+
+
+def with_pieces(scene: Scene, cloud: tuple, superpoints: np.ndarray, instances: np.ndarray, masks: np.ndarray | None,
+                what: str, trim: float = 0.0) -> Scene:  # fmt: skip
+    """The scene on a cloud (points, colours, normals), the pieces that instances [N] number on it for objects (category
+    "", colour by name), and masks [V, H, W]; boxes leave out the share `trim` of a piece's points at every side."""
+    (points, colours, normals), f, objects = cloud, scene.frames, []
+    for i in range(1, int(instances.max(initial=0)) + 1):
         mine = instances == i
-        objects.append(Thing(i, "", colour_name(colours, mine), extent(points[mine])))
-    frames = scene.frames and replace(scene.frames, masks=render_masks(points, instances, scene.frames))
-    note = f"objects are {len(objects)} segments of our own, without categories"
+        box = extent(np.quantile(points[mine], (trim, 1 - trim), axis=0))
+        objects.append(Thing(i, "", colour_name(colours, mine), box))
+    note = f"objects are {len(objects)} {what}, without categories"
     return replace(scene, points=points, colours=colours, normals=normals, superpoints=superpoints, instances=instances,
-                   objects=objects, frames=frames, notes=[*scene.notes, note])  # fmt: skip
+                   objects=objects, frames=f and Frames(f.colour, f.depth, masks, f.intrinsics, f.poses),
+                   notes=[*scene.notes, note])  # fmt: skip
 
 
 # ---- 6 masks of a video ----------------------------------------------------------------------------------------------
@@ -2123,8 +2140,8 @@ def vote(points: np.ndarray, masks: np.ndarray, frames: Frames | LazyFrames, rea
 
 
 def with_tracks(scene: Scene, tracks: np.ndarray, limit: int = 100_000) -> Scene:
-    """The scene with merged tracks [V, H, W] of its frames for masks and objects (category "", colour by name), on the
-    cloud of `seen_cloud`; its points are labelled by `vote`.
+    """The scene with merged tracks [V, H, W] of its frames for masks and objects, on the cloud of `seen_cloud`; its
+    points are labelled by `vote`.
 
     A track that mostly lies on the room's shell (floor, wall), or has fewer than 8 points, is dropped. Boxes span the
     2nd to 98th percentile of a track's points: masks bleed at edges. Raises DataError without frames of that size.
@@ -2142,15 +2159,8 @@ def with_tracks(scene: Scene, tracks: np.ndarray, limit: int = 100_000) -> Scene
     total, flat = (np.bincount(i, minlength=n + 1) for i in (instances, instances[shell]))
     kept = (total >= 8) & (2 * flat < total)
     instances, masks = keep_labels(instances, kept).astype(np.int64), keep_labels(tracks, kept)
-    objects = []
-    for i in range(1, int(instances.max(initial=0)) + 1):
-        mine = instances == i
-        box = extent(np.quantile(points[mine], (0.02, 0.98), axis=0))
-        objects.append(Thing(i, "", colour_name(colours, mine), box))
-    note = f"objects are {len(objects)} tracks through the frames, without categories"
-    return replace(scene, points=points, colours=colours, normals=normals, superpoints=superpoints, instances=instances,
-                   objects=objects, frames=Frames(f.colour, f.depth, masks, f.intrinsics, f.poses),
-                   notes=[*scene.notes, note])  # fmt: skip
+    cloud, what = (points, colours, normals), "tracks through the frames"
+    return with_pieces(scene, cloud, superpoints, instances, masks, what, trim=0.02)
 
 
 # ---- 7 questions and baselines ---------------------------------------------------------------------------------------
@@ -3406,7 +3416,7 @@ class View:
             axis.set(xlabel=f"x{unit}", ylabel=f"y{unit}")
         else:
             axis.set(xticks=[], yticks=[])
-        x, y = self.start + np.array([[0, 0], [W, H]])[1] / self.scale
+        x, y = self.start + np.array([W, H]) / self.scale
         axis.set(xlim=(self.start[0], x), ylim=(self.start[1], y) if camera is None else (H, 0))
 
     def place(self, points: np.ndarray) -> np.ndarray:
@@ -3584,13 +3594,13 @@ def read_answer(text: str) -> tuple[list[tuple[str, np.ndarray]], list[np.ndarra
     """An answer's places: those named before its last "=" as (words before it, [3] or [6]), those after it, and what
     else stands there. Without "=" all count as after it."""
     before, _, after = text.rpartition("=")
+    numbers = lambda t: [v for size in (3, 6) for v in tuples(t[0], size) if v is not None]  # noqa: E731
     named, last = [], 0
     for found in TUPLE.finditer(before):
         words = re.sub(r"[^A-Za-z<>0-9 ]", " ", before[last : found.start()]).strip()
-        named += [(words, v) for size in (3, 6) for v in tuples(found[0], size) if v is not None]
+        named += [(words, v) for v in numbers(found)]
         last = found.end()
-    places = [v for t in TUPLE.finditer(after) for size in (3, 6) for v in tuples(t[0], size) if v is not None]
-    return named, places, TUPLE.sub("", after).strip()
+    return named, [v for found in TUPLE.finditer(after) for v in numbers(found)], TUPLE.sub("", after).strip()
 
 
 ANSWERS = ("crimson", "royalblue", "seagreen", "darkorange")  # the colours of the first answer, the second, ...
@@ -3642,9 +3652,8 @@ def frame_images(frames: Frames | None, shown: Sequence[int] = (0, -1)) -> list[
     """Some frames with their masks beside them, as images of `board`."""
     if frames is None:
         return []
-    images = []
+    images, colours = [], palette(int(frames.masks.max(initial=0)))
     for v in sorted({i % len(frames.colour) for i in shown}):
-        colours = palette(int(frames.masks.max(initial=0)))
         images += [(f"frame {v}", frames.colour[v]), ("its masks", colours[frames.masks[v]])]
     return images
 
@@ -3658,7 +3667,7 @@ def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.n
     title = f"{scene.name}, {len(scene.objects)} objects" + " without categories, named by their true colour" * nameless
     if tokens is not None:
         title += f"; the {len(tokens)} crosses are where the model's scene tokens are"
-    look, inks = "segments" if scene.objects else "true", list(itertools.islice(itertools.cycle(ANSWERS), len(answers)))
+    look, inks = "segments" if scene.objects else "true", [ANSWERS[i % len(ANSWERS)] for i in range(len(answers))]
     with board(scene, path, title, lines, look, frame_images(scene.frames), inks) as views:
         for view in views:
             if tokens is not None:
@@ -3784,14 +3793,6 @@ def scene_options(a: argparse.Namespace) -> dict:
     return {name: value for name in SCENE_OPTIONS if (value := getattr(a, name)) is not None}
 
 
-def read_scan(path: Path, **options) -> Scene:
-    return read_scannet(path.parent, path.name, **options)
-
-
-def read_folder(path: Path, longest: int = 320, **options) -> Scene:
-    return read_rgbd(path, size=longest, **options)
-
-
 def choose_reader(path: Path) -> tuple[Callable, set[str]]:
     """Who reads a scene of one's own, and which of SCENE_OPTIONS it takes."""
     if path.suffix == ".npz":
@@ -3801,10 +3802,10 @@ def choose_reader(path: Path) -> tuple[Callable, set[str]]:
     if path.is_file() and path.suffix.lower() not in VIDEOS:
         raise DataError(f"{path}: no kind of scene; give a .ply, a video ({', '.join(VIDEOS)}) or a folder of frames")
     if (path / f"{path.name}{SCAN_FILES[0]}").exists():
-        return read_scan, {"max_frames"}
+        return lambda scan, **options: read_scannet(scan.parent, scan.name, **options), {"max_frames"}
     rows = path.is_dir() and (find_frames(path) or [[]])[0]
     if rows and all(any(row[i].exists() for row in rows) for i in (1, 2)):
-        return read_folder, FRAME_OPTIONS
+        return lambda folder, longest=320, **options: read_rgbd(folder, size=longest, **options), FRAME_OPTIONS
     return read_views, FRAME_OPTIONS | {"scale", "vggt"}
 
 
@@ -3821,7 +3822,9 @@ def open_scene(path: str | Path, **options) -> Scene:
                         f"known here: {', '.join(sorted(takes)) or 'none'}")  # fmt: skip
     masks, sam2 = options.pop("masks", "segments"), options.pop("sam2", None)
     scene = reader(path, **options)
-    return scene if scene.objects else choose(SEGMENTERS, masks, "--masks")(scene, sam2)
+    if scene.objects or reader is load_scene:
+        return scene
+    return choose(SEGMENTERS, masks, "--masks")(scene, sam2)
 
 
 def with_sam2(scene: Scene, name: str | None = None) -> Scene:
@@ -3866,12 +3869,11 @@ def save_scene(scene: Scene, path: Path) -> None:
 def load_scene(path: str | Path) -> Scene:
     """The scene that save_scene wrote; its frames are read when they are looked at. Raises DataError."""
     path = Path(path)
-    read = partial(read_arrays, path)
     with reading(path, "kept scene"), np.load(path, allow_pickle=False) as held:
         about = json.loads(str(held["about"]))
         objects = [Thing(i, category, colour, np.array(box)) for i, category, colour, *box in about.pop("objects")]
         arrays = {k: held[k] for k in SCENE_ARRAYS if k in held}
-        frames = LazyFrames(lambda: Frames(**read("frames."))) if "frames.depth" in held else None
+        frames = LazyFrames(lambda: Frames(**read_arrays(path, "frames."))) if "frames.depth" in held else None
         return Scene(objects=objects, frames=frames, **about, **arrays)
 
 
@@ -3882,10 +3884,11 @@ def read_arrays(path: Path, prefix: str) -> dict[str, np.ndarray]:
 
 
 def is_scene(path: Path) -> bool:
-    if path.is_file():
+    """Whether `path` is a video, a cloud, a scan's folder, or one of frames or images."""
+    if not path.is_dir():
         return path.suffix.lower() in (*VIDEOS, ".ply")
-    return path.is_dir() and (choose_reader(path)[0] is not read_views or bool(find_frames(path))
-                              or any(p.suffix.lower() in IMAGES for p in path.iterdir()))  # fmt: skip
+    images = (p.suffix.lower() in IMAGES for p in path.iterdir())
+    return (path / f"{path.name}{SCAN_FILES[0]}").exists() or bool(find_frames(path)) or any(images)
 
 
 def find_scenes(path: Path) -> list[Path]:
@@ -4070,6 +4073,20 @@ def read_place(text: str) -> np.ndarray:
     return place
 
 
+def command(main: Callable[..., int | None]) -> Callable[..., int]:
+    """A `main` that returns its exit status: its own or 0; where something is wrong 2, and one line says what."""
+
+    @wraps(main)
+    def status(*arguments) -> int:
+        try:
+            return main(*arguments) or 0
+        except (DataError, OSError) as error:  # OSError: what cannot be written
+            print(f"{Path(inspect.getfile(main)).name}: {error}", file=sys.stderr)
+            return 2
+
+    return status
+
+
 def write_rooms(out: Path, count: int, objects: int | None, first: int) -> None:
     """Procedural rooms in ScanNet's own layout, below OUT/scans."""
     for seed in range(first, first + count):
@@ -4077,7 +4094,9 @@ def write_rooms(out: Path, count: int, objects: int | None, first: int) -> None:
         print(write_scannet(scene, out / "scans"))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str] | None = None) -> int | None:
+    """Looks at data or makes some; the status is 2 also where a scene could not be kept."""
     parser = Parser(description="Look at data, or make some.")
     commands = parser.add_subparsers(dest="command", required=True)
     look = commands.add_parser("check", help="what is there, what is missing, and where it is had")
@@ -4092,22 +4111,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep.add_argument("out", type=Path)
     keep.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
     add_scene_options(keep)
-    try:
-        a = parser.parse_args(arguments)
-        if a.command == "check":
-            print("\n".join(check(a.path)))
-        elif a.command == "cache":
-            rows = cache_scenes(a.path, a.out, a.workers, **scene_options(a))
-            failed = {name: row["error"] for name, row in rows.items() if "error" in row}
-            print("\n".join(f"{name}: {error}" for name, error in failed.items()), end="\n" * bool(failed))
-            print(f"{a.out}: {len(rows) - len(failed)} of {len(rows)} scenes kept, see {a.out / 'manifest.json'}")
-            return 2 if failed else 0
-        else:
-            write_rooms(a.out, a.count, a.objects, a.seed)
-    except (DataError, OSError) as error:  # OSError: what cannot be written
-        print(f"data.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    a = parser.parse_args(arguments)
+    if a.command == "check":
+        print("\n".join(check(a.path)))
+    elif a.command == "rooms":
+        write_rooms(a.out, a.count, a.objects, a.seed)
+    else:
+        rows = cache_scenes(a.path, a.out, a.workers, **scene_options(a))
+        failed = [f"{name}: {row['error']}" for name, row in rows.items() if "error" in row]
+        kept = f"{len(rows) - len(failed)} of {len(rows)} scenes kept, see {a.out / 'manifest.json'}"
+        print("\n".join([*failed, f"{a.out}: {kept}"]))
+        return 2 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1329,14 +1329,10 @@ def demo() -> None:
           "learns to see)")  # fmt: skip
 
 
-def main(arguments: Sequence[str]) -> int:
+@data.command
+def main(arguments: Sequence[str]) -> None:
     """Without arguments the demo; with --scene, --ask and --run, answers about a scene."""
-    try:
-        data.ask_scene(sys.modules[__name__], arguments) if arguments else demo()
-    except (data.DataError, OSError) as error:  # OSError: what cannot be written
-        print(f"fase3d.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    data.ask_scene(sys.modules[__name__], arguments) if arguments else demo()
 
 
 if __name__ == "__main__":

@@ -1087,14 +1087,10 @@ def demo() -> None:
     print(f"{question}  ->  {answer}  (true: {truth}; learned by heart, python train.py --model proxy3d learns to see)")
 
 
-def main(arguments: Sequence[str]) -> int:
+@data.command
+def main(arguments: Sequence[str]) -> None:
     """Without arguments the demo; with --scene, --ask and --run, answers about a scene."""
-    try:
-        data.ask_scene(sys.modules[__name__], arguments) if arguments else demo()
-    except (data.DataError, OSError) as error:  # OSError: what cannot be written
-        print(f"proxy3d.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    data.ask_scene(sys.modules[__name__], arguments) if arguments else demo()
 
 
 if __name__ == "__main__":

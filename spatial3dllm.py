@@ -1480,20 +1480,16 @@ def encoder_main(arguments: Sequence[str]) -> None:
 COMMANDS = {"modle": modle_main, "encoder": encoder_main}
 
 
-def main(arguments: Sequence[str]) -> int:
+@data.command
+def main(arguments: Sequence[str]) -> None:
     """Without arguments the demo; `modle` writes annotations, `encoder` a file; --scene, --ask and --run ask."""
     data.adopt(sys.modules[__name__])
-    try:
-        if not arguments:
-            demo()
-        elif not arguments[0].startswith("-"):
-            data.choose(COMMANDS, arguments[0], "command")(arguments[1:])
-        else:
-            data.ask_scene(sys.modules[__name__], arguments)
-    except (DataError, OSError) as error:  # OSError: what cannot be written
-        print(f"spatial3dllm.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if not arguments:
+        demo()
+    elif not arguments[0].startswith("-"):
+        data.choose(COMMANDS, arguments[0], "command")(arguments[1:])
+    else:
+        data.ask_scene(sys.modules[__name__], arguments)
 
 
 if __name__ == "__main__":
