@@ -753,6 +753,7 @@ def reading(path: Path, what: str) -> Iterator[None]:
 
 
 def read_image(path: Path, mode: str | None = None) -> np.ndarray:
+    """The pixels [H, W] or [H, W, 3] of a file as they are, or in one of PIL's modes ("RGB"). Raises DataError."""
     from PIL import Image
 
     with reading(path, "image"), Image.open(path) as image:
@@ -830,6 +831,7 @@ def read_frames(rows: list, camera: Path, convention: str, depth_scale: float, n
 
 
 def nearest_pixels(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """An image [h, w] at (H, W), every pixel the nearest one."""
     return image[np.ix_(*(((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(size, image.shape, strict=True)))]
 
 
@@ -848,6 +850,7 @@ def resize_frame(frame: tuple, size: tuple[int, int]) -> tuple:
 
 
 def stack_frames(frames: list[tuple], world: np.ndarray | None = None) -> Frames:
+    """Frames of (colour, depth, mask, intrinsics, pose), all of one size, moved by the 4x4 `world`."""
     out = Frames(*(np.stack([f[i] for f in frames]) for i in range(5)))
     return out if world is None else replace(out, poses=world @ out.poses)
 
@@ -878,6 +881,7 @@ def thin(points: np.ndarray, values: np.ndarray, weight: np.ndarray, voxel: floa
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors [N, 3] at length 1, float32."""
     return (vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)).astype(np.float32)
 
 
@@ -1455,10 +1459,14 @@ def decode(av, container, stream) -> Iterator:
             return
 
 
+def natural(name: str) -> list[str | int]:
+    """What names are sorted by so that frame10 comes after frame9."""
+    return [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", name)]
+
+
 def read_images(folder: Path, count: int = 32, longest: int = 640, tries: int = 8) -> tuple[np.ndarray, list[str]]:
     """As read_video, of a folder of image files in the order of their names (frame10 after frame9)."""
-    order = lambda p: [(t.isdigit(), int(t) if t.isdigit() else t) for t in re.split(r"(\d+)", p.name)]  # noqa: E731
-    files = sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGES), key=order)
+    files = sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGES), key=lambda p: natural(p.name))
     if not files:
         raise DataError(f"{folder}: no images ({', '.join(IMAGES)}) and no RGB-D frames; see python data.py check")
     best = []
@@ -1474,6 +1482,7 @@ def shrink(image: np.ndarray, longest: int) -> np.ndarray:
 
 
 def same_size(images: list[np.ndarray], where: object) -> np.ndarray:
+    """Images [V, H, W, 3]. Raises DataError where their sizes differ."""
     if len(sizes := {image.shape[:2] for image in images}) > 1:
         raise DataError(f"{where}: frames of {len(sizes)} sizes; those of one camera have one, sort out the others")
     return np.stack(images)
@@ -3315,6 +3324,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:
+    """Arrays by their names as one file, `whole`."""
     with whole(path) as part, open(part, "wb") as file:
         np.savez(file, **arrays)
 

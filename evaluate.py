@@ -2012,8 +2012,8 @@ def all_scores(entries: Mapping[str, dict], place: str) -> list[Markup]:
 
 def side_scores(run: Path) -> list[Path]:
     """The metrics.json of other questions than the run's own: after a stage, and in rooms of N objects."""
-    number = lambda p: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", p.parent.name)]  # noqa: E731
-    return sorted([*run.glob("after */metrics.json"), *run.glob("objects-*/metrics.json")], key=number)
+    found = [*run.glob("after */metrics.json"), *run.glob("objects-*/metrics.json")]
+    return sorted(found, key=lambda path: data.natural(path.parent.name))
 
 
 def read_answered(folder: Path, entries: Mapping[str, dict]) -> dict[str, tuple[list[Case], list[float]]]:
