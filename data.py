@@ -851,8 +851,8 @@ def resize_frame(frame: tuple, size: tuple[int, int]) -> tuple:
 
 def stack_frames(frames: list[tuple], world: np.ndarray | None = None) -> Frames:
     """Frames of (colour, depth, mask, intrinsics, pose), all of one size, moved by the 4x4 `world`."""
-    out = Frames(*(np.stack([f[i] for f in frames]) for i in range(5)))
-    return out if world is None else replace(out, poses=world @ out.poses)
+    *others, poses = (np.stack(arrays) for arrays in zip(*frames, strict=True))
+    return Frames(*others, poses if world is None else world @ poses)
 
 
 def voxel_of(points: np.ndarray, voxel: float) -> np.ndarray:
@@ -1970,21 +1970,18 @@ def load_sam2(name: str | Path | None = SAM2, config: str | None = None, device:
     except ImportError:
         raise DataError(f"SAM 2 is not installed: {INSTALL['sam2']} (or --masks segments)") from None
     published = {file: configuration for configuration, file in HF_MODEL_ID_TO_FILENAMES.values()}
-    path = None
+    path = None if name is None else Path(name)
     if name in HF_MODEL_ID_TO_FILENAMES:
         from huggingface_hub import hf_hub_download
 
-        configuration, file = HF_MODEL_ID_TO_FILENAMES[name]
+        _, file = HF_MODEL_ID_TO_FILENAMES[name]
         try:
             path = Path(hf_hub_download(name, file))
         except OSError:
             raise DataError(f"{name}: {file} is not here and the hub does not give it; download it where there is a "
                             "network and give its path in the name's place") from None  # fmt: skip
-        published[path.name] = configuration
-    elif name is not None:
-        path = Path(name)
-        if not path.is_file():
-            raise DataError(f"{path}: no such checkpoint; give a file or one of {', '.join(HF_MODEL_ID_TO_FILENAMES)}")
+    elif path is not None and not path.is_file():
+        raise DataError(f"{path}: no such checkpoint; give a file or one of {', '.join(HF_MODEL_ID_TO_FILENAMES)}")
     config = config or (path and published.get(path.name))
     if config is None:
         raise DataError(f"{name}: whose configuration? give config = one of {', '.join(sorted(published.values()))}")
@@ -4009,9 +4006,9 @@ def ask_model(model: torch.nn.Module, scene: Scene, samples: Sequence[Sample],
     for i in {int(i) for q in asked for i in MARK.findall(q)} - {o.id for o in scene.objects}:
         raise DataError(f"<obj {i}>: {scene.name} has no such object; its picture shows those it has")
     answers, rows = model.generate(model.batch([(scene, samples)]), max_new_tokens=48, kept=kept), []
+    refusal = getattr(model, "refusal", lambda scene, question: None)
     for question, written in zip(asked, answers, strict=True):
-        refused = refuse_measures(scene, question, written) or (
-            model.refusal(scene, question) if hasattr(model, "refusal") else None)  # fmt: skip
+        refused = refuse_measures(scene, question, written) or refusal(scene, question)
         said = refused or written.rpartition("=")[2].strip()
         rows.append((said + " m" * bool(re.fullmatch(r"\d+[.]\d+", said)), "" if refused else written))
     return rows
