@@ -2,17 +2,19 @@
 
 A `Scene` is one furnished place with posed frames, a coloured point cloud and objects; a `Sample` is one question about
 it with all that scoring needs. Four readers fill scenes, a table of question templates fills samples, `collate` turns
-both into tensors. The geometry at the end of part 2 (`knn`, `farthest_point_sampling`, `over_segment`) is what papers
-share and what is most often copied.
+both into tensors. `knn`, `farthest_point_sampling` (part 2) and `over_segment` (part 5) are what papers share and
+what is most often copied.
 
 Frames and units: every array is in metres, z up, axis-aligned, right-handed, the floor at z = 0. Cameras follow OpenCV
 (x right, y down, z forward); poses map camera to world; depth is measured along the camera's z axis, 0 = missing.
 Boxes are axis-aligned: [cx, cy, cz, w, d, h], the centre and the full sizes along x, y, z.
 
-Axis legend: S scenes, V views, H W pixels, N points, n objects, Q questions, T tokens, K scene tokens, D width.
+Axis legend: S scenes, B boxes or those scenes that are read anew, V views, H W pixels, P pixels of a view or positions
+of a prefix, N points, n objects, Q questions, T tokens, K scene tokens, D width.
 
-Contents: 1 scenes and samples · 2 geometry · 3 procedural rooms · 4 readers and writers · 5 over-segmentation ·
-6 masks of a video · 7 questions and baselines · 8 text · 9 batches · 10 pictures · 11 runs, own scenes, command line
+Contents: 1 scenes and samples · 2 geometry · 3 procedural rooms · 4 readers and writers · 4b video ·
+5 over-segmentation · 6 masks of a video · 7 questions and baselines · 8 text · 9 batches · 10 pictures · 11 runs, own
+scenes, command line
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache, partial, wraps
 from pathlib import Path
 from textwrap import wrap
 from zipfile import BadZipFile
@@ -204,6 +206,13 @@ def knn(queries: torch.Tensor, points: torch.Tensor, k: int, chunk: int = 4096) 
         return torch.from_numpy(distance.reshape(shape)).to(points), torch.from_numpy(index.reshape(shape))
     parts = [torch.cdist(q, points).topk(k, dim=1, largest=False) for q in queries.split(chunk)]
     return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
+
+
+def nearest(queries: np.ndarray, points: np.ndarray, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """`knn` of arrays: distances [M, k] and indices [M, k]; of fewer than k points, all."""
+    tensors = (torch.from_numpy(np.ascontiguousarray(a, np.float32)) for a in (queries, points))
+    distance, index = knn(*tensors, min(k, len(points)))
+    return distance.numpy(), index.numpy()
 
 
 def farthest_point_sampling(points: torch.Tensor, count: int, first: int | None = None) -> torch.Tensor:
@@ -744,6 +753,7 @@ def reading(path: Path, what: str) -> Iterator[None]:
 
 
 def read_image(path: Path, mode: str | None = None) -> np.ndarray:
+    """The pixels [H, W] or [H, W, 3] of a file as they are, or in one of PIL's modes ("RGB"). Raises DataError."""
     from PIL import Image
 
     with reading(path, "image"), Image.open(path) as image:
@@ -755,6 +765,23 @@ def read_matrix(path: Path, rows: int = 4) -> np.ndarray:
     with reading(path, f"{rows} x {rows} matrix"):
         table = [[float(x) for x in line.split()] for line in path.read_text().splitlines() if line.strip()]
         return np.array(table)[:rows, :rows].reshape(rows, rows)
+
+
+def read_depth(path: Path, scale: float) -> np.ndarray:
+    """A depth image [H, W] in float32 metres, of whole numbers, `scale` a metre; 0 = missing, as 65535 is there."""
+    depth = read_image(path)
+    if depth.ndim != 2 or depth.dtype.kind not in "iu":
+        raise DataError(f"{path}: {depth.dtype} {depth.shape}; export one channel of 16-bit integers")
+    return np.where(depth == 65535, 0, depth).astype(np.float32) / np.float32(scale)
+
+
+def read_pose(path: Path, convention: str) -> np.ndarray | None:
+    """The pose [4, 4], camera to world, of a file in one of CONVENTIONS; None where it is not finite."""
+    axes, inverse = choose(CONVENTIONS, convention, "pose convention")
+    if not np.isfinite(pose := read_matrix(path)).all():
+        return None
+    pose = nearest_rigid(pose, path)
+    return (np.linalg.inv(pose) if inverse else pose) @ np.diag(axes)
 
 
 def read_json(path: Path):
@@ -790,18 +817,12 @@ def read_frames(rows: list, camera: Path, convention: str, depth_scale: float, n
     """(colour [H, W, 3] u8, depth [H, W] f32 metres, mask [H, W] i32, intrinsics [3, 3], pose [4, 4]) of every usable
     frame, at the size of its depth. Frames whose pose is not finite or whose depth is empty are dropped and counted."""
     intrinsics = read_matrix(camera, 3)
-    axes, inverse = choose(CONVENTIONS, convention, "pose convention")
     dropped = {"a pose that is not finite": 0, "no depth": 0}
     for colour_path, depth_path, pose_path, mask_path in rows:
-        pose, depth = read_matrix(pose_path), read_image(depth_path)
-        if depth.ndim != 2 or depth.dtype.kind not in "iu":
-            raise DataError(f"{depth_path}: {depth.dtype} {depth.shape}; export one channel of 16-bit integers")
-        depth = np.where(depth == 65535, 0, depth).astype(np.float32) / np.float32(depth_scale)
-        if not np.isfinite(pose).all() or not depth.any():
-            dropped["no depth" if np.isfinite(pose).all() else "a pose that is not finite"] += 1
+        pose, depth = read_pose(pose_path, convention), read_depth(depth_path, depth_scale)
+        if pose is None or not depth.any():
+            dropped["no depth" if pose is not None else "a pose that is not finite"] += 1
             continue
-        pose = nearest_rigid(pose, pose_path)
-        pose = (np.linalg.inv(pose) if inverse else pose) @ np.diag(axes)
         mask = read_image(mask_path).astype(np.int32) if mask_path.exists() else np.zeros(depth.shape, np.int32)
         yield resize_frame((read_image(colour_path, "RGB"), depth, mask, intrinsics, pose), depth.shape)
     notes += [f"dropped {n} of {len(rows)} frames with {what}" for what, n in dropped.items() if n]
@@ -810,24 +831,28 @@ def read_frames(rows: list, camera: Path, convention: str, depth_scale: float, n
 
 
 def nearest_pixels(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """An image [h, w] at (H, W), every pixel the nearest one."""
     return image[np.ix_(*(((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(size, image.shape, strict=True)))]
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """An image [h, w, 3] uint8 at (H, W), every pixel the mean over its area."""
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BOX))
 
 
 def resize_frame(frame: tuple, size: tuple[int, int]) -> tuple:
     """A frame at (H, W): colour by area, depth and mask by nearest pixel, intrinsics (of the depth) scaled."""
-    from PIL import Image
-
     colour, depth, mask, intrinsics, pose = frame
-    (H, W), (h, w) = size, depth.shape
-    if colour.shape[:2] != (H, W):
-        colour = np.asarray(Image.fromarray(colour).resize((W, H), Image.Resampling.BOX))
-    scale = np.diag([W / w, H / h, 1.0])
-    return colour, nearest_pixels(depth, size), nearest_pixels(mask, size), scale @ intrinsics, pose
+    scale = np.diag([size[1] / depth.shape[1], size[0] / depth.shape[0], 1.0])
+    return resize_image(colour, size), nearest_pixels(depth, size), nearest_pixels(mask, size), scale @ intrinsics, pose
 
 
 def stack_frames(frames: list[tuple], world: np.ndarray | None = None) -> Frames:
-    out = Frames(*(np.stack([f[i] for f in frames]) for i in range(5)))
-    return out if world is None else replace(out, poses=world @ out.poses)
+    """Frames of (colour, depth, mask, intrinsics, pose), all of one size, moved by the 4x4 `world`."""
+    *others, poses = (np.stack(arrays) for arrays in zip(*frames, strict=True))
+    return Frames(*others, poses if world is None else world @ poses)
 
 
 def voxel_of(points: np.ndarray, voxel: float) -> np.ndarray:
@@ -856,6 +881,7 @@ def thin(points: np.ndarray, values: np.ndarray, weight: np.ndarray, voxel: floa
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors [N, 3] at length 1, float32."""
     return (vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)).astype(np.float32)
 
 
@@ -892,8 +918,7 @@ def fuse(frames: Iterable[tuple], limit: int = 100_000, voxel: float | None = No
 
 def estimate_normals(points: np.ndarray, k: int = 24) -> np.ndarray:
     """Unit normals [N, 3] float32 of a bare cloud: least axis of each point's k neighbours, facing the centroid."""
-    tensor = torch.from_numpy(np.ascontiguousarray(points, np.float32))
-    near = points[knn(tensor, tensor, min(k, len(points)))[1].numpy()].astype(np.float32)
+    near = points[nearest(points, points, k)[1]].astype(np.float32)
     near = near - near.mean(1, keepdims=True)
     normals = np.linalg.eigh(np.einsum("nki,nkj->nij", near, near))[1][..., 0]
     inward = (normals * (points.mean(0) - points)).sum(1, keepdims=True) >= 0
@@ -1434,10 +1459,14 @@ def decode(av, container, stream) -> Iterator:
             return
 
 
+def natural(name: str) -> list[str | int]:
+    """What names are sorted by so that frame10 comes after frame9."""
+    return [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", name)]
+
+
 def read_images(folder: Path, count: int = 32, longest: int = 640, tries: int = 8) -> tuple[np.ndarray, list[str]]:
     """As read_video, of a folder of image files in the order of their names (frame10 after frame9)."""
-    order = lambda p: [(t.isdigit(), int(t) if t.isdigit() else t) for t in re.split(r"(\d+)", p.name)]  # noqa: E731
-    files = sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGES), key=order)
+    files = sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGES), key=lambda p: natural(p.name))
     if not files:
         raise DataError(f"{folder}: no images ({', '.join(IMAGES)}) and no RGB-D frames; see python data.py check")
     best = []
@@ -1449,13 +1478,11 @@ def read_images(folder: Path, count: int = 32, longest: int = 640, tries: int = 
 
 def shrink(image: np.ndarray, longest: int) -> np.ndarray:
     """An image [H, W, 3] uint8 whose longer side is at most `longest` pixels."""
-    from PIL import Image
-
-    h, w = fit_longest(*image.shape[:2], longest)
-    return np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BOX))
+    return resize_image(image, fit_longest(*image.shape[:2], longest))
 
 
 def same_size(images: list[np.ndarray], where: object) -> np.ndarray:
+    """Images [V, H, W, 3]. Raises DataError where their sizes differ."""
     if len(sizes := {image.shape[:2] for image in images}) > 1:
         raise DataError(f"{where}: frames of {len(sizes)} sizes; those of one camera have one, sort out the others")
     return np.stack(images)
@@ -1467,24 +1494,18 @@ def read_partial(rows: list, camera: Path, count: int, longest: int, convention:
     {"depth": [V, H, W] metres} or {"poses": [V, 4, 4] camera to world, and, where the folder has them, "intrinsics":
     [V, 3, 3]}, with "masks" [V, H, W]; notes."""
     depth, chosen = rows[0][1].exists(), evenly(rows, count)
-    axes, inverse = choose(CONVENTIONS, convention, "pose convention")
-    images, values, masks, lost = [], [], [], 0
+    images, values, masks = [], [], []
     for colour_path, depth_path, pose_path, mask_path in chosen:
-        if depth:
-            value = read_image(depth_path)
-            value = np.where(value == 65535, 0, value).astype(np.float32) / np.float32(depth_scale)
-        elif not np.isfinite(value := read_matrix(pose_path)).all():
-            lost += 1
+        value = read_depth(depth_path, depth_scale) if depth else read_pose(pose_path, convention)
+        if value is None:
             continue
-        else:
-            value = nearest_rigid(value, pose_path)
-            value = (np.linalg.inv(value) if inverse else value) @ np.diag(axes)
         image = read_image(colour_path, "RGB")
         size = image.shape[:2]
         images.append(shrink(image, longest))
         values.append(nearest_pixels(value, images[-1].shape[:2]) if depth else value)
         mask = read_image(mask_path).astype(np.int32) if mask_path.exists() else np.zeros((1, 1), np.int32)
         masks.append(nearest_pixels(mask, images[-1].shape[:2]))
+    lost = len(chosen) - len(images)
     if not images:
         raise DataError(f"{camera.parent}: none of its {lost} poses is finite; export the frames again")
     images = same_size(images, camera.parent)
@@ -1564,16 +1585,32 @@ def similarity(found: np.ndarray, known: np.ndarray, where: object) -> tuple[flo
 GUESS = 2.0  # metres: the median depth of a video whose scale nobody knows
 
 
+def metres_per_unit(depth: np.ndarray, poses: np.ndarray, sure: np.ndarray, known: dict, scale: float | None,
+                    where: object) -> tuple[float, list[str]]:  # fmt: skip
+    """Metres per unit of depth [V, H, W] and poses [V, 4, 4] that were found, sure [V, H, W] bool; and a line that says
+    how: by the known poses (`similarity`) or depth [V, H, W] (median ratio), else by a guess times `scale`."""
+    if "poses" in known:
+        factor, off = similarity(poses, known["poses"], where)
+        return factor, [f"depth as seen in the images, its scale from {len(poses)} poses, which fit to {off:.2f} m"]
+    if "depth" in known:
+        both = sure & (known["depth"] > 0)
+        if not both.any():
+            raise DataError(f"{where}: its depth images are empty; export them again")
+        factor = float(np.median(known["depth"][both] / depth[both]))
+        return factor, ["poses as seen in the images, their scale from the depth"]
+    return GUESS / float(np.median(depth[sure])) * (scale or 1.0), []
+
+
 def read_views(path: str | Path, geometry: Callable | None = None, vggt: str = "facebook/VGGT-1B", max_frames: int = 32,
                longest: int = 640, scale: float | None = None, up: str = "auto", convention: str = "opencv",
                depth_scale: float = 1000.0, points: int = 100_000) -> Scene:  # fmt: skip
     """A video, a folder of images, or a folder of frames that lacks depth or poses, as a scene without objects.
 
     What is missing comes from geometry(images) -> depth, confidence, intrinsics, poses as of `vggt_geometry` (the
-    default). Its unit becomes metres by the folder's poses (`similarity`), by its depth (median ratio), or by `scale`,
-    true metres per guessed one, where the guess puts half of what is seen within GUESS metres. Without any of them the
-    scene is not metric, and questions in metres are refused. A fifth of the depth, the least certain, is dropped; known
-    depth, poses and intrinsics replace what was found. Raises DataError.
+    default). Its unit becomes metres by the folder's poses or depth, or by `scale`, true metres per guessed one, where
+    the guess puts half of what is seen within GUESS metres. Without any of them the scene is not metric, and questions
+    in metres are refused. A fifth of the depth, the least certain, is dropped; known depth, poses and intrinsics
+    replace what was found. Raises DataError.
     """
     path, known = Path(path), {}
     rows, camera = (find_frames(path) if path.is_dir() else None) or ([], None)
@@ -1587,19 +1624,11 @@ def read_views(path: str | Path, geometry: Callable | None = None, vggt: str = "
     sure = (found > 0) & (confidence >= np.quantile(confidence, 0.2))
     if not (sure.any() and all(np.isfinite(a).all() for a in (found, K, cameras))):
         raise DataError(f"{path}: no depth and cameras were found in its frames; record it again, slowly and in light")
-    if "poses" in known:
-        unit, off = similarity(cameras, known["poses"], path)
-        notes.append(f"depth as seen in the images, its scale from {len(images)} poses, which fit to {off:.2f} m")
-    elif "depth" in known:
-        both = sure & (known["depth"] > 0)
-        if not both.any():
-            raise DataError(f"{path}: its depth images are empty; export them again")
-        unit = float(np.median(known["depth"][both] / found[both]))
-        notes.append("poses as seen in the images, their scale from the depth")
-    else:
-        unit = GUESS / float(np.median(found[sure])) * (scale or 1.0)
-    cameras = np.concatenate([cameras[:, :, :3], cameras[:, :, 3:] * [[unit], [unit], [unit], [1]]], axis=2)
-    depth = known.get("depth", np.where(sure, found * np.float32(unit), 0).astype(np.float32))
+    factor, said = metres_per_unit(found, cameras, sure, known, scale, path)
+    notes += said
+    cameras = cameras * [1, 1, 1, factor]  # the last column: where they stand
+    cameras[:, 3, 3] = 1
+    depth = known.get("depth", np.where(sure, found * np.float32(factor), 0).astype(np.float32))
     masks = known.get("masks", np.zeros(depth.shape, np.int32))
     arrays = (images, depth, masks, known.get("intrinsics", K), known.get("poses", cameras))
     kept = list(zip(*arrays, strict=True))
@@ -1632,8 +1661,7 @@ def vertex_normals(points: np.ndarray, faces: np.ndarray) -> np.ndarray:
 def neighbour_pairs(points: np.ndarray, k: int, reach: float = np.inf) -> tuple[np.ndarray, np.ndarray, float]:
     """Every pair a < b of points where one is among the other's k nearest, closer than `reach` times the median
     distance of nearest points: (a [E], b [E], that distance)."""
-    tensor = torch.from_numpy(np.ascontiguousarray(points, np.float32))
-    distance, near = (t.numpy()[:, 1:] for t in knn(tensor, tensor, min(k + 1, len(points))))
+    distance, near = (a[:, 1:] for a in nearest(points, points, k + 1))
     spacing = float(np.median(distance[:, 0]))
     a, b = np.nonzero(distance <= max(reach * spacing, 1e-9))[0], near[distance <= max(reach * spacing, 1e-9)]
     key = np.sort(np.minimum(a, b) * len(points) + np.maximum(a, b))
@@ -1838,14 +1866,13 @@ def merge_segments(points: np.ndarray, normals: np.ndarray, colours: np.ndarray,
 def render_masks(points: np.ndarray, instances: np.ndarray, frames: Frames, reach: float | None = None) -> np.ndarray:
     """Masks [V, H, W] int32: every depth pixel takes the instance [N] of the nearest point [N, 3], 0 beyond `reach`
     metres (default: 5 cm or twice the cloud's spacing). Asked from the pixels, this tests depth and leaves no holes."""
-    cloud = torch.from_numpy(np.ascontiguousarray(points, np.float32))
     if reach is None:
-        reach = max(0.05, 2 * float(knn(cloud, cloud, min(2, len(cloud)))[0][:, -1].median()))
+        reach = max(0.05, 2 * float(np.quantile(nearest(points, points, 2)[0][:, -1], 0.5, method="lower")))
     masks = np.zeros(frames.depth.shape, np.int32)
     for v in range(len(masks)):  # one frame at a time: memory stays that of a frame
         seen = frames.depth[v] > 0
         pixels = unproject(frames.depth[v : v + 1], frames.intrinsics[v : v + 1], frames.poses[v : v + 1])[0][seen]
-        distance, near = (t.numpy()[:, 0] for t in knn(torch.from_numpy(pixels), cloud, 1))
+        distance, near = (a[:, 0] for a in nearest(pixels, points))
         masks[v][seen] = np.where(distance <= reach, instances[near], 0)
     return masks
 
@@ -1886,8 +1913,7 @@ def surface(scene: Scene, limit: int = 100_000) -> tuple:
 def read_masks(points: np.ndarray, frames: Frames) -> np.ndarray:
     """The inverse of `render_masks`: for points [N, 3] the object id [N] of the nearest depth pixel of all frames."""
     seen = unproject(frames.depth, frames.intrinsics, frames.poses)[frames.depth > 0]
-    near = knn(torch.from_numpy(np.ascontiguousarray(points, np.float32)), torch.from_numpy(seen), 1)[1][:, 0].numpy()
-    return frames.masks[frames.depth > 0][near].astype(np.int64)
+    return frames.masks[frames.depth > 0][nearest(points, seen)[1][:, 0]].astype(np.int64)
 
 
 def seen_cloud(scene: Scene, limit: int = 100_000) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]:
@@ -1900,19 +1926,28 @@ def seen_cloud(scene: Scene, limit: int = 100_000) -> tuple[np.ndarray, np.ndarr
 
 
 def with_own_segments(scene: Scene, limit: int = 100_000) -> Scene:
-    """The scene with its own segments for objects (category "", colour by name), its superpoints and masks made anew,
-    on the cloud of `seen_cloud`."""
+    """The scene with its own segments for objects, its superpoints and masks made anew, on the cloud of `seen_cloud`.
+    Raises DataError where there is nothing to segment."""
     points, colours, normals, grey = seen_cloud(scene, limit)
     superpoints = over_segment(points, normals)
     instances = merge_segments(points, normals, grey, superpoints)
-    objects = []
-    for i in range(1, int(instances.max()) + 1):
+    masks = None if scene.frames is None else render_masks(points, instances, scene.frames)
+    return with_pieces(scene, (points, colours, normals), superpoints, instances, masks, "segments of our own")
+
+
+def with_pieces(scene: Scene, cloud: tuple, superpoints: np.ndarray, instances: np.ndarray, masks: np.ndarray | None,
+                what: str, trim: float = 0.0) -> Scene:  # fmt: skip
+    """The scene on a cloud (points, colours, normals), the pieces that instances [N] number on it for objects (category
+    "", colour by name), and masks [V, H, W]; boxes leave out the share `trim` of a piece's points at every side."""
+    (points, colours, normals), f, objects = cloud, scene.frames, []
+    for i in range(1, int(instances.max(initial=0)) + 1):
         mine = instances == i
-        objects.append(Thing(i, "", colour_name(colours, mine), extent(points[mine])))
-    frames = scene.frames and replace(scene.frames, masks=render_masks(points, instances, scene.frames))
-    note = f"objects are {len(objects)} segments of our own, without categories"
+        box = extent(np.quantile(points[mine], (trim, 1 - trim), axis=0))
+        objects.append(Thing(i, "", colour_name(colours, mine), box))
+    note = f"objects are {len(objects)} {what}, without categories"
     return replace(scene, points=points, colours=colours, normals=normals, superpoints=superpoints, instances=instances,
-                   objects=objects, frames=frames, notes=[*scene.notes, note])  # fmt: skip
+                   objects=objects, frames=f and Frames(f.colour, f.depth, masks, f.intrinsics, f.poses),
+                   notes=[*scene.notes, note])  # fmt: skip
 
 
 # ---- 6 masks of a video ----------------------------------------------------------------------------------------------
@@ -1939,21 +1974,18 @@ def load_sam2(name: str | Path | None = SAM2, config: str | None = None, device:
     except ImportError:
         raise DataError(f"SAM 2 is not installed: {INSTALL['sam2']} (or --masks segments)") from None
     published = {file: configuration for configuration, file in HF_MODEL_ID_TO_FILENAMES.values()}
-    path = None
+    path = None if name is None else Path(name)
     if name in HF_MODEL_ID_TO_FILENAMES:
         from huggingface_hub import hf_hub_download
 
-        configuration, file = HF_MODEL_ID_TO_FILENAMES[name]
+        _, file = HF_MODEL_ID_TO_FILENAMES[name]
         try:
             path = Path(hf_hub_download(name, file))
         except OSError:
             raise DataError(f"{name}: {file} is not here and the hub does not give it; download it where there is a "
                             "network and give its path in the name's place") from None  # fmt: skip
-        published[path.name] = configuration
-    elif name is not None:
-        path = Path(name)
-        if not path.is_file():
-            raise DataError(f"{path}: no such checkpoint; give a file or one of {', '.join(HF_MODEL_ID_TO_FILENAMES)}")
+    elif path is not None and not path.is_file():
+        raise DataError(f"{path}: no such checkpoint; give a file or one of {', '.join(HF_MODEL_ID_TO_FILENAMES)}")
     config = config or (path and published.get(path.name))
     if config is None:
         raise DataError(f"{name}: whose configuration? give config = one of {', '.join(sorted(published.values()))}")
@@ -2118,8 +2150,8 @@ def vote(points: np.ndarray, masks: np.ndarray, frames: Frames | LazyFrames, rea
 
 
 def with_tracks(scene: Scene, tracks: np.ndarray, limit: int = 100_000) -> Scene:
-    """The scene with merged tracks [V, H, W] of its frames for masks and objects (category "", colour by name), on the
-    cloud of `seen_cloud`; its points are labelled by `vote`.
+    """The scene with merged tracks [V, H, W] of its frames for masks and objects, on the cloud of `seen_cloud`; its
+    points are labelled by `vote`.
 
     A track that mostly lies on the room's shell (floor, wall), or has fewer than 8 points, is dropped. Boxes span the
     2nd to 98th percentile of a track's points: masks bleed at edges. Raises DataError without frames of that size.
@@ -2137,15 +2169,8 @@ def with_tracks(scene: Scene, tracks: np.ndarray, limit: int = 100_000) -> Scene
     total, flat = (np.bincount(i, minlength=n + 1) for i in (instances, instances[shell]))
     kept = (total >= 8) & (2 * flat < total)
     instances, masks = keep_labels(instances, kept).astype(np.int64), keep_labels(tracks, kept)
-    objects = []
-    for i in range(1, int(instances.max(initial=0)) + 1):
-        mine = instances == i
-        box = extent(np.quantile(points[mine], (0.02, 0.98), axis=0))
-        objects.append(Thing(i, "", colour_name(colours, mine), box))
-    note = f"objects are {len(objects)} tracks through the frames, without categories"
-    return replace(scene, points=points, colours=colours, normals=normals, superpoints=superpoints, instances=instances,
-                   objects=objects, frames=Frames(f.colour, f.depth, masks, f.intrinsics, f.poses),
-                   notes=[*scene.notes, note])  # fmt: skip
+    cloud, what = (points, colours, normals), "tracks through the frames"
+    return with_pieces(scene, cloud, superpoints, instances, masks, what, trim=0.02)
 
 
 # ---- 7 questions and baselines ---------------------------------------------------------------------------------------
@@ -3290,13 +3315,19 @@ def answer(batch: dict, text: TinyText | HubText, past: tuple, read: Callable, h
     return [text.decode(ids) for ids in said]
 
 
-def write_npz(path: Path, **arrays: np.ndarray) -> None:
-    """Write arrays so that a reader never sees half a file: to a neighbour first, then renamed."""
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """What to write to in place of `path`, which it becomes on leaving: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    with open(part, "wb") as f:
-        np.savez(f, **arrays)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    yield part
     os.replace(part, path)
+
+
+def write_npz(path: Path, **arrays: np.ndarray) -> None:
+    """Arrays by their names as one file, `whole`."""
+    with whole(path) as part, open(part, "wb") as file:
+        np.savez(file, **arrays)
 
 
 # ---- 10 pictures -----------------------------------------------------------------------------------------------------
@@ -3396,7 +3427,7 @@ class View:
             axis.set(xlabel=f"x{unit}", ylabel=f"y{unit}")
         else:
             axis.set(xticks=[], yticks=[])
-        x, y = self.start + np.array([[0, 0], [W, H]])[1] / self.scale
+        x, y = self.start + np.array([W, H]) / self.scale
         axis.set(xlim=(self.start[0], x), ylim=(self.start[1], y) if camera is None else (H, 0))
 
     def place(self, points: np.ndarray) -> np.ndarray:
@@ -3482,10 +3513,9 @@ LOOKS = {  # how a cloud is coloured: in words, and from ids [N] and true colour
 
 def spacing_of(points: np.ndarray) -> np.ndarray:
     """Distance [N] of every point to its fourth neighbour, at most twice the median: discs of that size close gaps."""
-    cloud = torch.from_numpy(np.ascontiguousarray(points, np.float32))
-    if len(cloud) < 2:
-        return np.full(len(cloud), 0.05)
-    gap = knn(cloud, cloud, min(5, len(cloud)))[0][:, -1].numpy()
+    if len(points) < 2:
+        return np.full(len(points), 0.05)
+    gap = nearest(points, points, 5)[0][:, -1]
     return np.minimum(gap, 2 * np.median(gap))
 
 
@@ -3575,13 +3605,13 @@ def read_answer(text: str) -> tuple[list[tuple[str, np.ndarray]], list[np.ndarra
     """An answer's places: those named before its last "=" as (words before it, [3] or [6]), those after it, and what
     else stands there. Without "=" all count as after it."""
     before, _, after = text.rpartition("=")
+    numbers = lambda t: [v for size in (3, 6) for v in tuples(t[0], size) if v is not None]  # noqa: E731
     named, last = [], 0
     for found in TUPLE.finditer(before):
         words = re.sub(r"[^A-Za-z<>0-9 ]", " ", before[last : found.start()]).strip()
-        named += [(words, v) for size in (3, 6) for v in tuples(found[0], size) if v is not None]
+        named += [(words, v) for v in numbers(found)]
         last = found.end()
-    places = [v for t in TUPLE.finditer(after) for size in (3, 6) for v in tuples(t[0], size) if v is not None]
-    return named, places, TUPLE.sub("", after).strip()
+    return named, [v for found in TUPLE.finditer(after) for v in numbers(found)], TUPLE.sub("", after).strip()
 
 
 ANSWERS = ("crimson", "royalblue", "seagreen", "darkorange")  # the colours of the first answer, the second, ...
@@ -3633,9 +3663,8 @@ def frame_images(frames: Frames | None, shown: Sequence[int] = (0, -1)) -> list[
     """Some frames with their masks beside them, as images of `board`."""
     if frames is None:
         return []
-    images = []
+    images, colours = [], palette(int(frames.masks.max(initial=0)))
     for v in sorted({i % len(frames.colour) for i in shown}):
-        colours = palette(int(frames.masks.max(initial=0)))
         images += [(f"frame {v}", frames.colour[v]), ("its masks", colours[frames.masks[v]])]
     return images
 
@@ -3649,7 +3678,7 @@ def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.n
     title = f"{scene.name}, {len(scene.objects)} objects" + " without categories, named by their true colour" * nameless
     if tokens is not None:
         title += f"; the {len(tokens)} crosses are where the model's scene tokens are"
-    look, inks = "segments" if scene.objects else "true", list(itertools.islice(itertools.cycle(ANSWERS), len(answers)))
+    look, inks = "segments" if scene.objects else "true", [ANSWERS[i % len(ANSWERS)] for i in range(len(answers))]
     with board(scene, path, title, lines, look, frame_images(scene.frames), inks) as views:
         for view in views:
             if tokens is not None:
@@ -3756,6 +3785,16 @@ SCENE_OPTIONS = {  # flags of a scene of one's own -> (type, help)
 FRAME_OPTIONS = {"up", "convention", "depth_scale", "max_frames", "longest", "masks", "sam2"}
 
 
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes, and those of its sub-commands, are a DataError and so one line."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        raise DataError(message)
+
+
 def add_scene_options(parser: argparse.ArgumentParser) -> None:
     for name, (kind, said) in SCENE_OPTIONS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=said)
@@ -3764,14 +3803,6 @@ def add_scene_options(parser: argparse.ArgumentParser) -> None:
 def scene_options(a: argparse.Namespace) -> dict:
     """Those of SCENE_OPTIONS that were given."""
     return {name: value for name in SCENE_OPTIONS if (value := getattr(a, name)) is not None}
-
-
-def read_scan(path: Path, **options) -> Scene:
-    return read_scannet(path.parent, path.name, **options)
-
-
-def read_folder(path: Path, longest: int = 320, **options) -> Scene:
-    return read_rgbd(path, size=longest, **options)
 
 
 def choose_reader(path: Path) -> tuple[Callable, set[str]]:
@@ -3783,10 +3814,10 @@ def choose_reader(path: Path) -> tuple[Callable, set[str]]:
     if path.is_file() and path.suffix.lower() not in VIDEOS:
         raise DataError(f"{path}: no kind of scene; give a .ply, a video ({', '.join(VIDEOS)}) or a folder of frames")
     if (path / f"{path.name}{SCAN_FILES[0]}").exists():
-        return read_scan, {"max_frames"}
+        return lambda scan, **options: read_scannet(scan.parent, scan.name, **options), {"max_frames"}
     rows = path.is_dir() and (find_frames(path) or [[]])[0]
     if rows and all(any(row[i].exists() for row in rows) for i in (1, 2)):
-        return read_folder, FRAME_OPTIONS
+        return lambda folder, longest=320, **options: read_rgbd(folder, size=longest, **options), FRAME_OPTIONS
     return read_views, FRAME_OPTIONS | {"scale", "vggt"}
 
 
@@ -3806,8 +3837,10 @@ def open_scene(path: str | Path, **options) -> Scene:
     if masks is not None:
         choose(SEGMENTERS, masks, "--masks")
     scene = reader(path, **options)
+    if scene.objects or reader is load_scene:
+        return scene
     given = scene.frames is not None and scene.frames.masks.any()
-    return scene if scene.objects else SEGMENTERS[masks or ("files" if given else "segments")](scene, sam2)
+    return SEGMENTERS[masks or ("files" if given else "segments")](scene, sam2)
 
 
 def with_sam2(scene: Scene, name: str | None = None) -> Scene:
@@ -3859,12 +3892,11 @@ def save_scene(scene: Scene, path: Path) -> None:
 def load_scene(path: str | Path) -> Scene:
     """The scene that save_scene wrote; its frames are read when they are looked at. Raises DataError."""
     path = Path(path)
-    read = partial(read_arrays, path)
     with reading(path, "kept scene"), np.load(path, allow_pickle=False) as held:
         about = json.loads(str(held["about"]))
         objects = [Thing(i, category, colour, np.array(box)) for i, category, colour, *box in about.pop("objects")]
         arrays = {k: held[k] for k in SCENE_ARRAYS if k in held}
-        frames = LazyFrames(lambda: Frames(**read("frames."))) if "frames.depth" in held else None
+        frames = LazyFrames(lambda: Frames(**read_arrays(path, "frames."))) if "frames.depth" in held else None
         return Scene(objects=objects, frames=frames, **about, **arrays)
 
 
@@ -3875,10 +3907,11 @@ def read_arrays(path: Path, prefix: str) -> dict[str, np.ndarray]:
 
 
 def is_scene(path: Path) -> bool:
-    if path.is_file():
+    """Whether `path` is a video, a cloud, a scan's folder, or one of frames or images."""
+    if not path.is_dir():
         return path.suffix.lower() in (*VIDEOS, ".ply")
-    return path.is_dir() and (choose_reader(path)[0] is not read_views or bool(find_frames(path))
-                              or any(p.suffix.lower() in IMAGES for p in path.iterdir()))  # fmt: skip
+    images = (p.suffix.lower() in IMAGES for p in path.iterdir())
+    return (path / f"{path.name}{SCAN_FILES[0]}").exists() or bool(find_frames(path)) or any(images)
 
 
 def find_scenes(path: Path) -> list[Path]:
@@ -3948,10 +3981,8 @@ def cache_scenes(path: Path, out: Path, workers: int = 1, **options) -> dict[str
 
 
 def write_manifest(path: Path, options: dict, rows: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({"options": options, "scenes": dict(sorted(rows.items()))}, indent=1))
-    os.replace(part, path)
+    with whole(path) as part:
+        part.write_text(json.dumps({"options": options, "scenes": dict(sorted(rows.items()))}, indent=1))
 
 
 def work(jobs: list[tuple], workers: int) -> Iterator[dict]:
@@ -3991,9 +4022,9 @@ def ask_model(model: torch.nn.Module, scene: Scene, samples: Sequence[Sample],
     for i in {int(i) for q in asked for i in MARK.findall(q)} - {o.id for o in scene.objects}:
         raise DataError(f"<obj {i}>: {scene.name} has no such object; its picture shows those it has")
     answers, rows = model.generate(model.batch([(scene, samples)]), max_new_tokens=48, kept=kept), []
+    refusal = getattr(model, "refusal", lambda scene, question: None)
     for question, written in zip(asked, answers, strict=True):
-        refused = refuse_measures(scene, question, written) or (
-            model.refusal(scene, question) if hasattr(model, "refusal") else None)  # fmt: skip
+        refused = refuse_measures(scene, question, written) or refusal(scene, question)
         said = refused or written.rpartition("=")[2].strip()
         rows.append((said + " m" * bool(re.fullmatch(r"\d+[.]\d+", said)), "" if refused else written))
     return rows
@@ -4003,19 +4034,18 @@ def ask_scene(paper, arguments: Sequence[str]) -> None:
     """The command line of a paper: `--scene PATH --ask QUESTION [--ask ...] --run DIR`: prints the answers, and where
     the pictures are. Without --ask questions are typed at a terminal, one after another; the scene is read once. A
     model may offer `answer_pictures(scene, samples, answers, folder)`, more pictures. Raises DataError."""
-    parser = argparse.ArgumentParser(description="Questions about a scene of your own.", allow_abbrev=False)
-    parser.error = lambda message: (_ for _ in ()).throw(DataError(message))
+    parser = Parser(description="Questions about a scene of your own.")
     parser.add_argument("--scene", type=Path, required=True,
                         help="a video, a folder of frames with or without depth and poses, a .ply, a scan's folder")
     parser.add_argument("--ask", action="append", help="a question; may be given several times (default: a prompt)")
-    name = Path(paper.__file__).stem
+    name, places = Path(paper.__file__).stem, hasattr(paper, "CoordinateToken")
     parser.add_argument("--run", type=Path, help="folder of a trained run")
-    parser.add_argument("--at", help="X,Y,Z metres: the place that the questions mean by \"this\" (Fase3D)")
+    parser.add_argument("--at", metavar="X,Y,Z", help='in metres: the place that "this" in a question means' if places
+                        else argparse.SUPPRESS)  # fmt: skip
     parser.add_argument("--out", type=Path, help="picture to write (default: <run>/ask.png)")
     add_scene_options(parser)
     a = parser.parse_args(arguments)
     place = None if a.at is None else read_place(a.at)
-    places = hasattr(paper, "CoordinateToken")
     if place is not None and not places:
         raise DataError(f"--at: {name} takes no places; fase3d does")
     if a.run is None:
@@ -4066,6 +4096,20 @@ def read_place(text: str) -> np.ndarray:
     return place
 
 
+def command(main: Callable[..., int | None]) -> Callable[..., int]:
+    """A `main` that returns its exit status: its own or 0; where something is wrong 2, and one line says what."""
+
+    @wraps(main)
+    def status(*arguments) -> int:
+        try:
+            return main(*arguments) or 0
+        except (DataError, OSError) as error:  # OSError: what cannot be written
+            print(f"{Path(inspect.getfile(main)).name}: {error}", file=sys.stderr)
+            return 2
+
+    return status
+
+
 def write_rooms(out: Path, count: int, objects: int | None, first: int) -> None:
     """Procedural rooms in ScanNet's own layout, below OUT/scans."""
     for seed in range(first, first + count):
@@ -4073,9 +4117,10 @@ def write_rooms(out: Path, count: int, objects: int | None, first: int) -> None:
         print(write_scannet(scene, out / "scans"))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Look at data, or make some.", allow_abbrev=False)
-    parser.error = lambda message: (_ for _ in ()).throw(DataError(message))
+@command
+def main(arguments: Sequence[str] | None = None) -> int | None:
+    """Looks at data or makes some; the status is 2 also where a scene could not be kept."""
+    parser = Parser(description="Look at data, or make some.")
     commands = parser.add_subparsers(dest="command", required=True)
     look = commands.add_parser("check", help="what is there, what is missing, and where it is had")
     look.add_argument("path", type=Path)
@@ -4089,22 +4134,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep.add_argument("out", type=Path)
     keep.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
     add_scene_options(keep)
-    try:
-        a = parser.parse_args(arguments)
-        if a.command == "check":
-            print("\n".join(check(a.path)))
-        elif a.command == "cache":
-            rows = cache_scenes(a.path, a.out, a.workers, **scene_options(a))
-            failed = {name: row["error"] for name, row in rows.items() if "error" in row}
-            print("\n".join(f"{name}: {error}" for name, error in failed.items()), end="\n" * bool(failed))
-            print(f"{a.out}: {len(rows) - len(failed)} of {len(rows)} scenes kept, see {a.out / 'manifest.json'}")
-            return 2 if failed else 0
-        else:
-            write_rooms(a.out, a.count, a.objects, a.seed)
-    except DataError as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    a = parser.parse_args(arguments)
+    if a.command == "check":
+        print("\n".join(check(a.path)))
+    elif a.command == "rooms":
+        write_rooms(a.out, a.count, a.objects, a.seed)
+    else:
+        rows = cache_scenes(a.path, a.out, a.workers, **scene_options(a))
+        failed = [f"{name}: {row['error']}" for name, row in rows.items() if "error" in row]
+        kept = f"{len(rows) - len(failed)} of {len(rows)} scenes kept, see {a.out / 'manifest.json'}"
+        print("\n".join([*failed, f"{a.out}: {kept}"]))
+        return 2 if failed else 0
 
 
 if __name__ == "__main__":

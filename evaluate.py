@@ -34,7 +34,6 @@ import importlib
 import io
 import itertools
 import json
-import os
 import re
 import shlex
 import shutil
@@ -1472,11 +1471,8 @@ def draw_mixture(listed: Mapping[str, Sequence[Sample]], report: Sequence[Mappin
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is never seen half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    with data.whole(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def to_json(value: object) -> str:
@@ -2016,8 +2012,8 @@ def all_scores(entries: Mapping[str, dict], place: str) -> list[Markup]:
 
 def side_scores(run: Path) -> list[Path]:
     """The metrics.json of other questions than the run's own: after a stage, and in rooms of N objects."""
-    number = lambda p: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", p.parent.name)]  # noqa: E731
-    return sorted([*run.glob("after */metrics.json"), *run.glob("objects-*/metrics.json")], key=number)
+    found = [*run.glob("after */metrics.json"), *run.glob("objects-*/metrics.json")]
+    return sorted(found, key=lambda path: data.natural(path.parent.name))
 
 
 def read_answered(folder: Path, entries: Mapping[str, dict]) -> dict[str, tuple[list[Case], list[float]]]:

@@ -16,7 +16,7 @@ stays frozen: low-rank adapters, one for vision tokens and one for text tokens, 
   [tokens][coordinate token][question] -> frozen LLM; FFNs of the first 8 layers: dLoRA + filter -> answer         (4)
 
 Axes: B scenes, N points, M superpoints, C curves, W windows, L window length, H heads, T tokens, E edges, d width of
-the tokenizer, D width of the language model, R packed rows, Q text.
+the tokenizer, D width of the language model, R packed rows (one per scene), n positions read at a time.
 
 | paper                                        | here                                       |
 | sec. 3.1 token initialisation, (1)           | fourier_code, superpoint_mean, Initial     |
@@ -961,8 +961,8 @@ class Model(nn.Module):
 
     def read(self, ids: Tensor, positions: Tensor, mask: Tensor, tokens: Tensor, valid: Tensor,
              prompts: Tensor | None = None, cache=None, **_) -> Tensor:  # fmt: skip
-        """The language model over ids and positions [R, N], behind what its cache holds: last hidden state [R, N, D];
-        mask [R, 1, N, T] bool, prompts [P, D] those of the questions in ids. Scene and coordinate tokens are vision."""
+        """The language model over ids and positions [R, n], behind what its cache holds: last hidden state [R, n, D];
+        mask [R, 1, n, T] bool, prompts [P, D] those of the questions in ids. Scene and coordinate tokens are vision."""
         embeds = self.embed(ids, tokens, valid, tokens[0, :0] if prompts is None else prompts)
         with self.router.routed(ids < 0):
             return self.llm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
@@ -1329,14 +1329,10 @@ def demo() -> None:
           "learns to see)")  # fmt: skip
 
 
-def main(arguments: Sequence[str]) -> int:
+@data.command
+def main(arguments: Sequence[str]) -> None:
     """Without arguments the demo; with --scene, --ask and --run, answers about a scene."""
-    try:
-        data.ask_scene(sys.modules[__name__], arguments) if arguments else demo()
-    except data.DataError as error:
-        print(f"fase3d.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    data.ask_scene(sys.modules[__name__], arguments) if arguments else demo()
 
 
 if __name__ == "__main__":

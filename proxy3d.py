@@ -15,7 +15,8 @@ proxies as the picture of their digits, seen by the same vision tower; no embedd
   z [K,C], c [K,3], owner [K] -> BFS order -> R(c_height) z + F(c_horizontal) + f_id[owner] -> LLM -> text   (4) (5) (6)
 
 Axes: B scenes, V frames, H W pixels, h w patches, L = V h w triplets, G groups, K proxies, C = D width, T text,
-n objects.
+n objects, S packed rows (one per scene), N positions read at a time, A answer tokens, U proxies with an
+identifier, R pieces and symbols of stage 0.
 
 | paper                                  | here                                          |
 | sec. 3.1 patch triplets                | patch_triplets                                |
@@ -669,7 +670,7 @@ class Model(nn.Module):
         used = identifier >= 0
         numbers, index = identifier[used].unique(return_inverse=True)
         if len(numbers):
-            f_id = self.symbols([("id", i) for i in numbers.tolist()])[index.to(device)]  # [number of used, D]
+            f_id = self.symbols([("id", i) for i in numbers.tolist()])[index.to(device)]  # [U, D]
             z = z.masked_scatter(used[..., None].to(device), z[used.to(device)] + f_id)  # [B, K, D]
         return z, valid
 
@@ -763,13 +764,13 @@ class Model(nn.Module):
         return data.collate(groups, self.text, lengths, self.refer, self.stage_steps)
 
     def embed(self, ids: Tensor, tokens: Tensor, valid: Tensor) -> Tensor:
-        """Word embeddings with the scene's tokens in place of the placeholders: ids [R, T] -> [R, T, D]."""
-        embeds = self.llm.get_input_embeddings()(ids.clamp(min=0))  # [R, T, D]
-        return embeds.masked_scatter((ids == SCENE)[..., None], tokens[valid].to(embeds))  # [R, T, D]
+        """Word embeddings with the scene's tokens in place of the placeholders: ids [S, T] -> [S, T, D]."""
+        embeds = self.llm.get_input_embeddings()(ids.clamp(min=0))  # [S, T, D]
+        return embeds.masked_scatter((ids == SCENE)[..., None], tokens[valid].to(embeds))  # [S, T, D]
 
     def read(self, ids: Tensor, positions: Tensor, mask: Tensor, tokens: Tensor, valid: Tensor, cache=None) -> Tensor:
-        """The language model over ids and positions [R, N], behind what its cache holds: last hidden state [R, N, D];
-        mask [R, 1, N, T] bool. Proxies take positions like words, t = h = w."""
+        """The language model over ids and positions [S, N], behind what its cache holds: last hidden state [S, N, D];
+        mask [S, 1, N, T] bool. Proxies take positions like words, t = h = w."""
         return self.llm.model.language_model(
             inputs_embeds=self.embed(ids, tokens, valid), attention_mask={"full_attention": mask},
             position_ids=positions.expand(3, -1, -1), past_key_values=cache, use_cache=cache is not None
@@ -1086,14 +1087,10 @@ def demo() -> None:
     print(f"{question}  ->  {answer}  (true: {truth}; learned by heart, python train.py --model proxy3d learns to see)")
 
 
-def main(arguments: Sequence[str]) -> int:
+@data.command
+def main(arguments: Sequence[str]) -> None:
     """Without arguments the demo; with --scene, --ask and --run, answers about a scene."""
-    try:
-        data.ask_scene(sys.modules[__name__], arguments) if arguments else demo()
-    except data.DataError as error:
-        print(f"proxy3d.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    data.ask_scene(sys.modules[__name__], arguments) if arguments else demo()
 
 
 if __name__ == "__main__":

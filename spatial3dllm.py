@@ -15,7 +15,7 @@ named by description ("the red chair") or by their box in text, never by an iden
   projector(h) + code(boxes) = scene tokens [R,D] -> Llama with LoRA -> "red chair [1.25, -0.80, 0.45, ...] ... = 2.03"
 
 Axes: B scenes, N points, M seeds, R referents, P points of a ball, C channels, H heads, K scene tokens (= R), D width
-of the language model, S packed rows (one per scene), Q questions, T text, A answer tokens.
+of the language model, S packed rows (one per scene), n positions read at a time, Q questions, T text, A answer tokens.
 
 | paper                                     | here                                                   |
 | scene encoder, PointNet++, frozen         | SetAbstraction, FeaturePropagation, PointNet           |
@@ -52,7 +52,6 @@ What is not public, and what we chose
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -746,13 +745,13 @@ class Model(nn.Module):
         return data.collate(groups, self.text, lengths, self.refer, self.stage_steps)
 
     def embed(self, ids: Tensor, tokens: Tensor, valid: Tensor) -> Tensor:
-        """Word embeddings with the scene's tokens in place of the placeholders: ids [S or Q, T] -> [.., T, D]."""
+        """Word embeddings with the scene's tokens in place of the placeholders: ids [S, T] -> [S, T, D]."""
         embeds = self.llm.get_input_embeddings()(ids.clamp(min=0))  # [S, T, D]
         return embeds.masked_scatter((ids == SCENE)[..., None], tokens[valid].to(embeds))  # [S, T, D]
 
     def read(self, ids: Tensor, positions: Tensor, mask: Tensor, tokens: Tensor, valid: Tensor, cache=None) -> Tensor:
-        """The language model over ids and positions [R, N], behind what its cache holds: last hidden state [R, N, D];
-        mask [R, 1, N, T] bool."""
+        """The language model over ids and positions [S, n], behind what its cache holds: last hidden state [S, n, D];
+        mask [S, 1, n, T] bool."""
         return self.llm.model(inputs_embeds=self.embed(ids, tokens, valid), attention_mask=mask, position_ids=positions,
                               past_key_values=cache, use_cache=cache is not None).last_hidden_state  # fmt: skip
 
@@ -1333,8 +1332,7 @@ def write_modle(root: Path, out: Path, per_scene: int = PER_SCENE, seed: int = 0
 
 def modle_main(arguments: Sequence[str]) -> None:
     """`python spatial3dllm.py modle --root SCANS --out modle/`. Raises DataError."""
-    parser = argparse.ArgumentParser(prog="spatial3dllm.py modle", description=write_modle.__doc__, allow_abbrev=False)
-    parser.error = lambda message: (_ for _ in ()).throw(DataError(f"modle: {message}"))
+    parser = data.Parser(prog="spatial3dllm.py modle", description=write_modle.__doc__)
     parser.add_argument("--root", type=Path, required=True, help="a folder of scans in ScanNet's layout")
     parser.add_argument("--out", type=Path, required=True, help="folder for train.json, val.json and manifest.json")
     parser.add_argument("--per-scene", type=int, default=PER_SCENE, help="questions per scan, on average")
@@ -1471,8 +1469,7 @@ def demo() -> None:
 def encoder_main(arguments: Sequence[str]) -> None:
     """`python spatial3dllm.py encoder --run DIR --out FILE`: a run's scene encoder as a file of its own, which
     `--set encoder=FILE` reads. Raises DataError."""
-    parser = argparse.ArgumentParser(prog="spatial3dllm.py encoder", allow_abbrev=False)
-    parser.error = lambda message: (_ for _ in ()).throw(DataError(f"encoder: {message}"))
+    parser = data.Parser(prog="spatial3dllm.py encoder")
     parser.add_argument("--run", type=Path, required=True, help="folder of a trained run")
     parser.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
     a = parser.parse_args(arguments)
@@ -1483,20 +1480,16 @@ def encoder_main(arguments: Sequence[str]) -> None:
 COMMANDS = {"modle": modle_main, "encoder": encoder_main}
 
 
-def main(arguments: Sequence[str]) -> int:
+@data.command
+def main(arguments: Sequence[str]) -> None:
     """Without arguments the demo; `modle` writes annotations, `encoder` a file; --scene, --ask and --run ask."""
     data.adopt(sys.modules[__name__])
-    try:
-        if not arguments:
-            demo()
-        elif not arguments[0].startswith("-"):
-            data.choose(COMMANDS, arguments[0], "command")(arguments[1:])
-        else:
-            data.ask_scene(sys.modules[__name__], arguments)
-    except (DataError, OSError) as error:  # OSError: what cannot be written
-        print(f"spatial3dllm.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if not arguments:
+        demo()
+    elif not arguments[0].startswith("-"):
+        data.choose(COMMANDS, arguments[0], "command")(arguments[1:])
+    else:
+        data.ask_scene(sys.modules[__name__], arguments)
 
 
 if __name__ == "__main__":

@@ -114,14 +114,8 @@ FLAGS = {
 SAME = [name.replace("-", "_") for name in list(FLAGS)[: list(FLAGS).index("test-scenes") + 1]]
 
 
-def fail(message: str) -> typing.NoReturn:
-    raise DataError(message)
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                allow_abbrev=False)  # fmt: skip
-    p.error = fail
+    p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, about in FLAGS.items():
         p.add_argument(f"--{name}", **about)
     args, unknown = p.parse_known_args(argv)

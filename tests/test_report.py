@@ -20,8 +20,8 @@ from types import SimpleNamespace
 import dummy_paper
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+from test_official import Oracle
 
 import data
 import evaluate
@@ -36,18 +36,8 @@ OFFLINE = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--n
            "--host-resolver-rules=MAP * ~NOTFOUND", "--proxy-server=127.0.0.1:9"]  # fmt: skip
 
 
-class Model(torch.nn.Module):
+class Model(Oracle):
     """Right, in another room, and hostile answers in turn."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-
-    def begin(self, stage):
-        pass
-
-    def batch(self, groups):
-        return groups
 
     def generate(self, groups, max_new_tokens):
         write = lambda s, place: substitute(s.answer, lambda i: evaluate.refer(place, i))  # noqa: E731

@@ -192,6 +192,18 @@ def test_a_file_where_a_folder_is_to_be_written_gets_one_line_and_status_2(tmp_p
     assert train.main(["--model", "proxy3d", "--out", str(tmp_path / "taken"), *little]) == 2
     said = capsys.readouterr().err
     assert "taken" in said and said.count("\n") == 1
+    assert data.main(["rooms", str(tmp_path / "taken"), "--count", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "taken" in said and said.count("\n") == 1
+
+
+def test_a_picture_that_cannot_be_written_and_a_missing_argument_get_one_line_too(points_run, capsys):
+    taken = points_run / "cloud.ply"  # a file, and no folder
+    ask = ["--scene", str(taken), "--ask", "is there a bed?", "--run", str(points_run), "--out", str(taken / "a.png")]
+    for main, command, says in ((fase3d.main, ask, "cloud.ply"), (data.main, ["rooms"], "required: out")):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert says in said and said.count("\n") == 1
 
 
 def test_a_sharded_run_of_two_processes_ends_with_scores_and_pictures(run, tmp_path):

@@ -386,6 +386,10 @@ def test_a_scene_survives_being_kept(tmp_path):
         assert np.array_equal(getattr(scene.frames, key), getattr(again.frames, key))
     assert [(o.id, o.category, o.colour, *o.box) for o in again.objects] == [
         (o.id, o.category, o.colour, *o.box) for o in scene.objects]  # fmt: skip
+    data.save_scene(data.replace(scene, objects=[]), tmp_path / "b.npz")
+    empty = open_scene(tmp_path / "b.npz")
+    assert not empty.objects and empty.notes == scene.notes, "nothing was found, and is not looked for again"
+    assert np.array_equal(data.with_own_segments(empty).frames.masks, scene.frames.masks), "frames on disk will do"
     (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:2000])
     with pytest.raises(DataError, match="not a whole kept scene"):
         open_scene(tmp_path / "a.npz")
