@@ -40,6 +40,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from textwrap import wrap
+from typing import NoReturn
 from zipfile import BadZipFile
 
 import numpy as np
@@ -739,15 +740,40 @@ def reading(path: Path, what: str) -> Iterator[None]:
         raise
     except FileNotFoundError:
         raise DataError(f"{path}: {what} missing; `python data.py check DIR` says what is needed") from None
-    except (OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, BadZipFile) as error:
+    except (OSError, EOFError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, BadZipFile) as error:
         raise DataError(f"{path}: not a whole {what} ({str(error)[:60]}); copy or export it again") from None
 
 
-def read_image(path: Path, mode: str | None = None) -> np.ndarray:
-    from PIL import Image
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what the system refuses inside (no such place, not allowed, no space) into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror or error}); name another place") from None
 
-    with reading(path, "image"), Image.open(path) as image:
-        return np.asarray(image.convert(mode) if mode else image)
+
+def read_image(path: Path, mode: str | None = None, upright: bool = False) -> np.ndarray:
+    """The pixels of an image; `upright`: turned as its EXIF tag says. Of 16-bit grey a mode keeps the upper 8."""
+    from PIL import Image, ImageOps
+
+    try:
+        with reading(path, "image"), Image.open(path) as image:
+            if upright:
+                image = ImageOps.exif_transpose(image)
+            if mode and image.mode.startswith("I"):
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return np.asarray(image.convert(mode) if mode else image)
+    except Image.DecompressionBombError:
+        raise DataError(f"{path}: too many pixels to be a photograph; make it smaller") from None
+
+
+def read_integers(path: Path) -> np.ndarray:
+    """A depth image or mask [H, W] of integers."""
+    image = read_image(path)
+    if image.ndim != 2 or image.dtype.kind not in "iu":
+        raise DataError(f"{path}: {image.dtype} {image.shape}; export one channel of 16-bit integers")
+    return image
 
 
 def read_matrix(path: Path, rows: int = 4) -> np.ndarray:
@@ -755,6 +781,13 @@ def read_matrix(path: Path, rows: int = 4) -> np.ndarray:
     with reading(path, f"{rows} x {rows} matrix"):
         table = [[float(x) for x in line.split()] for line in path.read_text().splitlines() if line.strip()]
         return np.array(table)[:rows, :rows].reshape(rows, rows)
+
+
+def read_intrinsics(path: Path) -> np.ndarray:
+    K = read_matrix(path, 3)
+    if not (np.isfinite(K).all() and K[0, 0] > 0 and K[1, 1] > 0):
+        raise DataError(f"{path}: no camera matrix (focal lengths {K[0, 0]}, {K[1, 1]}); export the intrinsics again")
+    return K
 
 
 def read_json(path: Path):
@@ -769,6 +802,8 @@ def evenly(rows: list, count: int) -> list:
 
 def nearest_rigid(pose: np.ndarray, where: object = "pose") -> np.ndarray:
     """The pose [4, 4] with its rotation replaced by the nearest one (polar decomposition)."""
+    if (away := np.abs(pose[:3, 3]).max()) > 1e5:
+        raise DataError(f"{where}: {away:.3g} m from the origin, where float32 is too coarse; move the poses nearer")
     if np.linalg.det(pose[:3, :3]) <= 0:
         raise DataError(f"{where}: mirrored (determinant <= 0); make the poses right-handed before reading them")
     u, _, vt = np.linalg.svd(pose[:3, :3])
@@ -789,20 +824,18 @@ def find_frames(folder: Path) -> tuple[list[tuple[Path, ...]], Path] | None:
 def read_frames(rows: list, camera: Path, convention: str, depth_scale: float, notes: list[str]) -> Iterator[tuple]:
     """(colour [H, W, 3] u8, depth [H, W] f32 metres, mask [H, W] i32, intrinsics [3, 3], pose [4, 4]) of every usable
     frame, at the size of its depth. Frames whose pose is not finite or whose depth is empty are dropped and counted."""
-    intrinsics = read_matrix(camera, 3)
+    intrinsics = read_intrinsics(camera)
     axes, inverse = choose(CONVENTIONS, convention, "pose convention")
     dropped = {"a pose that is not finite": 0, "no depth": 0}
     for colour_path, depth_path, pose_path, mask_path in rows:
-        pose, depth = read_matrix(pose_path), read_image(depth_path)
-        if depth.ndim != 2 or depth.dtype.kind not in "iu":
-            raise DataError(f"{depth_path}: {depth.dtype} {depth.shape}; export one channel of 16-bit integers")
+        pose, depth = read_matrix(pose_path), read_integers(depth_path)
         depth = np.where(depth == 65535, 0, depth).astype(np.float32) / np.float32(depth_scale)
         if not np.isfinite(pose).all() or not depth.any():
             dropped["no depth" if np.isfinite(pose).all() else "a pose that is not finite"] += 1
             continue
         pose = nearest_rigid(pose, pose_path)
         pose = (np.linalg.inv(pose) if inverse else pose) @ np.diag(axes)
-        mask = read_image(mask_path).astype(np.int32) if mask_path.exists() else np.zeros(depth.shape, np.int32)
+        mask = read_integers(mask_path).astype(np.int32) if mask_path.exists() else np.zeros(depth.shape, np.int32)
         yield resize_frame((read_image(colour_path, "RGB"), depth, mask, intrinsics, pose), depth.shape)
     notes += [f"dropped {n} of {len(rows)} frames with {what}" for what, n in dropped.items() if n]
     if sum(dropped.values()) == len(rows):
@@ -868,6 +901,8 @@ def fuse(frames: Iterable[tuple], limit: int = 100_000, voxel: float | None = No
     """
     parts = []
     for colour, depth, K, pose in frames:
+        if min(depth.shape) < 2:
+            raise DataError(f"frames of {depth.shape[1]} x {depth.shape[0]} pixels show no surface; give larger ones")
         step = max(1, round((depth.size / 80_000) ** 0.5))
         colour, depth, K = colour[::step, ::step], depth[::step, ::step], np.diag([1 / step, 1 / step, 1.0]) @ K
         K[:2, 2] += 0.5 - 0.5 / step  # a pixel picked by [::step] keeps its own ray
@@ -1008,6 +1043,8 @@ def fused_scene(name: str, source: str, views: Iterable[tuple], kept: list, note
     cloud, colours, normals, voxel = fuse(views, points, voxel)
     if len(cloud) < 100:
         raise DataError(f"{name}: the frames give {len(cloud)} points; check the depth images and their unit")
+    if (across := float(np.ptp(cloud, axis=0).max())) > 1000:
+        raise DataError(f"{name}: {across:.4g} m across, hardly a room; check --depth-scale or --scale")
     world, said = upright(cloud, normals, up, -np.mean([f[4][:3, 1] for f in kept], axis=0))
     notes += [f"{len(cloud)} points, {voxel * 100:.1f} cm voxels", said]
     return Scene(name, source, [], colours=colours, frames=stack_frames(kept, world), notes=notes,
@@ -1049,12 +1086,12 @@ PLY_ORDERS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"
 
 
 def load_ply(path: str | Path) -> dict[str, np.ndarray | None]:
-    """points [N, 3] f32, colours [N, 3] u8, normals [N, 3] f32 unit, faces [F, 3] i64 of a PLY file, ascii or binary;
-    what it lacks is None. Faces are triangles. Raises DataError."""
+    """points [N, 3] f32 (f64 where the file has those), colours [N, 3] u8, normals [N, 3] f32 unit, faces [F, 3] i64 of
+    a PLY file, ascii or binary; what it lacks is None. Faces are triangles. Raises DataError."""
     path, elements, held = Path(path), [], {}
     with reading(path, "PLY file"):
         head, _, body = path.read_bytes().partition(b"end_header")
-        _, *header = (line.split() for line in head.decode("ascii").splitlines() if line.strip())
+        _, *header = (line.split() for line in head.decode("latin-1").splitlines() if line.strip())
         order = PLY_ORDERS[dict(words[:2] for words in header)["format"]]
         for words in header:
             if words[0] == "element":
@@ -1083,10 +1120,13 @@ def load_ply(path: str | Path) -> dict[str, np.ndarray | None]:
         vertex = held["vertex"]
         known = {"points": ("x", "y", "z"), "colours": ("red", "green", "blue"), "normals": ("nx", "ny", "nz")}
         out = {k: np.stack([vertex[n] for n in v], 1) if v[0] in vertex.dtype.names else None for k, v in known.items()}
-        out["points"], out["faces"] = out["points"].astype(np.float32), None
+        if out["points"] is None:
+            raise DataError(f"{path}: not a whole PLY file (its vertices have no x, y and z); export it again")
+        out["points"], out["faces"] = out["points"].astype(np.result_type(out["points"], np.float32)), None
     if out["colours"] is not None:
-        unitary = out["colours"].dtype.kind == "f" and out["colours"].max(initial=0) <= 1
-        out["colours"] = (out["colours"] * (255 if unitary else 1)).round().astype(np.uint8)
+        unitary = out["colours"].dtype.kind == "f" and np.nanmax(out["colours"], initial=0) <= 1
+        full = 65535 if out["colours"].dtype.itemsize == 2 else 1 if unitary else 255
+        out["colours"] = np.nan_to_num(out["colours"] * (255 / full)).round().clip(0, 255).astype(np.uint8)
     if out["normals"] is not None:
         out["normals"] = unit(out["normals"])
     if len(held.get("face", ())):
@@ -1111,17 +1151,27 @@ def write_ply(path: str | Path, points: np.ndarray, colours: np.ndarray, normals
 def read_ply(path: str | Path, points: int = 200_000, up: str = "+z", scale: float = 1.0) -> Scene:
     """A bare cloud or mesh as a scene without objects or frames. `up` is the axis of the file that points up, `scale`
     metres per unit; more than `points` are averaged in voxels (before normals are estimated, so that memory stays that
-    of the file), and the mesh dropped. Raises DataError."""
+    of the file), and the mesh dropped. Points at the same place are one; a cloud in a map's coordinates, more than a
+    kilometre away, is moved to the origin. Raises DataError."""
     held = load_ply(path)
     finite = np.isfinite(held["points"]).all(1)
     if finite.sum() < 2:
         raise DataError(f"{path}: only {finite.sum()} of {len(finite)} points are usable; export the cloud again")
     notes = [] if finite.all() else [f"dropped {(~finite).sum()} of {len(finite)} points that are not finite"]
-    cloud, faces = held["points"][finite] * np.float32(scale), held["faces"] if finite.all() else None
+    cloud, faces = held["points"][finite], held["faces"] if finite.all() else None
     colours, normals = (None if held[k] is None else held[k][finite] for k in ("colours", "normals"))
-    across = float(np.ptp(cloud, axis=0).max())
+    away, across = (float(a.max()) * scale for a in (np.abs(cloud), np.ptp(cloud, axis=0)))
     if across > 100:
-        raise DataError(f"{path}: {across:.0f} m across, hardly metres; if millimetres, scale = 0.001 (--scale 0.001)")
+        raise DataError(f"{path}: {across:.4g} m across, hardly metres; if millimetres, scale = 0.001 (--scale 0.001)")
+    if (step := float(np.spacing(np.abs(cloud).max())) * scale) > 0.005:
+        raise DataError(f"{path}: lies {away:.0f} m from the origin, where its float has steps of {step * 100:.0f} cm; "
+                        "export it as double or moved to the origin")  # fmt: skip
+    if away > 1000:
+        middle = cloud.mean(0).round()
+        cloud, notes = cloud - middle, [*notes, f"moved to the origin by {(-middle).tolist()} of the file's units"]
+    cloud = (cloud * scale).astype(np.float32)
+    if normals is not None and not (np.square(normals).sum(1) > 0.5).all():
+        normals, notes = None, [*notes, "some normals are zero or not finite: all made anew"]
     if normals is None and faces is not None:
         normals = unit(vertex_normals(cloud, faces))
     if len(cloud) > points:
@@ -1130,6 +1180,12 @@ def read_ply(path: str | Path, points: int = 200_000, up: str = "+z", scale: flo
         few, mixed, turned, voxel = thin(cloud, values, np.ones(len(cloud)), 0.01, points)
         notes.append(f"{len(cloud)} points averaged to {len(few)} in voxels of {voxel * 100:.1f} cm")
         cloud, colours, normals = few, None if colours is None else mixed, None if normals is None else turned
+    first = np.sort(np.unique(cloud, axis=0, return_index=True)[1])
+    if len(first) < 2:
+        raise DataError(f"{path}: all {len(finite)} points are at one place; export the cloud again")
+    if len(first) < len(cloud):
+        notes.append(f"dropped {len(cloud) - len(first)} of {len(cloud)} points that lie on another")
+        cloud, colours, normals = (None if a is None else a[first] for a in (cloud, colours, normals))
     if normals is None:
         normals = estimate_normals(cloud)
     world, said = upright(cloud, normals, up, None)
@@ -1280,7 +1336,7 @@ def check(path: str | Path) -> list[str]:
     path = Path(path)
     if not path.exists():
         return [f"{path}: nothing there", *TERMS.values()]
-    if path.suffix == ".ply":
+    if path.suffix.lower() == ".ply":
         held = load_ply(path)
         size = np.ptp(held["points"], axis=0) if len(held["points"]) else np.zeros(3)
         return [f"{path}: {len(held['points'])} points, {' x '.join(f'{s:.2f}' for s in size)} in the file's unit",
@@ -1293,6 +1349,9 @@ def check(path: str | Path) -> list[str]:
             rows = next((rows[k] for k in ("questions", "annotations", "data_list") if k in rows), [rows])
         scenes = {r["scene_id"] for r in rows if isinstance(r, dict) and "scene_id" in r}
         return [f"{path}: {len(rows)} rows about {len(scenes)} scenes, fields {', '.join(rows[0]) if rows else 'none'}"]
+    if not path.is_dir():
+        choose_reader(path)
+        return [f"{path}: a kept scene, {len(load_scene(path).points)} points"]
     places = (path, path / "scans", path / "scans_test")
     scans = sorted(p for place in places if place.is_dir() for p in place.glob("scene*_*") if p.is_dir())
     scans = scans or sorted({p.parent for p in path.glob(f"*/*{SCAN_FILES[0]}")})
@@ -1344,6 +1403,8 @@ def need(module: str, what: str):
 def sharpness(grey: np.ndarray) -> float:
     """How sharp an image [h, w] is: the variance of its Laplacian (Pech-Pacheco et al., ICPR 2000). Blur lowers it."""
     g = grey.astype(np.float32)
+    if min(g.shape) < 3:
+        return 0.0
     return float((4 * g[1:-1, 1:-1] - g[:-2, 1:-1] - g[2:, 1:-1] - g[1:-1, :-2] - g[1:-1, 2:]).var())
 
 
@@ -1381,7 +1442,7 @@ def read_video(path: str | Path, count: int = 32, longest: int = 640,
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise DataError(f"{path}: has no pictures; give a video")
-            stream = container.streams.video[0]
+            stream = container.streams.best("video")  # not a cover picture
             stream.thread_type = "AUTO"
             stamps, keys = time_stamps(av, container, stream)
             groups = spread(stamps, count, tries) if len(stamps) else []
@@ -1435,14 +1496,15 @@ def decode(av, container, stream) -> Iterator:
 
 
 def read_images(folder: Path, count: int = 32, longest: int = 640, tries: int = 8) -> tuple[np.ndarray, list[str]]:
-    """As read_video, of a folder of image files in the order of their names (frame10 after frame9)."""
+    """As read_video, of a folder of image files in the order of their names (frame10 after frame9), turned upright;
+    hidden files are passed over."""
     order = lambda p: [(t.isdigit(), int(t) if t.isdigit() else t) for t in re.split(r"(\d+)", p.name)]  # noqa: E731
-    files = sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGES), key=order)
+    files = sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGES and p.name[0] != "."), key=order)
     if not files:
         raise DataError(f"{folder}: no images ({', '.join(IMAGES)}) and no RGB-D frames; see python data.py check")
     best = []
     for group in spread(np.arange(len(files)), count, tries):
-        images = [shrink(read_image(files[i], "RGB"), longest) for i in group]
+        images = [shrink(read_image(files[i], "RGB", upright=True), longest) for i in group]
         best.append(max(images, key=lambda image: sharpness(shrink(image, 320).mean(2))))
     return same_size(best, folder), [f"{len(best)} of {len(files)} images, each the sharpest of up to {tries}"]
 
@@ -1471,7 +1533,7 @@ def read_partial(rows: list, camera: Path, count: int, longest: int, convention:
     images, values, lost = [], [], 0
     for colour_path, depth_path, pose_path, _ in chosen:
         if depth:
-            value = read_image(depth_path)
+            value = read_integers(depth_path)
             value = np.where(value == 65535, 0, value).astype(np.float32) / np.float32(depth_scale)
         elif not np.isfinite(value := read_matrix(pose_path)).all():
             lost += 1
@@ -1489,7 +1551,7 @@ def read_partial(rows: list, camera: Path, count: int, longest: int, convention:
     H, W = images.shape[1:3]
     colour = [c for c in map(camera.with_name, ("intrinsic_color.txt", "intrinsic.txt", camera.name)) if c.exists()]
     if not depth and colour:  # of the images, where depth has a camera of its own
-        K = np.diag([W / size[1], H / size[0], 1]) @ read_matrix(colour[0], 3)
+        K = np.diag([W / size[1], H / size[0], 1]) @ read_intrinsics(colour[0])
         known["intrinsics"] = np.tile(K, (len(images), 1, 1))
     said = f"{len(images)} of {len(rows)} frames used" + f", {lost} poses are not finite" * bool(lost)
     return images, known, [said]
@@ -3288,16 +3350,18 @@ def answer(batch: dict, text: TinyText | HubText, past: tuple, read: Callable, h
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:
     """Write arrays so that a reader never sees half a file: to a neighbour first, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    with open(part, "wb") as f:
-        np.savez(f, **arrays)
-    os.replace(part, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        with open(part, "wb") as f:
+            np.savez(f, **arrays)
+        os.replace(part, path)
 
 
 # ---- 10 pictures -----------------------------------------------------------------------------------------------------
 
 DPI = 90  # of all pictures
+PICTURES = (".png", ".jpg", ".pdf", ".svg")
 
 
 def palette(count: int) -> np.ndarray:
@@ -3534,6 +3598,7 @@ def board(scene: Scene, path: Path, title: str, lines: Sequence[str] = (), look:
     says), a row of images (caption, [H, W, 3]) and lines of text below, in the colours `inks` (black where they end).
     Yields the two views, to draw over them."""
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
     cloud, wide, high = shown_cloud(scene), 16.4, 6.4
     lines = [(part, ink) for line, ink in itertools.zip_longest(lines, inks[: len(lines)], fillvalue="black")
@@ -3563,8 +3628,12 @@ def board(scene: Scene, path: Path, title: str, lines: Sequence[str] = (), look:
     for i, (line, ink) in enumerate(lines):
         figure.text(0.3 / wide, (foot - 0.25 * i - 0.2) / total, line, fontsize=10, color=ink)
     yield views
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a question may name dollars
+    with warnings.catch_warnings(), writing(path):
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # another script: empty squares
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=DPI)
 
 
 def read_answer(text: str) -> tuple[list[tuple[str, np.ndarray]], list[np.ndarray], str]:
@@ -3737,17 +3806,52 @@ def open_scan(root: Path, scene_id: str, **options) -> Scene:
     return scene
 
 
+class Parser(argparse.ArgumentParser):
+    """Its errors, and its commands' errors, are one line; `--up -y` and `--at -1,0,2` are values, not flags."""
+
+    def error(self, message: str) -> NoReturn:
+        raise DataError(message)
+
+    def parse_args(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+        words = []
+        for word in sys.argv[1:] if arguments is None else arguments:
+            if words and words[-1] in ("--up", "--at"):
+                words[-1] += f"={word}"
+            else:
+                words.append(word)
+        return super().parse_args(words)
+
+
+def number(kind: type, least: float, text: str) -> float:
+    """A number as a flag gives it: a whole one of at least `least`, or a finite one above it."""
+    value = kind(text)
+    if not (value >= least if kind is int else least < value < float("inf")):
+        raise argparse.ArgumentTypeError(f"{text} is not {'at least' if kind is int else 'a number above'} {least}")
+    return value
+
+
+def one_of(table: Iterable[str], text: str) -> str:
+    """A key of `table`, as a flag gives it."""
+    if text not in table:
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown: choose one of {', '.join(table)}")
+    return text
+
+
+positive, whole = partial(number, float, 0), partial(number, int, 1)
+
 SCENE_OPTIONS = {  # flags of a scene of one's own -> (type, help)
-    "scale": (float, "metres per unit of a cloud; true metres per guessed one of a video"),
-    "up": (str, "axis of the files that points up, such as -y (default: found; +z for a cloud)"),
-    "convention": (str, f"of the poses: {', '.join(CONVENTIONS)}"),
-    "depth_scale": (float, "units of the depth images per metre (default: 1000)"),
-    "max_frames": (int, "frames to use at most (default: 64 with depth and poses, else 32)"),
-    "longest": (int, "longer side of the frames in pixels (default: 320 with depth and poses, else 640)"),
+    "scale": (positive, "metres per unit of a cloud; true metres per guessed one of a video"),
+    "up": (partial(one_of, ("auto", *UP)),
+           "axis of the files that points up, such as -y (default: found; +z for a cloud)"),
+    "convention": (partial(one_of, CONVENTIONS), f"of the poses: {', '.join(CONVENTIONS)}"),
+    "depth_scale": (positive, "units of the depth images per metre (default: 1000)"),
+    "max_frames": (whole, "frames to use at most (default: 64 with depth and poses, else 32)"),
+    "longest": (partial(number, int, 64),
+                "longer side of the frames in pixels (default: 320 with depth and poses, else 640)"),
     "vggt": (str, "name or folder of VGGT's weights, for frames without depth or poses"),
     "masks": (str, "where objects come from: segments (of the cloud, the default) or sam2"),
     "sam2": (str, f"name or checkpoint of SAM 2's weights (default: {SAM2})"),
-}
+}  # fmt: skip
 FRAME_OPTIONS = {"up", "convention", "depth_scale", "max_frames", "longest", "masks", "sam2"}
 
 
@@ -3771,9 +3875,9 @@ def read_folder(path: Path, longest: int = 320, **options) -> Scene:
 
 def choose_reader(path: Path) -> tuple[Callable, set[str]]:
     """Who reads a scene of one's own, and which of SCENE_OPTIONS it takes."""
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return load_scene, set()
-    if path.suffix == ".ply":
+    if path.suffix.lower() == ".ply":
         return read_ply, {"up", "scale"}
     if path.is_file() and path.suffix.lower() not in VIDEOS:
         raise DataError(f"{path}: no kind of scene; give a .ply, a video ({', '.join(VIDEOS)}) or a folder of frames")
@@ -3796,9 +3900,9 @@ def open_scene(path: str | Path, **options) -> Scene:
     if strange := sorted(set(options) - takes):
         raise DataError(f"--{strange[0].replace('_', '-')}: has no part in reading {path}; "
                         f"known here: {', '.join(sorted(takes)) or 'none'}")  # fmt: skip
-    masks, sam2 = options.pop("masks", "segments"), options.pop("sam2", None)
+    segment, sam2 = choose(SEGMENTERS, options.pop("masks", "segments"), "--masks"), options.pop("sam2", None)
     scene = reader(path, **options)
-    return scene if scene.objects else choose(SEGMENTERS, masks, "--masks")(scene, sam2)
+    return scene if scene.objects else segment(scene, sam2)
 
 
 def with_sam2(scene: Scene, name: str | None = None) -> Scene:
@@ -3848,7 +3952,10 @@ def load_scene(path: str | Path) -> Scene:
         about = json.loads(str(held["about"]))
         objects = [Thing(i, category, colour, np.array(box)) for i, category, colour, *box in about.pop("objects")]
         arrays = {k: held[k] for k in SCENE_ARRAYS if k in held}
-        frames = LazyFrames(lambda: Frames(**read("frames."))) if "frames.depth" in held else None
+        there = [name for name in FRAME_ARRAYS if f"frames.{name}" in held]
+        if there not in ([], list(FRAME_ARRAYS)) or len({len(a) for k, a in arrays.items() if k != "bounds"}) > 1:
+            raise DataError(f"{path}: its arrays do not belong together; make it again with python data.py cache")
+        frames = LazyFrames(lambda: Frames(**read("frames."))) if there else None
         return Scene(objects=objects, frames=frames, **about, **arrays)
 
 
@@ -3912,7 +4019,9 @@ def cache_scenes(path: Path, out: Path, workers: int = 1, **options) -> dict[str
     parts = {s: s.relative_to(path).parts or (s.resolve().name,) for s in scenes}
     names = {"_".join((*p[:-1], p[-1] if s.is_dir() else Path(p[-1]).stem)): s for s, p in parts.items()}
     if len(names) < len(scenes):
-        raise DataError(f"{path}: {len(scenes)} scenes have {len(names)} different names; rename those that are alike")
+        alike = next(s for s, p in parts.items() if s not in names.values())
+        raise DataError(f"{path}: {len(scenes)} scenes have {len(names)} different names; rename {alike} or what "
+                        "it is like")  # fmt: skip
     if not manifest.exists():
         if any(out.glob("*.npz")):
             raise DataError(f"{out}: holds scenes but no manifest of their options; name another folder")
@@ -3932,10 +4041,11 @@ def cache_scenes(path: Path, out: Path, workers: int = 1, **options) -> dict[str
 
 
 def write_manifest(path: Path, options: dict, rows: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({"options": options, "scenes": dict(sorted(rows.items()))}, indent=1))
-    os.replace(part, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps({"options": options, "scenes": dict(sorted(rows.items()))}, indent=1))
+        os.replace(part, path)
 
 
 def work(jobs: list[tuple], workers: int) -> Iterator[dict]:
@@ -3957,11 +4067,18 @@ def work(jobs: list[tuple], workers: int) -> Iterator[dict]:
 def typed() -> Iterator[list[str]]:
     """Questions as they are typed, until an empty line, `quit` or the end of the input (Ctrl-D)."""
     print("questions, one a line; an empty line or quit ends")
-    try:
-        while (line := input("? ").strip()) not in ("", "quit"):
-            yield [line]
-    except EOFError:
-        print()
+    while True:
+        try:
+            line = input("? ").strip()
+        except UnicodeDecodeError:
+            print("that is no text in this terminal's encoding")
+            continue
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if line in ("", "quit"):
+            return
+        yield [line]
 
 
 def ask_model(model: torch.nn.Module, scene: Scene, samples: Sequence[Sample],
@@ -3970,6 +4087,8 @@ def ask_model(model: torch.nn.Module, scene: Scene, samples: Sequence[Sample],
     `kept`: of the model's `generate`. A model may offer `refusal(scene, question)`: why it cannot be answered, or None.
     """
     asked = [s.question for s in samples]
+    if not all(model.text.encode(q) for q in asked):
+        raise DataError("--ask: a question without a word; write one, such as \"is there a chair?\"")
     for word in sorted({w for q in asked for w in model.text.unknown(q)}):
         print(f"note: the model has never read the word {word!r}")
     for i in {int(i) for q in asked for i in MARK.findall(q)} - {o.id for o in scene.objects}:
@@ -3987,8 +4106,7 @@ def ask_scene(paper, arguments: Sequence[str]) -> None:
     """The command line of a paper: `--scene PATH --ask QUESTION [--ask ...] --run DIR`: prints the answers, and where
     the pictures are. Without --ask questions are typed at a terminal, one after another; the scene is read once. A
     model may offer `answer_pictures(scene, samples, answers, folder)`, more pictures. Raises DataError."""
-    parser = argparse.ArgumentParser(description="Questions about a scene of your own.", allow_abbrev=False)
-    parser.error = lambda message: (_ for _ in ()).throw(DataError(message))
+    parser = Parser(description="Questions about a scene of your own.", allow_abbrev=False)
     parser.add_argument("--scene", type=Path, required=True,
                         help="a video, a folder of frames with or without depth and poses, a .ply, a scan's folder")
     parser.add_argument("--ask", action="append", help="a question; may be given several times (default: a prompt)")
@@ -4004,6 +4122,8 @@ def ask_scene(paper, arguments: Sequence[str]) -> None:
         raise DataError(f"--at: {name} takes no places; fase3d does")
     if a.run is None:
         raise DataError(f"--run: name a trained run; python train.py --model {name} makes runs/{name}")
+    if a.out is not None and (a.out.suffix.lower() not in PICTURES or a.out.is_dir()):
+        raise DataError(f"--out {a.out}: name a picture to write, such as ask.png ({', '.join(PICTURES)})")
     if not (a.ask or (sys.stdin.isatty() and sys.stdout.isatty())):
         raise DataError("--ask: give a question; without one they are typed at a terminal, and this is none")
     model = load_model(paper, a.run)
@@ -4019,6 +4139,7 @@ def ask_scene(paper, arguments: Sequence[str]) -> None:
         print(f"note: {note}")
     kept, samples, rows = {}, [], []
     for asked in [a.ask] if a.ask else typed():
+        asked = [q.encode(errors="replace").decode() for q in asked]  # bytes of another encoding become "?"
         new = [Sample(str(i), scene.name, "ask", q, "", prompt=place) for i, q in enumerate(asked, len(samples))]
         if places and place is None and any(re.search(r"\bthis *[?.]?$", q.lower()) for q in asked):
             print('note: "this" is a place that you point at: --at X,Y,Z')
@@ -4054,24 +4175,24 @@ def write_rooms(out: Path, count: int, objects: int | None, first: int) -> None:
     """Procedural rooms in ScanNet's own layout, below OUT/scans."""
     for seed in range(first, first + count):
         scene = replace(room(seed, objects, size=240, views=16, points=20_000), name=f"scene{seed % 10_000:04d}_00")
-        print(write_scannet(scene, out / "scans"))
+        with writing(out):
+            print(write_scannet(scene, out / "scans"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Look at data, or make some.", allow_abbrev=False)
-    parser.error = lambda message: (_ for _ in ()).throw(DataError(message))
+    parser = Parser(description="Look at data, or make some.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     look = commands.add_parser("check", help="what is there, what is missing, and where it is had")
     look.add_argument("path", type=Path)
     make = commands.add_parser("rooms", help="procedural rooms in ScanNet's file layout")
     make.add_argument("out", type=Path)
-    make.add_argument("--count", type=int, default=10)
+    make.add_argument("--count", type=whole, default=10)
     make.add_argument("--objects", type=int, help="objects per room (default: 8 to 16)")
-    make.add_argument("--seed", type=int, default=0, help="of the first room")
+    make.add_argument("--seed", type=partial(number, int, 0), default=0, help="of the first room")
     keep = commands.add_parser("cache", help="scenes of one's own through VGGT, SAM 2 and segmentation, once")
     keep.add_argument("path", type=Path, help="a video, a .ply, or a folder of them, of frames or of scans")
     keep.add_argument("out", type=Path)
-    keep.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    keep.add_argument("--workers", type=whole, default=1, help="processes (default: 1)")
     add_scene_options(keep)
     try:
         a = parser.parse_args(arguments)
