@@ -1439,7 +1439,7 @@ def read_video(path: str | Path, count: int = 32, longest: int = 640,
         raise DataError(f"{path}: no such video")
     best = []
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise DataError(f"{path}: has no pictures; give a video")
             stream = container.streams.best("video")  # not a cover picture

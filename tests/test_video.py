@@ -504,6 +504,12 @@ def test_the_video_is_read_and_not_its_cover(tmp_path):
     assert read_video(path)[0].shape == (20, 48, 64, 3)
 
 
+def test_a_title_in_another_encoding_does_no_harm(tmp_path):
+    path = encode(tmp_path / "a.mp4", numbered(3))
+    path.write_bytes(path.read_bytes().replace(b"VideoHandler", b"VideoHand\x80er"))
+    assert len(read_video(path)[0]) == 3
+
+
 # keeping scenes
 
 
