@@ -42,6 +42,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial, wraps
 from pathlib import Path
 from textwrap import wrap
+from typing import NoReturn
 from zipfile import BadZipFile
 
 import numpy as np
@@ -748,16 +749,40 @@ def reading(path: Path, what: str) -> Iterator[None]:
         raise
     except FileNotFoundError:
         raise DataError(f"{path}: {what} missing; `python data.py check DIR` says what is needed") from None
-    except (OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, BadZipFile) as error:
+    except (OSError, EOFError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, BadZipFile) as error:
         raise DataError(f"{path}: not a whole {what} ({str(error)[:60]}); copy or export it again") from None
 
 
-def read_image(path: Path, mode: str | None = None) -> np.ndarray:
-    """The pixels [H, W] or [H, W, 3] of a file as they are, or in one of PIL's modes ("RGB"). Raises DataError."""
-    from PIL import Image
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what the system refuses inside (no such place, not allowed, no space) into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror or error}); name another place") from None
 
-    with reading(path, "image"), Image.open(path) as image:
-        return np.asarray(image.convert(mode) if mode else image)
+
+def read_image(path: Path, mode: str | None = None, upright: bool = False) -> np.ndarray:
+    """The pixels of an image; `upright`: turned as its EXIF tag says. Of 16-bit grey a mode keeps the upper 8."""
+    from PIL import Image, ImageOps
+
+    try:
+        with reading(path, "image"), Image.open(path) as image:
+            if upright:
+                image = ImageOps.exif_transpose(image)
+            if mode and image.mode.startswith("I"):
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return np.asarray(image.convert(mode) if mode else image)
+    except Image.DecompressionBombError:
+        raise DataError(f"{path}: too many pixels to be a photograph; make it smaller") from None
+
+
+def read_integers(path: Path) -> np.ndarray:
+    """A depth image or mask [H, W] of integers."""
+    image = read_image(path)
+    if image.ndim != 2 or image.dtype.kind not in "iu":
+        raise DataError(f"{path}: {image.dtype} {image.shape}; export one channel of 16-bit integers")
+    return image
 
 
 def read_matrix(path: Path, rows: int = 4) -> np.ndarray:
@@ -769,9 +794,7 @@ def read_matrix(path: Path, rows: int = 4) -> np.ndarray:
 
 def read_depth(path: Path, scale: float) -> np.ndarray:
     """A depth image [H, W] in float32 metres, of whole numbers, `scale` a metre; 0 = missing, as 65535 is there."""
-    depth = read_image(path)
-    if depth.ndim != 2 or depth.dtype.kind not in "iu":
-        raise DataError(f"{path}: {depth.dtype} {depth.shape}; export one channel of 16-bit integers")
+    depth = read_integers(path)
     return np.where(depth == 65535, 0, depth).astype(np.float32) / np.float32(scale)
 
 
@@ -782,6 +805,13 @@ def read_pose(path: Path, convention: str) -> np.ndarray | None:
         return None
     pose = nearest_rigid(pose, path)
     return (np.linalg.inv(pose) if inverse else pose) @ np.diag(axes)
+
+
+def read_intrinsics(path: Path) -> np.ndarray:
+    K = read_matrix(path, 3)
+    if not (np.isfinite(K).all() and K[0, 0] > 0 and K[1, 1] > 0):
+        raise DataError(f"{path}: no camera matrix (focal lengths {K[0, 0]}, {K[1, 1]}); export the intrinsics again")
+    return K
 
 
 def read_json(path: Path):
@@ -796,6 +826,8 @@ def evenly(rows: list, count: int) -> list:
 
 def nearest_rigid(pose: np.ndarray, where: object = "pose") -> np.ndarray:
     """The pose [4, 4] with its rotation replaced by the nearest one (polar decomposition)."""
+    if (away := np.abs(pose[:3, 3]).max()) > 1e5:
+        raise DataError(f"{where}: {away:.3g} m from the origin, where float32 is too coarse; move the poses nearer")
     if np.linalg.det(pose[:3, :3]) <= 0:
         raise DataError(f"{where}: mirrored (determinant <= 0); make the poses right-handed before reading them")
     u, _, vt = np.linalg.svd(pose[:3, :3])
@@ -816,14 +848,14 @@ def find_frames(folder: Path) -> tuple[list[tuple[Path, ...]], Path] | None:
 def read_frames(rows: list, camera: Path, convention: str, depth_scale: float, notes: list[str]) -> Iterator[tuple]:
     """(colour [H, W, 3] u8, depth [H, W] f32 metres, mask [H, W] i32, intrinsics [3, 3], pose [4, 4]) of every usable
     frame, at the size of its depth. Frames whose pose is not finite or whose depth is empty are dropped and counted."""
-    intrinsics = read_matrix(camera, 3)
+    intrinsics = read_intrinsics(camera)
     dropped = {"a pose that is not finite": 0, "no depth": 0}
     for colour_path, depth_path, pose_path, mask_path in rows:
         pose, depth = read_pose(pose_path, convention), read_depth(depth_path, depth_scale)
         if pose is None or not depth.any():
             dropped["no depth" if pose is not None else "a pose that is not finite"] += 1
             continue
-        mask = read_image(mask_path).astype(np.int32) if mask_path.exists() else np.zeros(depth.shape, np.int32)
+        mask = read_integers(mask_path).astype(np.int32) if mask_path.exists() else np.zeros(depth.shape, np.int32)
         yield resize_frame((read_image(colour_path, "RGB"), depth, mask, intrinsics, pose), depth.shape)
     notes += [f"dropped {n} of {len(rows)} frames with {what}" for what, n in dropped.items() if n]
     if sum(dropped.values()) == len(rows):
@@ -894,6 +926,8 @@ def fuse(frames: Iterable[tuple], limit: int = 100_000, voxel: float | None = No
     """
     parts = []
     for colour, depth, K, pose in frames:
+        if min(depth.shape) < 2:
+            raise DataError(f"frames of {depth.shape[1]} x {depth.shape[0]} pixels show no surface; give larger ones")
         step = max(1, round((depth.size / 80_000) ** 0.5))
         colour, depth, K = colour[::step, ::step], depth[::step, ::step], np.diag([1 / step, 1 / step, 1.0]) @ K
         K[:2, 2] += 0.5 - 0.5 / step  # a pixel picked by [::step] keeps its own ray
@@ -1033,6 +1067,8 @@ def fused_scene(name: str, source: str, views: Iterable[tuple], kept: list, note
     cloud, colours, normals, voxel = fuse(views, points, voxel)
     if len(cloud) < 100:
         raise DataError(f"{name}: the frames give {len(cloud)} points; check the depth images and their unit")
+    if (across := float(np.ptp(cloud, axis=0).max())) > 1000:
+        raise DataError(f"{name}: {across:.4g} m across, hardly a room; check --depth-scale or --scale")
     world, said = upright(cloud, normals, up, -np.mean([f[4][:3, 1] for f in kept], axis=0))
     notes += [f"{len(cloud)} points, {voxel * 100:.1f} cm voxels", said]
     return Scene(name, source, [], colours=colours, frames=stack_frames(kept, world), notes=notes,
@@ -1074,12 +1110,12 @@ PLY_ORDERS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"
 
 
 def load_ply(path: str | Path) -> dict[str, np.ndarray | None]:
-    """points [N, 3] f32, colours [N, 3] u8, normals [N, 3] f32 unit, faces [F, 3] i64 of a PLY file, ascii or binary;
-    what it lacks is None. Faces are triangles. Raises DataError."""
+    """points [N, 3] f32 (f64 where the file has those), colours [N, 3] u8, normals [N, 3] f32 unit, faces [F, 3] i64 of
+    a PLY file, ascii or binary; what it lacks is None. Faces are triangles. Raises DataError."""
     path, elements, held = Path(path), [], {}
     with reading(path, "PLY file"):
         head, _, body = path.read_bytes().partition(b"end_header")
-        _, *header = (line.split() for line in head.decode("ascii").splitlines() if line.strip())
+        _, *header = (line.split() for line in head.decode("latin-1").splitlines() if line.strip())
         order = PLY_ORDERS[dict(words[:2] for words in header)["format"]]
         for words in header:
             if words[0] == "element":
@@ -1108,10 +1144,13 @@ def load_ply(path: str | Path) -> dict[str, np.ndarray | None]:
         vertex = held["vertex"]
         known = {"points": ("x", "y", "z"), "colours": ("red", "green", "blue"), "normals": ("nx", "ny", "nz")}
         out = {k: np.stack([vertex[n] for n in v], 1) if v[0] in vertex.dtype.names else None for k, v in known.items()}
-        out["points"], out["faces"] = out["points"].astype(np.float32), None
+        if out["points"] is None:
+            raise DataError(f"{path}: not a whole PLY file (its vertices have no x, y and z); export it again")
+        out["points"], out["faces"] = out["points"].astype(np.result_type(out["points"], np.float32)), None
     if out["colours"] is not None:
-        unitary = out["colours"].dtype.kind == "f" and out["colours"].max(initial=0) <= 1
-        out["colours"] = (out["colours"] * (255 if unitary else 1)).round().astype(np.uint8)
+        unitary = out["colours"].dtype.kind == "f" and np.nanmax(out["colours"], initial=0) <= 1
+        full = 65535 if out["colours"].dtype.itemsize == 2 else 1 if unitary else 255
+        out["colours"] = np.nan_to_num(out["colours"] * (255 / full)).round().clip(0, 255).astype(np.uint8)
     if out["normals"] is not None:
         out["normals"] = unit(out["normals"])
     if len(held.get("face", ())):
@@ -1136,17 +1175,27 @@ def write_ply(path: str | Path, points: np.ndarray, colours: np.ndarray, normals
 def read_ply(path: str | Path, points: int = 200_000, up: str = "+z", scale: float = 1.0) -> Scene:
     """A bare cloud or mesh as a scene without objects or frames. `up` is the axis of the file that points up, `scale`
     metres per unit; more than `points` are averaged in voxels (before normals are estimated, so that memory stays that
-    of the file), and the mesh dropped. Raises DataError."""
+    of the file), and the mesh dropped. Points at the same place are one; a cloud in a map's coordinates, more than a
+    kilometre away, is moved to the origin. Raises DataError."""
     held = load_ply(path)
     finite = np.isfinite(held["points"]).all(1)
     if finite.sum() < 2:
         raise DataError(f"{path}: only {finite.sum()} of {len(finite)} points are usable; export the cloud again")
     notes = [] if finite.all() else [f"dropped {(~finite).sum()} of {len(finite)} points that are not finite"]
-    cloud, faces = held["points"][finite] * np.float32(scale), held["faces"] if finite.all() else None
+    cloud, faces = held["points"][finite], held["faces"] if finite.all() else None
     colours, normals = (None if held[k] is None else held[k][finite] for k in ("colours", "normals"))
-    across = float(np.ptp(cloud, axis=0).max())
+    away, across = (float(a.max()) * scale for a in (np.abs(cloud), np.ptp(cloud, axis=0)))
     if across > 100:
-        raise DataError(f"{path}: {across:.0f} m across, hardly metres; if millimetres, scale = 0.001 (--scale 0.001)")
+        raise DataError(f"{path}: {across:.4g} m across, hardly metres; if millimetres, scale = 0.001 (--scale 0.001)")
+    if (step := float(np.spacing(np.abs(cloud).max())) * scale) > 0.005:
+        raise DataError(f"{path}: lies {away:.0f} m from the origin, where its float has steps of {step * 100:.0f} cm; "
+                        "export it as double or moved to the origin")  # fmt: skip
+    if away > 1000:
+        middle = cloud.mean(0).round()
+        cloud, notes = cloud - middle, [*notes, f"moved to the origin by {(-middle).tolist()} of the file's units"]
+    cloud = (cloud * scale).astype(np.float32)
+    if normals is not None and not (np.square(normals).sum(1) > 0.5).all():
+        normals, notes = None, [*notes, "some normals are zero or not finite: all made anew"]
     if normals is None and faces is not None:
         normals = unit(vertex_normals(cloud, faces))
     if len(cloud) > points:
@@ -1155,6 +1204,12 @@ def read_ply(path: str | Path, points: int = 200_000, up: str = "+z", scale: flo
         few, mixed, turned, voxel = thin(cloud, values, np.ones(len(cloud)), 0.01, points)
         notes.append(f"{len(cloud)} points averaged to {len(few)} in voxels of {voxel * 100:.1f} cm")
         cloud, colours, normals = few, None if colours is None else mixed, None if normals is None else turned
+    first = np.sort(np.unique(cloud, axis=0, return_index=True)[1])
+    if len(first) < 2:
+        raise DataError(f"{path}: all {len(finite)} points are at one place; export the cloud again")
+    if len(first) < len(cloud):
+        notes.append(f"dropped {len(cloud) - len(first)} of {len(cloud)} points that lie on another")
+        cloud, colours, normals = (None if a is None else a[first] for a in (cloud, colours, normals))
     if normals is None:
         normals = estimate_normals(cloud)
     world, said = upright(cloud, normals, up, None)
@@ -1305,7 +1360,7 @@ def check(path: str | Path) -> list[str]:
     path = Path(path)
     if not path.exists():
         return [f"{path}: nothing there", *TERMS.values()]
-    if path.suffix == ".ply":
+    if path.suffix.lower() == ".ply":
         held = load_ply(path)
         size = np.ptp(held["points"], axis=0) if len(held["points"]) else np.zeros(3)
         return [f"{path}: {len(held['points'])} points, {' x '.join(f'{s:.2f}' for s in size)} in the file's unit",
@@ -1318,6 +1373,9 @@ def check(path: str | Path) -> list[str]:
             rows = next((rows[k] for k in ("questions", "annotations", "data_list") if k in rows), [rows])
         scenes = {r["scene_id"] for r in rows if isinstance(r, dict) and "scene_id" in r}
         return [f"{path}: {len(rows)} rows about {len(scenes)} scenes, fields {', '.join(rows[0]) if rows else 'none'}"]
+    if not path.is_dir():
+        choose_reader(path)
+        return [f"{path}: a kept scene, {len(load_scene(path).points)} points"]
     places = (path, path / "scans", path / "scans_test")
     scans = sorted(p for place in places if place.is_dir() for p in place.glob("scene*_*") if p.is_dir())
     scans = scans or sorted({p.parent for p in path.glob(f"*/*{SCAN_FILES[0]}")})
@@ -1369,6 +1427,8 @@ def need(module: str, what: str):
 def sharpness(grey: np.ndarray) -> float:
     """How sharp an image [h, w] is: the variance of its Laplacian (Pech-Pacheco et al., ICPR 2000). Blur lowers it."""
     g = grey.astype(np.float32)
+    if min(g.shape) < 3:
+        return 0.0
     return float((4 * g[1:-1, 1:-1] - g[:-2, 1:-1] - g[2:, 1:-1] - g[1:-1, :-2] - g[1:-1, 2:]).var())
 
 
@@ -1403,10 +1463,10 @@ def read_video(path: str | Path, count: int = 32, longest: int = 640,
         raise DataError(f"{path}: no such video")
     best = []
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise DataError(f"{path}: has no pictures; give a video")
-            stream = container.streams.video[0]
+            stream = container.streams.best("video")  # not a cover picture
             stream.thread_type = "AUTO"
             stamps, keys = time_stamps(av, container, stream)
             groups = spread(stamps, count, tries) if len(stamps) else []
@@ -1465,13 +1525,15 @@ def natural(name: str) -> list[str | int]:
 
 
 def read_images(folder: Path, count: int = 32, longest: int = 640, tries: int = 8) -> tuple[np.ndarray, list[str]]:
-    """As read_video, of a folder of image files in the order of their names (frame10 after frame9)."""
-    files = sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGES), key=lambda p: natural(p.name))
+    """As read_video, of a folder of image files in the order of their names (frame10 after frame9), turned upright;
+    hidden files are passed over."""
+    files = [p for p in folder.iterdir() if p.suffix.lower() in IMAGES and p.name[0] != "."]
+    files.sort(key=lambda p: natural(p.name))
     if not files:
         raise DataError(f"{folder}: no images ({', '.join(IMAGES)}) and no RGB-D frames; see python data.py check")
     best = []
     for group in spread(np.arange(len(files)), count, tries):
-        images = [shrink(read_image(files[i], "RGB"), longest) for i in group]
+        images = [shrink(read_image(files[i], "RGB", upright=True), longest) for i in group]
         best.append(max(images, key=lambda image: sharpness(shrink(image, 320).mean(2))))
     return same_size(best, folder), [f"{len(best)} of {len(files)} images, each the sharpest of up to {tries}"]
 
@@ -1503,7 +1565,7 @@ def read_partial(rows: list, camera: Path, count: int, longest: int, convention:
         size = image.shape[:2]
         images.append(shrink(image, longest))
         values.append(nearest_pixels(value, images[-1].shape[:2]) if depth else value)
-        mask = read_image(mask_path).astype(np.int32) if mask_path.exists() else np.zeros((1, 1), np.int32)
+        mask = read_integers(mask_path).astype(np.int32) if mask_path.exists() else np.zeros((1, 1), np.int32)
         masks.append(nearest_pixels(mask, images[-1].shape[:2]))
     lost = len(chosen) - len(images)
     if not images:
@@ -1513,7 +1575,7 @@ def read_partial(rows: list, camera: Path, count: int, longest: int, convention:
     H, W = images.shape[1:3]
     colour = [c for c in map(camera.with_name, ("intrinsic_color.txt", "intrinsic.txt", camera.name)) if c.exists()]
     if not depth and colour:  # of the images, where depth has a camera of its own
-        K = np.diag([W / size[1], H / size[0], 1]) @ read_matrix(colour[0], 3)
+        K = np.diag([W / size[1], H / size[0], 1]) @ read_intrinsics(colour[0])
         known["intrinsics"] = np.tile(K, (len(images), 1, 1))
     said = f"{len(images)} of {len(rows)} frames used" + f", {lost} poses are not finite" * bool(lost)
     return images, known, [said]
@@ -3333,6 +3395,7 @@ def write_npz(path: Path, **arrays: np.ndarray) -> None:
 # ---- 10 pictures -----------------------------------------------------------------------------------------------------
 
 DPI = 90  # of all pictures
+PICTURES = (".png", ".jpg", ".pdf", ".svg")
 
 
 def palette(count: int) -> np.ndarray:
@@ -3568,6 +3631,7 @@ def board(scene: Scene, path: Path, title: str, lines: Sequence[str] = (), look:
     says), a row of images (caption, [H, W, 3]) and lines of text below, in the colours `inks` (black where they end).
     Yields the two views, to draw over them."""
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
     cloud, wide, high = shown_cloud(scene), 16.4, 6.4
     lines = [(part, ink) for line, ink in itertools.zip_longest(lines, inks[: len(lines)], fillvalue="black")
@@ -3597,8 +3661,12 @@ def board(scene: Scene, path: Path, title: str, lines: Sequence[str] = (), look:
     for i, (line, ink) in enumerate(lines):
         figure.text(0.3 / wide, (foot - 0.25 * i - 0.2) / total, line, fontsize=10, color=ink)
     yield views
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a question may name dollars
+    with warnings.catch_warnings(), writing(path):
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # another script: empty squares
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=DPI)
 
 
 def read_answer(text: str) -> tuple[list[tuple[str, np.ndarray]], list[np.ndarray], str]:
@@ -3770,29 +3838,58 @@ def open_scan(root: Path, scene_id: str, **options) -> Scene:
     return scene
 
 
-SCENE_OPTIONS = {  # flags of a scene of one's own -> (type, help)
-    "scale": (float, "metres per unit of a cloud; true metres per guessed one of a video"),
-    "up": (str, "axis of the files that points up, such as -y (default: found; +z for a cloud)"),
-    "convention": (str, f"of the poses: {', '.join(CONVENTIONS)}"),
-    "depth_scale": (float, "units of the depth images per metre (default: 1000)"),
-    "max_frames": (int, "frames to use at most (default: 64 with depth and poses, else 32)"),
-    "longest": (int, "longer side of the frames in pixels (default: 320 with depth and poses, else 640)"),
-    "vggt": (str, "name or folder of VGGT's weights, for frames without depth or poses"),
-    "masks": (str, "where objects come from: files (instance-filt/, the default where it lies), segments of the cloud "
-              "(else the default) or sam2"),
-    "sam2": (str, f"name or checkpoint of SAM 2's weights (default: {SAM2})"),
-}
-FRAME_OPTIONS = {"up", "convention", "depth_scale", "max_frames", "longest", "masks", "sam2"}
-
-
 class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes, and those of its sub-commands, are a DataError and so one line."""
+    """A command line whose mistakes, and those of its sub-commands, are a DataError and so one line; `--up -y` and
+    `--at -1,0,2` are values, not flags."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise DataError(message)
+
+    def parse_args(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+        words = []
+        for word in sys.argv[1:] if arguments is None else arguments:
+            if words and words[-1] in ("--up", "--at"):
+                words[-1] += f"={word}"
+            else:
+                words.append(word)
+        return super().parse_args(words)
+
+
+def number(kind: type, least: float, text: str) -> float:
+    """A number as a flag gives it: a whole one of at least `least`, or a finite one above it."""
+    value = kind(text)
+    if not (value >= least if kind is int else least < value < float("inf")):
+        raise argparse.ArgumentTypeError(f"{text} is not {'at least' if kind is int else 'a number above'} {least}")
+    return value
+
+
+def one_of(table: Iterable[str], text: str) -> str:
+    """A key of `table`, as a flag gives it."""
+    if text not in table:
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown: choose one of {', '.join(table)}")
+    return text
+
+
+positive, counted = partial(number, float, 0), partial(number, int, 1)
+
+SCENE_OPTIONS = {  # flags of a scene of one's own -> (type, help)
+    "scale": (positive, "metres per unit of a cloud; true metres per guessed one of a video"),
+    "up": (partial(one_of, ("auto", *UP)),
+           "axis of the files that points up, such as -y (default: found; +z for a cloud)"),
+    "convention": (partial(one_of, CONVENTIONS), f"of the poses: {', '.join(CONVENTIONS)}"),
+    "depth_scale": (positive, "units of the depth images per metre (default: 1000)"),
+    "max_frames": (counted, "frames to use at most (default: 64 with depth and poses, else 32)"),
+    "longest": (partial(number, int, 64),
+                "longer side of the frames in pixels (default: 320 with depth and poses, else 640)"),
+    "vggt": (str, "name or folder of VGGT's weights, for frames without depth or poses"),
+    "masks": (str, "where objects come from: files (instance-filt/, the default where it lies), segments of the cloud "
+              "(else the default) or sam2"),
+    "sam2": (str, f"name or checkpoint of SAM 2's weights (default: {SAM2})"),
+}  # fmt: skip
+FRAME_OPTIONS = {"up", "convention", "depth_scale", "max_frames", "longest", "masks", "sam2"}
 
 
 def add_scene_options(parser: argparse.ArgumentParser) -> None:
@@ -3807,9 +3904,9 @@ def scene_options(a: argparse.Namespace) -> dict:
 
 def choose_reader(path: Path) -> tuple[Callable, set[str]]:
     """Who reads a scene of one's own, and which of SCENE_OPTIONS it takes."""
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return load_scene, set()
-    if path.suffix == ".ply":
+    if path.suffix.lower() == ".ply":
         return read_ply, {"up", "scale"}
     if path.is_file() and path.suffix.lower() not in VIDEOS:
         raise DataError(f"{path}: no kind of scene; give a .ply, a video ({', '.join(VIDEOS)}) or a folder of frames")
@@ -3886,7 +3983,8 @@ def save_scene(scene: Scene, path: Path) -> None:
         arrays |= {f"frames.{k}": getattr(scene.frames, k) for k in FRAME_ARRAYS}
     about = {"name": scene.name, "source": scene.source, "metric": scene.metric, "notes": scene.notes,
              "objects": [[o.id, o.category, o.colour, *map(float, o.box)] for o in scene.objects]}  # fmt: skip
-    write_npz(path, about=np.array(json.dumps(about)), **{k: v for k, v in arrays.items() if v is not None})
+    with writing(path):
+        write_npz(path, about=np.array(json.dumps(about)), **{k: v for k, v in arrays.items() if v is not None})
 
 
 def load_scene(path: str | Path) -> Scene:
@@ -3896,7 +3994,10 @@ def load_scene(path: str | Path) -> Scene:
         about = json.loads(str(held["about"]))
         objects = [Thing(i, category, colour, np.array(box)) for i, category, colour, *box in about.pop("objects")]
         arrays = {k: held[k] for k in SCENE_ARRAYS if k in held}
-        frames = LazyFrames(lambda: Frames(**read_arrays(path, "frames."))) if "frames.depth" in held else None
+        there = [name for name in FRAME_ARRAYS if f"frames.{name}" in held]
+        if there not in ([], list(FRAME_ARRAYS)) or len({len(a) for k, a in arrays.items() if k != "bounds"}) > 1:
+            raise DataError(f"{path}: its arrays do not belong together; make it again with python data.py cache")
+        frames = LazyFrames(lambda: Frames(**read_arrays(path, "frames."))) if there else None
         return Scene(objects=objects, frames=frames, **about, **arrays)
 
 
@@ -3961,7 +4062,9 @@ def cache_scenes(path: Path, out: Path, workers: int = 1, **options) -> dict[str
     parts = {s: s.relative_to(path).parts or (s.resolve().name,) for s in scenes}
     names = {"_".join((*p[:-1], p[-1] if s.is_dir() else Path(p[-1]).stem)): s for s, p in parts.items()}
     if len(names) < len(scenes):
-        raise DataError(f"{path}: {len(scenes)} scenes have {len(names)} different names; rename those that are alike")
+        alike = next(s for s, p in parts.items() if s not in names.values())
+        raise DataError(f"{path}: {len(scenes)} scenes have {len(names)} different names; rename {alike} or what "
+                        "it is like")  # fmt: skip
     if not manifest.exists():
         if any(out.glob("*.npz")):
             raise DataError(f"{out}: holds scenes but no manifest of their options; name another folder")
@@ -3981,7 +4084,7 @@ def cache_scenes(path: Path, out: Path, workers: int = 1, **options) -> dict[str
 
 
 def write_manifest(path: Path, options: dict, rows: dict) -> None:
-    with whole(path) as part:
+    with writing(path), whole(path) as part:
         part.write_text(json.dumps({"options": options, "scenes": dict(sorted(rows.items()))}, indent=1))
 
 
@@ -4004,11 +4107,18 @@ def work(jobs: list[tuple], workers: int) -> Iterator[dict]:
 def typed() -> Iterator[list[str]]:
     """Questions as they are typed, until an empty line, `quit` or the end of the input (Ctrl-D)."""
     print("questions, one a line; an empty line or quit ends")
-    try:
-        while (line := input("? ").strip()) not in ("", "quit"):
-            yield [line]
-    except EOFError:
-        print()
+    while True:
+        try:
+            line = input("? ").strip()
+        except UnicodeDecodeError:
+            print("that is no text in this terminal's encoding")
+            continue
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if line in ("", "quit"):
+            return
+        yield [line]
 
 
 def ask_model(model: torch.nn.Module, scene: Scene, samples: Sequence[Sample],
@@ -4017,6 +4127,8 @@ def ask_model(model: torch.nn.Module, scene: Scene, samples: Sequence[Sample],
     `kept`: of the model's `generate`. A model may offer `refusal(scene, question)`: why it cannot be answered, or None.
     """
     asked = [s.question for s in samples]
+    if not all(model.text.encode(q) for q in asked):
+        raise DataError("--ask: a question without a word; write one, such as \"is there a chair?\"")
     for word in sorted({w for q in asked for w in model.text.unknown(q)}):
         print(f"note: the model has never read the word {word!r}")
     for i in {int(i) for q in asked for i in MARK.findall(q)} - {o.id for o in scene.objects}:
@@ -4050,6 +4162,8 @@ def ask_scene(paper, arguments: Sequence[str]) -> None:
         raise DataError(f"--at: {name} takes no places; fase3d does")
     if a.run is None:
         raise DataError(f"--run: name a trained run; python train.py --model {name} makes runs/{name}")
+    if a.out is not None and (a.out.suffix.lower() not in PICTURES or a.out.is_dir()):
+        raise DataError(f"--out {a.out}: name a picture to write, such as ask.png ({', '.join(PICTURES)})")
     if not (a.ask or (sys.stdin.isatty() and sys.stdout.isatty())):
         raise DataError("--ask: give a question; without one they are typed at a terminal, and this is none")
     model = load_model(paper, a.run)
@@ -4065,6 +4179,7 @@ def ask_scene(paper, arguments: Sequence[str]) -> None:
         print(f"note: {note}")
     kept, samples, rows = {}, [], []
     for asked in [a.ask] if a.ask else typed():
+        asked = [q.encode(errors="replace").decode() for q in asked]  # bytes of another encoding become "?"
         new = [Sample(str(i), scene.name, "ask", q, "", prompt=place) for i, q in enumerate(asked, len(samples))]
         if places and place is None and any(re.search(r"\bthis *[?.]?$", q.lower()) for q in asked):
             print('note: "this" is a place that you point at: --at X,Y,Z')
@@ -4114,7 +4229,8 @@ def write_rooms(out: Path, count: int, objects: int | None, first: int) -> None:
     """Procedural rooms in ScanNet's own layout, below OUT/scans."""
     for seed in range(first, first + count):
         scene = replace(room(seed, objects, size=240, views=16, points=20_000), name=f"scene{seed % 10_000:04d}_00")
-        print(write_scannet(scene, out / "scans"))
+        with writing(out):
+            print(write_scannet(scene, out / "scans"))
 
 
 @command
@@ -4126,13 +4242,13 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     look.add_argument("path", type=Path)
     make = commands.add_parser("rooms", help="procedural rooms in ScanNet's file layout")
     make.add_argument("out", type=Path)
-    make.add_argument("--count", type=int, default=10)
+    make.add_argument("--count", type=counted, default=10)
     make.add_argument("--objects", type=int, help="objects per room (default: 8 to 16)")
-    make.add_argument("--seed", type=int, default=0, help="of the first room")
+    make.add_argument("--seed", type=partial(number, int, 0), default=0, help="of the first room")
     keep = commands.add_parser("cache", help="scenes of one's own through VGGT, SAM 2 and segmentation, once")
     keep.add_argument("path", type=Path, help="a video, a .ply, or a folder of them, of frames or of scans")
     keep.add_argument("out", type=Path)
-    keep.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    keep.add_argument("--workers", type=counted, default=1, help="processes (default: 1)")
     add_scene_options(keep)
     a = parser.parse_args(arguments)
     if a.command == "check":

@@ -129,3 +129,63 @@ def test_a_scene_in_which_nothing_was_found_can_still_be_asked(runs, scene, tmp_
     for paper in ("fase3d", "spatial3dllm"):
         ask(paper, runs, tmp_path / "wall.ply", tmp_path / "ask.png")
         assert "objects are 0 segments" in capsys.readouterr().out
+
+
+@pytest.fixture
+def cloud(scene, tmp_path):
+    data.write_ply(tmp_path / "room.ply", scene.points, scene.colours, scene.normals)
+    return tmp_path / "room.ply"
+
+
+@pytest.mark.parametrize("flags", [
+    ["--scale", "0"], ["--scale", "-1"], ["--scale", "nan"], ["--scale", "inf"], ["--depth-scale", "0"],
+    ["--max-frames", "0"], ["--max-frames", "-1"], ["--longest", "0"], ["--up", "q"], ["--convention", "q"],
+    ["--out", "a.xyz"], ["--out", "."], ["--ask", ""], ["--ask", "  "],
+])  # fmt: skip
+def test_values_that_cannot_be_are_refused_where_they_enter(runs, cloud, capsys, flags):
+    command = ["--scene", str(cloud), "--run", str(runs / "fase3d"), "--ask", "is there a bed?", *flags]
+    assert fase3d.main(command) == 2
+    said = capsys.readouterr().err
+    assert flags[0] in said and said.count("\n") == 1
+
+
+def test_masks_of_an_unknown_kind_are_refused_before_a_scene_is_read(scene, tmp_path):
+    encode(tmp_path / "a.mp4", scene.frames.colour)
+    with pytest.raises(data.DataError, match="--masks 'foo' is unknown: choose one of segments, sam2"):
+        data.open_scene(tmp_path / "a.mp4", masks="foo", vggt="none")
+
+
+def test_values_may_begin_with_a_minus(runs, cloud, tmp_path, capsys):
+    command = ["--scene", str(cloud), "--run", str(runs / "fase3d"), "--out", str(tmp_path / "a.png")]
+    assert fase3d.main([*command, "--ask", "is it?", "--up", "-y", "--at", "-1.5,0,1"]) == 0
+    assert "up = -y as given" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [
+    ["cache", "a", "b", "--workers", "0"], ["cache", "a"],
+    ["rooms", "a", "--count", "0"], ["rooms", "a", "--seed", "-1"],
+])  # fmt: skip
+def test_errors_of_the_commands_of_data_are_one_line(capsys, command):
+    assert data.main(command) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("question", ["what for $x_{1$?", "どこ?", "is it \udcff?"])
+def test_any_text_can_be_asked_and_drawn(runs, cloud, tmp_path, capsys, question):
+    """Neither mathematics, nor a script without letters in the font, nor bytes of another encoding."""
+    command = ["--scene", str(cloud), "--run", str(runs / "fase3d"), "--out", str(tmp_path / "a.png")]
+    assert fase3d.main([*command, "--ask", question]) == 0
+    assert not capsys.readouterr().err and (tmp_path / "a.png").exists()
+
+
+def test_a_prompt_goes_on_after_bytes_that_are_no_text_and_ends_at_an_interrupt(monkeypatch, capsys):
+    said = iter([UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no"), "is it?", KeyboardInterrupt()])
+
+    def typing(prompt):
+        word = next(said)
+        if isinstance(word, str):
+            return word
+        raise word
+
+    monkeypatch.setattr("builtins.input", typing)
+    assert list(data.typed()) == [["is it?"]]

@@ -15,7 +15,9 @@ from data import (
     box_iou,
     check,
     depth_support,
+    fuse,
     load_ply,
+    open_scene,
     over_segment,
     read_ply,
     read_rgbd,
@@ -591,3 +593,96 @@ def test_depth_denies_an_object_that_is_not_there():
     moved = scene.points.copy()
     moved[scene.instances == ids[0]] = scene.frames.poses[0, :3, 3] + 0.5 * scene.frames.poses[0, :3, 2]
     assert depth_support(moved, scene.instances, scene.frames)[0][ids[0]] < 0.2
+
+
+# clouds and frames as strangers bring them
+
+
+def cloud_file(path, columns, names, kind="double"):
+    """Columns [N, C] as an ascii PLY with properties of one kind (and 8-bit or 16-bit colours as their values say)."""
+    colour = "ushort" if columns[:, 3:].max(initial=0) > 255 else "uchar"
+    words = "".join(f"property {kind if n in 'xyz' else colour} {n}\n" for n in names)
+    rows = "\n".join(" ".join(f"{v:.15g}" for v in row) for row in columns)
+    path.write_text(f"ply\nformat ascii 1.0\nelement vertex {len(columns)}\n{words}end_header\n{rows}\n")
+    return path
+
+
+def test_a_cloud_in_a_maps_coordinates_keeps_its_millimetres(tmp_path, small):
+    """float32 has steps of 25 cm four thousand kilometres from the origin."""
+    away = small.points.astype(float) + np.array([500_000, 4_000_000, 300])
+    scene = read_ply(cloud_file(tmp_path / "a.ply", away, "xyz"))
+    near = read_ply(cloud_file(tmp_path / "b.ply", small.points.astype(float), "xyz"))
+    shift = scene.points - near.points
+    assert np.abs(shift - shift.mean(0)).max() < 1e-3 and np.abs(scene.points).max() < 20
+    assert any("moved to the origin by [-5000" in note for note in scene.notes)
+    with pytest.raises(DataError, match="its float has steps of 25 cm; export it as double or moved to the origin"):
+        read_ply(cloud_file(tmp_path / "c.ply", away, "xyz", "float"))
+
+
+def test_points_at_one_place_are_one(tmp_path, small):
+    """A depth camera writes what it missed as (0, 0, 0), thousands of times."""
+    rows = np.concatenate([small.points.astype(float), np.zeros((300, 3))])
+    scene = read_ply(cloud_file(tmp_path / "a.ply", rows, "xyz"))
+    assert len(scene.points) == len(small.points) + 1 and "dropped 299 of 6300 points that lie on" in scene.notes[0]
+    with pytest.raises(DataError, match="all 300 points are at one place"):
+        read_ply(cloud_file(tmp_path / "b.ply", np.zeros((300, 3)), "xyz"))
+
+
+def test_normals_that_are_none_are_made_anew(tmp_path, small):
+    for value in (0, np.nan):
+        normals = small.normals.copy()
+        normals[5] = value
+        write_ply(tmp_path / "a.ply", small.points, small.colours, normals)
+        scene = read_ply(tmp_path / "a.ply")
+        np.testing.assert_allclose(np.linalg.norm(scene.normals, axis=1), 1, rtol=1e-4)
+
+
+def test_colours_of_16_bits_keep_their_shade(tmp_path, small):
+    names = ("x", "y", "z", "red", "green", "blue")
+    rows = np.concatenate([small.points, small.colours.astype(float) * 256], axis=1)
+    held = load_ply(cloud_file(tmp_path / "a.ply", rows, names))["colours"]
+    assert np.abs(held.astype(int) - small.colours).max() <= 1
+
+
+def test_a_comment_in_another_script_and_a_capital_suffix_do_no_harm(tmp_path, small):
+    write_ply(tmp_path / "A.PLY", small.points, small.colours, small.normals)
+    raw = (tmp_path / "A.PLY").read_bytes().replace(b"1.0\n", b"1.0\ncomment M\xc3\xbcller\n", 1)
+    (tmp_path / "A.PLY").write_bytes(raw)
+    assert len(open_scene(tmp_path / "A.PLY").points) == 6000 and "6000 points" in check(tmp_path / "A.PLY")[0]
+
+
+def test_check_of_a_file_that_is_no_scene_is_one_line(tmp_path):
+    (tmp_path / "a.txt").write_text("hello")
+    with pytest.raises(DataError, match="no kind of scene"):
+        check(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(("name", "line"), [
+    ("depth", "uint8 (48, 64, 3); export one channel of 16-bit integers"),
+    ("mask", "uint8 (48, 64, 3); export one channel of 16-bit integers"),
+    ("intrinsics", "no camera matrix (focal lengths 0.0, 0.0)"),
+    ("far pose", "m from the origin, where float32 is too coarse"),
+])  # fmt: skip
+def test_a_file_of_another_kind_among_the_frames_is_one_line(small, tmp_path, name, line):
+    folder = write_rgbd(small, tmp_path / "a")
+    colour = Image.fromarray(np.zeros((48, 64, 3), np.uint8))
+    if name == "depth":
+        colour.save(folder / "frame-000001.depth.png")
+    elif name == "mask":
+        (folder / "instance-filt").mkdir()
+        colour.save(folder / "instance-filt/frame-000001.png")
+    elif name == "intrinsics":
+        np.savetxt(folder / "camera-intrinsics.txt", np.zeros((3, 3)))
+    else:
+        np.savetxt(folder / "frame-000001.pose.txt", np.eye(4) + 1e200 * np.eye(4, k=3))
+    with pytest.raises(DataError) as error:
+        read_rgbd(folder)
+    assert line in str(error.value) and "\n" not in str(error.value)
+
+
+def test_frames_a_thousand_times_too_large_or_of_one_row_are_refused(small, tmp_path):
+    with pytest.raises(DataError, match="m across, hardly a room; check --depth-scale or --scale"):
+        read_rgbd(write_rgbd(small, tmp_path / "a"), depth_scale=1.0)
+    f = small.frames
+    with pytest.raises(DataError, match="frames of 64 x 1 pixels show no surface"):
+        fuse([(f.colour[0, :1], f.depth[0, :1], f.intrinsics[0], f.poses[0])])

@@ -482,6 +482,56 @@ def test_a_video_reaches_a_scene_through_vggts_own_parts(tmp_path, monkeypatch):
     assert scene.frames.depth.shape == (3, 96, 96) and np.isfinite(scene.points).all() and not scene.metric
 
 
+# images and videos as strangers bring them
+
+
+def test_photographs_are_turned_as_their_tag_says(tmp_path):
+    """A phone writes its sensor's rows, and beside them that it was held upright."""
+    image = Image.fromarray(numbered(1)[0])
+    tag = image.getexif()
+    tag[0x0112] = 6  # turn by 90 degrees clockwise
+    image.save(tmp_path / "a.JPG", exif=tag, quality=95)
+    (tmp_path / "._a.JPG").write_bytes(b"what a Mac leaves beside it")
+    images, _ = read_images(tmp_path)
+    assert images.shape == (1, 64, 48, 3)
+    assert images[0, 5, -5, 0] > 200 > 100 > images[0, 5, 5, 0]  # the red corner moved from the left to the right
+
+
+def test_grey_of_16_bits_keeps_its_shade(tmp_path):
+    Image.fromarray(np.full((40, 40), 100 * 257, np.uint16)).save(tmp_path / "a.png")
+    assert (read_images(tmp_path)[0] == 100).all()
+
+
+def test_an_image_of_too_many_pixels_is_one_line(tmp_path):
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match="too many pixels to be a photograph"):
+        read_images(tmp_path)
+
+
+def test_images_too_small_for_a_laplacian_have_no_sharpness():
+    assert sharpness(np.ones((2, 300))) == 0
+
+
+def test_the_video_is_read_and_not_its_cover(tmp_path):
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        cover, film = container.add_stream("mjpeg", rate=1), container.add_stream("libx264", rate=30)
+        cover.width, cover.height, cover.pix_fmt = 64, 64, "yuvj420p"
+        film.width, film.height, film.pix_fmt = 64, 48, "yuv444p"
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")))
+        container.mux(cover.encode())
+        for image in numbered(20):
+            container.mux(film.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(film.encode())
+    assert read_video(path)[0].shape == (20, 48, 64, 3)
+
+
+def test_a_title_in_another_encoding_does_no_harm(tmp_path):
+    path = encode(tmp_path / "a.mp4", numbered(3))
+    path.write_bytes(path.read_bytes().replace(b"VideoHandler", b"VideoHand\x80er"))
+    assert len(read_video(path)[0]) == 3
+
+
 # keeping scenes
 
 
@@ -560,3 +610,27 @@ def test_a_folder_without_scenes_and_names_that_clash_are_refused(tmp_path):
         (tmp_path / f"a.{suffix}").write_bytes(b"x")
     with pytest.raises(DataError, match="2 scenes have 1 different names"):
         data.cache_scenes(tmp_path, tmp_path / "out")
+
+
+def test_kept_scenes_whose_arrays_do_not_belong_together_are_one_line(tmp_path):
+    path, scene = tmp_path / "a.npz", data.with_own_segments(room(1, views=2, size=48))
+    data.save_scene(scene, path)
+    held = dict(np.load(path))
+    assert len(data.load_scene(path).points) == len(scene.points)
+    for change in ({"points": held["points"][:9]}, {"frames.poses": None}):
+        np.savez(path, **{k: v for k, v in (held | change).items() if v is not None})
+        with pytest.raises(DataError, match="its arrays do not belong together"):
+            data.load_scene(path)
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match="not a whole kept scene"):
+        data.load_scene(path)
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    scene = room(1, views=1, size=32)
+    data.write_ply(tmp_path / "a.ply", scene.points, scene.colours, scene.normals)
+    (tmp_path / "file").write_bytes(b"")
+    for command in (["cache", str(tmp_path / "a.ply")], ["rooms", "--count", "1"]):
+        assert data.main([*command, str(tmp_path / "file/out")]) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert "cannot be written (Not a directory); name another place" in said[-1] and "Traceback" not in str(said)
