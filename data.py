@@ -1888,21 +1888,27 @@ def merge_segments(points: np.ndarray, normals: np.ndarray, colours: np.ndarray,
     for k, contact in zip(key.tolist(), contacts, strict=True):
         links[k // S][k % S] = links[k % S][k // S] = contact
 
-    def cost(p: int, q: int) -> float:
-        edges, bent, resting = links[p][q]
-        if (np.maximum(high[p], high[q]) - np.minimum(low[p], low[q])).max() > largest:
-            return np.inf
-        ends = np.array([low[p] - low[q], high[q] - high[p]])
-        within = resting == 0 and ((ends >= -spacing).all() or (ends <= spacing).all())
-        half = 0.5 if within else 1.0
-        differ = half * float(np.linalg.norm(tint[p] - tint[q])) / colour_scale
-        weight = 0.5 + 0.5 * (min(size[p], size[q]) / max(size[p], size[q])) ** 0.5
-        return weight * differ + half * bent / edges + (resting / edges if differ > 0.5 else 0.0)
+    version, into, heap = [0] * S, list(range(S)), []
 
-    version, into = [0] * S, list(range(S))
-    heap = [(cost(p, q), p, q, 0, 0) for p in range(S) for q in links[p] if p < q]
-    heapq.heapify(heap)
-    while heap and heap[0][0] <= 1:
+    def offer(p: int, others: list[int]) -> None:
+        """Put the pairs of p and others on the heap, as far as they may join: those of a cost of 1 at most."""
+        q = np.array(others, int)
+        edges, bent, resting = np.array([links[p][other] for other in others]).reshape(-1, 3).T
+        lows, highs = low[q], high[q]
+        whole = (np.maximum(high[p], highs) - np.minimum(low[p], lows)).max(1)
+        ends = np.concatenate([low[p] - lows, highs - high[p]], axis=1)
+        within = (resting == 0) & ((ends >= -spacing).all(1) | (ends <= spacing).all(1))
+        half = np.where(within, 0.5, 1.0)
+        differ = half * np.linalg.norm(tint[p] - tint[q], axis=1) / colour_scale
+        weight = 0.5 + 0.5 * (np.minimum(size[p], size[q]) / np.maximum(size[p], size[q])) ** 0.5
+        cost = weight * differ + half * bent / edges + np.where(differ > 0.5, resting / edges, 0.0)
+        for i in np.flatnonzero((cost <= 1) & (whole <= largest)).tolist():
+            u, v = min(p, others[i]), max(p, others[i])
+            heapq.heappush(heap, (float(cost[i]), u, v, version[u], version[v]))
+
+    for p in range(S):
+        offer(p, [q for q in links[p] if p < q])
+    while heap:
         _, p, q, *seen = heapq.heappop(heap)
         if seen != [version[p], version[q]]:
             continue  # one of them has grown since
@@ -1915,9 +1921,7 @@ def merge_segments(points: np.ndarray, normals: np.ndarray, colours: np.ndarray,
             if other != p:
                 links[p][other] = links[other][p] = contact + links[p].get(other, 0)
         links[q] = {}
-        for other in links[p]:
-            u, v = min(p, other), max(p, other)
-            heapq.heappush(heap, (cost(u, v), u, v, version[u], version[v]))
+        offer(p, [*links[p]])
     root = np.array(into)
     while (root[root] != root).any():
         root = root[root]
