@@ -3893,7 +3893,6 @@ SCENE_OPTIONS = {  # flags of a scene of one's own -> (type, help)
               "(else the default) or sam2"),
     "sam2": (str, f"name or checkpoint of SAM 2's weights (default: {SAM2})"),
 }  # fmt: skip
-FRAME_OPTIONS = {"up", "convention", "depth_scale", "max_frames", "longest", "masks", "sam2"}
 
 
 def add_scene_options(parser: argparse.ArgumentParser) -> None:
@@ -3916,10 +3915,12 @@ def choose_reader(path: Path) -> tuple[Callable, set[str]]:
         raise DataError(f"{path}: no kind of scene; give a .ply, a video ({', '.join(VIDEOS)}) or a folder of frames")
     if (path / f"{path.name}{SCAN_FILES[0]}").exists():
         return lambda scan, **options: read_scannet(scan.parent, scan.name, **options), {"max_frames"}
-    rows = path.is_dir() and (find_frames(path) or [[]])[0]
-    if rows and all(any(row[i].exists() for row in rows) for i in (1, 2)):
-        return lambda folder, longest=320, **options: read_rgbd(folder, size=longest, **options), FRAME_OPTIONS
-    return read_views, FRAME_OPTIONS | {"scale", "vggt"}
+    rows = (find_frames(path) or [[]])[0] if path.is_dir() else []
+    depth, poses = (any(row[i].exists() for row in rows) for i in (1, 2))
+    takes = {"up", "max_frames", "longest", "masks", "sam2", *["depth_scale"] * depth, *["convention"] * poses}
+    if depth and poses:
+        return lambda folder, longest=320, **options: read_rgbd(folder, size=longest, **options), takes
+    return read_views, takes | {"vggt", *["scale"] * (not depth and not poses)}
 
 
 def open_scene(path: str | Path, **options) -> Scene:
@@ -3937,6 +3938,8 @@ def open_scene(path: str | Path, **options) -> Scene:
     masks, sam2 = options.pop("masks", None), options.pop("sam2", None)
     if masks is not None:
         choose(SEGMENTERS, masks, "--masks")
+    if sam2 is not None and masks != "sam2":
+        raise DataError("--sam2: names the weights for --masks sam2; add that, or leave it out")
     scene = reader(path, **options)
     if scene.objects or reader is load_scene:
         return scene

@@ -349,6 +349,15 @@ def test_every_kind_of_scene_has_its_reader_and_its_options(tmp_path):
     with pytest.raises(DataError, match=r"--vggt: has no part in reading .*room\.ply; known here: scale, up"):
         (tmp_path / "room.ply").write_bytes(b"ply")
         open_scene(tmp_path / "room.ply", vggt="x")
+    with pytest.raises(DataError, match=r"--convention: has no part in reading .*; known here: longest, masks"):
+        open_scene(tmp_path / "room.MP4", convention="opengl")
+    with pytest.raises(DataError, match="--sam2: names the weights for --masks sam2; add that"):
+        open_scene(tmp_path / "room.MP4", sam2="x")
+    whole = write_rgbd(room(3, views=3, size=32), tmp_path / "whole")
+    assert data.choose_reader(whole)[1] == {"up", "max_frames", "longest", "masks", "sam2", "depth_scale", "convention"}
+    for file in whole.glob("*.depth.png"):
+        file.unlink()
+    assert data.choose_reader(whole)[1] >= {"convention", "vggt"} and "scale" not in data.choose_reader(whole)[1]
     with pytest.raises(DataError, match="no images"):
         (tmp_path / "empty").mkdir()
         open_scene(tmp_path / "empty")
