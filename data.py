@@ -4149,23 +4149,21 @@ def ask_model(model: torch.nn.Module, scene: Scene, samples: Sequence[Sample],
     return rows
 
 
-def ask_scene(paper, arguments: Sequence[str]) -> None:
-    """The command line of a paper: `--scene PATH --ask QUESTION [--ask ...] --run DIR`: prints the answers, and where
-    the pictures are. Without --ask questions are typed at a terminal, one after another; the scene is read once. A
-    model may offer `answer_pictures(scene, samples, answers, folder)`, more pictures. Raises DataError."""
+def ask_arguments(paper, arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line of `ask_scene`, checked; `at` is a place [3] or None."""
+    name, places = Path(paper.__file__).stem, hasattr(paper, "CoordinateToken")
     parser = Parser(description="Questions about a scene of your own.")
     parser.add_argument("--scene", type=Path, required=True,
                         help="a video, a folder of frames with or without depth and poses, a .ply, a scan's folder")
     parser.add_argument("--ask", action="append", help="a question; may be given several times (default: a prompt)")
-    name, places = Path(paper.__file__).stem, hasattr(paper, "CoordinateToken")
     parser.add_argument("--run", type=Path, help="folder of a trained run")
     parser.add_argument("--at", metavar="X,Y,Z", help='in metres: the place that "this" in a question means' if places
                         else argparse.SUPPRESS)  # fmt: skip
     parser.add_argument("--out", type=Path, help="picture to write (default: <run>/ask.png)")
     add_scene_options(parser)
     a = parser.parse_args(arguments)
-    place = None if a.at is None else read_place(a.at)
-    if place is not None and not places:
+    a.at = None if a.at is None else read_place(a.at)
+    if a.at is not None and not places:
         raise DataError(f"--at: {name} takes no places; fase3d does")
     if a.run is None:
         raise DataError(f"--run: name a trained run; python train.py --model {name} makes runs/{name}")
@@ -4173,6 +4171,38 @@ def ask_scene(paper, arguments: Sequence[str]) -> None:
         raise DataError(f"--out {a.out}: name a picture to write, such as ask.png ({', '.join(PICTURES)})")
     if not (a.ask or (sys.stdin.isatty() and sys.stdout.isatty())):
         raise DataError("--ask: give a question; without one they are typed at a terminal, and this is none")
+    if places and a.at is None and any(re.search(r"\bthis *[?.]?$", q.lower()) for q in a.ask or ()):
+        print('note: "this" is a place that you point at: --at X,Y,Z')
+    return a
+
+
+def converse(model: torch.nn.Module, scene: Scene, asked: list[str] | None,
+             place: np.ndarray | None) -> tuple[list[Sample], list[tuple[str, str]]]:  # fmt: skip
+    """Print the answers to the questions asked at once, or as they are typed: all questions, and rows of `ask_model`.
+    """
+    kept, samples, rows = {}, [], []
+    for questions in [asked] if asked else typed():
+        questions = [q.encode(errors="replace").decode() for q in questions]  # bytes of another encoding become "?"
+        new = [Sample(str(i), scene.name, "ask", q, "", prompt=place) for i, q in enumerate(questions, len(samples))]
+        try:
+            told = ask_model(model, scene, new, kept)
+        except DataError as error:
+            if asked:
+                raise
+            print(error)  # one bad question does not end a conversation
+            continue
+        samples, rows = samples + new, rows + told
+        for question, (said, _) in zip(questions, told, strict=True):
+            print(f"{question}  {said}" if asked else said)
+    return samples, rows
+
+
+def ask_scene(paper, arguments: Sequence[str]) -> None:
+    """The command line of a paper: `--scene PATH --ask QUESTION [--ask ...] --run DIR`: prints the answers, and where
+    the pictures are. Without --ask questions are typed at a terminal, one after another; the scene is read once. A
+    model may offer `frame_width`, the pixels it looks at, and `answer_pictures(scene, samples, answers, folder)`, more
+    pictures. Raises DataError."""
+    a = ask_arguments(paper, arguments)
     model = load_model(paper, a.run)
     record = read_state(a.run)["run"]
     stages = [s for s in paper.STAGES[record["preset"]] if s.tasks]
@@ -4184,22 +4214,7 @@ def ask_scene(paper, arguments: Sequence[str]) -> None:
     scene.identifiers = number_objects(scene, np.random.default_rng(0))
     for note in scene.notes:
         print(f"note: {note}")
-    kept, samples, rows = {}, [], []
-    for asked in [a.ask] if a.ask else typed():
-        asked = [q.encode(errors="replace").decode() for q in asked]  # bytes of another encoding become "?"
-        new = [Sample(str(i), scene.name, "ask", q, "", prompt=place) for i, q in enumerate(asked, len(samples))]
-        if places and place is None and any(re.search(r"\bthis *[?.]?$", q.lower()) for q in asked):
-            print('note: "this" is a place that you point at: --at X,Y,Z')
-        try:
-            told = ask_model(model, scene, new, kept)
-        except DataError as error:
-            if a.ask:
-                raise
-            print(error)  # one bad question does not end a conversation
-            continue
-        samples, rows = samples + new, rows + told
-        for question, (said, _) in zip(asked, told, strict=True):
-            print(f"{question}  {said}" if a.ask else said)
+    samples, rows = converse(model, scene, a.ask, a.at)
     lines, written = [f"{s.question}  {said}" for s, (said, _) in zip(samples, rows, strict=True)], [w for _, w in rows]
     picture = a.out or a.run / "ask.png"
     draw_scene(scene, picture, lines, model.token_centres(scene), written)
