@@ -1,7 +1,7 @@
 """Scenes, rooms, questions, text and batches: everything the three papers share, and nothing that only one needs.
 
 A `Scene` is one furnished place with posed frames, a coloured point cloud and objects; a `Sample` is one question about
-it with all that scoring needs. Four readers fill scenes, a table of question templates fills samples, `collate` turns
+it with all that scoring needs. Readers fill scenes, a table of question templates fills samples, `collate` turns
 both into tensors. `knn`, `farthest_point_sampling` (part 2) and `over_segment` (part 5) are what papers share and
 what is most often copied.
 
