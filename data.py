@@ -762,6 +762,21 @@ def writing(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: cannot be written ({error.strerror or error}); name another place") from None
 
 
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """What to write to in place of `path`, which it becomes on leaving: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    yield part
+    os.replace(part, path)
+
+
+def write_npz(path: Path, **arrays: np.ndarray) -> None:
+    """Arrays by their names as one file, `whole`."""
+    with whole(path) as part, open(part, "wb") as file:
+        np.savez(file, **arrays)
+
+
 def read_image(path: Path, mode: str | None = None, upright: bool = False) -> np.ndarray:
     """The pixels of an image; `upright`: turned as its EXIF tag says. Of 16-bit grey a mode keeps the upper 8."""
     from PIL import Image, ImageOps
@@ -1875,19 +1890,38 @@ def merge_segments(points: np.ndarray, normals: np.ndarray, colours: np.ndarray,
     np.minimum.at(low, piece, points)
     np.maximum.at(high, piece, points)
 
+    links = touching(points, normals, piece, kept, high[:, 2], (a, b), spacing)
+    root = join_pieces(links, size, tint, low, high, spacing, colour_scale, largest)
+    big = kept & (root == np.arange(S)) & (size >= 12) & ((high - low).max(1) >= smallest)
+    return (np.cumsum(big) * big)[root][piece]
+
+
+def touching(points: np.ndarray, normals: np.ndarray, piece: np.ndarray, kept: np.ndarray, top: np.ndarray,
+             pairs: tuple[np.ndarray, np.ndarray], spacing: float) -> list[dict[int, np.ndarray]]:  # fmt: skip
+    """For each of S pieces those that touch it, and their contact [3]: how many pairs of neighbouring points, in how
+    many of them the surface is concave, and one rests on top of the other. piece [N] of points and normals [N, 3],
+    metres; kept [S] bool, top [S] the greatest heights, pairs: two [E]."""
+    (a, b), S = pairs, len(kept)
     x, y = piece[a], piece[b]
     touch = (x != y) & kept[x] & kept[y]
     a, b, x, y = a[touch], b[touch], x[touch], y[touch]
     gap = points[a] - points[b]
     concave = ((normals[a] - normals[b]) * gap).sum(1) < -0.2 * np.linalg.norm(gap, axis=1)
-    rests = concave & (((normals[a][:, 2] > 0.8) & (high[y, 2] > high[x, 2] + 2 * spacing))
-                       | ((normals[b][:, 2] > 0.8) & (high[x, 2] > high[y, 2] + 2 * spacing)))  # fmt: skip
+    rests = concave & (((normals[a][:, 2] > 0.8) & (top[y] > top[x] + 2 * spacing))
+                       | ((normals[b][:, 2] > 0.8) & (top[x] > top[y] + 2 * spacing)))  # fmt: skip
     key, inverse = np.unique(np.minimum(x, y) * S + np.maximum(x, y), return_inverse=True)
     contacts = np.stack([np.bincount(inverse, w, len(key)) for w in (np.ones(len(a)), concave, rests)], axis=1)
     links: list[dict[int, np.ndarray]] = [{} for _ in range(S)]
     for k, contact in zip(key.tolist(), contacts, strict=True):
         links[k // S][k % S] = links[k % S][k // S] = contact
+    return links
 
+
+def join_pieces(links: list[dict[int, np.ndarray]], size: np.ndarray, tint: np.ndarray, low: np.ndarray,
+                high: np.ndarray, spacing: float, colour_scale: float, largest: float) -> np.ndarray:  # fmt: skip
+    """Join touching pieces while the cheapest pair costs at most 1 (`merge_segments`): the piece [S] that each became,
+    whose rows of size [S], tint, low and high [S, 3] then describe them all. `links` of `touching` is used up."""
+    S = len(links)
     version, into, heap = [0] * S, list(range(S)), []
 
     def offer(p: int, others: list[int]) -> None:
@@ -1925,8 +1959,7 @@ def merge_segments(points: np.ndarray, normals: np.ndarray, colours: np.ndarray,
     root = np.array(into)
     while (root[root] != root).any():
         root = root[root]
-    big = kept & (root == np.arange(S)) & (size >= 12) & ((high - low).max(1) >= smallest)
-    return (np.cumsum(big) * big)[root][piece]
+    return root
 
 
 def render_masks(points: np.ndarray, instances: np.ndarray, frames: Frames, reach: float | None = None) -> np.ndarray:
@@ -3381,21 +3414,6 @@ def answer(batch: dict, text: TinyText | HubText, past: tuple, read: Callable, h
     return [text.decode(ids) for ids in said]
 
 
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """What to write to in place of `path`, which it becomes on leaving: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    yield part
-    os.replace(part, path)
-
-
-def write_npz(path: Path, **arrays: np.ndarray) -> None:
-    """Arrays by their names as one file, `whole`."""
-    with whole(path) as part, open(part, "wb") as file:
-        np.savez(file, **arrays)
-
-
 # ---- 10 pictures -----------------------------------------------------------------------------------------------------
 
 DPI = 90  # of all pictures
@@ -3777,7 +3795,7 @@ def read_state(run: Path) -> dict:
     """state.json of a run's checkpoint: {"number", "files", "position", "run", ...}."""
     path = run / "checkpoint" / "state.json"
     if not path.exists():
-        raise DataError(f"{path}: missing, so there is no trained model here; train one, or name its folder with --out")
+        raise DataError(f"{path}: missing, so there is no trained model here; train one, or name another folder")
     try:
         state = json.loads(path.read_text())
     except ValueError:
@@ -3788,6 +3806,7 @@ def read_state(run: Path) -> dict:
 
 
 def read_tensors(run: Path, kind: str) -> dict[str, torch.Tensor]:
+    """The tensors of a run's checkpoint by their names; kind: "weights" or another of its files. Raises DataError."""
     path = run / "checkpoint" / read_state(run)["files"][kind]
     try:
         return load_file(path)
@@ -3843,14 +3862,21 @@ def open_scan(root: Path, scene_id: str, **options) -> Scene:
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes, and those of its sub-commands, are a DataError and so one line; `--up -y` and
-    `--at -1,0,2` are values, not flags."""
+    """A command line whose mistakes, and those of its sub-commands, are a DataError and so one line, which names the
+    known flags where one is unknown; `--up -y` and `--at -1,0,2` are values, not flags."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise DataError(message)
+
+    def parse_known_args(self, args=None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
+        found, strange = super().parse_known_args(args, namespace)
+        if strange:
+            known = ", ".join(re.findall(r"--[a-z][\w-]*", self.format_usage()))
+            self.error(f"unrecognized arguments: {' '.join(strange)}; known: {known or 'none'}")
+        return found, strange
 
     def parse_args(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
         words = []
@@ -3862,11 +3888,15 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(words)
 
 
-def number(kind: type, least: float, text: str) -> float:
+def bounded(kind: type, least: float, text: str) -> float:
     """A number as a flag gives it: a whole one of at least `least`, or a finite one above it."""
-    value = kind(text)
-    if not (value >= least if kind is int else least < value < float("inf")):
-        raise argparse.ArgumentTypeError(f"{text} is not {'at least' if kind is int else 'a number above'} {least}")
+    try:
+        value = kind(text)
+    except ValueError:
+        value = -math.inf
+    if not (value >= least if kind is int else least < value < math.inf):
+        wanted = "a whole number of at least" if kind is int else "a number above"
+        raise argparse.ArgumentTypeError(f"{text} is not {wanted} {least}")
     return value
 
 
@@ -3877,7 +3907,7 @@ def one_of(table: Iterable[str], text: str) -> str:
     return text
 
 
-positive, counted = partial(number, float, 0), partial(number, int, 1)
+positive, counted = partial(bounded, float, 0), partial(bounded, int, 1)
 
 SCENE_OPTIONS = {  # flags of a scene of one's own -> (type, help)
     "scale": (positive, "metres per unit of a cloud; true metres per guessed one of a video"),
@@ -3886,7 +3916,7 @@ SCENE_OPTIONS = {  # flags of a scene of one's own -> (type, help)
     "convention": (partial(one_of, CONVENTIONS), f"of the poses: {', '.join(CONVENTIONS)}"),
     "depth_scale": (positive, "units of the depth images per metre (default: 1000)"),
     "max_frames": (counted, "frames to use at most (default: 64 with depth and poses, else 32)"),
-    "longest": (partial(number, int, 64),
+    "longest": (partial(bounded, int, 64),
                 "longer side of the frames in pixels (default: 320 with depth and poses, else 640)"),
     "vggt": (str, "name or folder of VGGT's weights, for frames without depth or poses"),
     "masks": (str, "where objects come from: files (instance-filt/, the default where it lies), segments of the cloud "
@@ -3966,14 +3996,14 @@ def with_files(scene: Scene, _: object = None) -> Scene:
 SEGMENTERS = {"segments": lambda scene, _: with_own_segments(scene), "sam2": with_sam2, "files": with_files}
 
 # Words of a question whose answer is a measure: of a scene of unknown scale it is refused.
-MEASURE = re.compile(
+IN_METRES = re.compile(
     r"\b(how (far|tall|high|long|wide|deep|thick|large|big)|(centi|milli)?met(re|er)s?|[cm]m|square|distance|measure|"
     r"coordinates?|position|height|length|width|depth|area|size|feet|inch(es)?)\b|^where is <obj\d+>\?|\d\.\d")
 
 
 def refuse_measures(scene: Scene, question: str, answer: str) -> str | None:
     """Why a question in metres, or one whose answer holds metres, is not answered of a scene without scale; or None."""
-    if scene.metric or not (MEASURE.search(question.lower()) or re.search(r"\d\.\d", answer)):
+    if scene.metric or not (IN_METRES.search(question.lower()) or re.search(r"\d\.\d", answer)):
         return None
     return "this scene has no known scale: give poses, depth or --scale."
 
@@ -4266,7 +4296,7 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     make.add_argument("out", type=Path)
     make.add_argument("--count", type=counted, default=10)
     make.add_argument("--objects", type=int, help="objects per room (default: 8 to 16)")
-    make.add_argument("--seed", type=partial(number, int, 0), default=0, help="of the first room")
+    make.add_argument("--seed", type=partial(bounded, int, 0), default=0, help="of the first room")
     keep = commands.add_parser("cache", help="scenes of one's own through VGGT, SAM 2 and segmentation, once")
     keep.add_argument("path", type=Path, help="a video, a .ply, or a folder of them, of frames or of scans")
     keep.add_argument("out", type=Path)

@@ -22,7 +22,6 @@ model · 6b mixtures to train on · 7 files · 8 tables and failures · 9 the re
 
 from __future__ import annotations
 
-import argparse
 import ast
 import base64
 import contextlib
@@ -2425,8 +2424,7 @@ def score_file(name: str, annotations: Path, predictions: Path, out: Path | None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Scores of a finished run, or of a file of predictions.")
-    parser.error = lambda message: parser.exit(2, f"evaluate.py: {message}\n")
+    parser = data.Parser(description="Scores of a finished run, or of a file of predictions.")
     parser.add_argument("--run", type=Path, help="folder of a finished run")
     parser.add_argument("--benchmark", nargs="+", default=[], metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument("--proposals", default="gt",
@@ -2440,8 +2438,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--root", type=Path, help="folder of the scans that official questions are about")
     parser.add_argument("--failures", type=int, default=0, metavar="N", help="list the N worst answers, with pictures")
     parser.add_argument("--out", type=Path, help="metrics.json to write; with --run: the folder for it")
-    a = parser.parse_args(arguments)
     try:
+        a = parser.parse_args(arguments)
         official = [n for n in a.benchmark if find_benchmark(n).format]
         if a.run and not a.predictions and official in ([], a.benchmark) and bool(official) == bool(a.annotations):
             import train

@@ -29,7 +29,7 @@ identifier, R pieces and symbols of stage 0.
 | supp. Table 1, four stages             | STAGES                                        |
 | supp. Table 2, SpaceSpan-318K          | SPACESPAN                                     |
 | supp. Fig. 3, proxy attention map      | attention_map, draw_attention                 |
-| main Tables 4-5, ablations             | last section                                  |
+| main Tables 4-5, ablations             | section 8                                     |
 
 What the paper leaves open, and what we chose
 - "KNN" clustering: farthest-point seeds inside the group (first: the patch nearest the group's centroid), every patch
@@ -964,6 +964,9 @@ def cluster_without_groups(features: Tensor, points: Tensor, labels: Tensor, bud
     return z[:, :C], c, classes[z[:, C:].argmax(1)]
 
 
+# ---- 9 where an answer looked: supp. Fig. 3 --------------------------------------------------------------------------
+
+
 @torch.no_grad()
 def attention_map(model: Model, scene: Scene, sample: Sample) -> Tensor:
     """Supp. Fig. 3: how much the last layer looks at every scene token, over all text queries and heads: [K], sum 1."""
@@ -1009,7 +1012,7 @@ def draw_attention(model: Model, scene: Scene, sample: Sample, said: str, path: 
     step = max(1, math.ceil((f.depth[0].size / 60_000) ** 0.5))
     points = torch.from_numpy(data.unproject(f.depth, f.intrinsics, f.poses)[:, ::step, ::step])
     heat = attention_in_frames(looked, found["c"], found["owner"], points, torch.from_numpy(f.masks[:, ::step, ::step]))
-    heat = (heat / looked.max()).numpy()  # [V, H, W] 1 = the most attended proxy
+    heat = (heat / looked.max()).numpy()  # [V, H / step, W / step] 1 = the most attended proxy
     colours, images = colormaps["YlOrRd"], []
     for v in sorted(np.argsort(-np.square(heat).sum((1, 2)), kind="stable")[:2]):
         grey = f.colour[v, ::step, ::step].mean(-1, keepdims=True) / 255
@@ -1043,7 +1046,7 @@ def outlined(scene: Scene, sample: Sample, said: str, refer) -> list[tuple[int, 
     return [(i, f"{kind}: {scene.thing(i).category or refer(scene, i)}", colour) for i, kind, colour in rows]
 
 
-# ---- 9 demo and command line -----------------------------------------------------------------------------------------
+# ---- 10 demo and command line ----------------------------------------------------------------------------------------
 
 
 def demo() -> None:

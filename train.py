@@ -118,8 +118,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, about in FLAGS.items():
         p.add_argument(f"--{name}", **about)
-    args, unknown = p.parse_known_args(argv)
-    if unknown:
+    args, unknown = argparse.ArgumentParser.parse_known_args(p, argv)
+    if unknown:  # named with the nearest, as all that a run chooses by name
         pick(unknown[0], [f"--{name}" for name in FLAGS], "argument")
     args.out = args.out or Path("runs") / args.model
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -659,7 +659,7 @@ def test_bad_annotations_are_refused_in_one_line(tmp_path, change, message):
     (["--benchmark", "rooms/q", "--run", "x"], "unknown benchmark rooms/q; known: rooms/grounding, "),
     (["--benchmark", "rooms/qa"], "give --run DIR, or one --benchmark NAME"),
     (["--benchmark", "rooms/qa", "--annotations", "x", "--predictions", "y"], "x: no such file"),
-    (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+    (["--frobnicate"], "unrecognized arguments: --frobnicate; known: --run, --benchmark, --proposals, "),
 ])  # fmt: skip
 def test_wrong_arguments_are_one_line_and_exit_2(arguments, message, capsys):
     with pytest.raises(SystemExit) as error:

@@ -57,6 +57,9 @@ def test_rooms_written_as_scans_can_be_checked_and_asked(run, tmp_path, capsys):
     (["--scene", "nowhere", "--ask", "x", "--run", "RUN"], "nowhere: no such scene"),
     (["--scene", "nowhere", "--ask", "x", "--run", "nothing"], "no trained model here"),
     (["--ask", "x"], "--scene"),
+    (["--scene", "x", "--skale", "2"], "unrecognized arguments: --skale 2; known: --scene, --ask, "),
+    (["--scene", "x", "--max-frames", "many"], "--max-frames: many is not a whole number of at least 1"),
+    (["--scene", "x", "--scale", "0"], "--scale: 0 is not a number above 0"),
 ])  # fmt: skip
 def test_a_wrong_question_gets_one_line_and_status_2(run, arguments, says, capsys):
     assert proxy3d.main([str(run) if a == "RUN" else a for a in arguments]) == 2
