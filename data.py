@@ -12,14 +12,14 @@ Boxes are axis-aligned: [cx, cy, cz, w, d, h], the centre and the full sizes alo
 Axis legend: S scenes, B boxes or those scenes that are read anew, V views, H W pixels, P pixels of a view or positions
 of a prefix, N points, n objects, Q questions, T tokens, K scene tokens, D width.
 
-Contents: 1 scenes and samples · 2 geometry · 3 procedural rooms · 4 readers and writers · 4b video ·
-5 over-segmentation · 6 masks of a video · 7 questions and baselines · 8 text · 9 batches · 10 pictures · 11 runs, own
-scenes, command line
+Contents: 1 scenes and samples · 2 geometry · 3 procedural rooms · 4 questions · 5 text and batches · 6 the base model;
+a first reading ends here · 7 scenes from disk · 8 video · 9 superpoints and segments · 10 pictures · 11 own scenes
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import heapq
 import importlib
 import importlib.util
@@ -38,7 +38,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial, wraps
 from pathlib import Path
 from textwrap import wrap
@@ -92,8 +92,8 @@ class LazyFrames:
 
     latest: tuple = (None, None)  # (whose, Frames): shared by all, so that one set is held at a time
 
-    def __init__(self, load: Callable[[], Frames]):
-        self.load = load
+    def __init__(self, load: Callable[[], Frames], key: str = ""):
+        self.load, self.key = load, key  # key: what the files are known by
 
     def __getattr__(self, name: str) -> np.ndarray:
         if name.startswith("__"):
@@ -149,6 +149,36 @@ class Sample:
     about: list[int] = field(default_factory=list)  # object ids that the question describes, in the order of its truth
     wording: str = ""  # which template and slots: what the blind baseline may condition on
     kind: str = ""  # sub-type for tables: "unique", "multiple", "what", "easy", ...
+
+
+def fingerprint(scene: Scene) -> str:
+    """Hash what a scene is made of: files of frozen work belong to it, not to its name.
+
+    Frames on disk are known by their `key`, others by every 16th pixel; turning a scene does not change the result.
+    """
+    digest = hashlib.sha256(f"{scene.name} {scene.source}".encode())
+    if isinstance(scene.frames, LazyFrames):
+        digest.update(scene.frames.key.encode())
+    elif scene.frames is not None:
+        frames = scene.frames
+        digest.update(frames.poses.tobytes())
+        for array in (frames.colour, frames.depth, frames.masks):
+            digest.update(np.ascontiguousarray(array[:, ::16, ::16]).tobytes())
+    for array in (scene.colours, scene.superpoints, scene.instances):
+        if array is not None:
+            digest.update(np.ascontiguousarray(array[:: 1 + len(array) // 4096]).tobytes())
+    if scene.points is not None:
+        some = scene.points[:: 1 + len(scene.points) // 4096]
+        digest.update(np.round(np.linalg.norm(some, axis=1), 3).tobytes())
+    return digest.hexdigest()[:12]
+
+
+def safe_name(name: str) -> str:
+    """Turn a name that came from a file into a plain file name: it never leads out of its folder."""
+    plain = re.sub(r"[^\w@.-]", "_", name).lstrip(".")
+    if not plain:
+        raise DataError(f"{name!r}: not a name for a file; use letters, digits, - and _")
+    return plain
 
 
 MARK = re.compile(r"<obj (\d+)>")
@@ -716,1563 +746,7 @@ def category_icon(category: str, colour: str, size: int) -> np.ndarray:
     return image.astype(np.uint8).reshape(size, size, 3)
 
 
-# ---- 4 readers and writers -------------------------------------------------------------------------------------------
-
-
-FRAME_LAYOUTS = (  # colour files; depth and pose of the same stem; where the depth camera's intrinsics may lie
-    ("*.color.*", "{}.depth.png", "{}.pose.txt", ("camera-intrinsics.txt", "intrinsics.txt")),
-    ("color/*", "depth/{}.png", "pose/{}.txt", ("intrinsic/intrinsic_depth.txt", "intrinsic/intrinsic_color.txt")),
-    ("*.jpg", "{}.png", "{}.txt", ("depth_intrinsic.txt", "intrinsic.txt")),
-)
-CONVENTIONS = {  # of pose files -> (the camera's axes in OpenCV's, whether the file maps world to camera)
-    "opencv": ((1, 1, 1, 1), False), "opengl": ((1, -1, -1, 1), False),
-    "opencv_inverse": ((1, 1, 1, 1), True), "opengl_inverse": ((1, -1, -1, 1), True),
-}  # fmt: skip
-UP = {f"{s}{a}": sign * np.eye(3)[i] for i, a in enumerate("xyz") for s, sign in (("+", 1), ("-", -1))}
-SHELL = ("wall", "floor", "ceiling")  # what ScanNet labels and nobody asks about
-SCAN_FILES = ("_vh_clean_2.ply", "_vh_clean_2.0.010000.segs.json", ".aggregation.json", ".txt")
-
-
-def choose(table: dict, key: str, what: str):
-    """table[key]; an unknown key is an error that names the known ones."""
-    if key not in table:
-        raise DataError(f"{what} {key!r} is unknown: choose one of {', '.join(table)}")
-    return table[key]
-
-
-@contextmanager
-def reading(path: Path, what: str) -> Iterator[None]:
-    """Turns whatever goes wrong inside into one line: the file is missing, or is not a whole `what`."""
-    try:
-        yield
-    except DataError:
-        raise
-    except FileNotFoundError:
-        raise DataError(f"{path}: {what} missing; `python data.py check DIR` says what is needed") from None
-    except (OSError, EOFError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, BadZipFile) as error:
-        raise DataError(f"{path}: not a whole {what} ({str(error)[:60]}); copy or export it again") from None
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns what the system refuses inside (no such place, not allowed, no space) into one line."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror or error}); name another place") from None
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """What to write to in place of `path`, which it becomes on leaving: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    yield part
-    os.replace(part, path)
-
-
-def write_npz(path: Path, **arrays: np.ndarray) -> None:
-    """Arrays by their names as one file, `whole`."""
-    with whole(path) as part, open(part, "wb") as file:
-        np.savez(file, **arrays)
-
-
-def read_image(path: Path, mode: str | None = None, upright: bool = False) -> np.ndarray:
-    """The pixels of an image; `upright`: turned as its EXIF tag says. Of 16-bit grey a mode keeps the upper 8."""
-    from PIL import Image, ImageOps
-
-    try:
-        with reading(path, "image"), Image.open(path) as image:
-            if upright:
-                image = ImageOps.exif_transpose(image)
-            if mode and image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return np.asarray(image.convert(mode) if mode else image)
-    except Image.DecompressionBombError:
-        raise DataError(f"{path}: too many pixels to be a photograph; make it smaller") from None
-
-
-def read_integers(path: Path) -> np.ndarray:
-    """A depth image or mask [H, W] of integers."""
-    image = read_image(path)
-    if image.ndim != 2 or image.dtype.kind not in "iu":
-        raise DataError(f"{path}: {image.dtype} {image.shape}; export one channel of 16-bit integers")
-    return image
-
-
-def read_matrix(path: Path, rows: int = 4) -> np.ndarray:
-    """The upper left [rows, rows] of a text matrix. Values may be infinite (ScanNet's lost poses)."""
-    with reading(path, f"{rows} x {rows} matrix"):
-        table = [[float(x) for x in line.split()] for line in path.read_text().splitlines() if line.strip()]
-        return np.array(table)[:rows, :rows].reshape(rows, rows)
-
-
-def read_depth(path: Path, scale: float) -> np.ndarray:
-    """A depth image [H, W] in float32 metres, of whole numbers, `scale` a metre; 0 = missing, as 65535 is there."""
-    depth = read_integers(path)
-    return np.where(depth == 65535, 0, depth).astype(np.float32) / np.float32(scale)
-
-
-def read_pose(path: Path, convention: str) -> np.ndarray | None:
-    """The pose [4, 4], camera to world, of a file in one of CONVENTIONS; None where it is not finite."""
-    axes, inverse = choose(CONVENTIONS, convention, "pose convention")
-    if not np.isfinite(pose := read_matrix(path)).all():
-        return None
-    pose = nearest_rigid(pose, path)
-    return (np.linalg.inv(pose) if inverse else pose) @ np.diag(axes)
-
-
-def read_intrinsics(path: Path) -> np.ndarray:
-    K = read_matrix(path, 3)
-    if not (np.isfinite(K).all() and K[0, 0] > 0 and K[1, 1] > 0):
-        raise DataError(f"{path}: no camera matrix (focal lengths {K[0, 0]}, {K[1, 1]}); export the intrinsics again")
-    return K
-
-
-def read_json(path: Path):
-    with reading(path, "JSON file"):
-        return json.loads(path.read_text())
-
-
-def evenly(rows: list, count: int) -> list:
-    """At most `count` of the rows, evenly spaced, first and last among them."""
-    return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
-
-
-def nearest_rigid(pose: np.ndarray, where: object = "pose") -> np.ndarray:
-    """The pose [4, 4] with its rotation replaced by the nearest one (polar decomposition)."""
-    if (away := np.abs(pose[:3, 3]).max()) > 1e5:
-        raise DataError(f"{where}: {away:.3g} m from the origin, where float32 is too coarse; move the poses nearer")
-    if np.linalg.det(pose[:3, :3]) <= 0:
-        raise DataError(f"{where}: mirrored (determinant <= 0); make the poses right-handed before reading them")
-    u, _, vt = np.linalg.svd(pose[:3, :3])
-    return np.block([[u @ vt, pose[:3, 3:]], [np.zeros((1, 3)), 1.0]])
-
-
-def find_frames(folder: Path) -> tuple[list[tuple[Path, ...]], Path] | None:
-    """[(colour, depth, pose, mask) paths] and the intrinsics file of the first layout that fits; None: no frames."""
-    for colour, depth, pose, cameras in FRAME_LAYOUTS:
-        files = sorted((p for p in folder.glob(colour) if p.is_file()), key=lambda p: (len(p.name), p.name))
-        if files:
-            others = (depth, pose, "instance-filt/{}.png")
-            rows = [(p, *(folder / o.format(p.name.split(".")[0]) for o in others)) for p in files]
-            return rows, next((folder / c for c in cameras if (folder / c).exists()), folder / cameras[0])
-    return None
-
-
-def read_frames(rows: list, camera: Path, convention: str, depth_scale: float, notes: list[str]) -> Iterator[tuple]:
-    """(colour [H, W, 3] u8, depth [H, W] f32 metres, mask [H, W] i32, intrinsics [3, 3], pose [4, 4]) of every usable
-    frame, at the size of its depth. Frames whose pose is not finite or whose depth is empty are dropped and counted."""
-    intrinsics = read_intrinsics(camera)
-    dropped = {"a pose that is not finite": 0, "no depth": 0}
-    for colour_path, depth_path, pose_path, mask_path in rows:
-        pose, depth = read_pose(pose_path, convention), read_depth(depth_path, depth_scale)
-        if pose is None or not depth.any():
-            dropped["no depth" if pose is not None else "a pose that is not finite"] += 1
-            continue
-        mask = read_integers(mask_path).astype(np.int32) if mask_path.exists() else np.zeros(depth.shape, np.int32)
-        yield resize_frame((read_image(colour_path, "RGB"), depth, mask, intrinsics, pose), depth.shape)
-    notes += [f"dropped {n} of {len(rows)} frames with {what}" for what, n in dropped.items() if n]
-    if sum(dropped.values()) == len(rows):
-        raise DataError(f"{camera.parent}: no usable frame ({'; '.join(notes)}); export the frames again")
-
-
-def nearest_pixels(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """An image [h, w] at (H, W), every pixel the nearest one."""
-    return image[np.ix_(*(((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(size, image.shape, strict=True)))]
-
-
-def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """An image [h, w, 3] uint8 at (H, W), every pixel the mean over its area."""
-    from PIL import Image
-
-    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BOX))
-
-
-def resize_frame(frame: tuple, size: tuple[int, int]) -> tuple:
-    """A frame at (H, W): colour by area, depth and mask by nearest pixel, intrinsics (of the depth) scaled."""
-    colour, depth, mask, intrinsics, pose = frame
-    scale = np.diag([size[1] / depth.shape[1], size[0] / depth.shape[0], 1.0])
-    return resize_image(colour, size), nearest_pixels(depth, size), nearest_pixels(mask, size), scale @ intrinsics, pose
-
-
-def stack_frames(frames: list[tuple], world: np.ndarray | None = None) -> Frames:
-    """Frames of (colour, depth, mask, intrinsics, pose), all of one size, moved by the 4x4 `world`."""
-    *others, poses = (np.stack(arrays) for arrays in zip(*frames, strict=True))
-    return Frames(*others, poses if world is None else world @ poses)
-
-
-def voxel_of(points: np.ndarray, voxel: float) -> np.ndarray:
-    """The occupied voxel [N] int64 of each of points [N, 3], numbered from 0."""
-    cell = np.floor(points / voxel).astype(np.int64)
-    cell -= cell.min(0, initial=np.iinfo(np.int64).max)
-    return np.unique((cell[:, 0] << 42) + (cell[:, 1] << 21) + cell[:, 2], return_inverse=True)[1].reshape(-1)
-
-
-def voxel_mean(points: np.ndarray, values: np.ndarray, weight: np.ndarray, voxel: float) -> tuple[np.ndarray, ...]:
-    """Weighted means of points [N, 3] and values [N, C] in every occupied voxel, and the summed weight."""
-    inverse = voxel_of(points, voxel)
-    total = np.bincount(inverse, weight)
-    means = (np.stack([np.bincount(inverse, weight * c) for c in a.T], axis=1) for a in (points, values))
-    return *(m / total[:, None] for m in means), total
-
-
-def thin(points: np.ndarray, values: np.ndarray, weight: np.ndarray, voxel: float, limit: int) -> tuple:
-    """voxel_mean at the first of voxel, 1.2 voxel, ... that leaves at most `limit` points; colours and normals apart:
-    (points f32, colours u8, unit normals f32, voxel). values [N, 6] = colour, normal."""
-    out = voxel_mean(points, values, weight, voxel)
-    while len(out[0]) > limit:
-        voxel *= 1.2
-        out = voxel_mean(*out, voxel)
-    return out[0].astype(np.float32), out[1][:, :3].round().astype(np.uint8), unit(out[1][:, 3:]), voxel
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors [N, 3] at length 1, float32."""
-    return (vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)).astype(np.float32)
-
-
-def fuse(frames: Iterable[tuple], limit: int = 100_000, voxel: float | None = None) -> tuple:
-    """One cloud from (colour [H, W, 3], depth [H, W], intrinsics [3, 3], pose [4, 4]) frames: points [N, 3] f32,
-    colours [N, 3] u8, unit normals [N, 3] f32 towards the cameras, voxel edge in metres.
-
-    Everything is averaged per voxel, by default 2.5 cm or a pixel's footprint. Normals are cross products of the depth
-    map's differences. Voxels with a fifth of a single view's samples are flying pixels at the edges of things.
-    """
-    parts = []
-    for colour, depth, K, pose in frames:
-        if min(depth.shape) < 2:
-            raise DataError(f"frames of {depth.shape[1]} x {depth.shape[0]} pixels show no surface; give larger ones")
-        step = max(1, round((depth.size / 80_000) ** 0.5))
-        colour, depth, K = colour[::step, ::step], depth[::step, ::step], np.diag([1 / step, 1 / step, 1.0]) @ K
-        K[:2, 2] += 0.5 - 0.5 / step  # a pixel picked by [::step] keeps its own ray
-        if not parts:
-            footprint = float(np.median(depth[depth > 0])) / K[0, 0]
-            voxel = voxel or max(0.025, footprint)
-        points = unproject(depth[None], K[None], pose[None])[0]
-        normals = np.cross(*(np.gradient(points, axis=a) for a in (0, 1)))
-        towards = pose[:3, 3] - points
-        facing = (normals * towards).sum(-1)
-        length = np.linalg.norm(normals, axis=-1) * np.linalg.norm(towards, axis=-1)
-        seen = np.abs(facing) > 0.1 * length  # False where the depth or a neighbour's is missing (NaN)
-        values = np.concatenate([colour[seen], unit(normals[seen] * np.sign(facing[seen])[:, None])], axis=1)
-        if seen.any():
-            parts.append(voxel_mean(points[seen], values, np.ones(len(values)), voxel))
-    if not parts:
-        raise DataError("no frame shows a surface; check the depth images and the depth scale")
-    points, values, weight = voxel_mean(*(np.concatenate(p) for p in zip(*parts, strict=True)), voxel)
-    solid = weight >= min(3.0, 0.2 * (voxel / footprint) ** 2)
-    return thin(points[solid], values[solid], weight[solid], voxel, limit)
-
-
-def estimate_normals(points: np.ndarray, k: int = 24) -> np.ndarray:
-    """Unit normals [N, 3] float32 of a bare cloud: least axis of each point's k neighbours, facing the centroid."""
-    near = points[nearest(points, points, k)[1]].astype(np.float32)
-    near = near - near.mean(1, keepdims=True)
-    normals = np.linalg.eigh(np.einsum("nki,nkj->nij", near, near))[1][..., 0]
-    inward = (normals * (points.mean(0) - points)).sum(1, keepdims=True) >= 0
-    return np.where(inward, normals, -normals).astype(np.float32)
-
-
-def fit_plane(points: np.ndarray, direction: np.ndarray) -> np.ndarray:
-    """Unit normal [3] of the thickest layer of points across `direction`: trimmed least squares."""
-    height = points @ direction
-    counts, edges = np.histogram(height, bins=np.arange(height.min() - 0.1, height.max() + 0.2, 0.05))
-    layer = points[np.abs(height - edges[1:][np.argmax(counts[:-1] + counts[1:])]) < 0.1].astype(np.float64)
-    for _ in range(6):
-        offset = layer - layer.mean(0)
-        normal = np.linalg.eigh(offset.T @ offset)[1][:, 0]
-        away = np.abs(offset @ normal)
-        layer = layer[away < 2 * away.mean() + 0.005]
-    return normal * np.sign(normal @ direction)
-
-
-def upright(points: np.ndarray, normals: np.ndarray, up: str, camera_up: np.ndarray | None) -> tuple[np.ndarray, str]:
-    """The rigid 4x4 that turns a cloud z-up, walls along x and y, floor at z = 0; and a line that says how.
-
-    Gravity ("auto"): of the directions within 35 degrees of the cameras' mean up, the normal shared by most points,
-    fitted to its thickest plane. Walls: the peak of the horizontal normals' angle modulo 90 degrees.
-    """
-    if up == "auto" and camera_up is None:
-        raise DataError("up = auto needs cameras; name the axis of the file that points up, e.g. up = +z")
-    if up == "auto":
-        direction, said = camera_up / np.linalg.norm(camera_up), "the cameras' mean up (no plane agrees with it)"
-        near = normals[np.abs(normals @ direction) > np.cos(np.radians(35))]
-        if len(near) >= 100:
-            near = near * np.sign(near @ direction)[:, None]
-            tries = near[np.linspace(0, len(near) - 1, 500).astype(int)].astype(np.float64)
-            best = tries[((near @ tries.T) > np.cos(np.radians(4))).sum(0).argmax()]
-            plane = fit_plane(points[np.abs(normals @ best) > 0.97], best)
-            angle = np.degrees(np.arccos(np.clip(plane @ direction, -1, 1)))
-            direction, said = plane, f"the dominant plane, {angle:.0f} degrees from the cameras' mean up"
-    else:
-        direction, said = choose(UP, up, "up"), f"up = {up} as given"
-    side = np.eye(3)[np.abs(direction).argmin()]
-    side = side - (side @ direction) * direction
-    side /= np.linalg.norm(side)
-    turn = np.stack([side, np.cross(direction, side), direction])
-    level = normals @ turn.T
-    level = level[np.abs(level[:, 2]) < 0.2]
-    if len(level) >= 100:
-        angle = np.degrees(np.arctan2(level[:, 1], level[:, 0])) % 90
-        counts = np.bincount((angle * 2).astype(int) % 180, minlength=180)
-        smooth = sum(np.roll(counts, s) for s in range(-4, 5))
-        if smooth.max() > 2.5 * smooth.mean():
-            peak = smooth.argmax() / 2
-            off = (angle - peak + 45) % 90 - 45
-            peak = np.radians((peak + off[np.abs(off) < 4].mean() + 45) % 90 - 45)  # the least turn that does it
-            c, s = np.cos(peak), np.sin(peak)
-            turn = np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]]) @ turn
-            said += ", walls along x and y"
-    z = points @ turn[2]
-    floor, where = np.percentile(z, 0.5), "at the lowest points"
-    flat = z[np.abs(normals @ turn[2]) > 0.9]
-    counts, edges = np.histogram(flat, bins=np.arange(z.min() - 0.02, z.max() + 0.06, 0.04))
-    low = edges[np.flatnonzero(counts > 0.02 * len(z))]
-    if len(low) and low[0] < floor + 0.5:  # the lowest level surface that is no crumb
-        floor, where = np.median(flat[np.abs(flat - low[0] - 0.02) < 0.06]), "on the lowest level surface"
-    world = np.eye(4)
-    world[:3, :3], world[2, 3] = turn, -floor
-    return world, f"turned z-up by {said}; z = 0 {where}"
-
-
-def move(points: np.ndarray, normals: np.ndarray, world: np.ndarray) -> dict:
-    """The geometry of a scene, moved by a rigid 4x4: keyword arguments of Scene."""
-    points = (points @ world[:3, :3].T + world[:3, 3]).astype(np.float32)
-    bounds = np.stack([points.min(0), points.max(0)]).astype(np.float64)
-    return {"points": points, "normals": (normals @ world[:3, :3].T).astype(np.float32), "bounds": bounds}
-
-
-def load_rgbd(root: str | Path, size: tuple[int, int] | int | None = (240, 320), max_frames: int = 64,
-              points: int = 100_000, voxel: float | None = None, up: str = "auto", convention: str = "opencv",
-              depth_scale: float = 1000.0, hold_out: int = 0) -> tuple[Scene, Frames | None]:  # fmt: skip
-    """read_rgbd's scene, and every `hold_out`-th frame apart, in the same world but unknown to cloud and gravity."""
-    root, notes = Path(root), []
-    found = find_frames(root)
-    if found is None:
-        known = ", ".join(layout[0] for layout in FRAME_LAYOUTS)
-        raise DataError(f"{root}: no posed frames; expected {known} with depth, pose and intrinsics files")
-    rows, camera = found
-    chosen = evenly(rows, max_frames)
-    kept, held = [], []
-
-    def training() -> Iterator[tuple]:
-        for i, (colour, depth, mask, K, pose) in enumerate(read_frames(chosen, camera, convention, depth_scale, notes)):
-            out = hold_out and i % hold_out == hold_out - 1
-            shape = fit_longest(*depth.shape, size) if isinstance(size, int) else size or depth.shape
-            (held if out else kept).append(resize_frame((colour, depth, mask, K, pose), shape))
-            if not out:
-                yield colour, depth, K, pose
-
-    scene, world = fused_scene(root.resolve().name, "rgbd", training(), kept, notes, points, up, voxel)
-    N = len(scene.points)
-    share, seen = (a[0] for a in depth_support(scene.points, np.zeros(N, np.int64), scene.frames))
-    agree = (share * seen - N) / max(seen - N, 1)  # a point always fits the frame that it came from
-    if seen > 1.05 * N and agree < 0.6:  # 0.94 on good poses, below 0.3 with the wrong convention
-        raise DataError(f"{root}: only {agree:.0%} of the depth fits other frames; name the convention of the poses: "
-                        f"{', '.join(CONVENTIONS)}")  # fmt: skip
-    notes.append(f"{len(kept)} of {len(rows)} frames used, {len(held)} held out")
-    return scene, stack_frames(held, world) if held else None
-
-
-def fused_scene(name: str, source: str, views: Iterable[tuple], kept: list, notes: list[str], points: int, up: str,
-                voxel: float | None = None) -> tuple[Scene, np.ndarray]:  # fmt: skip
-    """The scene of frames turned upright, and the 4x4 that turned it: its cloud is fused from `views` (as `fuse` takes
-    them), its frames are those `kept` (colour, depth, mask, intrinsics, pose), a list that may fill meanwhile."""
-    cloud, colours, normals, voxel = fuse(views, points, voxel)
-    if len(cloud) < 100:
-        raise DataError(f"{name}: the frames give {len(cloud)} points; check the depth images and their unit")
-    if (across := float(np.ptp(cloud, axis=0).max())) > 1000:
-        raise DataError(f"{name}: {across:.4g} m across, hardly a room; check --depth-scale or --scale")
-    world, said = upright(cloud, normals, up, -np.mean([f[4][:3, 1] for f in kept], axis=0))
-    notes += [f"{len(cloud)} points, {voxel * 100:.1f} cm voxels", said]
-    return Scene(name, source, [], colours=colours, frames=stack_frames(kept, world), notes=notes,
-                 **move(cloud, normals, world)), world  # fmt: skip
-
-
-def read_rgbd(root: str | Path, **options) -> Scene:
-    """A folder of posed RGB-D frames (FRAME_LAYOUTS) as a scene without objects (`with_own_segments` finds some).
-
-    Options: size of the frames, (H, W) or the longer side in pixels, None = the depth's; max_frames, evenly spaced;
-    points, the most in the cloud; voxel in metres (None: 0.025 or a pixel's footprint); up "auto" or an axis of the
-    file ("-y"); convention of the poses (CONVENTIONS); depth_scale, units per metre. Depth 0 and 65535 are missing.
-    Raises DataError.
-    """
-    return load_rgbd(root, **options)[0]
-
-
-def read_rgbd_split(root: str | Path, hold_out: int = 4, **options) -> tuple[Scene, Scene]:
-    """Two scenes with the same objects, own segments of the training frames: the first shows the training frames, the
-    second every `hold_out`-th frame, and only objects that the depth of those frames confirms (`depth_support`)."""
-    scene, held = load_rgbd(root, hold_out=hold_out, **options)
-    if held is None:
-        raise DataError(f"{root}: no frame to hold out; lower hold_out ({hold_out}) or add frames")
-    scene = with_own_segments(scene)
-    held = replace(held, masks=render_masks(scene.points, scene.instances, held))
-    agree, seen = depth_support(scene.points, scene.instances, held)
-    sure = [o for o in scene.objects if seen[o.id] >= 10 and agree[o.id] >= 0.5]
-    viewed = seen[1:] >= 10
-    note = (f"{len(sure)} of {viewed.sum()} objects in view of {len(held.depth)} held-out frames are confirmed by "
-            f"their depth, mean agreement {agree[1:][viewed].mean() if viewed.any() else 0:.2f}")  # fmt: skip
-    held.masks[~np.isin(held.masks, [o.id for o in sure])] = 0
-    return scene, replace(scene, name=f"{scene.name}_held_out", frames=held, objects=sure, notes=[*scene.notes, note])
-
-
-PLY_TYPES = {"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4",
-             "double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4",
-             "float32": "f4", "float64": "f8"}  # fmt: skip
-PLY_ORDERS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
-
-
-def load_ply(path: str | Path) -> dict[str, np.ndarray | None]:
-    """points [N, 3] f32 (f64 where the file has those), colours [N, 3] u8, normals [N, 3] f32 unit, faces [F, 3] i64 of
-    a PLY file, ascii or binary; what it lacks is None. Faces are triangles. Raises DataError."""
-    path, elements, held = Path(path), [], {}
-    with reading(path, "PLY file"):
-        head, _, body = path.read_bytes().partition(b"end_header")
-        _, *header = (line.split() for line in head.decode("latin-1").splitlines() if line.strip())
-        order = PLY_ORDERS[dict(words[:2] for words in header)["format"]]
-        for words in header:
-            if words[0] == "element":
-                elements.append((words[1], int(words[2]), []))
-            elif words[:2] == ["property", "list"]:  # a triangle: its count, then three columns
-                elements[-1][2].append(("count", PLY_TYPES[words[2]]))
-                elements[-1][2].extend((f"corner{i}", PLY_TYPES[words[3]]) for i in range(3))
-            elif words[0] == "property":
-                elements[-1][2].append((words[2], PLY_TYPES[words[1]]))
-        body = body[body.index(b"\n") + 1 :]
-        lines = None if order else [line for line in body.decode("ascii").splitlines() if line.strip()]
-        for name, count, fields in elements:
-            dtype = np.dtype([(field, order + code) for field, code in fields])
-            if lines is None:
-                table = np.frombuffer(body, dtype, min(count, len(body) // dtype.itemsize))
-                body = body[table.nbytes :]
-            else:
-                rows, lines = lines[:count], lines[count:]
-                rows = np.loadtxt(rows, usecols=range(len(fields)), ndmin=2) if len(rows) == count > 0 else []
-                table = np.rec.fromarrays(list(np.reshape(rows, (-1, len(fields))).T), dtype=dtype)
-            if len(table) < count:
-                raise DataError(f"{path}: truncated, it ends within the {count} rows of {name}; copy the file again")
-            if "count" in dtype.names and (table["count"] != 3).any():
-                raise DataError(f"{path}: element {name} is not of triangles; triangulate, or export vertices alone")
-            held[name] = table
-        vertex = held["vertex"]
-        known = {"points": ("x", "y", "z"), "colours": ("red", "green", "blue"), "normals": ("nx", "ny", "nz")}
-        out = {k: np.stack([vertex[n] for n in v], 1) if v[0] in vertex.dtype.names else None for k, v in known.items()}
-        if out["points"] is None:
-            raise DataError(f"{path}: not a whole PLY file (its vertices have no x, y and z); export it again")
-        out["points"], out["faces"] = out["points"].astype(np.result_type(out["points"], np.float32)), None
-    if out["colours"] is not None:
-        unitary = out["colours"].dtype.kind == "f" and np.nanmax(out["colours"], initial=0) <= 1
-        full = 65535 if out["colours"].dtype.itemsize == 2 else 1 if unitary else 255
-        out["colours"] = np.nan_to_num(out["colours"] * (255 / full)).round().clip(0, 255).astype(np.uint8)
-    if out["normals"] is not None:
-        out["normals"] = unit(out["normals"])
-    if len(held.get("face", ())):
-        out["faces"] = np.stack([held["face"][f"corner{i}"] for i in range(3)], 1).astype(np.int64)
-        if out["faces"].min() < 0 or out["faces"].max() >= len(vertex):
-            raise DataError(f"{path}: element face names vertices that the file does not hold; export the mesh again")
-    return out
-
-
-def write_ply(path: str | Path, points: np.ndarray, colours: np.ndarray, normals: np.ndarray) -> None:
-    """A binary PLY of points, normals (float32) and colours (uint8), all [N, 3], without faces."""
-    names = ("x", "y", "z", "nx", "ny", "nz", "red", "green", "blue")
-    table = np.empty(len(points), [(n, "u1" if len(n) > 2 else "<f4") for n in names])
-    for name, column in zip(names, [*points.T, *normals.T, *colours.T], strict=True):
-        table[name] = column
-    words = {"f": "float", "u": "uchar"}
-    properties = "".join(f"property {words[table.dtype[n].kind]} {n}\n" for n in table.dtype.names)
-    header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(table)}\n{properties}end_header\n"
-    Path(path).write_bytes(header.encode() + table.tobytes())
-
-
-def read_ply(path: str | Path, points: int = 200_000, up: str = "+z", scale: float = 1.0) -> Scene:
-    """A bare cloud or mesh as a scene without objects or frames. `up` is the axis of the file that points up, `scale`
-    metres per unit; more than `points` are averaged in voxels (before normals are estimated, so that memory stays that
-    of the file), and the mesh dropped. Points at the same place are one; a cloud in a map's coordinates, more than a
-    kilometre away, is moved to the origin. Raises DataError."""
-    held = load_ply(path)
-    finite = np.isfinite(held["points"]).all(1)
-    if finite.sum() < 2:
-        raise DataError(f"{path}: only {finite.sum()} of {len(finite)} points are usable; export the cloud again")
-    notes = [] if finite.all() else [f"dropped {(~finite).sum()} of {len(finite)} points that are not finite"]
-    cloud, faces = held["points"][finite], held["faces"] if finite.all() else None
-    colours, normals = (None if held[k] is None else held[k][finite] for k in ("colours", "normals"))
-    away, across = (float(a.max()) * scale for a in (np.abs(cloud), np.ptp(cloud, axis=0)))
-    if across > 100:
-        raise DataError(f"{path}: {across:.4g} m across, hardly metres; if millimetres, scale = 0.001 (--scale 0.001)")
-    if (step := float(np.spacing(np.abs(cloud).max())) * scale) > 0.005:
-        raise DataError(f"{path}: lies {away:.0f} m from the origin, where its float has steps of {step * 100:.0f} cm; "
-                        "export it as double or moved to the origin")  # fmt: skip
-    if away > 1000:
-        middle = cloud.mean(0).round()
-        cloud, notes = cloud - middle, [*notes, f"moved to the origin by {(-middle).tolist()} of the file's units"]
-    cloud = (cloud * scale).astype(np.float32)
-    if normals is not None and not (np.square(normals).sum(1) > 0.5).all():
-        normals, notes = None, [*notes, "some normals are zero or not finite: all made anew"]
-    if normals is None and faces is not None:
-        normals = unit(vertex_normals(cloud, faces))
-    if len(cloud) > points:
-        colour, normal = (np.zeros_like(cloud) if a is None else a for a in (colours, normals))
-        values = np.concatenate([colour, normal], axis=1, dtype=np.float32)
-        few, mixed, turned, voxel = thin(cloud, values, np.ones(len(cloud)), 0.01, points)
-        notes.append(f"{len(cloud)} points averaged to {len(few)} in voxels of {voxel * 100:.1f} cm")
-        cloud, colours, normals = few, None if colours is None else mixed, None if normals is None else turned
-    first = np.sort(np.unique(cloud, axis=0, return_index=True)[1])
-    if len(first) < 2:
-        raise DataError(f"{path}: all {len(finite)} points are at one place; export the cloud again")
-    if len(first) < len(cloud):
-        notes.append(f"dropped {len(cloud) - len(first)} of {len(cloud)} points that lie on another")
-        cloud, colours, normals = (None if a is None else a[first] for a in (cloud, colours, normals))
-    if normals is None:
-        normals = estimate_normals(cloud)
-    world, said = upright(cloud, normals, up, None)
-    return Scene(Path(path).stem, "ply", [], colours=colours, notes=[*notes, said], **move(cloud, normals, world))
-
-
-def scan_fields(path: Path) -> dict[str, str]:
-    """The `key = value` lines of a scan's .txt."""
-    with reading(path, "scan description"):
-        pairs = [line.split("=", 1) for line in path.read_text().splitlines() if "=" in line]
-        return {key.strip(): value.strip() for key, value in pairs}
-
-
-def scan_folder(root: Path, scene_id: str) -> Path:
-    places = [root / p / scene_id for p in ("", "scans", "scans_test")] + [root] * (root.name == scene_id)
-    for place in places:
-        if (place / f"{scene_id}{SCAN_FILES[0]}").exists():
-            return place
-    raise DataError(f"{root}: no {scene_id}/{scene_id}{SCAN_FILES[0]} or under scans/, scans_test/; see data.py check")
-
-
-def read_scannet(root: str | Path, scene_id: str, size: tuple[int, int] | None = None, max_frames: int = 32) -> Scene:
-    """A ScanNet scan: its own files (mesh, segments, aggregation, axis alignment) and, where a colour/depth/pose export
-    lies beside them or under posed_images/<id> or frames/<id>, at most `max_frames` (0: none) at size (H, W).
-
-    The axis alignment is the only transform. Instance = objectId + 1; wall, floor and ceiling are no objects; boxes are
-    the extent of an object's points. Masks are read from instance-filt/ or else rendered. Raises DataError.
-    """
-    root, notes = Path(root), []
-    folder = scan_folder(root, scene_id)
-    mesh, segs, aggregation, info = (folder / f"{scene_id}{suffix}" for suffix in SCAN_FILES)
-    held = load_ply(mesh)
-    raw, faces, colours, normals = (held[k] for k in ("points", "faces", "colours", "normals"))
-    if len(raw) < 2:
-        raise DataError(f"{mesh}: {len(raw)} vertices; a scan needs a cloud, copy the file again")
-    fields = scan_fields(info)
-    if "axisAlignment" not in fields:
-        notes.append(f"{info.name} has no axisAlignment: the scan keeps its own axes")
-    with reading(info, "axisAlignment of 16 numbers"):
-        world = np.array(fields.get("axisAlignment", "1 0 0 0 0 1 0 0 0 0 1 0 0 0 0 1").split(), float).reshape(4, 4)
-    if normals is None:
-        normals = estimate_normals(raw) if faces is None else unit(vertex_normals(raw, faces))
-    scene = Scene(scene_id, "scannet", [], colours=colours, notes=notes, **move(raw, normals, world))
-    scene.instances = np.zeros(len(raw), np.int64)
-    if "roomBounds" in fields:  # write_scannet's
-        scene.bounds = np.array(fields["roomBounds"].split(), float).reshape(2, 3)
-    if not segs.exists() and not aggregation.exists():
-        notes.append("no segments or labels (a test scan): superpoints are our own, objects unknown")
-        scene.superpoints = over_segment(raw, None if faces is not None else normals, faces)
-    else:
-        with reading(segs, "list of segIndices"):
-            segment = read_json(segs)["segIndices"]
-        if len(segment) != len(raw):
-            raise DataError(f"{segs}: segIndices has {len(segment)} entries, the mesh {len(raw)} vertices; copy both")
-        values, scene.superpoints = np.unique(np.array(segment, np.int64), return_inverse=True)
-        seen, groups = [], read_json(aggregation)
-        with reading(aggregation, "list of segGroups with objectId, label, segments"):
-            groups = [(g["objectId"] + 1, g["label"].replace("_", " "), set(g["segments"]), g)
-                      for g in groups["segGroups"]]  # fmt: skip
-        for id, label, parts, group in groups:
-            if label in SHELL or parts in seen:  # scene0217_00 lists its objects twice
-                continue
-            seen.append(parts)
-            mine = np.isin(values, list(parts))[scene.superpoints]
-            if not mine.any():
-                raise DataError(f"{aggregation}: objectId {id - 1} ({label}) has no points; copy one scan's files")
-            scene.instances[mine] = id
-            box = np.array(group["alignedBox"]) if "alignedBox" in group else extent(scene.points[mine])
-            scene.objects.append(Thing(id, label, group.get("colour") or colour_name(colours, mine), box))
-    if not max_frames:
-        return scene
-    places = [folder, root / "posed_images" / scene_id, root / "frames" / scene_id]
-    found = next(filter(None, map(find_frames, places)), None)
-    if found is None:
-        notes.append("no exported frames (color/ depth/ pose/ intrinsic/): points only")
-        return scene
-    rows, camera = found
-    chosen = evenly(rows, max_frames)
-    frames = [resize_frame(f, size or f[1].shape) for f in read_frames(chosen, camera, "opencv", 1000.0, notes)]
-    scene.frames = stack_frames(frames, world)
-    if scene.objects and not chosen[0][3].exists():
-        scene.frames.masks = render_masks(scene.points, scene.instances, scene.frames)
-        notes.append("masks rendered from the labelled mesh")
-    ids = np.array([0, *(o.id for o in scene.objects)])
-    scene.frames.masks[~np.isin(scene.frames.masks, ids)] = 0
-    return scene
-
-
-def write_scannet(scene: Scene, out: str | Path) -> Path:
-    """Writes a scene with a cloud as the ScanNet scan <out>/<name>, unaligned as scans are; read_scannet gives it back
-    (superpoints cut at instances, depth to 1 mm). Colour is written as PNG, so that nothing is lost; two extra keys per
-    object (alignedBox, colour) and one line of the .txt (roomBounds) keep what ScanNet has no place for."""
-    from PIL import Image
-
-    if scene.points is None:
-        raise DataError(f"{scene.name}: no cloud to write; make the room with points > 0")
-    folder = Path(out) / scene.name
-    world = np.array([[0.8, -0.6, 0, 1.5], [0.6, 0.8, 0, -0.75], [0, 0, 1, 0.25], [0, 0, 0, 1]])
-    back = np.linalg.inv(world)
-    normals = scene.normals if scene.normals is not None else estimate_normals(scene.points)
-    raw = move(scene.points, normals, back)
-    superpoints = over_segment(scene.points, normals) if scene.superpoints is None else scene.superpoints
-    instances = np.zeros(len(scene.points), np.int64) if scene.instances is None else scene.instances
-    colours = np.full((len(scene.points), 3), 128, np.uint8) if scene.colours is None else scene.colours
-    pairs, segment = np.unique(np.stack([superpoints, instances]), axis=1, return_inverse=True)
-    groups = [{"id": i, "objectId": o.id - 1, "label": o.category, "alignedBox": o.box.tolist(), "colour": o.colour,
-               "segments": np.flatnonzero(pairs[1] == o.id).tolist()} for i, o in enumerate(scene.objects)]  # fmt: skip
-    numbers = {"axisAlignment": world} | ({} if scene.bounds is None else {"roomBounds": scene.bounds})
-    folder.mkdir(parents=True, exist_ok=True)
-    mesh, segs, aggregation, info = (folder / f"{scene.name}{suffix}" for suffix in SCAN_FILES)
-    write_ply(mesh, raw["points"], colours, raw["normals"])
-    segs.write_text(json.dumps({"sceneId": scene.name, "segIndices": segment.ravel().tolist()}))
-    aggregation.write_text(json.dumps({"sceneId": scene.name, "segGroups": groups}))
-    info.write_text("".join(f"{k} = {' '.join(map(repr, map(float, v.ravel())))}\n" for k, v in numbers.items()))
-    if scene.frames is None:
-        return folder
-    f = scene.frames
-    if (f.intrinsics != f.intrinsics[0]).any():
-        raise DataError(f"{scene.name}: frames of several cameras; ScanNet's layout holds one, write them apart")
-    for part in ("color", "depth", "pose", "intrinsic", "instance-filt"):
-        (folder / part).mkdir(exist_ok=True)
-    camera = np.eye(4)
-    camera[:3, :3] = f.intrinsics[0]
-    np.savetxt(folder / "intrinsic/intrinsic_depth.txt", camera, "%.17g")
-    for i, pose in enumerate(back @ f.poses):
-        Image.fromarray(f.colour[i]).save(folder / f"color/{i}.png", compress_level=1)
-        Image.fromarray(np.round(f.depth[i] * 1000).astype(np.uint16)).save(folder / f"depth/{i}.png", compress_level=1)
-        Image.fromarray(f.masks[i].astype(np.uint16)).save(folder / f"instance-filt/{i}.png", compress_level=1)
-        np.savetxt(folder / f"pose/{i}.txt", pose, "%.17g")
-    return folder
-
-
-TERMS = {
-    "scans": "scans: ScanNet's Terms of Use form, on its project page (ScanNet/ScanNet on GitHub), signed and mailed; "
-             f"points need four file types, about 10.6 GB: <id>{', <id>'.join(SCAN_FILES)}",
-    "frames": "frames: exported as color/ depth/ pose/ intrinsic/ from the scans' .sens files (1.2 TB, the same form)",
-    "questions": "questions: ScanQA, SQA3D, ScanRefer, Multi3DRefer, Scan2Cap, Nr3D, VSI-Bench: their project pages",
-}  # fmt: skip
-
-
-def found_by_vggt(what: str) -> str:
-    there = "is installed" if importlib.util.find_spec("vggt") else f"is not installed: {INSTALL['vggt']}"
-    return f"{what}: found by VGGT, which {there}"
-
-
-def check(path: str | Path) -> list[str]:
-    """What `path` holds, what it lacks, and where that is had under which terms: the lines of `data.py check DIR`."""
-    path = Path(path)
-    if not path.exists():
-        return [f"{path}: nothing there", *TERMS.values()]
-    if path.suffix.lower() == ".ply":
-        held = load_ply(path)
-        size = np.ptp(held["points"], axis=0) if len(held["points"]) else np.zeros(3)
-        return [f"{path}: {len(held['points'])} points, {' x '.join(f'{s:.2f}' for s in size)} in the file's unit",
-                *(f"has {'no ' * (held[k] is None)}{k}" for k in ("colours", "normals", "faces"))]  # fmt: skip
-    if path.suffix.lower() in VIDEOS:
-        return [f"{path}: {read_video(path)[1][0]}", found_by_vggt("depth and poses")]
-    if path.suffix == ".json":
-        rows = read_json(path)
-        if isinstance(rows, dict):
-            rows = next((rows[k] for k in ("questions", "annotations", "data_list") if k in rows), [rows])
-        scenes = {r["scene_id"] for r in rows if isinstance(r, dict) and "scene_id" in r}
-        return [f"{path}: {len(rows)} rows about {len(scenes)} scenes, fields {', '.join(rows[0]) if rows else 'none'}"]
-    if not path.is_dir():
-        choose_reader(path)
-        return [f"{path}: a kept scene, {len(load_scene(path).points)} points"]
-    places = (path, path / "scans", path / "scans_test")
-    scans = sorted(p for place in places if place.is_dir() for p in place.glob("scene*_*") if p.is_dir())
-    scans = scans or sorted({p.parent for p in path.glob(f"*/*{SCAN_FILES[0]}")})
-    found = find_frames(path)
-    lines = []
-    if found:
-        rows, camera = found
-        absent = [kind for i, kind in ((1, "depth"), (2, "poses")) if not any(row[i].exists() for row in rows)]
-        lacks = [p.name for row in rows for p in row[1:3] if not p.exists()] + [camera.name] * (not camera.exists())
-        lines.append(f"{path}: {len(rows)} RGB-D frames, {len(lacks)} files missing {' '.join(lacks[:3])}".rstrip())
-        if absent:
-            lines = [f"{path}: {len(rows)} images without {' and '.join(absent)}", found_by_vggt(" and ".join(absent))]
-    elif images := [p for p in path.iterdir() if p.suffix.lower() in IMAGES]:
-        lines += [f"{path}: {len(images)} images without depth and poses", found_by_vggt("depth and poses")]
-    if scans:
-        frames = sum(any(map(find_frames, (p, path / "posed_images" / p.name))) for p in scans)
-        lines.append(f"{path}: {len(scans)} scans, {frames} with exported frames")
-        lacks = {s: [p.name for p in scans if not (p / f"{p.name}{s}").exists()] for s in SCAN_FILES}
-        lines += [f"missing <id>{s} of {len(names)} scans, first {names[0]}" for s, names in lacks.items() if names]
-        lines += [TERMS["scans"]] * any(lacks.values()) + [TERMS["frames"]] * (frames < len(scans))
-    for file in sorted(p for p in path.iterdir() if p.suffix.lower() in (".json", ".ply", *VIDEOS)):
-        try:
-            lines += check(file)
-        except DataError as error:
-            lines.append(str(error))
-    return lines or [f"{path}: nothing that a reader knows", *TERMS.values()]
-
-
-# ---- 4b video, and frames without depth or poses ---------------------------------------------------------------------
-
-VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
-IMAGES = (".jpg", ".jpeg", ".png", ".webp")
-INSTALL = {  # packages that only some inputs need -> how they are had
-    "av": 'pip install -e ".[video]"',
-    "vggt": "pip install git+https://github.com/facebookresearch/vggt",
-    "sam2": "SAM2_BUILD_CUDA=0 pip install --no-build-isolation sam2",
-}
-
-
-def need(module: str, what: str):
-    """A module of an optional package; where it is missing, one line that says how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise DataError(f"{what} needs the package {package} ({error}): {INSTALL[package]}") from None
-
-
-def sharpness(grey: np.ndarray) -> float:
-    """How sharp an image [h, w] is: the variance of its Laplacian (Pech-Pacheco et al., ICPR 2000). Blur lowers it."""
-    g = grey.astype(np.float32)
-    if min(g.shape) < 3:
-        return 0.0
-    return float((4 * g[1:-1, 1:-1] - g[:-2, 1:-1] - g[2:, 1:-1] - g[1:-1, :-2] - g[1:-1, 2:]).var())
-
-
-def spread(times: np.ndarray, count: int, tries: int) -> list[np.ndarray]:
-    """Indices of up to `tries` successive frames around the middle of each of `count` equal intervals of time; an
-    interval without a frame is left out. times [n] ascending, in any unit."""
-    step = float(np.median(np.diff(times))) if len(times) > 1 else 1.0
-    edges = np.linspace(times[0] - step / 2, times[-1] + step / 2, count + 1)
-    interval = np.clip(np.searchsorted(edges, times, side="right") - 1, 0, count - 1)
-    groups = [np.flatnonzero(interval == i) for i in range(count)]
-    return [g[max(0, (len(g) - tries) // 2) :][:tries] for g in groups if len(g)]
-
-
-def fit_longest(height: int, width: int, longest: int) -> tuple[int, int]:
-    """The size (H, W) at which the longer side is at most `longest` pixels."""
-    scale = min(1.0, longest / max(height, width))
-    return max(1, round(height * scale)), max(1, round(width * scale))
-
-
-def read_video(path: str | Path, count: int = 32, longest: int = 640,
-               tries: int = 8) -> tuple[np.ndarray, list[str]]:  # fmt: skip
-    """Up to `count` frames of a video, evenly spaced in time: images [V, H, W, 3] uint8, upright, their longer side at
-    most `longest` pixels; and notes.
-
-    Time is that of the frames' own stamps, so a variable frame rate does no harm; of each interval the sharpest of up
-    to `tries` successive frames is kept, since hand-held video is often blurred. Only these frames and those before
-    them up to a key frame are decoded: memory does not grow with the length of the video, and time hardly. Frames that
-    cannot be decoded (often the last ones of a recording that broke off) are skipped. Raises DataError.
-    """
-    av, path = need("av", "reading a video"), Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such video")
-    best = []
-    try:
-        with av.open(str(path), metadata_errors="replace") as container:
-            if not container.streams.video:
-                raise DataError(f"{path}: has no pictures; give a video")
-            stream = container.streams.best("video")  # not a cover picture
-            stream.thread_type = "AUTO"
-            stamps, keys = time_stamps(av, container, stream)
-            groups = spread(stamps, count, tries) if len(stamps) else []
-            decoder, last = iter(()), None  # the frame decoded last may belong to the next interval
-            for first, end in ((stamps[g[0]], stamps[g[-1]]) for g in groups):
-                key = keys[keys <= first].max(initial=stamps[0])
-                if last is None or not key <= last.pts <= first:
-                    container.seek(int(key), stream=stream)
-                    decoder, last = decode(av, container, stream), None
-                found = []
-                for frame in itertools.chain([last] if last else [], decoder):
-                    last = frame
-                    if frame.pts > end:
-                        break
-                    if frame.pts >= first:
-                        small = frame.reformat(*fit_longest(frame.width, frame.height, 320), "gray")
-                        found.append((sharpness(small.to_ndarray()), -frame.pts, frame))
-                if found:
-                    frame = max(found)[2]
-                    size = fit_longest(frame.width, frame.height, longest)
-                    image = frame.reformat(*size, "rgb24", interpolation="AREA").to_ndarray()
-                    best.append(np.rot90(image, round(frame.rotation / 90)))  # the tag of a phone held upright
-            seconds = float((stamps[-1] - stamps[0]) * stream.time_base) if len(stamps) else 0.0
-    except av.FFmpegError as error:
-        raise DataError(f"{path}: not a whole video ({error.strerror}); copy or record it again") from None
-    if not best:
-        raise DataError(f"{path}: none of its frames can be decoded; copy or record it again")
-    notes = [f"{len(best)} of {len(stamps)} frames in {seconds:.1f} s, each the sharpest of up to {tries}"]
-    if len(best) < len(groups):
-        notes.append(f"{len(groups) - len(best)} of {len(groups)} intervals have no frame that can be decoded")
-    return same_size(best, path), notes
-
-
-def time_stamps(av, container, stream) -> tuple[np.ndarray, np.ndarray]:
-    """Ascending time stamps of all frames and of the key frames, read without decoding. A file that breaks off ends
-    where it does."""
-    packets = []
-    with suppress(av.FFmpegError):
-        for packet in container.demux(stream):
-            if packet.pts is not None and packet.size:
-                packets.append((packet.pts, packet.is_keyframe))
-    return np.array(sorted(t for t, _ in packets)), np.array(sorted(t for t, key in packets if key), np.int64)
-
-
-def decode(av, container, stream) -> Iterator:
-    """The frames from here on; damaged ones are left out."""
-    for _ in range(100):  # a failure ends the decoder's own loop: begin again behind it
-        with suppress(av.FFmpegError):
-            yield from (frame for frame in container.decode(stream) if frame.pts is not None)
-            return
-
-
-def natural(name: str) -> list[str | int]:
-    """What names are sorted by so that frame10 comes after frame9."""
-    return [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", name)]
-
-
-def read_images(folder: Path, count: int = 32, longest: int = 640, tries: int = 8) -> tuple[np.ndarray, list[str]]:
-    """As read_video, of a folder of image files in the order of their names (frame10 after frame9), turned upright;
-    hidden files are passed over."""
-    files = [p for p in folder.iterdir() if p.suffix.lower() in IMAGES and p.name[0] != "."]
-    files.sort(key=lambda p: natural(p.name))
-    if not files:
-        raise DataError(f"{folder}: no images ({', '.join(IMAGES)}) and no RGB-D frames; see python data.py check")
-    best = []
-    for group in spread(np.arange(len(files)), count, tries):
-        images = [shrink(read_image(files[i], "RGB", upright=True), longest) for i in group]
-        best.append(max(images, key=lambda image: sharpness(shrink(image, 320).mean(2))))
-    return same_size(best, folder), [f"{len(best)} of {len(files)} images, each the sharpest of up to {tries}"]
-
-
-def shrink(image: np.ndarray, longest: int) -> np.ndarray:
-    """An image [H, W, 3] uint8 whose longer side is at most `longest` pixels."""
-    return resize_image(image, fit_longest(*image.shape[:2], longest))
-
-
-def same_size(images: list[np.ndarray], where: object) -> np.ndarray:
-    """Images [V, H, W, 3]. Raises DataError where their sizes differ."""
-    if len(sizes := {image.shape[:2] for image in images}) > 1:
-        raise DataError(f"{where}: frames of {len(sizes)} sizes; those of one camera have one, sort out the others")
-    return np.stack(images)
-
-
-def read_partial(rows: list, camera: Path, count: int, longest: int, convention: str,
-                 depth_scale: float) -> tuple[np.ndarray, dict, list[str]]:  # fmt: skip
-    """Frames that have depth or poses but not both (rows and camera as of find_frames): images [V, H, W, 3] uint8;
-    {"depth": [V, H, W] metres} or {"poses": [V, 4, 4] camera to world, and, where the folder has them, "intrinsics":
-    [V, 3, 3]}, with "masks" [V, H, W]; notes."""
-    depth, chosen = rows[0][1].exists(), evenly(rows, count)
-    images, values, masks = [], [], []
-    for colour_path, depth_path, pose_path, mask_path in chosen:
-        value = read_depth(depth_path, depth_scale) if depth else read_pose(pose_path, convention)
-        if value is None:
-            continue
-        image = read_image(colour_path, "RGB")
-        size = image.shape[:2]
-        images.append(shrink(image, longest))
-        values.append(nearest_pixels(value, images[-1].shape[:2]) if depth else value)
-        mask = read_integers(mask_path).astype(np.int32) if mask_path.exists() else np.zeros((1, 1), np.int32)
-        masks.append(nearest_pixels(mask, images[-1].shape[:2]))
-    lost = len(chosen) - len(images)
-    if not images:
-        raise DataError(f"{camera.parent}: none of its {lost} poses is finite; export the frames again")
-    images = same_size(images, camera.parent)
-    known = {"depth" if depth else "poses": np.stack(values), "masks": np.stack(masks)}
-    H, W = images.shape[1:3]
-    colour = [c for c in map(camera.with_name, ("intrinsic_color.txt", "intrinsic.txt", camera.name)) if c.exists()]
-    if not depth and colour:  # of the images, where depth has a camera of its own
-        K = np.diag([W / size[1], H / size[0], 1]) @ read_intrinsics(colour[0])
-        known["intrinsics"] = np.tile(K, (len(images), 1, 1))
-    said = f"{len(images)} of {len(rows)} frames used" + f", {lost} poses are not finite" * bool(lost)
-    return images, known, [said]
-
-
-@lru_cache(maxsize=1)
-def load_vggt(name: str = "facebook/VGGT-1B"):
-    """VGGT (Wang et al., CVPR 2025) by its hub name or a folder of its weights, on a GPU where there is one."""
-    vggt = need("vggt.models.vggt", "depth and cameras from bare frames")
-    try:
-        model = vggt.VGGT.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise DataError(f"--vggt {name}: its weights cannot be had ({str(error).splitlines()[0][:60]}); download "
-                        "facebook/VGGT-1B and give its folder") from None  # fmt: skip
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@torch.no_grad()
-def vggt_geometry(images: np.ndarray, model, longest: int = 518) -> tuple[np.ndarray, ...]:
-    """What VGGT sees in images [V, H, W, 3] uint8: depth [V, H, W] float32 along the cameras' z axis, confidence [V, H,
-    W] float32 >= 1, intrinsics [V, 3, 3] of this size, poses [V, 4, 4] camera to world (the first camera's axes).
-
-    Depth and cameras come from their own heads, whose un-projection VGGT's authors recommend over the point map. The
-    unit is VGGT's own, not metres. The longer side is brought to `longest` pixels, both to whole patches.
-    """
-    pose_enc = need("vggt.utils.pose_enc", "depth and cameras from bare frames")
-    V, H, W, _ = images.shape
-    patch, device = model.aggregator.patch_size, next(model.parameters()).device
-    h, w = (max(1, round(n * longest / max(H, W) / patch)) * patch for n in (H, W))
-    x = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float() / 255  # [V, 3, H, W]
-    x = torch.nn.functional.interpolate(x, (h, w), mode="bicubic", antialias=True).clamp(0, 1)[None]  # [1, V, 3, h, w]
-    with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-        tokens, first = model.aggregator(x)
-    with torch.autocast("cuda", enabled=False):
-        code = model.camera_head(tokens)[-1]  # [1, V, 9]
-        depth, confidence = model.depth_head(tokens, images=x, patch_start_idx=first)  # [1, V, h, w, 1], [1, V, h, w]
-    camera, K = pose_enc.pose_encoding_to_extri_intri(code, (h, w))  # [1, V, 3, 4] world to camera, [1, V, 3, 3]
-    poses, scale = np.tile(np.eye(4), (V, 1, 1)), np.diag([W / w, H / h, 1.0])
-    poses[:, :3] = camera[0].double().cpu().numpy()
-    full = lambda a: np.stack([nearest_pixels(m, (H, W)) for m in a.reshape(V, h, w).float().cpu().numpy()])  # noqa: E731
-    return full(depth), full(confidence), scale @ K[0].double().cpu().numpy(), np.linalg.inv(poses)
-
-
-def similarity(found: np.ndarray, known: np.ndarray, where: object) -> tuple[float, float]:
-    """Metres per unit of cameras that were found in a unit and a frame of their own, from the known ones; and the
-    median distance in metres of the centres once they are aligned. found, known [V, 4, 4] camera to world.
-
-    The rotation between the frames is the mean over the cameras, so cameras along a line will do; the scale is that of
-    least squares (Umeyama 1991). Raises DataError where the cameras stand still, or where the two disagree.
-    """
-    both = np.einsum("vij,vkj->ik", known[:, :3, :3], found[:, :3, :3])
-    u, _, vt = np.linalg.svd(both)
-    turn = u @ np.diag([1, 1, np.linalg.det(u @ vt)]) @ vt
-    a, b = found[:, :3, 3] @ turn.T, known[:, :3, 3]
-    a, b = a - a.mean(0), b - b.mean(0)
-    reach = float(np.linalg.norm(b, axis=1).max())
-    if reach < 0.05:
-        raise DataError(f"{where}: the camera moves less than 10 cm, which gives no scale; leave out the poses")
-    scale = float((a * b).sum() / max(np.square(a).sum(), 1e-12))
-    off = float(np.median(np.linalg.norm(scale * a - b, axis=1)))
-    trace = np.einsum("vij,ik,vkj->v", known[:, :3, :3], turn, found[:, :3, :3])
-    angle = float(np.degrees(np.median(np.arccos(np.clip((trace - 1) / 2, -1, 1)))))
-    if scale <= 0 or off > 0.3 * reach or angle > 25:
-        raise DataError(f"{where}: its poses and its images disagree by {angle:.0f} degrees and {off:.2f} m; name the "
-                        f"convention of the poses: {', '.join(CONVENTIONS)}")  # fmt: skip
-    return scale, off
-
-
-GUESS = 2.0  # metres: the median depth of a video whose scale nobody knows
-
-
-def metres_per_unit(depth: np.ndarray, poses: np.ndarray, sure: np.ndarray, known: dict, scale: float | None,
-                    where: object) -> tuple[float, list[str]]:  # fmt: skip
-    """Metres per unit of depth [V, H, W] and poses [V, 4, 4] that were found, sure [V, H, W] bool; and a line that says
-    how: by the known poses (`similarity`) or depth [V, H, W] (median ratio), else by a guess times `scale`."""
-    if "poses" in known:
-        factor, off = similarity(poses, known["poses"], where)
-        return factor, [f"depth as seen in the images, its scale from {len(poses)} poses, which fit to {off:.2f} m"]
-    if "depth" in known:
-        both = sure & (known["depth"] > 0)
-        if not both.any():
-            raise DataError(f"{where}: its depth images are empty; export them again")
-        factor = float(np.median(known["depth"][both] / depth[both]))
-        return factor, ["poses as seen in the images, their scale from the depth"]
-    return GUESS / float(np.median(depth[sure])) * (scale or 1.0), []
-
-
-def read_views(path: str | Path, geometry: Callable | None = None, vggt: str = "facebook/VGGT-1B", max_frames: int = 32,
-               longest: int = 640, scale: float | None = None, up: str = "auto", convention: str = "opencv",
-               depth_scale: float = 1000.0, points: int = 100_000) -> Scene:  # fmt: skip
-    """A video, a folder of images, or a folder of frames that lacks depth or poses, as a scene without objects.
-
-    What is missing comes from geometry(images) -> depth, confidence, intrinsics, poses as of `vggt_geometry` (the
-    default). Its unit becomes metres by the folder's poses or depth, or by `scale`, true metres per guessed one, where
-    the guess puts half of what is seen within GUESS metres. Without any of them the scene is not metric, and questions
-    in metres are refused. A fifth of the depth, the least certain, is dropped; known depth, poses and intrinsics
-    replace what was found. Raises DataError.
-    """
-    path, known = Path(path), {}
-    rows, camera = (find_frames(path) if path.is_dir() else None) or ([], None)
-    if any(p.exists() for row in rows for p in row[1:3]):
-        images, known, notes = read_partial(rows, camera, max_frames, longest, convention, depth_scale)
-    else:
-        images, notes = (read_images if path.is_dir() else read_video)(path, max_frames, longest)
-    if scale is not None and known:
-        raise DataError(f"--scale: {path} has {next(iter(known))} in metres; leave it out")
-    found, confidence, K, cameras = (geometry or (lambda x: vggt_geometry(x, load_vggt(vggt))))(images)
-    sure = (found > 0) & (confidence >= np.quantile(confidence, 0.2))
-    if not (sure.any() and all(np.isfinite(a).all() for a in (found, K, cameras))):
-        raise DataError(f"{path}: no depth and cameras were found in its frames; record it again, slowly and in light")
-    factor, said = metres_per_unit(found, cameras, sure, known, scale, path)
-    notes += said
-    cameras = cameras * [1, 1, 1, factor]  # the last column: where they stand
-    cameras[:, 3, 3] = 1
-    depth = known.get("depth", np.where(sure, found * np.float32(factor), 0).astype(np.float32))
-    masks = known.get("masks", np.zeros(depth.shape, np.int32))
-    arrays = (images, depth, masks, known.get("intrinsics", K), known.get("poses", cameras))
-    kept = list(zip(*arrays, strict=True))
-    scene, _ = fused_scene(path.stem, "video", ((c, d, k, p) for c, d, _, k, p in kept), kept, notes, points, up)
-    if known or scale is not None:
-        return scene
-    size = " x ".join(f"{s:.1f}" for s in np.ptp(scene.bounds, axis=0))
-    notes.append(f"no poses, depth or --scale: sizes are guessed ({size} m) and metric questions refused; if you know "
-                 "a length, give --scale TRUE/GUESSED")  # fmt: skip
-    return replace(scene, metric=False)
-
-
-# ---- 5 over-segmentation ---------------------------------------------------------------------------------------------
-
-
-def group_mean(values: np.ndarray, label: np.ndarray, count: int) -> np.ndarray:
-    """Mean of values [N, C] per label 0..count-1."""
-    total = np.stack([np.bincount(label, v, count) for v in values.T], axis=1)
-    return total / np.maximum(np.bincount(label, minlength=count), 1)[:, None]
-
-
-def vertex_normals(points: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Mean of the unit normals of a vertex's faces [N, 3] float32, *not* normalised, as in ScanNet's segmentator."""
-    p = points.astype(np.float32)[faces]
-    normal = np.cross(p[:, 1] - p[:, 0], p[:, 2] - p[:, 0])
-    normal, corner = unit(normal * 1e6), faces.ravel()
-    return group_mean(np.repeat(normal, 3, axis=0), corner, len(points)).astype(np.float32)
-
-
-def neighbour_pairs(points: np.ndarray, k: int, reach: float = np.inf) -> tuple[np.ndarray, np.ndarray, float]:
-    """Every pair a < b of points where one is among the other's k nearest, closer than `reach` times the median
-    distance of nearest points: (a [E], b [E], that distance)."""
-    distance, near = (a[:, 1:] for a in nearest(points, points, k + 1))
-    spacing = float(np.median(distance[:, 0]))
-    a, b = np.nonzero(distance <= max(reach * spacing, 1e-9))[0], near[distance <= max(reach * spacing, 1e-9)]
-    key = np.sort(np.minimum(a, b) * len(points) + np.maximum(a, b))
-    key = key[np.diff(key, prepend=-1) > 0]
-    return key // len(points), key % len(points), spacing
-
-
-def over_segment(points: np.ndarray, normals: np.ndarray | None = None, faces: np.ndarray | None = None,
-                 threshold: float = 0.01, min_size: int = 20, k: int = 10) -> np.ndarray:  # fmt: skip
-    """Superpoints [N] int64, contiguous from 0: Felzenszwalb-Huttenlocher with the rules of ScanNet's segmentator.
-
-    An edge from a to b weighs 1 - n_a . n_b, squared if convex (n_b along b - a), so that rounded things hold together.
-    Edges are a mesh's (faces [F, 3]; normals default to `vertex_normals`), or the k nearest neighbours' of a bare
-    cloud, there the mean of both directions. Felzenszwalb & Huttenlocher, IJCV 2004; ScanNet's Segmentator calls
-    threshold kThresh and min_size segMinVerts.
-    """
-    if len(points) < 2:
-        return np.zeros(len(points), np.int64)
-    points = np.asarray(points, np.float32)
-    if normals is None:
-        normals = vertex_normals(points, faces) if faces is not None else estimate_normals(points)
-    normals = np.asarray(normals, np.float32)
-
-    def weigh(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        flat = 1 - np.einsum("ij,ij->i", normals[a], normals[b])
-        return np.where(np.einsum("ij,ij->i", normals[b], points[b] - points[a]) > 0, flat * flat, flat)
-
-    if faces is not None:
-        a, b = faces[:, [0, 0, 2]].ravel(), faces[:, [1, 2, 1]].ravel()
-        weight = weigh(a, b)
-    else:
-        a, b, _ = neighbour_pairs(points, k)
-        weight = (weigh(a, b) + weigh(b, a)) / 2
-    return segment_graph(len(points), a, b, weight, threshold, min_size)
-
-
-def segment_graph(count: int, a: np.ndarray, b: np.ndarray, weight: np.ndarray,
-                  threshold: float, min_size: int) -> np.ndarray:  # fmt: skip
-    """Labels [count] of a graph's segments from its edges a, b, weight [E], taken lightest first.
-
-    Two segments join if the edge is no heavier than either's limit, its heaviest inner edge + threshold / size; at the
-    end segments below min_size join a neighbour. A segment that refuses once is final, for later edges weigh more: so
-    all edges inside a segment or at a final one are skipped by whole blocks, and Python sees few.
-    """
-    order = np.argsort(weight, kind="stable")
-    a, b, weight = a[order], b[order], weight[order]
-    parent, size, limit = list(range(count)), [1] * count, [threshold] * count
-    final = np.zeros(count, bool)
-
-    def find(x: int) -> int:
-        while parent[x] != x:
-            parent[x] = x = parent[parent[x]]
-        return x
-
-    def roots() -> np.ndarray:
-        root = np.array(parent)
-        while (root[root] != root).any():
-            root = root[root]
-        parent[:] = root.tolist()
-        return root
-
-    def join(x: int, y: int) -> int:
-        x, y = (x, y) if size[x] >= size[y] else (y, x)
-        parent[y] = x
-        size[x] += size[y]
-        return x
-
-    for start in range(0, len(a), 1 << 16):
-        block, root = slice(start, start + (1 << 16)), roots()
-        x, y = root[a[block]], root[b[block]]
-        live = (x != y) & ~final[x] & ~final[y]
-        for p, q, w in zip(x[live].tolist(), y[live].tolist(), weight[block][live].tolist(), strict=True):
-            p, q = find(p), find(q)
-            if p != q and w <= limit[p] and w <= limit[q]:
-                p = join(p, q)
-                limit[p] = w + threshold / size[p]
-            elif p != q:
-                final[p] |= w > limit[p]
-                final[q] |= w > limit[q]
-    root = roots()
-    across = root[a] != root[b]
-    for p, q in zip(a[across].tolist(), b[across].tolist(), strict=True):
-        p, q = find(p), find(q)
-        if p != q and min(size[p], size[q]) < min_size:
-            join(p, q)
-    return np.unique(roots(), return_inverse=True)[1].astype(np.int64)
-
-
-def extent(points: np.ndarray) -> np.ndarray:
-    """The axis-aligned box [6] of points [N, 3]."""
-    low, high = points.min(0).astype(float), points.max(0).astype(float)
-    return np.concatenate([(low + high) / 2, high - low])
-
-
-def colour_name(colours: np.ndarray | None, mine: np.ndarray) -> str:
-    """The name in COLOURS nearest to the median of the colours [N, 3] at `mine`; "" without colours."""
-    if colours is None:
-        return ""
-    median = np.median(colours[mine], axis=0)
-    return min(COLOURS, key=lambda name: float(np.square(median - COLOURS[name]).sum()))
-
-
-def hue_of(colours: np.ndarray) -> np.ndarray:
-    """Colours [N, 3] u8 as one axis of brightness, which counts less, and two of hue: [N, 3] float32."""
-    r, g, blue = colours.T.astype(np.float32) / 255
-    return np.stack([(r + g + blue) / 6, 0.7 * (r - g), 0.7 * ((r + g) / 2 - blue)], axis=1)
-
-
-def find_shell(points: np.ndarray, normals: np.ndarray, hue: np.ndarray, superpoints: np.ndarray,
-               spacing: float) -> np.ndarray:  # fmt: skip
-    """Mask [N] of the room itself: points on a large level or upright plane with next to nothing behind it (floor,
-    ceiling, walls), in the plane's own colour (so that a flat rug or a door stays)."""
-    shell, reach = np.zeros(len(points), bool), max(0.05, 1.2 * spacing)
-    size = np.bincount(superpoints)
-    mean = group_mean(normals, superpoints, len(size))
-    flatness = np.linalg.norm(mean, axis=1)
-    for s in np.flatnonzero((size >= 0.01 * len(points)) & (flatness > 0.9)):
-        normal = mean[s] / flatness[s]
-        height = (points - np.median(points[superpoints == s], axis=0)) @ normal
-        if 0.3 < abs(normal[2]) < 0.9 or (height < -reach - 0.05).mean() > 0.03:
-            continue
-        on = (np.abs(height) < reach) & (normals @ normal > 0.8)
-        off = np.linalg.norm(hue - np.median(hue[on], axis=0), axis=1)
-        shell |= on & (off < max(0.1, 2.5 * np.median(off[on])))
-    return shell
-
-
-def merge_segments(points: np.ndarray, normals: np.ndarray, colours: np.ndarray, superpoints: np.ndarray,
-                   colour_scale: float = 0.25, largest: float = 2.6, smallest: float = 0.12) -> np.ndarray:  # fmt: skip
-    """Object-sized pieces of a cloud: instances [N] int64, 0 = the room itself and crumbs. No learning, no categories.
-
-    Superpoints are cut where the colour jumps, the room's shell is taken away, and touching pieces join in order of
-    a cost: colour difference / colour_scale, less for a small piece at a large one (a handle), + the concave share of
-    the contact (things meet in concave edges: Stein et al., CVPR 2014), both halved where one lies within the other's
-    box and does not rest on it (the glass of a mirror), + the share in which one rests on top of the other in another
-    colour. Nothing grows beyond `largest` metres; what stays below `smallest` is a crumb.
-    points, normals [N, 3] metres z-up, colours [N, 3] u8. The constants were set on procedural rooms.
-    """
-    a, b, spacing = neighbour_pairs(points, 8, reach=3.5)
-    hue = hue_of(colours)
-    inside = superpoints[a] == superpoints[b]
-    jump = np.linalg.norm(hue[a] - hue[b], axis=1)
-    piece = segment_graph(len(points), a[inside], b[inside], jump[inside], 0.1, 8)
-    S = int(piece.max()) + 1
-    size = np.bincount(piece).astype(float)
-    kept = np.bincount(piece, find_shell(points, normals, hue, superpoints, spacing), S) < 0.5 * size
-    tint = group_mean(hue, piece, S)
-    low, high = np.full((S, 3), np.inf), np.full((S, 3), -np.inf)
-    np.minimum.at(low, piece, points)
-    np.maximum.at(high, piece, points)
-
-    links = touching(points, normals, piece, kept, high[:, 2], (a, b), spacing)
-    root = join_pieces(links, size, tint, low, high, spacing, colour_scale, largest)
-    big = kept & (root == np.arange(S)) & (size >= 12) & ((high - low).max(1) >= smallest)
-    return (np.cumsum(big) * big)[root][piece]
-
-
-def touching(points: np.ndarray, normals: np.ndarray, piece: np.ndarray, kept: np.ndarray, top: np.ndarray,
-             pairs: tuple[np.ndarray, np.ndarray], spacing: float) -> list[dict[int, np.ndarray]]:  # fmt: skip
-    """For each of S pieces those that touch it, and their contact [3]: how many pairs of neighbouring points, in how
-    many of them the surface is concave, and one rests on top of the other. piece [N] of points and normals [N, 3],
-    metres; kept [S] bool, top [S] the greatest heights, pairs: two [E]."""
-    (a, b), S = pairs, len(kept)
-    x, y = piece[a], piece[b]
-    touch = (x != y) & kept[x] & kept[y]
-    a, b, x, y = a[touch], b[touch], x[touch], y[touch]
-    gap = points[a] - points[b]
-    concave = ((normals[a] - normals[b]) * gap).sum(1) < -0.2 * np.linalg.norm(gap, axis=1)
-    rests = concave & (((normals[a][:, 2] > 0.8) & (top[y] > top[x] + 2 * spacing))
-                       | ((normals[b][:, 2] > 0.8) & (top[x] > top[y] + 2 * spacing)))  # fmt: skip
-    key, inverse = np.unique(np.minimum(x, y) * S + np.maximum(x, y), return_inverse=True)
-    contacts = np.stack([np.bincount(inverse, w, len(key)) for w in (np.ones(len(a)), concave, rests)], axis=1)
-    links: list[dict[int, np.ndarray]] = [{} for _ in range(S)]
-    for k, contact in zip(key.tolist(), contacts, strict=True):
-        links[k // S][k % S] = links[k % S][k // S] = contact
-    return links
-
-
-def join_pieces(links: list[dict[int, np.ndarray]], size: np.ndarray, tint: np.ndarray, low: np.ndarray,
-                high: np.ndarray, spacing: float, colour_scale: float, largest: float) -> np.ndarray:  # fmt: skip
-    """Join touching pieces while the cheapest pair costs at most 1 (`merge_segments`): the piece [S] that each became,
-    whose rows of size [S], tint, low and high [S, 3] then describe them all. `links` of `touching` is used up."""
-    S = len(links)
-    version, into, heap = [0] * S, list(range(S)), []
-
-    def offer(p: int, others: list[int]) -> None:
-        """Put the pairs of p and others on the heap, as far as they may join: those of a cost of 1 at most."""
-        q = np.array(others, int)
-        edges, bent, resting = np.array([links[p][other] for other in others]).reshape(-1, 3).T
-        lows, highs = low[q], high[q]
-        whole = (np.maximum(high[p], highs) - np.minimum(low[p], lows)).max(1)
-        ends = np.concatenate([low[p] - lows, highs - high[p]], axis=1)
-        within = (resting == 0) & ((ends >= -spacing).all(1) | (ends <= spacing).all(1))
-        half = np.where(within, 0.5, 1.0)
-        differ = half * np.linalg.norm(tint[p] - tint[q], axis=1) / colour_scale
-        weight = 0.5 + 0.5 * (np.minimum(size[p], size[q]) / np.maximum(size[p], size[q])) ** 0.5
-        cost = weight * differ + half * bent / edges + np.where(differ > 0.5, resting / edges, 0.0)
-        for i in np.flatnonzero((cost <= 1) & (whole <= largest)).tolist():
-            u, v = min(p, others[i]), max(p, others[i])
-            heapq.heappush(heap, (float(cost[i]), u, v, version[u], version[v]))
-
-    for p in range(S):
-        offer(p, [q for q in links[p] if p < q])
-    while heap:
-        _, p, q, *seen = heapq.heappop(heap)
-        if seen != [version[p], version[q]]:
-            continue  # one of them has grown since
-        tint[p] = (size[p] * tint[p] + size[q] * tint[q]) / (size[p] + size[q])
-        size[p] += size[q]
-        low[p], high[p] = np.minimum(low[p], low[q]), np.maximum(high[p], high[q])
-        into[q], version[p], version[q] = p, version[p] + 1, -1
-        for other, contact in links[q].items():
-            del links[other][q]
-            if other != p:
-                links[p][other] = links[other][p] = contact + links[p].get(other, 0)
-        links[q] = {}
-        offer(p, [*links[p]])
-    root = np.array(into)
-    while (root[root] != root).any():
-        root = root[root]
-    return root
-
-
-def render_masks(points: np.ndarray, instances: np.ndarray, frames: Frames, reach: float | None = None) -> np.ndarray:
-    """Masks [V, H, W] int32: every depth pixel takes the instance [N] of the nearest point [N, 3], 0 beyond `reach`
-    metres (default: 5 cm or twice the cloud's spacing). Asked from the pixels, this tests depth and leaves no holes."""
-    if reach is None:
-        reach = max(0.05, 2 * float(np.quantile(nearest(points, points, 2)[0][:, -1], 0.5, method="lower")))
-    masks = np.zeros(frames.depth.shape, np.int32)
-    for v in range(len(masks)):  # one frame at a time: memory stays that of a frame
-        seen = frames.depth[v] > 0
-        pixels = unproject(frames.depth[v : v + 1], frames.intrinsics[v : v + 1], frames.poses[v : v + 1])[0][seen]
-        distance, near = (a[:, 0] for a in nearest(pixels, points))
-        masks[v][seen] = np.where(distance <= reach, instances[near], 0)
-    return masks
-
-
-def in_view(points: np.ndarray, K: np.ndarray, pose: np.ndarray,
-            size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-    """Which points [N, 3] fall on an image of size (H, W), hidden ones too: (index [M], row [M], column [M], depth [M]
-    metres along the camera's axis). K [3, 3]; pose [4, 4] camera to world."""
-    pixels, depth = project(points, K, pose)
-    inside = np.flatnonzero((depth > 0.1) & (pixels >= 0).all(1) & (pixels < size[::-1]).all(1))
-    column, row = pixels[inside].astype(int).T
-    return inside, row, column, depth[inside]
-
-
-def depth_support(points: np.ndarray, instances: np.ndarray, frames: Frames,
-                  reach: float = 0.1) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """What depth that a segmentation has not used says about it: for every instance id the share [n] of its points that
-    lie on the measured surface (to `reach` metres) among those that do or are seen through, and their number [n].
-    A point behind the surface is hidden and has no say."""
-    agree, against = (np.zeros(int(instances.max(initial=0)) + 1) for _ in range(2))
-    for depth, K, pose in zip(frames.depth, frames.intrinsics, frames.poses, strict=True):
-        inside, v, u, z = in_view(points, K, pose, depth.shape)
-        measured = depth[v, u]
-        for total, hit in ((agree, np.abs(measured - z) <= reach), (against, measured > z + reach)):
-            total += np.bincount(instances[inside][hit & (measured > 0)], minlength=len(total))
-    return agree / np.maximum(agree + against, 1), (agree + against).astype(int)
-
-
-def surface(scene: Scene, limit: int = 100_000) -> tuple:
-    """What its cameras see of a scene: points, colours and normals. A room's own cloud comes from the objects
-    themselves, so that cloud is fused from its frames, like that of any scene with frames alone."""
-    f = scene.frames
-    if f is None or (scene.points is not None and scene.source != "rooms"):
-        return scene.points, scene.colours, scene.normals
-    return fuse(zip(f.colour, f.depth, f.intrinsics, f.poses, strict=True), limit)[:3]
-
-
-def read_masks(points: np.ndarray, frames: Frames) -> np.ndarray:
-    """The inverse of `render_masks`: for points [N, 3] the object id [N] of the nearest depth pixel of all frames."""
-    seen = unproject(frames.depth, frames.intrinsics, frames.poses)[frames.depth > 0]
-    return frames.masks[frames.depth > 0][nearest(points, seen)[1][:, 0]].astype(np.int64)
-
-
-def seen_cloud(scene: Scene, limit: int = 100_000) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]:
-    """`surface` with what it may lack: points, colours (None: without), normals, and the colours or grey."""
-    points, colours, normals = surface(scene, limit)
-    if points is None or len(points) < 2:
-        raise DataError(f"{scene.name}: no cloud and no frames to segment; read them first")
-    grey = np.full((len(points), 3), 128, np.uint8) if colours is None else colours
-    return points, colours, estimate_normals(points) if normals is None else normals, grey
-
-
-def with_own_segments(scene: Scene, limit: int = 100_000) -> Scene:
-    """The scene with its own segments for objects, its superpoints and masks made anew, on the cloud of `seen_cloud`.
-    Raises DataError where there is nothing to segment."""
-    points, colours, normals, grey = seen_cloud(scene, limit)
-    superpoints = over_segment(points, normals)
-    instances = merge_segments(points, normals, grey, superpoints)
-    masks = None if scene.frames is None else render_masks(points, instances, scene.frames)
-    return with_pieces(scene, (points, colours, normals), superpoints, instances, masks, "segments of our own")
-
-
-def with_pieces(scene: Scene, cloud: tuple, superpoints: np.ndarray, instances: np.ndarray, masks: np.ndarray | None,
-                what: str, trim: float = 0.0) -> Scene:  # fmt: skip
-    """The scene on a cloud (points, colours, normals), the pieces that instances [N] number on it for objects (category
-    "", colour by name), and masks [V, H, W]; boxes leave out the share `trim` of a piece's points at every side."""
-    (points, colours, normals), f, objects = cloud, scene.frames, []
-    for i in range(1, int(instances.max(initial=0)) + 1):
-        mine = instances == i
-        box = extent(np.quantile(points[mine], (trim, 1 - trim), axis=0))
-        objects.append(Thing(i, "", colour_name(colours, mine), box))
-    note = f"objects are {len(objects)} {what}, without categories"
-    return replace(scene, points=points, colours=colours, normals=normals, superpoints=superpoints, instances=instances,
-                   objects=objects, frames=f and Frames(f.colour, f.depth, masks, f.intrinsics, f.poses),
-                   notes=[*scene.notes, note])  # fmt: skip
-
-
-# ---- 6 masks of a video ----------------------------------------------------------------------------------------------
-# SAM 2 follows what it is shown through the frames and loses what leaves the view; points in space say which tracks are
-# one object (`with_sam2`).
-
-SAM2 = "facebook/sam2.1-hiera-large"  # Proxy3D does not say which SAM 2 it takes: the most accurate one
-
-
-@lru_cache(maxsize=1)
-def load_sam2(name: str | Path | None = SAM2, config: str | None = None, device: str | None = None, **overrides):
-    """SAM 2's video predictor, ready to track.
-
-    name: of its weights on the hub; a checkpoint (.pt) of one's own, with the name of its configuration in SAM 2's
-    package unless the file still bears its published name; or None, untrained weights. overrides: values of the
-    configuration's model, as image_size=512 (pixels, published 1024). Weights are read without executing pickles.
-    Raises DataError where the package or the weights are missing, or do not fit each other.
-    """
-    try:
-        from pickle import UnpicklingError
-
-        from hydra.errors import HydraException
-        from sam2.build_sam import HF_MODEL_ID_TO_FILENAMES, build_sam2_video_predictor
-    except ImportError:
-        raise DataError(f"SAM 2 is not installed: {INSTALL['sam2']} (or --masks segments)") from None
-    published = {file: configuration for configuration, file in HF_MODEL_ID_TO_FILENAMES.values()}
-    path = None if name is None else Path(name)
-    if name in HF_MODEL_ID_TO_FILENAMES:
-        from huggingface_hub import hf_hub_download
-
-        _, file = HF_MODEL_ID_TO_FILENAMES[name]
-        try:
-            path = Path(hf_hub_download(name, file))
-        except OSError:
-            raise DataError(f"{name}: {file} is not here and the hub does not give it; download it where there is a "
-                            "network and give its path in the name's place") from None  # fmt: skip
-    elif path is not None and not path.is_file():
-        raise DataError(f"{path}: no such checkpoint; give a file or one of {', '.join(HF_MODEL_ID_TO_FILENAMES)}")
-    config = config or (path and published.get(path.name))
-    if config is None:
-        raise DataError(f"{name}: whose configuration? give config = one of {', '.join(sorted(published.values()))}")
-    try:
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        changes = [f"++model.{key}={value}" for key, value in overrides.items()]
-        model = build_sam2_video_predictor(config, device=device, hydra_overrides_extra=changes)
-    except HydraException as error:
-        why = " ".join(str(error).split())[:200]
-        raise DataError(f"{config}: not a configuration of SAM 2's package, or not with {overrides} ({why})") from None
-    if path is not None:
-        with reading(path, f"checkpoint for {config}"):
-            try:
-                model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["model"])
-            except (RuntimeError, UnpicklingError) as error:  # other names and shapes; more than tensors inside
-                raise ValueError(" ".join(str(error).split())) from None
-    model.fill_hole_area = 0  # holes of 8 pixels: filling them needs SAM 2's own CUDA extension, and warns without it
-    return model
-
-
-def automatic_masks(model, **settings) -> Callable[[np.ndarray], list[np.ndarray]]:
-    """A function from one image [H, W, 3] u8 to the masks [H, W] bool that SAM 2 sees in it when it is prompted with a
-    grid of points; it shares the video predictor's weights. settings: SAM2AutomaticMaskGenerator's (points_per_side=32,
-    pred_iou_thresh=0.8, ...); unknown ones raise DataError."""
-    from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
-
-    known = dict(inspect.signature(SAM2AutomaticMaskGenerator).parameters)
-    for key in settings:  # it would take and forget them
-        choose(known, key, "setting of automatic masks")
-    generator = SAM2AutomaticMaskGenerator(model, **settings)
-    generator.predictor._bb_feat_sizes = [(model.image_size // s,) * 2 for s in (4, 8, 16)]  # it assumes 1024 pixels
-    return lambda image: [found["segmentation"] for found in generator.generate(image)]
-
-
-def new_masks(proposals: Sequence[np.ndarray], tracks: np.ndarray, smallest: float, largest: float) -> list[np.ndarray]:
-    """Of the masks [H, W] bool proposed on a frame those that start a track, from large to small.
-
-    tracks [H, W] int are already there. A mask is left out if it covers less than `smallest` or more than `largest` of
-    the frame (a wall from near), or if half of it belongs to tracks or to larger masks: then it is such an object, or a
-    part of one. Otherwise it keeps what it shares with none.
-    """
-    taken, kept = tracks > 0, []
-    for mask in sorted(proposals, key=np.count_nonzero, reverse=True):  # stable: equal ones in the order given
-        fresh = mask & ~taken
-        if smallest <= mask.mean() <= largest and 2 * fresh.sum() > mask.sum():
-            kept.append(fresh)
-            taken |= mask
-    return kept
-
-
-def keep_labels(labels: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """The labels with kept[label] renumbered from 1 in their order, the others 0; int32."""
-    kept = kept & (np.arange(len(kept)) > 0)
-    return (np.cumsum(kept) * kept).astype(np.int32)[labels]
-
-
-def sam2_masks(images: np.ndarray, model, keyframe_every: int = 8, most: int = 100, chunk: int = 16,
-               smallest: float = 0.001, largest: float = 0.5,
-               propose: Callable[[np.ndarray], Sequence[np.ndarray]] | None = None) -> np.ndarray:  # fmt: skip
-    """Tracks [V, H, W] int32 of everything in a video [V, H, W, 3] u8: 0 = none, ids 1..n, n <= most.
-
-    On every `keyframe_every`-th frame and on the last, `propose` (default: `automatic_masks(model)`) finds masks; those
-    that no track explains (see `new_masks`) are followed forwards and backwards, the largest first, until there are
-    `most` tracks. A pixel goes to the track of the highest score; on a frame where a track has less than `smallest` of
-    the pixels it is not seen. What leaves the view and comes back may be a new track: `merge_tracks`.
-
-    model: `load_sam2()`. Memory on the CPU, at 1024 pixels: 12.6 MB per frame, 8 bytes per pixel of the video and the
-    state of `chunk` tracks, 4 MB per track and 0.8 MB per track and frame; so sample 32 to 64 frames of a video first.
-    Time grows with tracks times frames; the images are encoded anew for every chunk.
-    """
-    from PIL import Image
-
-    V, H, W = images.shape[:3]
-    propose = propose or automatic_masks(model)
-    tracks, best, count = np.zeros((V, H, W), np.int32), np.zeros((V, H, W), np.float32), 0
-    on_gpu = model.device.type == "cuda"
-    with (tempfile.TemporaryDirectory() as folder, torch.inference_mode(),
-          torch.autocast(model.device.type, torch.bfloat16, enabled=on_gpu)):  # fmt: skip
-        for v in range(V):  # SAM 2 reads frames from a folder only
-            Image.fromarray(images[v]).save(f"{folder}/{v:05d}.jpg", quality=95, subsampling=0)
-        state = model.init_state(folder, offload_video_to_cpu=True, offload_state_to_cpu=True)
-        for key in sorted({*range(0, V, keyframe_every), V - 1}):
-            started = new_masks(propose(images[key]), tracks[key], smallest, largest)[: most - count]
-            for first in range(0, len(started), chunk):
-                for mask in started[first : first + chunk]:
-                    count += 1
-                    model.add_new_mask(state, key, count, mask)
-                for reverse in (False, True):
-                    for v, ids, logits in model.propagate_in_video(state, start_frame_idx=key, reverse=reverse):
-                        score, which = (t.cpu().numpy() for t in logits[:, 0].float().max(0))  # [H, W] each
-                        better = score > best[v]
-                        best[v][better], tracks[v][better] = score[better], np.array(ids)[which[better]]
-                model.reset_state(state)
-    shown = np.zeros(count + 1, bool)
-    for frame in tracks:
-        area = np.bincount(frame.ravel(), minlength=count + 1)
-        frame[area[frame] < smallest * H * W] = 0
-        shown |= area >= max(1, smallest * H * W)
-    return keep_labels(tracks, shown)
-
-
-def merge_tracks(tracks: np.ndarray, points: np.ndarray, voxel: float = 0.05, share: float = 0.3,
-                 smallest: int = 4) -> np.ndarray:  # fmt: skip
-    """Masks [V, H, W] int32 in which tracks [V, H, W] that are one object bear one id, from 1, the largest first.
-
-    points [V, H, W, 3] metres (NaN = missing, `unproject`). A track occupies the voxels where it has more than half of
-    the points, counted on the frames that show the track: at its edges, neighbours and what its mask spills on have
-    more. Two tracks become one if they share at least `share` of the voxels of the smaller, the largest shares first,
-    unless some frame shows both, or shows what each has already become: standing side by side they are two objects (a
-    book lies on the table that is seen with it). Objects of fewer than `smallest` voxels are dropped.
-    """
-    V, n = len(tracks), int(tracks.max(initial=0))
-    present = np.zeros((n + 1, V), bool)
-    for v in range(V):
-        present[np.unique(tracks[v]), v] = True
-    measured = np.isfinite(points).all(-1)
-    cell = voxel_of(points[measured], voxel)
-    C = int(cell.max(initial=-1)) + 1
-    key = (np.nonzero(measured)[0] * C + cell) * (n + 1) + tracks[measured]
-    key, count = np.unique(key, return_counts=True)  # a row per frame, voxel and track
-    frame, cell, track = key // (n + 1) // max(C, 1), key // (n + 1) % max(C, 1), key % (n + 1)
-    occupied = np.zeros((n + 1, C), np.float32)
-    for t in range(1, n + 1):
-        here, own = present[t, frame], track == t
-        occupied[t] = 2 * np.bincount(cell[own], count[own], C) > np.bincount(cell[here], count[here], C)
-
-    both, size = occupied @ occupied.T, occupied.sum(1)
-    overlap = np.triu(both / np.maximum(np.minimum(size[:, None], size), 1), 1)
-    a, b = np.nonzero(overlap >= share)
-    root = np.arange(n + 1)
-    for i in np.argsort(-overlap[a, b], kind="stable"):
-        p, q = root[a[i]], root[b[i]]
-        if p != q and not (present[p] & present[q]).any():
-            present[p] |= present[q]
-            occupied[p] = np.maximum(occupied[p], occupied[q])
-            root[root == q] = p
-    size = occupied.sum(1) * (root == np.arange(n + 1))
-    order = np.argsort(-size, kind="stable")[: int((size >= smallest).sum())]
-    rank = np.zeros(n + 1, np.int32)
-    rank[order] = np.arange(1, len(order) + 1)
-    return rank[root][tracks]
-
-
-def vote(points: np.ndarray, masks: np.ndarray, frames: Frames | LazyFrames, reach: float = 0.05) -> np.ndarray:
-    """Instances [N] int64 of points [N, 3]: the mask [V, H, W] that most frames show at the point, if most of those
-    that see the point and that mask anywhere agree; 0 = none. A frame sees a point within `reach` metres of its depth.
-    """
-    N, n, V = len(points), int(masks.max(initial=0)), len(masks)
-    votes, seen = np.zeros((N, n + 1), np.int16), np.zeros((V, N), bool)
-    for v in range(V):
-        inside, row, column, z = in_view(points, frames.intrinsics[v], frames.poses[v], masks.shape[1:])
-        near = np.abs(frames.depth[v][row, column] - z) <= reach
-        inside, row, column = inside[near], row[near], column[near]
-        seen[v, inside] = True
-        votes[inside, masks[v][row, column]] += 1
-    votes[:, 0] = 0
-    first = votes.argmax(1)
-    together = np.zeros(N, int)
-    for v in range(V):
-        together += seen[v] & np.isin(first, np.unique(masks[v]))
-    return np.where(2 * votes[np.arange(N), first] > together, first, 0)
-
-
-def with_tracks(scene: Scene, tracks: np.ndarray, limit: int = 100_000) -> Scene:
-    """The scene with merged tracks [V, H, W] of its frames for masks and objects, on the cloud of `seen_cloud`; its
-    points are labelled by `vote`.
-
-    A track that mostly lies on the room's shell (floor, wall), or has fewer than 8 points, is dropped. Boxes span the
-    2nd to 98th percentile of a track's points: masks bleed at edges. Raises DataError without frames of that size.
-    """
-    f = scene.frames
-    if f is None or f.depth.shape != tracks.shape:
-        have = "none" if f is None else f.depth.shape
-        raise DataError(f"{scene.name}: tracks are {tracks.shape}, frames {have}; make the tracks from these frames")
-    points, colours, normals, grey = seen_cloud(scene, limit)
-    keep = scene.superpoints is not None and points is scene.points
-    superpoints = scene.superpoints if keep else over_segment(points, normals)
-    shell = find_shell(points, normals, hue_of(grey), superpoints, neighbour_pairs(points, 1)[2])
-    instances = vote(points, tracks, f)
-    n = int(tracks.max(initial=0))
-    total, flat = (np.bincount(i, minlength=n + 1) for i in (instances, instances[shell]))
-    kept = (total >= 8) & (2 * flat < total)
-    instances, masks = keep_labels(instances, kept).astype(np.int64), keep_labels(tracks, kept)
-    cloud, what = (points, colours, normals), "tracks through the frames"
-    return with_pieces(scene, cloud, superpoints, instances, masks, what, trim=0.02)
-
-
-# ---- 7 questions and baselines ---------------------------------------------------------------------------------------
+# ---- 4 questions and baselines ---------------------------------------------------------------------------------------
 
 # Wordings per template: content words close to the answer, since anything between is one more hop for a small model.
 # {what}, {other}, {at}, {facing} are descriptions ("red chair"), {a} and {b} are marks.
@@ -3073,7 +1547,7 @@ def chance(sample: Sample, scene: Scene, answers: Sequence[str] = (),
     return sum(map(score, answers)) / len(answers) if answers else 0.0
 
 
-# ---- 8 text ----------------------------------------------------------------------------------------------------------
+# ---- 5 text ----------------------------------------------------------------------------------------------------------
 
 SCENE, PROMPT = -1, -2  # placeholder ids for scene tokens and for a question's own click or box; never in a vocabulary
 IGNORE = -100  # label of a position that carries no loss
@@ -3257,7 +1731,7 @@ def look_back(attention: torch.nn.Module, heads: int, gain: float = 2.0) -> None
         attention.o_proj.weight[:, rows] *= 1.5
 
 
-# ---- 9 batches -------------------------------------------------------------------------------------------------------
+# ---- 5b batches ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -3278,8 +1752,8 @@ class Stage:
 
     name: str
     tasks: dict[str, float]  # question mix: names of TASKS or of the paper's own; {} for an encoder without questions
-    trains: tuple[str, ...]  # parts of the model that train, as model.begin reads them
-    visual: str = "proxies"  # what the model sees, as model.begin reads it
+    trains: tuple[str, ...]  # parts of the model that train: keys of its `parts()`
+    scene_input: str = "proxies"  # what the model sees of a scene: one of its `scene_inputs`
     iterations: int | None = None  # optimizer steps, or
     epochs: float | None = None  # passes over the stage's samples (exactly one of the two)
     samples: int | None = None  # questions that make one pass, where they are drawn rather than listed
@@ -3301,7 +1775,7 @@ class Stage:
 
 
 def collate(groups: Sequence[tuple[Scene, Sequence[Sample]]], text: TinyText | HubText, lengths: Sequence[int],
-            refer: Callable[[Scene, int], str], steps: bool = False) -> dict:  # fmt: skip
+            steps: bool = False) -> dict:  # fmt: skip
     """Pack every scene's questions behind its scene tokens: one row per scene, scene tokens once, all questions.
 
     A question sees the scene and itself, never its neighbours (`packed_mask`), and its positions restart behind the
@@ -3313,17 +1787,16 @@ def collate(groups: Sequence[tuple[Scene, Sequence[Sample]]], text: TinyText | H
     """
     before, between, after = (text.encode(t) for t in text.template)
     rows, prompts = [], []
-    for (scene, samples), K in zip(groups, lengths, strict=True):
+    for (_, samples), K in zip(groups, lengths, strict=True):
         ids = [*before, *[SCENE] * K, *between]
         shared = len(ids)
         labels, positions, block = [IGNORE] * shared, list(range(shared)), [0] * shared
         for q, sample in enumerate(samples, start=1):
-            mark = lambda t, scene=scene: substitute(t, lambda i: refer(scene, i))  # noqa: E731
             if sample.prompt is not None:
                 prompts.append(np.resize(np.append(sample.prompt, np.zeros(3)), 6))
-            question = [*[PROMPT] * (sample.prompt is not None), *text.encode(mark(sample.question)), *after]
+            question = [*[PROMPT] * (sample.prompt is not None), *text.encode(sample.question), *after]
             reasoning = sample.steps + " " if steps and sample.steps else ""
-            answer = [*text.encode(mark(reasoning + sample.answer)), text.eos]
+            answer = [*text.encode(reasoning + sample.answer), text.eos]
             ids += question + answer[:-1]
             labels += [IGNORE] * (len(question) - 1) + answer
             positions += range(shared, shared + len(question) + len(answer) - 1)
@@ -3350,68 +1823,1936 @@ def packed_mask(block: torch.Tensor, new: int | None = None) -> torch.Tensor:
     return (visible | (key == query))[:, None]
 
 
-@torch.no_grad()
-def read_scenes(batch: dict, encode: Callable, read: Callable, kept: dict | None = None) -> tuple[dict, tuple]:
-    """What the questions of a packed batch share, worked out once per scene: (seen, past); seen is what encode gave,
-    past the language model's keys and values of the shared prefix and its block [S, P], padded on the right.
+# ---- 6 the base model ------------------------------------------------------------------------------------------------
 
-    encode(scenes) -> {"tokens" [B, K, D], "valid" [B, K], others [B, K, ...]}; read(ids [S, N], positions [S, N], mask
-    [S, 1, N, T], cache=.., **seen) -> [S, N, D] runs the language model over N positions behind those in the cache.
-    `kept` finds scenes again in later calls, {id(scene): (scene, seen, keys and values)}: it belongs to one model at
-    one stage, and to scenes that do not change meanwhile. Callers get copies; answering writes nothing into it.
+
+def last_hidden(decoder: torch.nn.Module, cache, **inputs) -> torch.Tensor:
+    """Run a decoder of transformers over its inputs, behind a cache of keys and values or None: its last hidden state.
+
+    The argument that takes the cache is called past_key_values up to transformers 5.39 and cache in later versions.
     """
-    from transformers import DynamicCache
+    name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
+    return decoder(**inputs, **{name: cache}, use_cache=cache is not None).last_hidden_state
 
-    scenes, kept = batch["scenes"], {} if kept is None else kept
-    if new := [s for s, scene in enumerate(scenes) if id(scene) not in kept]:
-        seen, cache = encode([scenes[s] for s in new]), DynamicCache()
-        ids, positions, block = (batch[k][new].to(seen["valid"].device) for k in ("ids", "positions", "block"))
-        lengths = (block == 0).sum(1).tolist()
-        shared = (block == 0)[:, : max(lengths)]  # [B, P]
-        ids, positions = (x[:, : max(lengths)].where(shared, 0) for x in (ids, positions))
-        read(ids, positions, packed_mask(shared.long() - 1), cache=cache, **seen)
-        for b, (s, n) in enumerate(zip(new, lengths, strict=True)):
-            states = [x[b, :, :n].transpose(0, 1) for layer in cache.layers for x in (layer.keys, layer.values)]
-            kept[id(scenes[s])] = scenes[s], {k: v[b] for k, v in seen.items()}, states  # each state [P, heads, .]
-    _, each, states = zip(*(kept[id(scene)] for scene in scenes), strict=True)
-    seen = {k: pad_sequence([row[k] for row in each], batch_first=True) for k in each[0]}
-    layers = [pad_sequence(rows, batch_first=True).transpose(1, 2) for rows in zip(*states, strict=True)]
-    cache = DynamicCache()
-    for i in range(0, len(layers), 2):
-        cache.update(layers[i], layers[i + 1], i // 2)
-    empty = [torch.zeros(len(row[0]), dtype=torch.long, device=layers[0].device) for row in states]
-    return seen, (cache, pad_sequence(empty, batch_first=True, padding_value=-1))
+
+class SceneLanguageModel(torch.nn.Module):
+    """What the three papers share, and every hook that trainer and evaluator call, with its default in one place.
+
+    A paper says what may train (`parts`) and what the language model sees of a scene (`encode`). This class freezes by
+    stage, keeps frozen work on disk, puts scene tokens between words, sums the loss over answer tokens, and decodes
+    greedily behind a prefix that all questions of a scene share.
+    """
+
+    scene_inputs: tuple[str, ...] = ()  # what a stage may show: its `scene_input` is one of these
+    frozen_pretrained_names: tuple[str, ...] = ()  # weights that Config loads from elsewhere: no checkpoint holds them
+    frame_width = 0  # pixels of the longer side that frames should be read with, 0 = as they are
+
+    def __init__(self, config, text: TinyText | HubText):
+        super().__init__()
+        self.config, self.text = config, text
+        self.stage: Stage | None = None  # set by configure_stage
+        self.feature_cache: dict[str, dict[str, torch.Tensor]] = {}  # frozen work in memory, by scene
+        self.feature_folder: Path | None = None  # and on disk
+
+    @property
+    def device(self) -> torch.device:
+        return self.llm.device
+
+    # -- what every paper gives
+
+    def parts(self) -> dict[str, list]:
+        """Name -> modules and parameters that a stage may train: what `Stage.trains` chooses from."""
+        raise NotImplementedError
+
+    def scene_length(self, scene: Scene) -> int:
+        """Say how many tokens the scene takes; called in loader processes, on the CPU."""
+        raise NotImplementedError
+
+    def encode(self, scenes: Sequence[Scene]) -> dict[str, torch.Tensor]:
+        """Turn scenes into {"tokens" [S, K, D], "valid" [S, K] bool} and what else a paper keeps per token.
+
+        A scalar "auxiliary_loss" (a mean) may be among them; training adds it once per answer token.
+        """
+        raise NotImplementedError
+
+    # -- what a paper may give
+
+    def encoder_loss(self, scenes: Sequence[Scene]) -> dict[str, torch.Tensor]:
+        """Loss of a stage without questions: {"loss", "weight", "correct"[, "count", "tokens"]} as in `forward`."""
+        raise NotImplementedError
+
+    def compute_features(self, scene: Scene) -> dict[str, torch.Tensor]:
+        """Do all frozen work on one scene, from its unturned geometry."""
+        return {}
+
+    def feature_settings(self) -> tuple:
+        """List the settings that `compute_features` depends on."""
+        return ()
+
+    def feature_weights(self) -> torch.nn.Module | None:
+        """Name the module whose weights `compute_features` depends on."""
+        return None
+
+    def object_to_text(self, scene: Scene, object_id: int) -> str:
+        """Write the object that a mark "<obj 3>" stands for."""
+        return f"<OBJ{scene.identifiers[object_id]:03d}>"
+
+    def add_prompt(self, scene: Scene, sample: Sample, rng: np.random.Generator) -> Sample:
+        """Give a question its click or box, where a paper has such prompts."""
+        return sample
+
+    def prompt_tokens(self, batch: dict, seen: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Encode the prompts of a batch, in its order: [P, D]."""
+        return seen["tokens"][0, :0]
+
+    def run_decoder(self, embeds: torch.Tensor, is_scene: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor,
+                    cache=None) -> torch.Tensor:  # fmt: skip
+        """Run the language model over embeds [R, N, D] behind its cache: last hidden state [R, N, D].
+
+        is_scene [R, N] bool marks scene and prompt tokens, positions [R, N], mask [R, 1, N, T] bool, True = may attend.
+        """
+        return last_hidden(self.llm.model, cache, inputs_embeds=embeds, attention_mask=mask, position_ids=positions)
+
+    def refusal(self, scene: Scene, question: str) -> str | None:
+        """Say why a question about a scene of one's own cannot be answered, or None."""
+        return None
+
+    def proposals(self) -> dict[str, Callable[[Scene], Scene]]:
+        """Name the paper's own object proposals: scene -> scene with other objects."""
+        return {}
+
+    def baselines(self) -> dict:
+        """Name columns beside the score: context managers in which the model lacks something."""
+        return {}
+
+    def token_centers(self, scene: Scene) -> np.ndarray:
+        """Say where the scene's tokens are: [K, 3] meters, for pictures."""
+        raise NotImplementedError
+
+    def pictures(self, scenes: Sequence[Scene], folder: Path) -> list[Path]:
+        """Draw what the model sees of some scenes; return the files."""
+        return []
+
+    def answer_pictures(self, scene: Scene, samples: Sequence[Sample], answers: Sequence[str],
+                        folder: Path) -> list[Path]:  # fmt: skip
+        """Draw how the model came to its answers; return the files."""
+        return []
+
+    # -- stages
+
+    def configure_stage(self, stage: Stage) -> None:
+        """Freeze everything but the parts that the stage trains, and remember what it shows."""
+        parts = self.parts()
+        if stage.scene_input not in self.scene_inputs or not set(stage.trains) <= set(parts):
+            raise ValueError(f"stage {stage.name}: scene_input is one of {self.scene_inputs}, trains of {tuple(parts)}")
+        self.stage = stage
+        self.requires_grad_(False)
+        for name in stage.trains:
+            for part in parts[name]:
+                part.requires_grad_(True)
+
+    def keep_trained_precise(self, stages: Sequence[Stage]) -> None:
+        """Turn whatever some stage trains into float32: steps of 5e-6 would vanish in bfloat16."""
+        for stage in stages:
+            self.configure_stage(stage)
+            for p in self.parameters():
+                if p.requires_grad:
+                    p.data = p.data.float()
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute the language model's activations in the backward pass: less memory, more time."""
+        self.llm.gradient_checkpointing_enable({"use_reentrant": False})
+
+    # -- frozen work, once per scene
+
+    def uses_features(self) -> bool:
+        """Whether the stage sees what `compute_features` gives."""
+        return True
+
+    def cache_key(self) -> str:
+        """Hash the settings and weights that the features depend on."""
+        digest = hashlib.sha256(repr(self.feature_settings()).encode())
+        weights = self.feature_weights()
+        for name, value in weights.named_parameters() if weights is not None else ():
+            digest.update(name.encode() + value.detach().float().cpu().clone().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def cache_features(self, scenes: Sequence[Scene], folder: Path | None = None,
+                       rank: int = 0, world: int = 1) -> None:  # fmt: skip
+        """Do the frozen work of a rank's share of the scenes; the others' is then read from the folder."""
+        from tqdm import tqdm
+
+        if not self.uses_features():
+            return
+        self.feature_folder = None if folder is None else Path(folder) / self.cache_key()
+        for scene in tqdm(scenes[rank::world], "features", disable=rank > 0, mininterval=2):
+            self.load_features(scene)
+
+    def load_features(self, scene: Scene) -> dict[str, torch.Tensor]:
+        """Give a scene's features from memory, else from disk, else compute and keep them."""
+        if scene.name in self.feature_cache:
+            return self.feature_cache[scene.name]
+
+        # a file belongs to what it was made of: another scene of the same name gets another file
+        path = None
+        if self.feature_folder is not None:
+            path = self.feature_folder / f"{safe_name(scene.name)}-{fingerprint(scene)}.npz"
+        if path is not None and path.exists():
+            with np.load(path, allow_pickle=False) as stored:
+                found = {key: torch.from_numpy(stored[key]) for key in stored}
+        else:
+            with torch.no_grad():
+                found = {key: value.cpu() for key, value in self.compute_features(scene).items()}
+            if path is not None:
+                write_npz(path, **{key: value.numpy() for key, value in found.items()})
+
+        self.feature_cache[scene.name] = found
+        return found
+
+    # -- questions
+
+    def write_marks(self, scene: Scene, sample: Sample) -> Sample:
+        """Put the paper's own words for objects in place of the marks in a question's texts."""
+        texts = {key: substitute(getattr(sample, key), partial(self.object_to_text, scene))
+                 for key in ("question", "steps", "answer")}  # fmt: skip
+        return replace(sample, **texts)
+
+    def batch(self, groups: Sequence[tuple[Scene, Sequence[Sample]]]) -> dict:
+        """Turn scenes with their questions into tensors (`collate`); runs in loader processes, on the CPU."""
+        if not self.stage.tasks:
+            return {"scenes": [scene for scene, _ in groups], "samples": []}
+        written = []
+        for scene, samples in groups:
+            rng = np.random.default_rng([5, *scene.identifiers.values()])  # the scene's own, whatever the rank
+            prompted = [self.add_prompt(scene, sample, rng) for sample in samples]
+            written.append((scene, [self.write_marks(scene, sample) for sample in prompted]))
+        lengths = [self.scene_length(scene) for scene, _ in groups]
+        return collate(written, self.text, lengths, self.stage.steps)
+
+    def forward_llm(self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, seen: dict,
+                    prompts: torch.Tensor, cache=None) -> torch.Tensor:  # fmt: skip
+        """Embed ids [R, N] with scene and prompt tokens in their places, and run the language model: [R, N, D]."""
+        return self.run_decoder(self.embed(ids, seen, prompts), ids < 0, positions, mask, cache)
+
+    def embed(self, ids: torch.Tensor, seen: dict, prompts: torch.Tensor) -> torch.Tensor:
+        """Embed ids [R, N] with scene and prompt tokens in place of the placeholders: [R, N, D]."""
+        embeds = self.llm.get_input_embeddings()(ids.clamp(min=0))  # [R, N, D]
+        scene_tokens = seen["tokens"][seen["valid"]].to(embeds)
+        embeds = embeds.masked_scatter((ids == SCENE)[..., None], scene_tokens)  # [R, N, D]
+        return embeds.masked_scatter((ids == PROMPT)[..., None], prompts.to(embeds))  # [R, N, D]
+
+    def forward(self, batch: dict) -> dict[str, torch.Tensor]:
+        """Sum the next-token loss over answer tokens.
+
+        Returns: {"loss", "weight" = answer tokens, "correct" = those predicted right, "tokens" = all that were read}.
+        """
+        if not self.stage.tasks:
+            return self.encoder_loss(batch["scenes"])
+        ids, labels, positions, block = (batch[k].to(self.device) for k in ("ids", "labels", "positions", "block"))
+        seen = self.encode(batch["scenes"])  # tokens [S, K, D]
+        prompts = self.prompt_tokens(batch, seen)  # [P, D]
+        hidden = self.forward_llm(ids, positions, packed_mask(block), seen, prompts)  # [S, T, D]
+
+        # the vocabulary is large: only positions that carry a label go through the last layer
+        answered = labels != IGNORE  # [S, T]
+        logits = self.llm.lm_head(hidden[answered]).float()  # [A, vocabulary]
+        target = labels[answered]  # [A]
+        loss = torch.nn.functional.cross_entropy(logits, target, reduction="sum")
+        if "auxiliary_loss" in seen:
+            loss = loss + len(target) * seen["auxiliary_loss"]
+        correct = (logits.argmax(-1) == target).sum()
+        return {"loss": loss, "weight": answered.sum(), "correct": correct, "tokens": (block >= 0).sum()}
+
+    @torch.no_grad()
+    def generate(self, batch: dict, max_new_tokens: int = 64) -> list[str]:
+        """Answer greedily, one text per question in the batch's order.
+
+        A scene is read once: its keys and values are copied to a row per question, and every row writes a token at a
+        time until its end token. Two questions of scene 0 and one of scene 1, P prefix positions, N of a question:
+
+            prefix   s0 s0 s0 s0      rows 0 0 1      s0 s0 s0 s0 | how many chairs ?  .  -> "2" -> <eos>
+                     s1 s1 .  .                       s0 s0 s0 s0 | is there a  lamp  ?  -> "yes" -> <eos>
+                                                      s1 s1 .  .  | how tall is it    ?  -> ...
+        """
+        from transformers import DynamicCache
+
+        ids, labels, positions, block = (batch[k].to(self.device) for k in ("ids", "labels", "positions", "block"))
+        seen = self.encode(batch["scenes"])
+        prompts = self.prompt_tokens(batch, seen)
+        nothing = prompts[:0]
+
+        # the prefix of every scene, padded on the right
+        P = int((block == 0).sum(1).max())
+        shared = block[:, :P] == 0  # [S, P]
+        cache = DynamicCache()
+        self.forward_llm(ids[:, :P].where(shared, self.text.pad), positions[:, :P].where(shared, 0),
+                         packed_mask(shared.long() - 1), seen, nothing, cache)  # fmt: skip
+
+        # a row per question: what stands before its answer; the position that carries the first label ends it
+        row, asked, places = [], [], []
+        for s in range(len(block)):
+            for q in range(1, int(block[s].max()) + 1):
+                own = (block[s] == q).nonzero()[:, 0]
+                end = int((labels[s, own] != IGNORE).int().argmax()) + 1
+                row.append(s)
+                asked.append(ids[s, own[:end]])
+                places.append(positions[s, own[:end]])
+        row = torch.tensor(row, device=self.device)  # [Q]
+        length = torch.tensor([len(a) for a in asked], device=self.device)  # [Q]
+        question = pad_sequence(asked, batch_first=True, padding_value=self.text.pad)  # [Q, N]
+        position = pad_sequence(places, batch_first=True)  # [Q, N]
+        N = question.shape[1]
+
+        # read the questions behind copies of their scenes' prefixes
+        cache.batch_select_indices(row)
+        present = torch.arange(N, device=self.device) < length[:, None]  # [Q, N]
+        valid = torch.cat([shared[row], present], 1)  # [Q, P + N]
+        causal = torch.arange(P + N, device=self.device) <= torch.arange(P, P + N, device=self.device)[:, None]
+        mask = (valid[:, None] & causal)[:, None]  # [Q, 1, N, P + N]
+        hidden = self.forward_llm(question, position, mask, seen, prompts, cache)  # [Q, N, D]
+        index = torch.arange(len(row), device=self.device)  # which question a row answers
+        last = hidden[index, length - 1]  # [Q, D]
+        place = position[index, length - 1]  # [Q]
+
+        # one token a step; a row that has ended leaves the batch
+        written: list[list[int]] = [[] for _ in asked]
+        for _ in range(max_new_tokens):
+            token = self.llm.lm_head(last).argmax(-1)  # [rows]
+            for i, t in zip(index.tolist(), token.tolist(), strict=True):
+                written[i].append(t)
+            alive = (token != self.text.eos).nonzero()[:, 0]
+            if not len(alive):
+                break
+            cache.batch_select_indices(alive)
+            index, token, place, valid = index[alive], token[alive], place[alive] + 1, valid[alive]
+            valid = torch.cat([valid, valid.new_ones(len(alive), 1)], 1)
+            hidden = self.forward_llm(token[:, None], place[:, None], valid[:, None, None], seen, nothing, cache)
+            last = hidden[:, 0]
+        return [self.text.decode(tokens) for tokens in written]
+
+
+def overfit_demo(model: SceneLanguageModel, scene: Scene, samples: Sequence[Sample], steps: int, lr: float) -> None:
+    """Learn one scene's questions by heart: print the falling loss and the answer to the first question."""
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for step in range(steps):
+        out = model(model.batch([(scene, samples)]))
+        loss = out["loss"] / out["weight"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 10 == 0 or step == steps - 1:
+            print(f"step {step:3d}  loss {loss.item():.3f}")
+
+    model.eval()
+    first = model.write_marks(scene, samples[0])
+    answer = model.generate(model.batch([(scene, samples[:1])]))[0]
+    print(f"{first.question}  ->  {answer}  (true: {first.answer}; learned by heart, train.py learns to see)")
+
+
+# ---- 6b checkpoints --------------------------------------------------------------------------------------------------
+
+
+def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers, the tensors themselves, tied ones once; without those that the model names in
+    `borrowed`: frozen ones that its Config loads from elsewhere."""
+    first, borrowed = {}, set(model.frozen_pretrained_names)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in borrowed:
+            first.setdefault(id(tensor), (name, tensor))
+    return dict(first.values())
+
+
+def read_state(run: Path) -> dict:
+    """state.json of a run's checkpoint: {"number", "files", "position", "run", ...}."""
+    path = run / "checkpoint" / "state.json"
+    if not path.exists():
+        raise DataError(f"{path}: missing, so there is no trained model here; train one, or name another folder")
+    try:
+        state = json.loads(path.read_text())
+    except ValueError:
+        state = None
+    if not isinstance(state, dict) or {"number", "files", "position", "run"} - set(state):
+        raise DataError(f"{path}: not the state of a checkpoint; copy the run again")
+    return state
+
+
+def read_tensors(run: Path, kind: str) -> dict[str, torch.Tensor]:
+    """The tensors of a run's checkpoint by their names; kind: "weights" or another of its files. Raises DataError."""
+    path = run / "checkpoint" / read_state(run)["files"][kind]
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: missing or damaged ({error}); copy the run again") from None
+
+
+def load_weights(model: torch.nn.Module, run: Path) -> None:
+    """Copy a run's weights into a model that is not sharded: every name and shape must agree."""
+    saved, own = read_tensors(run, "weights"), named_weights(model)
+    for name in sorted(saved.keys() | own.keys()):
+        there, here = (tuple(t[name].shape) if name in t else "missing" for t in (saved, own))
+        if there != here:
+            raise DataError(f"{run}/checkpoint: {name} is {there} there, {here} in this model; {run}/config.json says "
+                            "which model and settings it belongs to")  # fmt: skip
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
+
+
+# ---- 7 scenes from disk ----------------------------------------------------------------------------------------------
+
+
+FRAME_LAYOUTS = (  # colour files; depth and pose of the same stem; where the depth camera's intrinsics may lie
+    ("*.color.*", "{}.depth.png", "{}.pose.txt", ("camera-intrinsics.txt", "intrinsics.txt")),
+    ("color/*", "depth/{}.png", "pose/{}.txt", ("intrinsic/intrinsic_depth.txt", "intrinsic/intrinsic_color.txt")),
+    ("*.jpg", "{}.png", "{}.txt", ("depth_intrinsic.txt", "intrinsic.txt")),
+)
+CONVENTIONS = {  # of pose files -> (the camera's axes in OpenCV's, whether the file maps world to camera)
+    "opencv": ((1, 1, 1, 1), False), "opengl": ((1, -1, -1, 1), False),
+    "opencv_inverse": ((1, 1, 1, 1), True), "opengl_inverse": ((1, -1, -1, 1), True),
+}  # fmt: skip
+UP = {f"{s}{a}": sign * np.eye(3)[i] for i, a in enumerate("xyz") for s, sign in (("+", 1), ("-", -1))}
+SHELL = ("wall", "floor", "ceiling")  # what ScanNet labels and nobody asks about
+SCAN_FILES = ("_vh_clean_2.ply", "_vh_clean_2.0.010000.segs.json", ".aggregation.json", ".txt")
+
+
+def choose(table: dict, key: str, what: str):
+    """table[key]; an unknown key is an error that names the known ones."""
+    if key not in table:
+        raise DataError(f"{what} {key!r} is unknown: choose one of {', '.join(table)}")
+    return table[key]
+
+
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Turns whatever goes wrong inside into one line: the file is missing, or is not a whole `what`."""
+    try:
+        yield
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"{path}: {what} missing; `python data.py check DIR` says what is needed") from None
+    except (OSError, EOFError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, BadZipFile) as error:
+        raise DataError(f"{path}: not a whole {what} ({str(error)[:60]}); copy or export it again") from None
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what the system refuses inside (no such place, not allowed, no space) into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror or error}); name another place") from None
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """What to write to in place of `path`, which it becomes on leaving: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    yield part
+    os.replace(part, path)
+
+
+def write_npz(path: Path, **arrays: np.ndarray) -> None:
+    """Arrays by their names as one file, `whole`."""
+    with whole(path) as part, open(part, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def read_image(path: Path, mode: str | None = None, upright: bool = False) -> np.ndarray:
+    """The pixels of an image; `upright`: turned as its EXIF tag says. Of 16-bit grey a mode keeps the upper 8."""
+    from PIL import Image, ImageOps
+
+    try:
+        with reading(path, "image"), Image.open(path) as image:
+            if upright:
+                image = ImageOps.exif_transpose(image)
+            if mode and image.mode.startswith("I"):
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return np.asarray(image.convert(mode) if mode else image)
+    except Image.DecompressionBombError:
+        raise DataError(f"{path}: too many pixels to be a photograph; make it smaller") from None
+
+
+def read_integers(path: Path) -> np.ndarray:
+    """A depth image or mask [H, W] of integers."""
+    image = read_image(path)
+    if image.ndim != 2 or image.dtype.kind not in "iu":
+        raise DataError(f"{path}: {image.dtype} {image.shape}; export one channel of 16-bit integers")
+    return image
+
+
+def read_matrix(path: Path, rows: int = 4) -> np.ndarray:
+    """The upper left [rows, rows] of a text matrix. Values may be infinite (ScanNet's lost poses)."""
+    with reading(path, f"{rows} x {rows} matrix"):
+        table = [[float(x) for x in line.split()] for line in path.read_text().splitlines() if line.strip()]
+        return np.array(table)[:rows, :rows].reshape(rows, rows)
+
+
+def read_depth(path: Path, scale: float) -> np.ndarray:
+    """A depth image [H, W] in float32 metres, of whole numbers, `scale` a metre; 0 = missing, as 65535 is there."""
+    depth = read_integers(path)
+    return np.where(depth == 65535, 0, depth).astype(np.float32) / np.float32(scale)
+
+
+def read_pose(path: Path, convention: str) -> np.ndarray | None:
+    """The pose [4, 4], camera to world, of a file in one of CONVENTIONS; None where it is not finite."""
+    axes, inverse = choose(CONVENTIONS, convention, "pose convention")
+    if not np.isfinite(pose := read_matrix(path)).all():
+        return None
+    pose = nearest_rigid(pose, path)
+    return (np.linalg.inv(pose) if inverse else pose) @ np.diag(axes)
+
+
+def read_intrinsics(path: Path) -> np.ndarray:
+    K = read_matrix(path, 3)
+    if not (np.isfinite(K).all() and K[0, 0] > 0 and K[1, 1] > 0):
+        raise DataError(f"{path}: no camera matrix (focal lengths {K[0, 0]}, {K[1, 1]}); export the intrinsics again")
+    return K
+
+
+def read_json(path: Path):
+    with reading(path, "JSON file"):
+        return json.loads(path.read_text())
+
+
+def evenly(rows: list, count: int) -> list:
+    """At most `count` of the rows, evenly spaced, first and last among them."""
+    return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
+
+
+def nearest_rigid(pose: np.ndarray, where: object = "pose") -> np.ndarray:
+    """The pose [4, 4] with its rotation replaced by the nearest one (polar decomposition)."""
+    if (away := np.abs(pose[:3, 3]).max()) > 1e5:
+        raise DataError(f"{where}: {away:.3g} m from the origin, where float32 is too coarse; move the poses nearer")
+    if np.linalg.det(pose[:3, :3]) <= 0:
+        raise DataError(f"{where}: mirrored (determinant <= 0); make the poses right-handed before reading them")
+    u, _, vt = np.linalg.svd(pose[:3, :3])
+    return np.block([[u @ vt, pose[:3, 3:]], [np.zeros((1, 3)), 1.0]])
+
+
+def find_frames(folder: Path) -> tuple[list[tuple[Path, ...]], Path] | None:
+    """[(colour, depth, pose, mask) paths] and the intrinsics file of the first layout that fits; None: no frames."""
+    for colour, depth, pose, cameras in FRAME_LAYOUTS:
+        files = sorted((p for p in folder.glob(colour) if p.is_file()), key=lambda p: (len(p.name), p.name))
+        if files:
+            others = (depth, pose, "instance-filt/{}.png")
+            rows = [(p, *(folder / o.format(p.name.split(".")[0]) for o in others)) for p in files]
+            return rows, next((folder / c for c in cameras if (folder / c).exists()), folder / cameras[0])
+    return None
+
+
+def read_frames(rows: list, camera: Path, convention: str, depth_scale: float, notes: list[str]) -> Iterator[tuple]:
+    """(colour [H, W, 3] u8, depth [H, W] f32 metres, mask [H, W] i32, intrinsics [3, 3], pose [4, 4]) of every usable
+    frame, at the size of its depth. Frames whose pose is not finite or whose depth is empty are dropped and counted."""
+    intrinsics = read_intrinsics(camera)
+    dropped = {"a pose that is not finite": 0, "no depth": 0}
+    for colour_path, depth_path, pose_path, mask_path in rows:
+        pose, depth = read_pose(pose_path, convention), read_depth(depth_path, depth_scale)
+        if pose is None or not depth.any():
+            dropped["no depth" if pose is not None else "a pose that is not finite"] += 1
+            continue
+        mask = read_integers(mask_path).astype(np.int32) if mask_path.exists() else np.zeros(depth.shape, np.int32)
+        yield resize_frame((read_image(colour_path, "RGB"), depth, mask, intrinsics, pose), depth.shape)
+    notes += [f"dropped {n} of {len(rows)} frames with {what}" for what, n in dropped.items() if n]
+    if sum(dropped.values()) == len(rows):
+        raise DataError(f"{camera.parent}: no usable frame ({'; '.join(notes)}); export the frames again")
+
+
+def nearest_pixels(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """An image [h, w] at (H, W), every pixel the nearest one."""
+    return image[np.ix_(*(((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(size, image.shape, strict=True)))]
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """An image [h, w, 3] uint8 at (H, W), every pixel the mean over its area."""
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BOX))
+
+
+def resize_frame(frame: tuple, size: tuple[int, int]) -> tuple:
+    """A frame at (H, W): colour by area, depth and mask by nearest pixel, intrinsics (of the depth) scaled."""
+    colour, depth, mask, intrinsics, pose = frame
+    scale = np.diag([size[1] / depth.shape[1], size[0] / depth.shape[0], 1.0])
+    return resize_image(colour, size), nearest_pixels(depth, size), nearest_pixels(mask, size), scale @ intrinsics, pose
+
+
+def stack_frames(frames: list[tuple], world: np.ndarray | None = None) -> Frames:
+    """Frames of (colour, depth, mask, intrinsics, pose), all of one size, moved by the 4x4 `world`."""
+    *others, poses = (np.stack(arrays) for arrays in zip(*frames, strict=True))
+    return Frames(*others, poses if world is None else world @ poses)
+
+
+def voxel_of(points: np.ndarray, voxel: float) -> np.ndarray:
+    """The occupied voxel [N] int64 of each of points [N, 3], numbered from 0."""
+    cell = np.floor(points / voxel).astype(np.int64)
+    cell -= cell.min(0, initial=np.iinfo(np.int64).max)
+    return np.unique((cell[:, 0] << 42) + (cell[:, 1] << 21) + cell[:, 2], return_inverse=True)[1].reshape(-1)
+
+
+def voxel_mean(points: np.ndarray, values: np.ndarray, weight: np.ndarray, voxel: float) -> tuple[np.ndarray, ...]:
+    """Weighted means of points [N, 3] and values [N, C] in every occupied voxel, and the summed weight."""
+    inverse = voxel_of(points, voxel)
+    total = np.bincount(inverse, weight)
+    means = (np.stack([np.bincount(inverse, weight * c) for c in a.T], axis=1) for a in (points, values))
+    return *(m / total[:, None] for m in means), total
+
+
+def thin(points: np.ndarray, values: np.ndarray, weight: np.ndarray, voxel: float, limit: int) -> tuple:
+    """voxel_mean at the first of voxel, 1.2 voxel, ... that leaves at most `limit` points; colours and normals apart:
+    (points f32, colours u8, unit normals f32, voxel). values [N, 6] = colour, normal."""
+    out = voxel_mean(points, values, weight, voxel)
+    while len(out[0]) > limit:
+        voxel *= 1.2
+        out = voxel_mean(*out, voxel)
+    return out[0].astype(np.float32), out[1][:, :3].round().astype(np.uint8), unit(out[1][:, 3:]), voxel
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors [N, 3] at length 1, float32."""
+    return (vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)).astype(np.float32)
+
+
+def fuse(frames: Iterable[tuple], limit: int = 100_000, voxel: float | None = None) -> tuple:
+    """One cloud from (colour [H, W, 3], depth [H, W], intrinsics [3, 3], pose [4, 4]) frames: points [N, 3] f32,
+    colours [N, 3] u8, unit normals [N, 3] f32 towards the cameras, voxel edge in metres.
+
+    Everything is averaged per voxel, by default 2.5 cm or a pixel's footprint. Normals are cross products of the depth
+    map's differences. Voxels with a fifth of a single view's samples are flying pixels at the edges of things.
+    """
+    parts = []
+    for colour, depth, K, pose in frames:
+        if min(depth.shape) < 2:
+            raise DataError(f"frames of {depth.shape[1]} x {depth.shape[0]} pixels show no surface; give larger ones")
+        step = max(1, round((depth.size / 80_000) ** 0.5))
+        colour, depth, K = colour[::step, ::step], depth[::step, ::step], np.diag([1 / step, 1 / step, 1.0]) @ K
+        K[:2, 2] += 0.5 - 0.5 / step  # a pixel picked by [::step] keeps its own ray
+        if not parts:
+            footprint = float(np.median(depth[depth > 0])) / K[0, 0]
+            voxel = voxel or max(0.025, footprint)
+        points = unproject(depth[None], K[None], pose[None])[0]
+        normals = np.cross(*(np.gradient(points, axis=a) for a in (0, 1)))
+        towards = pose[:3, 3] - points
+        facing = (normals * towards).sum(-1)
+        length = np.linalg.norm(normals, axis=-1) * np.linalg.norm(towards, axis=-1)
+        seen = np.abs(facing) > 0.1 * length  # False where the depth or a neighbour's is missing (NaN)
+        values = np.concatenate([colour[seen], unit(normals[seen] * np.sign(facing[seen])[:, None])], axis=1)
+        if seen.any():
+            parts.append(voxel_mean(points[seen], values, np.ones(len(values)), voxel))
+    if not parts:
+        raise DataError("no frame shows a surface; check the depth images and the depth scale")
+    points, values, weight = voxel_mean(*(np.concatenate(p) for p in zip(*parts, strict=True)), voxel)
+    solid = weight >= min(3.0, 0.2 * (voxel / footprint) ** 2)
+    return thin(points[solid], values[solid], weight[solid], voxel, limit)
+
+
+def estimate_normals(points: np.ndarray, k: int = 24) -> np.ndarray:
+    """Unit normals [N, 3] float32 of a bare cloud: least axis of each point's k neighbours, facing the centroid."""
+    near = points[nearest(points, points, k)[1]].astype(np.float32)
+    near = near - near.mean(1, keepdims=True)
+    normals = np.linalg.eigh(np.einsum("nki,nkj->nij", near, near))[1][..., 0]
+    inward = (normals * (points.mean(0) - points)).sum(1, keepdims=True) >= 0
+    return np.where(inward, normals, -normals).astype(np.float32)
+
+
+def fit_plane(points: np.ndarray, direction: np.ndarray) -> np.ndarray:
+    """Unit normal [3] of the thickest layer of points across `direction`: trimmed least squares."""
+    height = points @ direction
+    counts, edges = np.histogram(height, bins=np.arange(height.min() - 0.1, height.max() + 0.2, 0.05))
+    layer = points[np.abs(height - edges[1:][np.argmax(counts[:-1] + counts[1:])]) < 0.1].astype(np.float64)
+    for _ in range(6):
+        offset = layer - layer.mean(0)
+        normal = np.linalg.eigh(offset.T @ offset)[1][:, 0]
+        away = np.abs(offset @ normal)
+        layer = layer[away < 2 * away.mean() + 0.005]
+    return normal * np.sign(normal @ direction)
+
+
+def upright(points: np.ndarray, normals: np.ndarray, up: str, camera_up: np.ndarray | None) -> tuple[np.ndarray, str]:
+    """The rigid 4x4 that turns a cloud z-up, walls along x and y, floor at z = 0; and a line that says how.
+
+    Gravity ("auto"): of the directions within 35 degrees of the cameras' mean up, the normal shared by most points,
+    fitted to its thickest plane. Walls: the peak of the horizontal normals' angle modulo 90 degrees.
+    """
+    if up == "auto" and camera_up is None:
+        raise DataError("up = auto needs cameras; name the axis of the file that points up, e.g. up = +z")
+    if up == "auto":
+        direction, said = camera_up / np.linalg.norm(camera_up), "the cameras' mean up (no plane agrees with it)"
+        near = normals[np.abs(normals @ direction) > np.cos(np.radians(35))]
+        if len(near) >= 100:
+            near = near * np.sign(near @ direction)[:, None]
+            tries = near[np.linspace(0, len(near) - 1, 500).astype(int)].astype(np.float64)
+            best = tries[((near @ tries.T) > np.cos(np.radians(4))).sum(0).argmax()]
+            plane = fit_plane(points[np.abs(normals @ best) > 0.97], best)
+            angle = np.degrees(np.arccos(np.clip(plane @ direction, -1, 1)))
+            direction, said = plane, f"the dominant plane, {angle:.0f} degrees from the cameras' mean up"
+    else:
+        direction, said = choose(UP, up, "up"), f"up = {up} as given"
+    side = np.eye(3)[np.abs(direction).argmin()]
+    side = side - (side @ direction) * direction
+    side /= np.linalg.norm(side)
+    turn = np.stack([side, np.cross(direction, side), direction])
+    level = normals @ turn.T
+    level = level[np.abs(level[:, 2]) < 0.2]
+    if len(level) >= 100:
+        angle = np.degrees(np.arctan2(level[:, 1], level[:, 0])) % 90
+        counts = np.bincount((angle * 2).astype(int) % 180, minlength=180)
+        smooth = sum(np.roll(counts, s) for s in range(-4, 5))
+        if smooth.max() > 2.5 * smooth.mean():
+            peak = smooth.argmax() / 2
+            off = (angle - peak + 45) % 90 - 45
+            peak = np.radians((peak + off[np.abs(off) < 4].mean() + 45) % 90 - 45)  # the least turn that does it
+            c, s = np.cos(peak), np.sin(peak)
+            turn = np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]]) @ turn
+            said += ", walls along x and y"
+    z = points @ turn[2]
+    floor, where = np.percentile(z, 0.5), "at the lowest points"
+    flat = z[np.abs(normals @ turn[2]) > 0.9]
+    counts, edges = np.histogram(flat, bins=np.arange(z.min() - 0.02, z.max() + 0.06, 0.04))
+    low = edges[np.flatnonzero(counts > 0.02 * len(z))]
+    if len(low) and low[0] < floor + 0.5:  # the lowest level surface that is no crumb
+        floor, where = np.median(flat[np.abs(flat - low[0] - 0.02) < 0.06]), "on the lowest level surface"
+    world = np.eye(4)
+    world[:3, :3], world[2, 3] = turn, -floor
+    return world, f"turned z-up by {said}; z = 0 {where}"
+
+
+def move(points: np.ndarray, normals: np.ndarray, world: np.ndarray) -> dict:
+    """The geometry of a scene, moved by a rigid 4x4: keyword arguments of Scene."""
+    points = (points @ world[:3, :3].T + world[:3, 3]).astype(np.float32)
+    bounds = np.stack([points.min(0), points.max(0)]).astype(np.float64)
+    return {"points": points, "normals": (normals @ world[:3, :3].T).astype(np.float32), "bounds": bounds}
+
+
+def load_rgbd(root: str | Path, size: tuple[int, int] | int | None = (240, 320), max_frames: int = 64,
+              points: int = 100_000, voxel: float | None = None, up: str = "auto", convention: str = "opencv",
+              depth_scale: float = 1000.0, hold_out: int = 0) -> tuple[Scene, Frames | None]:  # fmt: skip
+    """read_rgbd's scene, and every `hold_out`-th frame apart, in the same world but unknown to cloud and gravity."""
+    root, notes = Path(root), []
+    found = find_frames(root)
+    if found is None:
+        known = ", ".join(layout[0] for layout in FRAME_LAYOUTS)
+        raise DataError(f"{root}: no posed frames; expected {known} with depth, pose and intrinsics files")
+    rows, camera = found
+    chosen = evenly(rows, max_frames)
+    kept, held = [], []
+
+    def training() -> Iterator[tuple]:
+        for i, (colour, depth, mask, K, pose) in enumerate(read_frames(chosen, camera, convention, depth_scale, notes)):
+            out = hold_out and i % hold_out == hold_out - 1
+            shape = fit_longest(*depth.shape, size) if isinstance(size, int) else size or depth.shape
+            (held if out else kept).append(resize_frame((colour, depth, mask, K, pose), shape))
+            if not out:
+                yield colour, depth, K, pose
+
+    scene, world = fused_scene(root.resolve().name, "rgbd", training(), kept, notes, points, up, voxel)
+    N = len(scene.points)
+    share, seen = (a[0] for a in depth_support(scene.points, np.zeros(N, np.int64), scene.frames))
+    agree = (share * seen - N) / max(seen - N, 1)  # a point always fits the frame that it came from
+    if seen > 1.05 * N and agree < 0.6:  # 0.94 on good poses, below 0.3 with the wrong convention
+        raise DataError(f"{root}: only {agree:.0%} of the depth fits other frames; name the convention of the poses: "
+                        f"{', '.join(CONVENTIONS)}")  # fmt: skip
+    notes.append(f"{len(kept)} of {len(rows)} frames used, {len(held)} held out")
+    return scene, stack_frames(held, world) if held else None
+
+
+def fused_scene(name: str, source: str, views: Iterable[tuple], kept: list, notes: list[str], points: int, up: str,
+                voxel: float | None = None) -> tuple[Scene, np.ndarray]:  # fmt: skip
+    """The scene of frames turned upright, and the 4x4 that turned it: its cloud is fused from `views` (as `fuse` takes
+    them), its frames are those `kept` (colour, depth, mask, intrinsics, pose), a list that may fill meanwhile."""
+    cloud, colours, normals, voxel = fuse(views, points, voxel)
+    if len(cloud) < 100:
+        raise DataError(f"{name}: the frames give {len(cloud)} points; check the depth images and their unit")
+    if (across := float(np.ptp(cloud, axis=0).max())) > 1000:
+        raise DataError(f"{name}: {across:.4g} m across, hardly a room; check --depth-scale or --scale")
+    world, said = upright(cloud, normals, up, -np.mean([f[4][:3, 1] for f in kept], axis=0))
+    notes += [f"{len(cloud)} points, {voxel * 100:.1f} cm voxels", said]
+    return Scene(name, source, [], colours=colours, frames=stack_frames(kept, world), notes=notes,
+                 **move(cloud, normals, world)), world  # fmt: skip
+
+
+def read_rgbd(root: str | Path, **options) -> Scene:
+    """A folder of posed RGB-D frames (FRAME_LAYOUTS) as a scene without objects (`with_own_segments` finds some).
+
+    Options: size of the frames, (H, W) or the longer side in pixels, None = the depth's; max_frames, evenly spaced;
+    points, the most in the cloud; voxel in metres (None: 0.025 or a pixel's footprint); up "auto" or an axis of the
+    file ("-y"); convention of the poses (CONVENTIONS); depth_scale, units per metre. Depth 0 and 65535 are missing.
+    Raises DataError.
+    """
+    return load_rgbd(root, **options)[0]
+
+
+def read_rgbd_split(root: str | Path, hold_out: int = 4, **options) -> tuple[Scene, Scene]:
+    """Two scenes with the same objects, own segments of the training frames: the first shows the training frames, the
+    second every `hold_out`-th frame, and only objects that the depth of those frames confirms (`depth_support`)."""
+    scene, held = load_rgbd(root, hold_out=hold_out, **options)
+    if held is None:
+        raise DataError(f"{root}: no frame to hold out; lower hold_out ({hold_out}) or add frames")
+    scene = with_own_segments(scene)
+    held = replace(held, masks=render_masks(scene.points, scene.instances, held))
+    agree, seen = depth_support(scene.points, scene.instances, held)
+    sure = [o for o in scene.objects if seen[o.id] >= 10 and agree[o.id] >= 0.5]
+    viewed = seen[1:] >= 10
+    note = (f"{len(sure)} of {viewed.sum()} objects in view of {len(held.depth)} held-out frames are confirmed by "
+            f"their depth, mean agreement {agree[1:][viewed].mean() if viewed.any() else 0:.2f}")  # fmt: skip
+    held.masks[~np.isin(held.masks, [o.id for o in sure])] = 0
+    return scene, replace(scene, name=f"{scene.name}_held_out", frames=held, objects=sure, notes=[*scene.notes, note])
+
+
+PLY_TYPES = {"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4",
+             "double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4",
+             "float32": "f4", "float64": "f8"}  # fmt: skip
+PLY_ORDERS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
+
+
+def load_ply(path: str | Path) -> dict[str, np.ndarray | None]:
+    """points [N, 3] f32 (f64 where the file has those), colours [N, 3] u8, normals [N, 3] f32 unit, faces [F, 3] i64 of
+    a PLY file, ascii or binary; what it lacks is None. Faces are triangles. Raises DataError."""
+    path, elements, held = Path(path), [], {}
+    with reading(path, "PLY file"):
+        head, _, body = path.read_bytes().partition(b"end_header")
+        _, *header = (line.split() for line in head.decode("latin-1").splitlines() if line.strip())
+        order = PLY_ORDERS[dict(words[:2] for words in header)["format"]]
+        for words in header:
+            if words[0] == "element":
+                elements.append((words[1], int(words[2]), []))
+            elif words[:2] == ["property", "list"]:  # a triangle: its count, then three columns
+                elements[-1][2].append(("count", PLY_TYPES[words[2]]))
+                elements[-1][2].extend((f"corner{i}", PLY_TYPES[words[3]]) for i in range(3))
+            elif words[0] == "property":
+                elements[-1][2].append((words[2], PLY_TYPES[words[1]]))
+        body = body[body.index(b"\n") + 1 :]
+        lines = None if order else [line for line in body.decode("ascii").splitlines() if line.strip()]
+        for name, count, fields in elements:
+            dtype = np.dtype([(field, order + code) for field, code in fields])
+            if lines is None:
+                table = np.frombuffer(body, dtype, min(count, len(body) // dtype.itemsize))
+                body = body[table.nbytes :]
+            else:
+                rows, lines = lines[:count], lines[count:]
+                rows = np.loadtxt(rows, usecols=range(len(fields)), ndmin=2) if len(rows) == count > 0 else []
+                table = np.rec.fromarrays(list(np.reshape(rows, (-1, len(fields))).T), dtype=dtype)
+            if len(table) < count:
+                raise DataError(f"{path}: truncated, it ends within the {count} rows of {name}; copy the file again")
+            if "count" in dtype.names and (table["count"] != 3).any():
+                raise DataError(f"{path}: element {name} is not of triangles; triangulate, or export vertices alone")
+            held[name] = table
+        vertex = held["vertex"]
+        known = {"points": ("x", "y", "z"), "colours": ("red", "green", "blue"), "normals": ("nx", "ny", "nz")}
+        out = {k: np.stack([vertex[n] for n in v], 1) if v[0] in vertex.dtype.names else None for k, v in known.items()}
+        if out["points"] is None:
+            raise DataError(f"{path}: not a whole PLY file (its vertices have no x, y and z); export it again")
+        out["points"], out["faces"] = out["points"].astype(np.result_type(out["points"], np.float32)), None
+    if out["colours"] is not None:
+        unitary = out["colours"].dtype.kind == "f" and np.nanmax(out["colours"], initial=0) <= 1
+        full = 65535 if out["colours"].dtype.itemsize == 2 else 1 if unitary else 255
+        out["colours"] = np.nan_to_num(out["colours"] * (255 / full)).round().clip(0, 255).astype(np.uint8)
+    if out["normals"] is not None:
+        out["normals"] = unit(out["normals"])
+    if len(held.get("face", ())):
+        out["faces"] = np.stack([held["face"][f"corner{i}"] for i in range(3)], 1).astype(np.int64)
+        if out["faces"].min() < 0 or out["faces"].max() >= len(vertex):
+            raise DataError(f"{path}: element face names vertices that the file does not hold; export the mesh again")
+    return out
+
+
+def write_ply(path: str | Path, points: np.ndarray, colours: np.ndarray, normals: np.ndarray) -> None:
+    """A binary PLY of points, normals (float32) and colours (uint8), all [N, 3], without faces."""
+    names = ("x", "y", "z", "nx", "ny", "nz", "red", "green", "blue")
+    table = np.empty(len(points), [(n, "u1" if len(n) > 2 else "<f4") for n in names])
+    for name, column in zip(names, [*points.T, *normals.T, *colours.T], strict=True):
+        table[name] = column
+    words = {"f": "float", "u": "uchar"}
+    properties = "".join(f"property {words[table.dtype[n].kind]} {n}\n" for n in table.dtype.names)
+    header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(table)}\n{properties}end_header\n"
+    Path(path).write_bytes(header.encode() + table.tobytes())
+
+
+def read_ply(path: str | Path, points: int = 200_000, up: str = "+z", scale: float = 1.0) -> Scene:
+    """A bare cloud or mesh as a scene without objects or frames. `up` is the axis of the file that points up, `scale`
+    metres per unit; more than `points` are averaged in voxels (before normals are estimated, so that memory stays that
+    of the file), and the mesh dropped. Points at the same place are one; a cloud in a map's coordinates, more than a
+    kilometre away, is moved to the origin. Raises DataError."""
+    held = load_ply(path)
+    finite = np.isfinite(held["points"]).all(1)
+    if finite.sum() < 2:
+        raise DataError(f"{path}: only {finite.sum()} of {len(finite)} points are usable; export the cloud again")
+    notes = [] if finite.all() else [f"dropped {(~finite).sum()} of {len(finite)} points that are not finite"]
+    cloud, faces = held["points"][finite], held["faces"] if finite.all() else None
+    colours, normals = (None if held[k] is None else held[k][finite] for k in ("colours", "normals"))
+    away, across = (float(a.max()) * scale for a in (np.abs(cloud), np.ptp(cloud, axis=0)))
+    if across > 100:
+        raise DataError(f"{path}: {across:.4g} m across, hardly metres; if millimetres, scale = 0.001 (--scale 0.001)")
+    if (step := float(np.spacing(np.abs(cloud).max())) * scale) > 0.005:
+        raise DataError(f"{path}: lies {away:.0f} m from the origin, where its float has steps of {step * 100:.0f} cm; "
+                        "export it as double or moved to the origin")  # fmt: skip
+    if away > 1000:
+        middle = cloud.mean(0).round()
+        cloud, notes = cloud - middle, [*notes, f"moved to the origin by {(-middle).tolist()} of the file's units"]
+    cloud = (cloud * scale).astype(np.float32)
+    if normals is not None and not (np.square(normals).sum(1) > 0.5).all():
+        normals, notes = None, [*notes, "some normals are zero or not finite: all made anew"]
+    if normals is None and faces is not None:
+        normals = unit(vertex_normals(cloud, faces))
+    if len(cloud) > points:
+        colour, normal = (np.zeros_like(cloud) if a is None else a for a in (colours, normals))
+        values = np.concatenate([colour, normal], axis=1, dtype=np.float32)
+        few, mixed, turned, voxel = thin(cloud, values, np.ones(len(cloud)), 0.01, points)
+        notes.append(f"{len(cloud)} points averaged to {len(few)} in voxels of {voxel * 100:.1f} cm")
+        cloud, colours, normals = few, None if colours is None else mixed, None if normals is None else turned
+    first = np.sort(np.unique(cloud, axis=0, return_index=True)[1])
+    if len(first) < 2:
+        raise DataError(f"{path}: all {len(finite)} points are at one place; export the cloud again")
+    if len(first) < len(cloud):
+        notes.append(f"dropped {len(cloud) - len(first)} of {len(cloud)} points that lie on another")
+        cloud, colours, normals = (None if a is None else a[first] for a in (cloud, colours, normals))
+    if normals is None:
+        normals = estimate_normals(cloud)
+    world, said = upright(cloud, normals, up, None)
+    return Scene(Path(path).stem, "ply", [], colours=colours, notes=[*notes, said], **move(cloud, normals, world))
+
+
+def scan_fields(path: Path) -> dict[str, str]:
+    """The `key = value` lines of a scan's .txt."""
+    with reading(path, "scan description"):
+        pairs = [line.split("=", 1) for line in path.read_text().splitlines() if "=" in line]
+        return {key.strip(): value.strip() for key, value in pairs}
+
+
+def scan_folder(root: Path, scene_id: str) -> Path:
+    places = [root / p / scene_id for p in ("", "scans", "scans_test")] + [root] * (root.name == scene_id)
+    for place in places:
+        if (place / f"{scene_id}{SCAN_FILES[0]}").exists():
+            return place
+    raise DataError(f"{root}: no {scene_id}/{scene_id}{SCAN_FILES[0]} or under scans/, scans_test/; see data.py check")
+
+
+def read_scannet(root: str | Path, scene_id: str, size: tuple[int, int] | None = None, max_frames: int = 32) -> Scene:
+    """A ScanNet scan: its own files (mesh, segments, aggregation, axis alignment) and, where a colour/depth/pose export
+    lies beside them or under posed_images/<id> or frames/<id>, at most `max_frames` (0: none) at size (H, W).
+
+    The axis alignment is the only transform. Instance = objectId + 1; wall, floor and ceiling are no objects; boxes are
+    the extent of an object's points. Masks are read from instance-filt/ or else rendered. Raises DataError.
+    """
+    root, notes = Path(root), []
+    folder = scan_folder(root, scene_id)
+    mesh, segs, aggregation, info = (folder / f"{scene_id}{suffix}" for suffix in SCAN_FILES)
+    held = load_ply(mesh)
+    raw, faces, colours, normals = (held[k] for k in ("points", "faces", "colours", "normals"))
+    if len(raw) < 2:
+        raise DataError(f"{mesh}: {len(raw)} vertices; a scan needs a cloud, copy the file again")
+    fields = scan_fields(info)
+    if "axisAlignment" not in fields:
+        notes.append(f"{info.name} has no axisAlignment: the scan keeps its own axes")
+    with reading(info, "axisAlignment of 16 numbers"):
+        world = np.array(fields.get("axisAlignment", "1 0 0 0 0 1 0 0 0 0 1 0 0 0 0 1").split(), float).reshape(4, 4)
+    if normals is None:
+        normals = estimate_normals(raw) if faces is None else unit(vertex_normals(raw, faces))
+    scene = Scene(scene_id, "scannet", [], colours=colours, notes=notes, **move(raw, normals, world))
+    scene.instances = np.zeros(len(raw), np.int64)
+    if "roomBounds" in fields:  # write_scannet's
+        scene.bounds = np.array(fields["roomBounds"].split(), float).reshape(2, 3)
+    if not segs.exists() and not aggregation.exists():
+        notes.append("no segments or labels (a test scan): superpoints are our own, objects unknown")
+        scene.superpoints = over_segment(raw, None if faces is not None else normals, faces)
+    else:
+        with reading(segs, "list of segIndices"):
+            segment = read_json(segs)["segIndices"]
+        if len(segment) != len(raw):
+            raise DataError(f"{segs}: segIndices has {len(segment)} entries, the mesh {len(raw)} vertices; copy both")
+        values, scene.superpoints = np.unique(np.array(segment, np.int64), return_inverse=True)
+        seen, groups = [], read_json(aggregation)
+        with reading(aggregation, "list of segGroups with objectId, label, segments"):
+            groups = [(g["objectId"] + 1, g["label"].replace("_", " "), set(g["segments"]), g)
+                      for g in groups["segGroups"]]  # fmt: skip
+        for id, label, parts, group in groups:
+            if label in SHELL or parts in seen:  # scene0217_00 lists its objects twice
+                continue
+            seen.append(parts)
+            mine = np.isin(values, list(parts))[scene.superpoints]
+            if not mine.any():
+                raise DataError(f"{aggregation}: objectId {id - 1} ({label}) has no points; copy one scan's files")
+            scene.instances[mine] = id
+            box = np.array(group["alignedBox"]) if "alignedBox" in group else extent(scene.points[mine])
+            scene.objects.append(Thing(id, label, group.get("colour") or colour_name(colours, mine), box))
+    if not max_frames:
+        return scene
+    places = [folder, root / "posed_images" / scene_id, root / "frames" / scene_id]
+    found = next(filter(None, map(find_frames, places)), None)
+    if found is None:
+        notes.append("no exported frames (color/ depth/ pose/ intrinsic/): points only")
+        return scene
+    rows, camera = found
+    chosen = evenly(rows, max_frames)
+    frames = [resize_frame(f, size or f[1].shape) for f in read_frames(chosen, camera, "opencv", 1000.0, notes)]
+    scene.frames = stack_frames(frames, world)
+    if scene.objects and not chosen[0][3].exists():
+        scene.frames.masks = render_masks(scene.points, scene.instances, scene.frames)
+        notes.append("masks rendered from the labelled mesh")
+    ids = np.array([0, *(o.id for o in scene.objects)])
+    scene.frames.masks[~np.isin(scene.frames.masks, ids)] = 0
+    return scene
+
+
+def write_scannet(scene: Scene, out: str | Path) -> Path:
+    """Writes a scene with a cloud as the ScanNet scan <out>/<name>, unaligned as scans are; read_scannet gives it back
+    (superpoints cut at instances, depth to 1 mm). Colour is written as PNG, so that nothing is lost; two extra keys per
+    object (alignedBox, colour) and one line of the .txt (roomBounds) keep what ScanNet has no place for."""
+    from PIL import Image
+
+    if scene.points is None:
+        raise DataError(f"{scene.name}: no cloud to write; make the room with points > 0")
+    folder = Path(out) / scene.name
+    world = np.array([[0.8, -0.6, 0, 1.5], [0.6, 0.8, 0, -0.75], [0, 0, 1, 0.25], [0, 0, 0, 1]])
+    back = np.linalg.inv(world)
+    normals = scene.normals if scene.normals is not None else estimate_normals(scene.points)
+    raw = move(scene.points, normals, back)
+    superpoints = over_segment(scene.points, normals) if scene.superpoints is None else scene.superpoints
+    instances = np.zeros(len(scene.points), np.int64) if scene.instances is None else scene.instances
+    colours = np.full((len(scene.points), 3), 128, np.uint8) if scene.colours is None else scene.colours
+    pairs, segment = np.unique(np.stack([superpoints, instances]), axis=1, return_inverse=True)
+    groups = [{"id": i, "objectId": o.id - 1, "label": o.category, "alignedBox": o.box.tolist(), "colour": o.colour,
+               "segments": np.flatnonzero(pairs[1] == o.id).tolist()} for i, o in enumerate(scene.objects)]  # fmt: skip
+    numbers = {"axisAlignment": world} | ({} if scene.bounds is None else {"roomBounds": scene.bounds})
+    folder.mkdir(parents=True, exist_ok=True)
+    mesh, segs, aggregation, info = (folder / f"{scene.name}{suffix}" for suffix in SCAN_FILES)
+    write_ply(mesh, raw["points"], colours, raw["normals"])
+    segs.write_text(json.dumps({"sceneId": scene.name, "segIndices": segment.ravel().tolist()}))
+    aggregation.write_text(json.dumps({"sceneId": scene.name, "segGroups": groups}))
+    info.write_text("".join(f"{k} = {' '.join(map(repr, map(float, v.ravel())))}\n" for k, v in numbers.items()))
+    if scene.frames is None:
+        return folder
+    f = scene.frames
+    if (f.intrinsics != f.intrinsics[0]).any():
+        raise DataError(f"{scene.name}: frames of several cameras; ScanNet's layout holds one, write them apart")
+    for part in ("color", "depth", "pose", "intrinsic", "instance-filt"):
+        (folder / part).mkdir(exist_ok=True)
+    camera = np.eye(4)
+    camera[:3, :3] = f.intrinsics[0]
+    np.savetxt(folder / "intrinsic/intrinsic_depth.txt", camera, "%.17g")
+    for i, pose in enumerate(back @ f.poses):
+        Image.fromarray(f.colour[i]).save(folder / f"color/{i}.png", compress_level=1)
+        Image.fromarray(np.round(f.depth[i] * 1000).astype(np.uint16)).save(folder / f"depth/{i}.png", compress_level=1)
+        Image.fromarray(f.masks[i].astype(np.uint16)).save(folder / f"instance-filt/{i}.png", compress_level=1)
+        np.savetxt(folder / f"pose/{i}.txt", pose, "%.17g")
+    return folder
+
+
+TERMS = {
+    "scans": "scans: ScanNet's Terms of Use form, on its project page (ScanNet/ScanNet on GitHub), signed and mailed; "
+             f"points need four file types, about 10.6 GB: <id>{', <id>'.join(SCAN_FILES)}",
+    "frames": "frames: exported as color/ depth/ pose/ intrinsic/ from the scans' .sens files (1.2 TB, the same form)",
+    "questions": "questions: ScanQA, SQA3D, ScanRefer, Multi3DRefer, Scan2Cap, Nr3D, VSI-Bench: their project pages",
+}  # fmt: skip
+
+
+def found_by_vggt(what: str) -> str:
+    there = "is installed" if importlib.util.find_spec("vggt") else f"is not installed: {INSTALL['vggt']}"
+    return f"{what}: found by VGGT, which {there}"
+
+
+def check(path: str | Path) -> list[str]:
+    """What `path` holds, what it lacks, and where that is had under which terms: the lines of `data.py check DIR`."""
+    path = Path(path)
+    if not path.exists():
+        return [f"{path}: nothing there", *TERMS.values()]
+    if path.suffix.lower() == ".ply":
+        held = load_ply(path)
+        size = np.ptp(held["points"], axis=0) if len(held["points"]) else np.zeros(3)
+        return [f"{path}: {len(held['points'])} points, {' x '.join(f'{s:.2f}' for s in size)} in the file's unit",
+                *(f"has {'no ' * (held[k] is None)}{k}" for k in ("colours", "normals", "faces"))]  # fmt: skip
+    if path.suffix.lower() in VIDEOS:
+        return [f"{path}: {read_video(path)[1][0]}", found_by_vggt("depth and poses")]
+    if path.suffix == ".json":
+        rows = read_json(path)
+        if isinstance(rows, dict):
+            rows = next((rows[k] for k in ("questions", "annotations", "data_list") if k in rows), [rows])
+        scenes = {r["scene_id"] for r in rows if isinstance(r, dict) and "scene_id" in r}
+        return [f"{path}: {len(rows)} rows about {len(scenes)} scenes, fields {', '.join(rows[0]) if rows else 'none'}"]
+    if not path.is_dir():
+        choose_reader(path)
+        return [f"{path}: a kept scene, {len(load_scene(path).points)} points"]
+    places = (path, path / "scans", path / "scans_test")
+    scans = sorted(p for place in places if place.is_dir() for p in place.glob("scene*_*") if p.is_dir())
+    scans = scans or sorted({p.parent for p in path.glob(f"*/*{SCAN_FILES[0]}")})
+    found = find_frames(path)
+    lines = []
+    if found:
+        rows, camera = found
+        absent = [kind for i, kind in ((1, "depth"), (2, "poses")) if not any(row[i].exists() for row in rows)]
+        lacks = [p.name for row in rows for p in row[1:3] if not p.exists()] + [camera.name] * (not camera.exists())
+        lines.append(f"{path}: {len(rows)} RGB-D frames, {len(lacks)} files missing {' '.join(lacks[:3])}".rstrip())
+        if absent:
+            lines = [f"{path}: {len(rows)} images without {' and '.join(absent)}", found_by_vggt(" and ".join(absent))]
+    elif images := [p for p in path.iterdir() if p.suffix.lower() in IMAGES]:
+        lines += [f"{path}: {len(images)} images without depth and poses", found_by_vggt("depth and poses")]
+    if scans:
+        frames = sum(any(map(find_frames, (p, path / "posed_images" / p.name))) for p in scans)
+        lines.append(f"{path}: {len(scans)} scans, {frames} with exported frames")
+        lacks = {s: [p.name for p in scans if not (p / f"{p.name}{s}").exists()] for s in SCAN_FILES}
+        lines += [f"missing <id>{s} of {len(names)} scans, first {names[0]}" for s, names in lacks.items() if names]
+        lines += [TERMS["scans"]] * any(lacks.values()) + [TERMS["frames"]] * (frames < len(scans))
+    for file in sorted(p for p in path.iterdir() if p.suffix.lower() in (".json", ".ply", *VIDEOS)):
+        try:
+            lines += check(file)
+        except DataError as error:
+            lines.append(str(error))
+    return lines or [f"{path}: nothing that a reader knows", *TERMS.values()]
+
+
+# ---- 8 video ---------------------------------------------------------------------------------------------------------
+
+VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
+IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+INSTALL = {  # packages that only some inputs need -> how they are had
+    "av": 'pip install -e ".[video]"',
+    "vggt": "pip install git+https://github.com/facebookresearch/vggt",
+    "sam2": "SAM2_BUILD_CUDA=0 pip install --no-build-isolation sam2",
+}
+
+
+def need(module: str, what: str):
+    """A module of an optional package; where it is missing, one line that says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise DataError(f"{what} needs the package {package} ({error}): {INSTALL[package]}") from None
+
+
+def sharpness(grey: np.ndarray) -> float:
+    """How sharp an image [h, w] is: the variance of its Laplacian (Pech-Pacheco et al., ICPR 2000). Blur lowers it."""
+    g = grey.astype(np.float32)
+    if min(g.shape) < 3:
+        return 0.0
+    return float((4 * g[1:-1, 1:-1] - g[:-2, 1:-1] - g[2:, 1:-1] - g[1:-1, :-2] - g[1:-1, 2:]).var())
+
+
+def spread(times: np.ndarray, count: int, tries: int) -> list[np.ndarray]:
+    """Indices of up to `tries` successive frames around the middle of each of `count` equal intervals of time; an
+    interval without a frame is left out. times [n] ascending, in any unit."""
+    step = float(np.median(np.diff(times))) if len(times) > 1 else 1.0
+    edges = np.linspace(times[0] - step / 2, times[-1] + step / 2, count + 1)
+    interval = np.clip(np.searchsorted(edges, times, side="right") - 1, 0, count - 1)
+    groups = [np.flatnonzero(interval == i) for i in range(count)]
+    return [g[max(0, (len(g) - tries) // 2) :][:tries] for g in groups if len(g)]
+
+
+def fit_longest(height: int, width: int, longest: int) -> tuple[int, int]:
+    """The size (H, W) at which the longer side is at most `longest` pixels."""
+    scale = min(1.0, longest / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def read_video(path: str | Path, count: int = 32, longest: int = 640,
+               tries: int = 8) -> tuple[np.ndarray, list[str]]:  # fmt: skip
+    """Up to `count` frames of a video, evenly spaced in time: images [V, H, W, 3] uint8, upright, their longer side at
+    most `longest` pixels; and notes.
+
+    Time is that of the frames' own stamps, so a variable frame rate does no harm; of each interval the sharpest of up
+    to `tries` successive frames is kept, since hand-held video is often blurred. Only these frames and those before
+    them up to a key frame are decoded: memory does not grow with the length of the video, and time hardly. Frames that
+    cannot be decoded (often the last ones of a recording that broke off) are skipped. Raises DataError.
+    """
+    av, path = need("av", "reading a video"), Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such video")
+    best = []
+    try:
+        with av.open(str(path), metadata_errors="replace") as container:
+            if not container.streams.video:
+                raise DataError(f"{path}: has no pictures; give a video")
+            stream = container.streams.best("video")  # not a cover picture
+            stream.thread_type = "AUTO"
+            stamps, keys = time_stamps(av, container, stream)
+            groups = spread(stamps, count, tries) if len(stamps) else []
+            decoder, last = iter(()), None  # the frame decoded last may belong to the next interval
+            for first, end in ((stamps[g[0]], stamps[g[-1]]) for g in groups):
+                key = keys[keys <= first].max(initial=stamps[0])
+                if last is None or not key <= last.pts <= first:
+                    container.seek(int(key), stream=stream)
+                    decoder, last = decode(av, container, stream), None
+                found = []
+                for frame in itertools.chain([last] if last else [], decoder):
+                    last = frame
+                    if frame.pts > end:
+                        break
+                    if frame.pts >= first:
+                        small = frame.reformat(*fit_longest(frame.width, frame.height, 320), "gray")
+                        found.append((sharpness(small.to_ndarray()), -frame.pts, frame))
+                if found:
+                    frame = max(found)[2]
+                    size = fit_longest(frame.width, frame.height, longest)
+                    image = frame.reformat(*size, "rgb24", interpolation="AREA").to_ndarray()
+                    best.append(np.rot90(image, round(frame.rotation / 90)))  # the tag of a phone held upright
+            seconds = float((stamps[-1] - stamps[0]) * stream.time_base) if len(stamps) else 0.0
+    except av.FFmpegError as error:
+        raise DataError(f"{path}: not a whole video ({error.strerror}); copy or record it again") from None
+    if not best:
+        raise DataError(f"{path}: none of its frames can be decoded; copy or record it again")
+    notes = [f"{len(best)} of {len(stamps)} frames in {seconds:.1f} s, each the sharpest of up to {tries}"]
+    if len(best) < len(groups):
+        notes.append(f"{len(groups) - len(best)} of {len(groups)} intervals have no frame that can be decoded")
+    return same_size(best, path), notes
+
+
+def time_stamps(av, container, stream) -> tuple[np.ndarray, np.ndarray]:
+    """Ascending time stamps of all frames and of the key frames, read without decoding. A file that breaks off ends
+    where it does."""
+    packets = []
+    with suppress(av.FFmpegError):
+        for packet in container.demux(stream):
+            if packet.pts is not None and packet.size:
+                packets.append((packet.pts, packet.is_keyframe))
+    return np.array(sorted(t for t, _ in packets)), np.array(sorted(t for t, key in packets if key), np.int64)
+
+
+def decode(av, container, stream) -> Iterator:
+    """The frames from here on; damaged ones are left out."""
+    for _ in range(100):  # a failure ends the decoder's own loop: begin again behind it
+        with suppress(av.FFmpegError):
+            yield from (frame for frame in container.decode(stream) if frame.pts is not None)
+            return
+
+
+def natural(name: str) -> list[str | int]:
+    """What names are sorted by so that frame10 comes after frame9."""
+    return [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", name)]
+
+
+def read_images(folder: Path, count: int = 32, longest: int = 640, tries: int = 8) -> tuple[np.ndarray, list[str]]:
+    """As read_video, of a folder of image files in the order of their names (frame10 after frame9), turned upright;
+    hidden files are passed over."""
+    files = [p for p in folder.iterdir() if p.suffix.lower() in IMAGES and p.name[0] != "."]
+    files.sort(key=lambda p: natural(p.name))
+    if not files:
+        raise DataError(f"{folder}: no images ({', '.join(IMAGES)}) and no RGB-D frames; see python data.py check")
+    best = []
+    for group in spread(np.arange(len(files)), count, tries):
+        images = [shrink(read_image(files[i], "RGB", upright=True), longest) for i in group]
+        best.append(max(images, key=lambda image: sharpness(shrink(image, 320).mean(2))))
+    return same_size(best, folder), [f"{len(best)} of {len(files)} images, each the sharpest of up to {tries}"]
+
+
+def shrink(image: np.ndarray, longest: int) -> np.ndarray:
+    """An image [H, W, 3] uint8 whose longer side is at most `longest` pixels."""
+    return resize_image(image, fit_longest(*image.shape[:2], longest))
+
+
+def same_size(images: list[np.ndarray], where: object) -> np.ndarray:
+    """Images [V, H, W, 3]. Raises DataError where their sizes differ."""
+    if len(sizes := {image.shape[:2] for image in images}) > 1:
+        raise DataError(f"{where}: frames of {len(sizes)} sizes; those of one camera have one, sort out the others")
+    return np.stack(images)
+
+
+def read_partial(rows: list, camera: Path, count: int, longest: int, convention: str,
+                 depth_scale: float) -> tuple[np.ndarray, dict, list[str]]:  # fmt: skip
+    """Frames that have depth or poses but not both (rows and camera as of find_frames): images [V, H, W, 3] uint8;
+    {"depth": [V, H, W] metres} or {"poses": [V, 4, 4] camera to world, and, where the folder has them, "intrinsics":
+    [V, 3, 3]}, with "masks" [V, H, W]; notes."""
+    depth, chosen = rows[0][1].exists(), evenly(rows, count)
+    images, values, masks = [], [], []
+    for colour_path, depth_path, pose_path, mask_path in chosen:
+        value = read_depth(depth_path, depth_scale) if depth else read_pose(pose_path, convention)
+        if value is None:
+            continue
+        image = read_image(colour_path, "RGB")
+        size = image.shape[:2]
+        images.append(shrink(image, longest))
+        values.append(nearest_pixels(value, images[-1].shape[:2]) if depth else value)
+        mask = read_integers(mask_path).astype(np.int32) if mask_path.exists() else np.zeros((1, 1), np.int32)
+        masks.append(nearest_pixels(mask, images[-1].shape[:2]))
+    lost = len(chosen) - len(images)
+    if not images:
+        raise DataError(f"{camera.parent}: none of its {lost} poses is finite; export the frames again")
+    images = same_size(images, camera.parent)
+    known = {"depth" if depth else "poses": np.stack(values), "masks": np.stack(masks)}
+    H, W = images.shape[1:3]
+    colour = [c for c in map(camera.with_name, ("intrinsic_color.txt", "intrinsic.txt", camera.name)) if c.exists()]
+    if not depth and colour:  # of the images, where depth has a camera of its own
+        K = np.diag([W / size[1], H / size[0], 1]) @ read_intrinsics(colour[0])
+        known["intrinsics"] = np.tile(K, (len(images), 1, 1))
+    said = f"{len(images)} of {len(rows)} frames used" + f", {lost} poses are not finite" * bool(lost)
+    return images, known, [said]
+
+
+@lru_cache(maxsize=1)
+def load_vggt(name: str = "facebook/VGGT-1B"):
+    """VGGT (Wang et al., CVPR 2025) by its hub name or a folder of its weights, on a GPU where there is one."""
+    vggt = need("vggt.models.vggt", "depth and cameras from bare frames")
+    try:
+        model = vggt.VGGT.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise DataError(f"--vggt {name}: its weights cannot be had ({str(error).splitlines()[0][:60]}); download "
+                        "facebook/VGGT-1B and give its folder") from None  # fmt: skip
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @torch.no_grad()
-def answer(batch: dict, text: TinyText | HubText, past: tuple, read: Callable, head: Callable, limit: int) -> list[str]:
-    """Greedy answers of at most `limit` tokens, one per question in the batch's order. A scene's questions stay in one
-    row, as in training: each step writes one token of each behind what all of them share (`packed_mask`), and a
-    question that has ended takes part no more. past from `read_scenes`, which it changes; read(ids, positions, mask,
-    cache=..) as there; head: hidden [Q, D] -> logits."""
-    cache, block = past
-    told, own = batch["labels"] != IGNORE, batch["block"]
-    follows = told.roll(1, 1) & (own == own.roll(1, 1))  # behind a position that predicts an answer token
-    asked = (own > 0) & ~follows  # the question; its last position predicts the first answer token
-    pick = lambda x, pad: pad_sequence([r[a] for r, a in zip(x, asked, strict=True)], True, pad).to(block.device)  # noqa: E731
-    ids, positions, own = pick(batch["ids"], text.pad), pick(batch["positions"], 0), pick(own, -1)  # [S, N]
-    row, column = pick(told, False).nonzero(as_tuple=True)  # [Q] where the questions end
-    number, place, index = own[row, column], positions[row, column], torch.arange(len(row), device=row.device)
-    said = [[] for _ in index]
-    for _ in range(limit):
-        block = torch.cat([block, own], 1)
-        hidden = read(ids, positions, packed_mask(block, own.shape[1]), cache=cache)  # [S, N, D]
-        token = head(hidden[row, column]).argmax(-1)  # [Q]
-        for q, t in zip(index.tolist(), token.tolist(), strict=True):
-            said[q].append(t)
-        alive = token != text.eos
-        if not alive.any():
-            break
-        row, number, place, index, token = (x[alive] for x in (row, number, place + 1, index, token))
-        column = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)  # rank in its row
-        ids, positions, own = (block.new_full((len(block), int(column.max()) + 1), v) for v in (text.pad, 0, -1))
-        ids[row, column], positions[row, column], own[row, column] = token, place, number
-    return [text.decode(ids) for ids in said]
+def vggt_geometry(images: np.ndarray, model, longest: int = 518) -> tuple[np.ndarray, ...]:
+    """What VGGT sees in images [V, H, W, 3] uint8: depth [V, H, W] float32 along the cameras' z axis, confidence [V, H,
+    W] float32 >= 1, intrinsics [V, 3, 3] of this size, poses [V, 4, 4] camera to world (the first camera's axes).
+
+    Depth and cameras come from their own heads, whose un-projection VGGT's authors recommend over the point map. The
+    unit is VGGT's own, not metres. The longer side is brought to `longest` pixels, both to whole patches.
+    """
+    pose_enc = need("vggt.utils.pose_enc", "depth and cameras from bare frames")
+    V, H, W, _ = images.shape
+    patch, device = model.aggregator.patch_size, next(model.parameters()).device
+    h, w = (max(1, round(n * longest / max(H, W) / patch)) * patch for n in (H, W))
+    x = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float() / 255  # [V, 3, H, W]
+    x = torch.nn.functional.interpolate(x, (h, w), mode="bicubic", antialias=True).clamp(0, 1)[None]  # [1, V, 3, h, w]
+    with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        tokens, first = model.aggregator(x)
+    with torch.autocast("cuda", enabled=False):
+        code = model.camera_head(tokens)[-1]  # [1, V, 9]
+        depth, confidence = model.depth_head(tokens, images=x, patch_start_idx=first)  # [1, V, h, w, 1], [1, V, h, w]
+    camera, K = pose_enc.pose_encoding_to_extri_intri(code, (h, w))  # [1, V, 3, 4] world to camera, [1, V, 3, 3]
+    poses, scale = np.tile(np.eye(4), (V, 1, 1)), np.diag([W / w, H / h, 1.0])
+    poses[:, :3] = camera[0].double().cpu().numpy()
+    full = lambda a: np.stack([nearest_pixels(m, (H, W)) for m in a.reshape(V, h, w).float().cpu().numpy()])  # noqa: E731
+    return full(depth), full(confidence), scale @ K[0].double().cpu().numpy(), np.linalg.inv(poses)
+
+
+def similarity(found: np.ndarray, known: np.ndarray, where: object) -> tuple[float, float]:
+    """Metres per unit of cameras that were found in a unit and a frame of their own, from the known ones; and the
+    median distance in metres of the centres once they are aligned. found, known [V, 4, 4] camera to world.
+
+    The rotation between the frames is the mean over the cameras, so cameras along a line will do; the scale is that of
+    least squares (Umeyama 1991). Raises DataError where the cameras stand still, or where the two disagree.
+    """
+    both = np.einsum("vij,vkj->ik", known[:, :3, :3], found[:, :3, :3])
+    u, _, vt = np.linalg.svd(both)
+    turn = u @ np.diag([1, 1, np.linalg.det(u @ vt)]) @ vt
+    a, b = found[:, :3, 3] @ turn.T, known[:, :3, 3]
+    a, b = a - a.mean(0), b - b.mean(0)
+    reach = float(np.linalg.norm(b, axis=1).max())
+    if reach < 0.05:
+        raise DataError(f"{where}: the camera moves less than 10 cm, which gives no scale; leave out the poses")
+    scale = float((a * b).sum() / max(np.square(a).sum(), 1e-12))
+    off = float(np.median(np.linalg.norm(scale * a - b, axis=1)))
+    trace = np.einsum("vij,ik,vkj->v", known[:, :3, :3], turn, found[:, :3, :3])
+    angle = float(np.degrees(np.median(np.arccos(np.clip((trace - 1) / 2, -1, 1)))))
+    if scale <= 0 or off > 0.3 * reach or angle > 25:
+        raise DataError(f"{where}: its poses and its images disagree by {angle:.0f} degrees and {off:.2f} m; name the "
+                        f"convention of the poses: {', '.join(CONVENTIONS)}")  # fmt: skip
+    return scale, off
+
+
+GUESS = 2.0  # metres: the median depth of a video whose scale nobody knows
+
+
+def metres_per_unit(depth: np.ndarray, poses: np.ndarray, sure: np.ndarray, known: dict, scale: float | None,
+                    where: object) -> tuple[float, list[str]]:  # fmt: skip
+    """Metres per unit of depth [V, H, W] and poses [V, 4, 4] that were found, sure [V, H, W] bool; and a line that says
+    how: by the known poses (`similarity`) or depth [V, H, W] (median ratio), else by a guess times `scale`."""
+    if "poses" in known:
+        factor, off = similarity(poses, known["poses"], where)
+        return factor, [f"depth as seen in the images, its scale from {len(poses)} poses, which fit to {off:.2f} m"]
+    if "depth" in known:
+        both = sure & (known["depth"] > 0)
+        if not both.any():
+            raise DataError(f"{where}: its depth images are empty; export them again")
+        factor = float(np.median(known["depth"][both] / depth[both]))
+        return factor, ["poses as seen in the images, their scale from the depth"]
+    return GUESS / float(np.median(depth[sure])) * (scale or 1.0), []
+
+
+def read_views(path: str | Path, geometry: Callable | None = None, vggt: str = "facebook/VGGT-1B", max_frames: int = 32,
+               longest: int = 640, scale: float | None = None, up: str = "auto", convention: str = "opencv",
+               depth_scale: float = 1000.0, points: int = 100_000) -> Scene:  # fmt: skip
+    """A video, a folder of images, or a folder of frames that lacks depth or poses, as a scene without objects.
+
+    What is missing comes from geometry(images) -> depth, confidence, intrinsics, poses as of `vggt_geometry` (the
+    default). Its unit becomes metres by the folder's poses or depth, or by `scale`, true metres per guessed one, where
+    the guess puts half of what is seen within GUESS metres. Without any of them the scene is not metric, and questions
+    in metres are refused. A fifth of the depth, the least certain, is dropped; known depth, poses and intrinsics
+    replace what was found. Raises DataError.
+    """
+    path, known = Path(path), {}
+    rows, camera = (find_frames(path) if path.is_dir() else None) or ([], None)
+    if any(p.exists() for row in rows for p in row[1:3]):
+        images, known, notes = read_partial(rows, camera, max_frames, longest, convention, depth_scale)
+    else:
+        images, notes = (read_images if path.is_dir() else read_video)(path, max_frames, longest)
+    if scale is not None and known:
+        raise DataError(f"--scale: {path} has {next(iter(known))} in metres; leave it out")
+    found, confidence, K, cameras = (geometry or (lambda x: vggt_geometry(x, load_vggt(vggt))))(images)
+    sure = (found > 0) & (confidence >= np.quantile(confidence, 0.2))
+    if not (sure.any() and all(np.isfinite(a).all() for a in (found, K, cameras))):
+        raise DataError(f"{path}: no depth and cameras were found in its frames; record it again, slowly and in light")
+    factor, said = metres_per_unit(found, cameras, sure, known, scale, path)
+    notes += said
+    cameras = cameras * [1, 1, 1, factor]  # the last column: where they stand
+    cameras[:, 3, 3] = 1
+    depth = known.get("depth", np.where(sure, found * np.float32(factor), 0).astype(np.float32))
+    masks = known.get("masks", np.zeros(depth.shape, np.int32))
+    arrays = (images, depth, masks, known.get("intrinsics", K), known.get("poses", cameras))
+    kept = list(zip(*arrays, strict=True))
+    scene, _ = fused_scene(path.stem, "video", ((c, d, k, p) for c, d, _, k, p in kept), kept, notes, points, up)
+    if known or scale is not None:
+        return scene
+    size = " x ".join(f"{s:.1f}" for s in np.ptp(scene.bounds, axis=0))
+    notes.append(f"no poses, depth or --scale: sizes are guessed ({size} m) and metric questions refused; if you know "
+                 "a length, give --scale TRUE/GUESSED")  # fmt: skip
+    return replace(scene, metric=False)
+
+
+# ---- 9 superpoints and segments --------------------------------------------------------------------------------------
+
+
+def group_mean(values: np.ndarray, label: np.ndarray, count: int) -> np.ndarray:
+    """Mean of values [N, C] per label 0..count-1."""
+    total = np.stack([np.bincount(label, v, count) for v in values.T], axis=1)
+    return total / np.maximum(np.bincount(label, minlength=count), 1)[:, None]
+
+
+def vertex_normals(points: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Mean of the unit normals of a vertex's faces [N, 3] float32, *not* normalised, as in ScanNet's segmentator."""
+    p = points.astype(np.float32)[faces]
+    normal = np.cross(p[:, 1] - p[:, 0], p[:, 2] - p[:, 0])
+    normal, corner = unit(normal * 1e6), faces.ravel()
+    return group_mean(np.repeat(normal, 3, axis=0), corner, len(points)).astype(np.float32)
+
+
+def neighbour_pairs(points: np.ndarray, k: int, reach: float = np.inf) -> tuple[np.ndarray, np.ndarray, float]:
+    """Every pair a < b of points where one is among the other's k nearest, closer than `reach` times the median
+    distance of nearest points: (a [E], b [E], that distance)."""
+    distance, near = (a[:, 1:] for a in nearest(points, points, k + 1))
+    spacing = float(np.median(distance[:, 0]))
+    a, b = np.nonzero(distance <= max(reach * spacing, 1e-9))[0], near[distance <= max(reach * spacing, 1e-9)]
+    key = np.sort(np.minimum(a, b) * len(points) + np.maximum(a, b))
+    key = key[np.diff(key, prepend=-1) > 0]
+    return key // len(points), key % len(points), spacing
+
+
+def over_segment(points: np.ndarray, normals: np.ndarray | None = None, faces: np.ndarray | None = None,
+                 threshold: float = 0.01, min_size: int = 20, k: int = 10) -> np.ndarray:  # fmt: skip
+    """Superpoints [N] int64, contiguous from 0: Felzenszwalb-Huttenlocher with the rules of ScanNet's segmentator.
+
+    An edge from a to b weighs 1 - n_a . n_b, squared if convex (n_b along b - a), so that rounded things hold together.
+    Edges are a mesh's (faces [F, 3]; normals default to `vertex_normals`), or the k nearest neighbours' of a bare
+    cloud, there the mean of both directions. Felzenszwalb & Huttenlocher, IJCV 2004; ScanNet's Segmentator calls
+    threshold kThresh and min_size segMinVerts.
+    """
+    if len(points) < 2:
+        return np.zeros(len(points), np.int64)
+    points = np.asarray(points, np.float32)
+    if normals is None:
+        normals = vertex_normals(points, faces) if faces is not None else estimate_normals(points)
+    normals = np.asarray(normals, np.float32)
+
+    def weigh(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        flat = 1 - np.einsum("ij,ij->i", normals[a], normals[b])
+        return np.where(np.einsum("ij,ij->i", normals[b], points[b] - points[a]) > 0, flat * flat, flat)
+
+    if faces is not None:
+        a, b = faces[:, [0, 0, 2]].ravel(), faces[:, [1, 2, 1]].ravel()
+        weight = weigh(a, b)
+    else:
+        a, b, _ = neighbour_pairs(points, k)
+        weight = (weigh(a, b) + weigh(b, a)) / 2
+    return segment_graph(len(points), a, b, weight, threshold, min_size)
+
+
+def segment_graph(count: int, a: np.ndarray, b: np.ndarray, weight: np.ndarray,
+                  threshold: float, min_size: int) -> np.ndarray:  # fmt: skip
+    """Labels [count] of a graph's segments from its edges a, b, weight [E], taken lightest first.
+
+    Two segments join if the edge is no heavier than either's limit, its heaviest inner edge + threshold / size; at the
+    end segments below min_size join a neighbour. A segment that refuses once is final, for later edges weigh more: so
+    all edges inside a segment or at a final one are skipped by whole blocks, and Python sees few.
+    """
+    order = np.argsort(weight, kind="stable")
+    a, b, weight = a[order], b[order], weight[order]
+    parent, size, limit = list(range(count)), [1] * count, [threshold] * count
+    final = np.zeros(count, bool)
+
+    def find(x: int) -> int:
+        while parent[x] != x:
+            parent[x] = x = parent[parent[x]]
+        return x
+
+    def roots() -> np.ndarray:
+        root = np.array(parent)
+        while (root[root] != root).any():
+            root = root[root]
+        parent[:] = root.tolist()
+        return root
+
+    def join(x: int, y: int) -> int:
+        x, y = (x, y) if size[x] >= size[y] else (y, x)
+        parent[y] = x
+        size[x] += size[y]
+        return x
+
+    for start in range(0, len(a), 1 << 16):
+        block, root = slice(start, start + (1 << 16)), roots()
+        x, y = root[a[block]], root[b[block]]
+        live = (x != y) & ~final[x] & ~final[y]
+        for p, q, w in zip(x[live].tolist(), y[live].tolist(), weight[block][live].tolist(), strict=True):
+            p, q = find(p), find(q)
+            if p != q and w <= limit[p] and w <= limit[q]:
+                p = join(p, q)
+                limit[p] = w + threshold / size[p]
+            elif p != q:
+                final[p] |= w > limit[p]
+                final[q] |= w > limit[q]
+    root = roots()
+    across = root[a] != root[b]
+    for p, q in zip(a[across].tolist(), b[across].tolist(), strict=True):
+        p, q = find(p), find(q)
+        if p != q and min(size[p], size[q]) < min_size:
+            join(p, q)
+    return np.unique(roots(), return_inverse=True)[1].astype(np.int64)
+
+
+def extent(points: np.ndarray) -> np.ndarray:
+    """The axis-aligned box [6] of points [N, 3]."""
+    low, high = points.min(0).astype(float), points.max(0).astype(float)
+    return np.concatenate([(low + high) / 2, high - low])
+
+
+def colour_name(colours: np.ndarray | None, mine: np.ndarray) -> str:
+    """The name in COLOURS nearest to the median of the colours [N, 3] at `mine`; "" without colours."""
+    if colours is None:
+        return ""
+    median = np.median(colours[mine], axis=0)
+    return min(COLOURS, key=lambda name: float(np.square(median - COLOURS[name]).sum()))
+
+
+def hue_of(colours: np.ndarray) -> np.ndarray:
+    """Colours [N, 3] u8 as one axis of brightness, which counts less, and two of hue: [N, 3] float32."""
+    r, g, blue = colours.T.astype(np.float32) / 255
+    return np.stack([(r + g + blue) / 6, 0.7 * (r - g), 0.7 * ((r + g) / 2 - blue)], axis=1)
+
+
+def find_shell(points: np.ndarray, normals: np.ndarray, hue: np.ndarray, superpoints: np.ndarray,
+               spacing: float) -> np.ndarray:  # fmt: skip
+    """Mask [N] of the room itself: points on a large level or upright plane with next to nothing behind it (floor,
+    ceiling, walls), in the plane's own colour (so that a flat rug or a door stays)."""
+    shell, reach = np.zeros(len(points), bool), max(0.05, 1.2 * spacing)
+    size = np.bincount(superpoints)
+    mean = group_mean(normals, superpoints, len(size))
+    flatness = np.linalg.norm(mean, axis=1)
+    for s in np.flatnonzero((size >= 0.01 * len(points)) & (flatness > 0.9)):
+        normal = mean[s] / flatness[s]
+        height = (points - np.median(points[superpoints == s], axis=0)) @ normal
+        if 0.3 < abs(normal[2]) < 0.9 or (height < -reach - 0.05).mean() > 0.03:
+            continue
+        on = (np.abs(height) < reach) & (normals @ normal > 0.8)
+        off = np.linalg.norm(hue - np.median(hue[on], axis=0), axis=1)
+        shell |= on & (off < max(0.1, 2.5 * np.median(off[on])))
+    return shell
+
+
+def merge_segments(points: np.ndarray, normals: np.ndarray, colours: np.ndarray, superpoints: np.ndarray,
+                   colour_scale: float = 0.25, largest: float = 2.6, smallest: float = 0.12) -> np.ndarray:  # fmt: skip
+    """Object-sized pieces of a cloud: instances [N] int64, 0 = the room itself and crumbs. No learning, no categories.
+
+    Superpoints are cut where the colour jumps, the room's shell is taken away, and touching pieces join in order of
+    a cost: colour difference / colour_scale, less for a small piece at a large one (a handle), + the concave share of
+    the contact (things meet in concave edges: Stein et al., CVPR 2014), both halved where one lies within the other's
+    box and does not rest on it (the glass of a mirror), + the share in which one rests on top of the other in another
+    colour. Nothing grows beyond `largest` metres; what stays below `smallest` is a crumb.
+    points, normals [N, 3] metres z-up, colours [N, 3] u8. The constants were set on procedural rooms.
+    """
+    a, b, spacing = neighbour_pairs(points, 8, reach=3.5)
+    hue = hue_of(colours)
+    inside = superpoints[a] == superpoints[b]
+    jump = np.linalg.norm(hue[a] - hue[b], axis=1)
+    piece = segment_graph(len(points), a[inside], b[inside], jump[inside], 0.1, 8)
+    S = int(piece.max()) + 1
+    size = np.bincount(piece).astype(float)
+    kept = np.bincount(piece, find_shell(points, normals, hue, superpoints, spacing), S) < 0.5 * size
+    tint = group_mean(hue, piece, S)
+    low, high = np.full((S, 3), np.inf), np.full((S, 3), -np.inf)
+    np.minimum.at(low, piece, points)
+    np.maximum.at(high, piece, points)
+
+    links = touching(points, normals, piece, kept, high[:, 2], (a, b), spacing)
+    root = join_pieces(links, size, tint, low, high, spacing, colour_scale, largest)
+    big = kept & (root == np.arange(S)) & (size >= 12) & ((high - low).max(1) >= smallest)
+    return (np.cumsum(big) * big)[root][piece]
+
+
+def touching(points: np.ndarray, normals: np.ndarray, piece: np.ndarray, kept: np.ndarray, top: np.ndarray,
+             pairs: tuple[np.ndarray, np.ndarray], spacing: float) -> list[dict[int, np.ndarray]]:  # fmt: skip
+    """For each of S pieces those that touch it, and their contact [3]: how many pairs of neighbouring points, in how
+    many of them the surface is concave, and one rests on top of the other. piece [N] of points and normals [N, 3],
+    metres; kept [S] bool, top [S] the greatest heights, pairs: two [E]."""
+    (a, b), S = pairs, len(kept)
+    x, y = piece[a], piece[b]
+    touch = (x != y) & kept[x] & kept[y]
+    a, b, x, y = a[touch], b[touch], x[touch], y[touch]
+    gap = points[a] - points[b]
+    concave = ((normals[a] - normals[b]) * gap).sum(1) < -0.2 * np.linalg.norm(gap, axis=1)
+    rests = concave & (((normals[a][:, 2] > 0.8) & (top[y] > top[x] + 2 * spacing))
+                       | ((normals[b][:, 2] > 0.8) & (top[x] > top[y] + 2 * spacing)))  # fmt: skip
+    key, inverse = np.unique(np.minimum(x, y) * S + np.maximum(x, y), return_inverse=True)
+    contacts = np.stack([np.bincount(inverse, w, len(key)) for w in (np.ones(len(a)), concave, rests)], axis=1)
+    links: list[dict[int, np.ndarray]] = [{} for _ in range(S)]
+    for k, contact in zip(key.tolist(), contacts, strict=True):
+        links[k // S][k % S] = links[k % S][k // S] = contact
+    return links
+
+
+def join_pieces(links: list[dict[int, np.ndarray]], size: np.ndarray, tint: np.ndarray, low: np.ndarray,
+                high: np.ndarray, spacing: float, colour_scale: float, largest: float) -> np.ndarray:  # fmt: skip
+    """Join touching pieces while the cheapest pair costs at most 1 (`merge_segments`): the piece [S] that each became,
+    whose rows of size [S], tint, low and high [S, 3] then describe them all. `links` of `touching` is used up."""
+    S = len(links)
+    version, into, heap = [0] * S, list(range(S)), []
+
+    def offer(p: int, others: list[int]) -> None:
+        """Put the pairs of p and others on the heap, as far as they may join: those of a cost of 1 at most."""
+        q = np.array(others, int)
+        edges, bent, resting = np.array([links[p][other] for other in others]).reshape(-1, 3).T
+        lows, highs = low[q], high[q]
+        whole = (np.maximum(high[p], highs) - np.minimum(low[p], lows)).max(1)
+        ends = np.concatenate([low[p] - lows, highs - high[p]], axis=1)
+        within = (resting == 0) & ((ends >= -spacing).all(1) | (ends <= spacing).all(1))
+        half = np.where(within, 0.5, 1.0)
+        differ = half * np.linalg.norm(tint[p] - tint[q], axis=1) / colour_scale
+        weight = 0.5 + 0.5 * (np.minimum(size[p], size[q]) / np.maximum(size[p], size[q])) ** 0.5
+        cost = weight * differ + half * bent / edges + np.where(differ > 0.5, resting / edges, 0.0)
+        for i in np.flatnonzero((cost <= 1) & (whole <= largest)).tolist():
+            u, v = min(p, others[i]), max(p, others[i])
+            heapq.heappush(heap, (float(cost[i]), u, v, version[u], version[v]))
+
+    for p in range(S):
+        offer(p, [q for q in links[p] if p < q])
+    while heap:
+        _, p, q, *seen = heapq.heappop(heap)
+        if seen != [version[p], version[q]]:
+            continue  # one of them has grown since
+        tint[p] = (size[p] * tint[p] + size[q] * tint[q]) / (size[p] + size[q])
+        size[p] += size[q]
+        low[p], high[p] = np.minimum(low[p], low[q]), np.maximum(high[p], high[q])
+        into[q], version[p], version[q] = p, version[p] + 1, -1
+        for other, contact in links[q].items():
+            del links[other][q]
+            if other != p:
+                links[p][other] = links[other][p] = contact + links[p].get(other, 0)
+        links[q] = {}
+        offer(p, [*links[p]])
+    root = np.array(into)
+    while (root[root] != root).any():
+        root = root[root]
+    return root
+
+
+def render_masks(points: np.ndarray, instances: np.ndarray, frames: Frames, reach: float | None = None) -> np.ndarray:
+    """Masks [V, H, W] int32: every depth pixel takes the instance [N] of the nearest point [N, 3], 0 beyond `reach`
+    metres (default: 5 cm or twice the cloud's spacing). Asked from the pixels, this tests depth and leaves no holes."""
+    if reach is None:
+        reach = max(0.05, 2 * float(np.quantile(nearest(points, points, 2)[0][:, -1], 0.5, method="lower")))
+    masks = np.zeros(frames.depth.shape, np.int32)
+    for v in range(len(masks)):  # one frame at a time: memory stays that of a frame
+        seen = frames.depth[v] > 0
+        pixels = unproject(frames.depth[v : v + 1], frames.intrinsics[v : v + 1], frames.poses[v : v + 1])[0][seen]
+        distance, near = (a[:, 0] for a in nearest(pixels, points))
+        masks[v][seen] = np.where(distance <= reach, instances[near], 0)
+    return masks
+
+
+def in_view(points: np.ndarray, K: np.ndarray, pose: np.ndarray,
+            size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """Which points [N, 3] fall on an image of size (H, W), hidden ones too: (index [M], row [M], column [M], depth [M]
+    metres along the camera's axis). K [3, 3]; pose [4, 4] camera to world."""
+    pixels, depth = project(points, K, pose)
+    inside = np.flatnonzero((depth > 0.1) & (pixels >= 0).all(1) & (pixels < size[::-1]).all(1))
+    column, row = pixels[inside].astype(int).T
+    return inside, row, column, depth[inside]
+
+
+def depth_support(points: np.ndarray, instances: np.ndarray, frames: Frames,
+                  reach: float = 0.1) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """What depth that a segmentation has not used says about it: for every instance id the share [n] of its points that
+    lie on the measured surface (to `reach` metres) among those that do or are seen through, and their number [n].
+    A point behind the surface is hidden and has no say."""
+    agree, against = (np.zeros(int(instances.max(initial=0)) + 1) for _ in range(2))
+    for depth, K, pose in zip(frames.depth, frames.intrinsics, frames.poses, strict=True):
+        inside, v, u, z = in_view(points, K, pose, depth.shape)
+        measured = depth[v, u]
+        for total, hit in ((agree, np.abs(measured - z) <= reach), (against, measured > z + reach)):
+            total += np.bincount(instances[inside][hit & (measured > 0)], minlength=len(total))
+    return agree / np.maximum(agree + against, 1), (agree + against).astype(int)
+
+
+def surface(scene: Scene, limit: int = 100_000) -> tuple:
+    """What its cameras see of a scene: points, colours and normals. A room's own cloud comes from the objects
+    themselves, so that cloud is fused from its frames, like that of any scene with frames alone."""
+    f = scene.frames
+    if f is None or (scene.points is not None and scene.source != "rooms"):
+        return scene.points, scene.colours, scene.normals
+    return fuse(zip(f.colour, f.depth, f.intrinsics, f.poses, strict=True), limit)[:3]
+
+
+def read_masks(points: np.ndarray, frames: Frames) -> np.ndarray:
+    """The inverse of `render_masks`: for points [N, 3] the object id [N] of the nearest depth pixel of all frames."""
+    seen = unproject(frames.depth, frames.intrinsics, frames.poses)[frames.depth > 0]
+    return frames.masks[frames.depth > 0][nearest(points, seen)[1][:, 0]].astype(np.int64)
+
+
+def seen_cloud(scene: Scene, limit: int = 100_000) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]:
+    """`surface` with what it may lack: points, colours (None: without), normals, and the colours or grey."""
+    points, colours, normals = surface(scene, limit)
+    if points is None or len(points) < 2:
+        raise DataError(f"{scene.name}: no cloud and no frames to segment; read them first")
+    grey = np.full((len(points), 3), 128, np.uint8) if colours is None else colours
+    return points, colours, estimate_normals(points) if normals is None else normals, grey
+
+
+def with_own_segments(scene: Scene, limit: int = 100_000) -> Scene:
+    """The scene with its own segments for objects, its superpoints and masks made anew, on the cloud of `seen_cloud`.
+    Raises DataError where there is nothing to segment."""
+    points, colours, normals, grey = seen_cloud(scene, limit)
+    superpoints = over_segment(points, normals)
+    instances = merge_segments(points, normals, grey, superpoints)
+    masks = None if scene.frames is None else render_masks(points, instances, scene.frames)
+    return with_pieces(scene, (points, colours, normals), superpoints, instances, masks, "segments of our own")
+
+
+def with_pieces(scene: Scene, cloud: tuple, superpoints: np.ndarray, instances: np.ndarray, masks: np.ndarray | None,
+                what: str, trim: float = 0.0) -> Scene:  # fmt: skip
+    """The scene on a cloud (points, colours, normals), the pieces that instances [N] number on it for objects (category
+    "", colour by name), and masks [V, H, W]; boxes leave out the share `trim` of a piece's points at every side."""
+    (points, colours, normals), f, objects = cloud, scene.frames, []
+    for i in range(1, int(instances.max(initial=0)) + 1):
+        mine = instances == i
+        box = extent(np.quantile(points[mine], (trim, 1 - trim), axis=0))
+        objects.append(Thing(i, "", colour_name(colours, mine), box))
+    note = f"objects are {len(objects)} {what}, without categories"
+    return replace(scene, points=points, colours=colours, normals=normals, superpoints=superpoints, instances=instances,
+                   objects=objects, frames=f and Frames(f.colour, f.depth, masks, f.intrinsics, f.poses),
+                   notes=[*scene.notes, note])  # fmt: skip
+
+
+# ---- 9b masks of a video ---------------------------------------------------------------------------------------------
+# SAM 2 follows what it is shown through the frames and loses what leaves the view; points in space say which tracks are
+# one object (`with_sam2`).
+
+SAM2 = "facebook/sam2.1-hiera-large"  # Proxy3D does not say which SAM 2 it takes: the most accurate one
+
+
+@lru_cache(maxsize=1)
+def load_sam2(name: str | Path | None = SAM2, config: str | None = None, device: str | None = None, **overrides):
+    """SAM 2's video predictor, ready to track.
+
+    name: of its weights on the hub; a checkpoint (.pt) of one's own, with the name of its configuration in SAM 2's
+    package unless the file still bears its published name; or None, untrained weights. overrides: values of the
+    configuration's model, as image_size=512 (pixels, published 1024). Weights are read without executing pickles.
+    Raises DataError where the package or the weights are missing, or do not fit each other.
+    """
+    try:
+        from pickle import UnpicklingError
+
+        from hydra.errors import HydraException
+        from sam2.build_sam import HF_MODEL_ID_TO_FILENAMES, build_sam2_video_predictor
+    except ImportError:
+        raise DataError(f"SAM 2 is not installed: {INSTALL['sam2']} (or --masks segments)") from None
+    published = {file: configuration for configuration, file in HF_MODEL_ID_TO_FILENAMES.values()}
+    path = None if name is None else Path(name)
+    if name in HF_MODEL_ID_TO_FILENAMES:
+        from huggingface_hub import hf_hub_download
+
+        _, file = HF_MODEL_ID_TO_FILENAMES[name]
+        try:
+            path = Path(hf_hub_download(name, file))
+        except OSError:
+            raise DataError(f"{name}: {file} is not here and the hub does not give it; download it where there is a "
+                            "network and give its path in the name's place") from None  # fmt: skip
+    elif path is not None and not path.is_file():
+        raise DataError(f"{path}: no such checkpoint; give a file or one of {', '.join(HF_MODEL_ID_TO_FILENAMES)}")
+    config = config or (path and published.get(path.name))
+    if config is None:
+        raise DataError(f"{name}: whose configuration? give config = one of {', '.join(sorted(published.values()))}")
+    try:
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        changes = [f"++model.{key}={value}" for key, value in overrides.items()]
+        model = build_sam2_video_predictor(config, device=device, hydra_overrides_extra=changes)
+    except HydraException as error:
+        why = " ".join(str(error).split())[:200]
+        raise DataError(f"{config}: not a configuration of SAM 2's package, or not with {overrides} ({why})") from None
+    if path is not None:
+        with reading(path, f"checkpoint for {config}"):
+            try:
+                model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["model"])
+            except (RuntimeError, UnpicklingError) as error:  # other names and shapes; more than tensors inside
+                raise ValueError(" ".join(str(error).split())) from None
+    model.fill_hole_area = 0  # holes of 8 pixels: filling them needs SAM 2's own CUDA extension, and warns without it
+    return model
+
+
+def automatic_masks(model, **settings) -> Callable[[np.ndarray], list[np.ndarray]]:
+    """A function from one image [H, W, 3] u8 to the masks [H, W] bool that SAM 2 sees in it when it is prompted with a
+    grid of points; it shares the video predictor's weights. settings: SAM2AutomaticMaskGenerator's (points_per_side=32,
+    pred_iou_thresh=0.8, ...); unknown ones raise DataError."""
+    from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
+
+    known = dict(inspect.signature(SAM2AutomaticMaskGenerator).parameters)
+    for key in settings:  # it would take and forget them
+        choose(known, key, "setting of automatic masks")
+    generator = SAM2AutomaticMaskGenerator(model, **settings)
+    generator.predictor._bb_feat_sizes = [(model.image_size // s,) * 2 for s in (4, 8, 16)]  # it assumes 1024 pixels
+    return lambda image: [found["segmentation"] for found in generator.generate(image)]
+
+
+def new_masks(proposals: Sequence[np.ndarray], tracks: np.ndarray, smallest: float, largest: float) -> list[np.ndarray]:
+    """Of the masks [H, W] bool proposed on a frame those that start a track, from large to small.
+
+    tracks [H, W] int are already there. A mask is left out if it covers less than `smallest` or more than `largest` of
+    the frame (a wall from near), or if half of it belongs to tracks or to larger masks: then it is such an object, or a
+    part of one. Otherwise it keeps what it shares with none.
+    """
+    taken, kept = tracks > 0, []
+    for mask in sorted(proposals, key=np.count_nonzero, reverse=True):  # stable: equal ones in the order given
+        fresh = mask & ~taken
+        if smallest <= mask.mean() <= largest and 2 * fresh.sum() > mask.sum():
+            kept.append(fresh)
+            taken |= mask
+    return kept
+
+
+def keep_labels(labels: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """The labels with kept[label] renumbered from 1 in their order, the others 0; int32."""
+    kept = kept & (np.arange(len(kept)) > 0)
+    return (np.cumsum(kept) * kept).astype(np.int32)[labels]
+
+
+def sam2_masks(images: np.ndarray, model, keyframe_every: int = 8, most: int = 100, chunk: int = 16,
+               smallest: float = 0.001, largest: float = 0.5,
+               propose: Callable[[np.ndarray], Sequence[np.ndarray]] | None = None) -> np.ndarray:  # fmt: skip
+    """Tracks [V, H, W] int32 of everything in a video [V, H, W, 3] u8: 0 = none, ids 1..n, n <= most.
+
+    On every `keyframe_every`-th frame and on the last, `propose` (default: `automatic_masks(model)`) finds masks; those
+    that no track explains (see `new_masks`) are followed forwards and backwards, the largest first, until there are
+    `most` tracks. A pixel goes to the track of the highest score; on a frame where a track has less than `smallest` of
+    the pixels it is not seen. What leaves the view and comes back may be a new track: `merge_tracks`.
+
+    model: `load_sam2()`. Memory on the CPU, at 1024 pixels: 12.6 MB per frame, 8 bytes per pixel of the video and the
+    state of `chunk` tracks, 4 MB per track and 0.8 MB per track and frame; so sample 32 to 64 frames of a video first.
+    Time grows with tracks times frames; the images are encoded anew for every chunk.
+    """
+    from PIL import Image
+
+    V, H, W = images.shape[:3]
+    propose = propose or automatic_masks(model)
+    tracks, best, count = np.zeros((V, H, W), np.int32), np.zeros((V, H, W), np.float32), 0
+    on_gpu = model.device.type == "cuda"
+    with (tempfile.TemporaryDirectory() as folder, torch.inference_mode(),
+          torch.autocast(model.device.type, torch.bfloat16, enabled=on_gpu)):  # fmt: skip
+        for v in range(V):  # SAM 2 reads frames from a folder only
+            Image.fromarray(images[v]).save(f"{folder}/{v:05d}.jpg", quality=95, subsampling=0)
+        state = model.init_state(folder, offload_video_to_cpu=True, offload_state_to_cpu=True)
+        for key in sorted({*range(0, V, keyframe_every), V - 1}):
+            started = new_masks(propose(images[key]), tracks[key], smallest, largest)[: most - count]
+            for first in range(0, len(started), chunk):
+                for mask in started[first : first + chunk]:
+                    count += 1
+                    model.add_new_mask(state, key, count, mask)
+                for reverse in (False, True):
+                    for v, ids, logits in model.propagate_in_video(state, start_frame_idx=key, reverse=reverse):
+                        score, which = (t.cpu().numpy() for t in logits[:, 0].float().max(0))  # [H, W] each
+                        better = score > best[v]
+                        best[v][better], tracks[v][better] = score[better], np.array(ids)[which[better]]
+                model.reset_state(state)
+    shown = np.zeros(count + 1, bool)
+    for frame in tracks:
+        area = np.bincount(frame.ravel(), minlength=count + 1)
+        frame[area[frame] < smallest * H * W] = 0
+        shown |= area >= max(1, smallest * H * W)
+    return keep_labels(tracks, shown)
+
+
+def merge_tracks(tracks: np.ndarray, points: np.ndarray, voxel: float = 0.05, share: float = 0.3,
+                 smallest: int = 4) -> np.ndarray:  # fmt: skip
+    """Masks [V, H, W] int32 in which tracks [V, H, W] that are one object bear one id, from 1, the largest first.
+
+    points [V, H, W, 3] metres (NaN = missing, `unproject`). A track occupies the voxels where it has more than half of
+    the points, counted on the frames that show the track: at its edges, neighbours and what its mask spills on have
+    more. Two tracks become one if they share at least `share` of the voxels of the smaller, the largest shares first,
+    unless some frame shows both, or shows what each has already become: standing side by side they are two objects (a
+    book lies on the table that is seen with it). Objects of fewer than `smallest` voxels are dropped.
+    """
+    V, n = len(tracks), int(tracks.max(initial=0))
+    present = np.zeros((n + 1, V), bool)
+    for v in range(V):
+        present[np.unique(tracks[v]), v] = True
+    measured = np.isfinite(points).all(-1)
+    cell = voxel_of(points[measured], voxel)
+    C = int(cell.max(initial=-1)) + 1
+    key = (np.nonzero(measured)[0] * C + cell) * (n + 1) + tracks[measured]
+    key, count = np.unique(key, return_counts=True)  # a row per frame, voxel and track
+    frame, cell, track = key // (n + 1) // max(C, 1), key // (n + 1) % max(C, 1), key % (n + 1)
+    occupied = np.zeros((n + 1, C), np.float32)
+    for t in range(1, n + 1):
+        here, own = present[t, frame], track == t
+        occupied[t] = 2 * np.bincount(cell[own], count[own], C) > np.bincount(cell[here], count[here], C)
+
+    both, size = occupied @ occupied.T, occupied.sum(1)
+    overlap = np.triu(both / np.maximum(np.minimum(size[:, None], size), 1), 1)
+    a, b = np.nonzero(overlap >= share)
+    root = np.arange(n + 1)
+    for i in np.argsort(-overlap[a, b], kind="stable"):
+        p, q = root[a[i]], root[b[i]]
+        if p != q and not (present[p] & present[q]).any():
+            present[p] |= present[q]
+            occupied[p] = np.maximum(occupied[p], occupied[q])
+            root[root == q] = p
+    size = occupied.sum(1) * (root == np.arange(n + 1))
+    order = np.argsort(-size, kind="stable")[: int((size >= smallest).sum())]
+    rank = np.zeros(n + 1, np.int32)
+    rank[order] = np.arange(1, len(order) + 1)
+    return rank[root][tracks]
+
+
+def vote(points: np.ndarray, masks: np.ndarray, frames: Frames | LazyFrames, reach: float = 0.05) -> np.ndarray:
+    """Instances [N] int64 of points [N, 3]: the mask [V, H, W] that most frames show at the point, if most of those
+    that see the point and that mask anywhere agree; 0 = none. A frame sees a point within `reach` metres of its depth.
+    """
+    N, n, V = len(points), int(masks.max(initial=0)), len(masks)
+    votes, seen = np.zeros((N, n + 1), np.int16), np.zeros((V, N), bool)
+    for v in range(V):
+        inside, row, column, z = in_view(points, frames.intrinsics[v], frames.poses[v], masks.shape[1:])
+        near = np.abs(frames.depth[v][row, column] - z) <= reach
+        inside, row, column = inside[near], row[near], column[near]
+        seen[v, inside] = True
+        votes[inside, masks[v][row, column]] += 1
+    votes[:, 0] = 0
+    first = votes.argmax(1)
+    together = np.zeros(N, int)
+    for v in range(V):
+        together += seen[v] & np.isin(first, np.unique(masks[v]))
+    return np.where(2 * votes[np.arange(N), first] > together, first, 0)
+
+
+def with_tracks(scene: Scene, tracks: np.ndarray, limit: int = 100_000) -> Scene:
+    """The scene with merged tracks [V, H, W] of its frames for masks and objects, on the cloud of `seen_cloud`; its
+    points are labelled by `vote`.
+
+    A track that mostly lies on the room's shell (floor, wall), or has fewer than 8 points, is dropped. Boxes span the
+    2nd to 98th percentile of a track's points: masks bleed at edges. Raises DataError without frames of that size.
+    """
+    f = scene.frames
+    if f is None or f.depth.shape != tracks.shape:
+        have = "none" if f is None else f.depth.shape
+        raise DataError(f"{scene.name}: tracks are {tracks.shape}, frames {have}; make the tracks from these frames")
+    points, colours, normals, grey = seen_cloud(scene, limit)
+    keep = scene.superpoints is not None and points is scene.points
+    superpoints = scene.superpoints if keep else over_segment(points, normals)
+    shell = find_shell(points, normals, hue_of(grey), superpoints, neighbour_pairs(points, 1)[2])
+    instances = vote(points, tracks, f)
+    n = int(tracks.max(initial=0))
+    total, flat = (np.bincount(i, minlength=n + 1) for i in (instances, instances[shell]))
+    kept = (total >= 8) & (2 * flat < total)
+    instances, masks = keep_labels(instances, kept).astype(np.int64), keep_labels(tracks, kept)
+    cloud, what = (points, colours, normals), "tracks through the frames"
+    return with_pieces(scene, cloud, superpoints, instances, masks, what, trim=0.02)
 
 
 # ---- 10 pictures -----------------------------------------------------------------------------------------------------
@@ -3778,67 +4119,7 @@ def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.n
             draw_things(view, scene)
 
 
-# ---- 11 runs, own scenes, command line -------------------------------------------------------------------------------
-
-
-def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers, the tensors themselves, tied ones once; without those that the model names in
-    `borrowed`: frozen ones that its Config loads from elsewhere."""
-    first, borrowed = {}, set(getattr(model, "borrowed", ()))
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name not in borrowed:
-            first.setdefault(id(tensor), (name, tensor))
-    return dict(first.values())
-
-
-def read_state(run: Path) -> dict:
-    """state.json of a run's checkpoint: {"number", "files", "position", "run", ...}."""
-    path = run / "checkpoint" / "state.json"
-    if not path.exists():
-        raise DataError(f"{path}: missing, so there is no trained model here; train one, or name another folder")
-    try:
-        state = json.loads(path.read_text())
-    except ValueError:
-        state = None
-    if not isinstance(state, dict) or {"number", "files", "position", "run"} - set(state):
-        raise DataError(f"{path}: not the state of a checkpoint; copy the run again")
-    return state
-
-
-def read_tensors(run: Path, kind: str) -> dict[str, torch.Tensor]:
-    """The tensors of a run's checkpoint by their names; kind: "weights" or another of its files. Raises DataError."""
-    path = run / "checkpoint" / read_state(run)["files"][kind]
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path}: missing or damaged ({error}); copy the run again") from None
-
-
-def load_weights(model: torch.nn.Module, run: Path) -> None:
-    """Copy a run's weights into a model that is not sharded: every name and shape must agree."""
-    saved, own = read_tensors(run, "weights"), named_weights(model)
-    for name in sorted(saved.keys() | own.keys()):
-        there, here = (tuple(t[name].shape) if name in t else "missing" for t in (saved, own))
-        if there != here:
-            raise DataError(f"{run}/checkpoint: {name} is {there} there, {here} in this model; {run}/config.json says "
-                            "which model and settings it belongs to")  # fmt: skip
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(saved[name])
-
-
-def load_model(paper, run: Path) -> torch.nn.Module:
-    """The trained model of a run folder, ready to answer: `paper` is the module that offers Config and Model."""
-    record = read_state(run)["run"]
-    name = Path(paper.__file__).stem
-    if record["model"] != name:
-        raise DataError(f"{run} holds a {record['model']}; ask it with python {record['model']}.py, or train {name}")
-    config = {k: tuple(v) if isinstance(v, list) else v for k, v in record["config"].items()}
-    if strange := sorted(config.keys() ^ {f.name for f in fields(paper.Config)}):
-        raise DataError(f"{run}: its settings and {name}.Config differ in {', '.join(strange)}; train with this code")
-    model = paper.Model(paper.Config(**config), load_text(record["text"]))
-    load_weights(model, run)
-    return model.eval()
+# ---- 11 scenes of one's own, command line ----------------------------------------------------------------------------
 
 
 def scan_ids(root: Path) -> dict[str, list[str]]:
@@ -3851,6 +4132,29 @@ def scan_ids(root: Path) -> dict[str, list[str]]:
     if all(path.exists() for path in lists.values()):
         return {split: [i for i in path.read_text().split() if i in found] for split, path in lists.items()}
     return {"train": [i for n, i in enumerate(found) if n % 5 != 4], "test": found[4::5] or found[-1:]}
+
+
+def load_scenes(source: str, split: str, root: Path | None = None, count: int = 800, workers: int = 0,
+                **options) -> list[Scene]:  # fmt: skip
+    """The scenes of a split, "train" or "test", of a source: rooms, scannet, or own scenes (rgbd, ply, cached).
+
+    Own scenes are all that lie below `root`, every fifth of them for testing; one alone is both. Raises DataError.
+    """
+    if source == "rooms":
+        return rooms(ROOM_SEEDS[split][:count], workers + 1)
+    if root is None:
+        raise DataError(f"--data {source}: name the folder with --root")
+    if source == "scannet":
+        return [open_scan(root, name) for name in scan_ids(Path(root))[split]]
+    paths = sorted(Path(root).glob("*.npz")) if source == "cached" else find_scenes(Path(root))
+    if not paths:
+        raise DataError(f"--root {root}: no scenes there; see python data.py check {root}")
+    test = paths[4::5] or paths[-1:]
+    chosen = test if split == "test" else [p for p in paths if p not in test] or paths
+    return [open_scene(path, **options) for path in chosen]
+
+
+SOURCES = ("rooms", "scannet", "rgbd", "ply", "cached")
 
 
 def open_scan(root: Path, scene_id: str, **options) -> Scene:
@@ -3995,19 +4299,6 @@ def with_files(scene: Scene, _: object = None) -> Scene:
 
 SEGMENTERS = {"segments": lambda scene, _: with_own_segments(scene), "sam2": with_sam2, "files": with_files}
 
-# Words of a question whose answer is a measure: of a scene of unknown scale it is refused.
-IN_METRES = re.compile(
-    r"\b(how (far|tall|high|long|wide|deep|thick|large|big)|(centi|milli)?met(re|er)s?|[cm]m|square|distance|measure|"
-    r"coordinates?|position|height|length|width|depth|area|size|feet|inch(es)?)\b|^where is <obj\d+>\?|\d\.\d")
-
-
-def refuse_measures(scene: Scene, question: str, answer: str) -> str | None:
-    """Why a question in metres, or one whose answer holds metres, is not answered of a scene without scale; or None."""
-    if scene.metric or not (IN_METRES.search(question.lower()) or re.search(r"\d\.\d", answer)):
-        return None
-    return "this scene has no known scale: give poses, depth or --scale."
-
-
 # What SCENE_ARRAYS and FRAME_ARRAYS name is all of a scene but its objects and notes, which go as JSON.
 SCENE_ARRAYS = ("points", "colours", "normals", "superpoints", "instances", "bounds")
 FRAME_ARRAYS = ("colour", "depth", "masks", "intrinsics", "poses")
@@ -4139,128 +4430,6 @@ def work(jobs: list[tuple], workers: int) -> Iterator[dict]:
             yield from pool.map(keep_scene, *zip(*jobs, strict=True))
     except BrokenProcessPool:
         raise DataError("a worker died, perhaps of memory; what was written stays: go on with fewer workers") from None
-
-
-def typed() -> Iterator[list[str]]:
-    """Questions as they are typed, until an empty line, `quit` or the end of the input (Ctrl-D)."""
-    print("questions, one a line; an empty line or quit ends")
-    while True:
-        try:
-            line = input("? ").strip()
-        except UnicodeDecodeError:
-            print("that is no text in this terminal's encoding")
-            continue
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if line in ("", "quit"):
-            return
-        yield [line]
-
-
-def ask_model(model: torch.nn.Module, scene: Scene, samples: Sequence[Sample],
-              kept: dict) -> list[tuple[str, str]]:  # fmt: skip
-    """Per question (what to say, what the model wrote, "" where it is refused); notes words that it has never read.
-    `kept`: of the model's `generate`. A model may offer `refusal(scene, question)`: why it cannot be answered, or None.
-    """
-    asked = [s.question for s in samples]
-    if not all(model.text.encode(q) for q in asked):
-        raise DataError("--ask: a question without a word; write one, such as \"is there a chair?\"")
-    for word in sorted({w for q in asked for w in model.text.unknown(q)}):
-        print(f"note: the model has never read the word {word!r}")
-    for i in {int(i) for q in asked for i in MARK.findall(q)} - {o.id for o in scene.objects}:
-        raise DataError(f"<obj {i}>: {scene.name} has no such object; its picture shows those it has")
-    answers, rows = model.generate(model.batch([(scene, samples)]), max_new_tokens=48, kept=kept), []
-    refusal = getattr(model, "refusal", lambda scene, question: None)
-    for question, written in zip(asked, answers, strict=True):
-        refused = refuse_measures(scene, question, written) or refusal(scene, question)
-        said = refused or written.rpartition("=")[2].strip()
-        rows.append((said + " m" * bool(re.fullmatch(r"\d+[.]\d+", said)), "" if refused else written))
-    return rows
-
-
-def ask_arguments(paper, arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line of `ask_scene`, checked; `at` is a place [3] or None."""
-    name, places = Path(paper.__file__).stem, hasattr(paper, "CoordinateToken")
-    parser = Parser(description="Questions about a scene of your own.")
-    parser.add_argument("--scene", type=Path, required=True,
-                        help="a video, a folder of frames with or without depth and poses, a .ply, a scan's folder")
-    parser.add_argument("--ask", action="append", help="a question; may be given several times (default: a prompt)")
-    parser.add_argument("--run", type=Path, help="folder of a trained run")
-    parser.add_argument("--at", metavar="X,Y,Z", help='in metres: the place that "this" in a question means' if places
-                        else argparse.SUPPRESS)  # fmt: skip
-    parser.add_argument("--out", type=Path, help="picture to write (default: <run>/ask.png)")
-    add_scene_options(parser)
-    a = parser.parse_args(arguments)
-    a.at = None if a.at is None else read_place(a.at)
-    if a.at is not None and not places:
-        raise DataError(f"--at: {name} takes no places; fase3d does")
-    if a.run is None:
-        raise DataError(f"--run: name a trained run; python train.py --model {name} makes runs/{name}")
-    if a.out is not None and (a.out.suffix.lower() not in PICTURES or a.out.is_dir()):
-        raise DataError(f"--out {a.out}: name a picture to write, such as ask.png ({', '.join(PICTURES)})")
-    if not (a.ask or (sys.stdin.isatty() and sys.stdout.isatty())):
-        raise DataError("--ask: give a question; without one they are typed at a terminal, and this is none")
-    if places and a.at is None and any(re.search(r"\bthis *[?.]?$", q.lower()) for q in a.ask or ()):
-        print('note: "this" is a place that you point at: --at X,Y,Z')
-    return a
-
-
-def converse(model: torch.nn.Module, scene: Scene, asked: list[str] | None,
-             place: np.ndarray | None) -> tuple[list[Sample], list[tuple[str, str]]]:  # fmt: skip
-    """Print the answers to the questions asked at once, or as they are typed: all questions, and rows of `ask_model`.
-    """
-    kept, samples, rows = {}, [], []
-    for questions in [asked] if asked else typed():
-        questions = [q.encode(errors="replace").decode() for q in questions]  # bytes of another encoding become "?"
-        new = [Sample(str(i), scene.name, "ask", q, "", prompt=place) for i, q in enumerate(questions, len(samples))]
-        try:
-            told = ask_model(model, scene, new, kept)
-        except DataError as error:
-            if asked:
-                raise
-            print(error)  # one bad question does not end a conversation
-            continue
-        samples, rows = samples + new, rows + told
-        for question, (said, _) in zip(questions, told, strict=True):
-            print(f"{question}  {said}" if asked else said)
-    return samples, rows
-
-
-def ask_scene(paper, arguments: Sequence[str]) -> None:
-    """The command line of a paper: `--scene PATH --ask QUESTION [--ask ...] --run DIR`: prints the answers, and where
-    the pictures are. Without --ask questions are typed at a terminal, one after another; the scene is read once. A
-    model may offer `frame_width`, the pixels it looks at, and `answer_pictures(scene, samples, answers, folder)`, more
-    pictures. Raises DataError."""
-    a = ask_arguments(paper, arguments)
-    model = load_model(paper, a.run)
-    record = read_state(a.run)["run"]
-    stages = [s for s in paper.STAGES[record["preset"]] if s.tasks]
-    model.begin(stages[-1])
-    options = scene_options(a)
-    if (wide := getattr(model, "frame_width", 0)) > 320 and "longest" in choose_reader(a.scene)[1]:
-        options.setdefault("longest", max(640, wide))
-    scene = open_scene(a.scene, **options)
-    scene.identifiers = number_objects(scene, np.random.default_rng(0))
-    for note in scene.notes:
-        print(f"note: {note}")
-    samples, rows = converse(model, scene, a.ask, a.at)
-    lines, written = [f"{s.question}  {said}" for s, (said, _) in zip(samples, rows, strict=True)], [w for _, w in rows]
-    picture = a.out or a.run / "ask.png"
-    draw_scene(scene, picture, lines, model.token_centres(scene), written)
-    more = model.answer_pictures(scene, samples, written, picture.parent) if hasattr(model, "answer_pictures") else []
-    print("\n".join(f"picture: {path}" for path in [picture, *more]))
-
-
-def read_place(text: str) -> np.ndarray:
-    """A place [3] from "X,Y,Z"."""
-    try:
-        place = np.array([float(v) for v in text.split(",")]).reshape(3)
-    except ValueError:
-        place = np.full(3, np.nan)
-    if not np.isfinite(place).all():
-        raise DataError(f"--at {text}: give three numbers in metres, such as 1.2,-0.5,0.4")
-    return place
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:

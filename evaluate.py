@@ -2283,7 +2283,7 @@ def evaluate_run(done: object, names: Sequence[str] = (), proposals: str = "gt",
     stage = stage or done.stages[-1]
     test = rooms_of(objects, len(done.test)) if objects else done.test
     per_scene = per_scene or max(3, 60 // len(test))  # of every task; more where there are few scenes
-    done.model.begin(stage)
+    done.model.configure_stage(stage)
     seed, trained = done.args.seed, set(stage.tasks)
     usual = [task for row in map(BENCHMARKS.get, generated()) for task in row.tasks
              if task in data.TASKS and (task in trained or trained.intersection(row.beside))]  # fmt: skip
@@ -2292,10 +2292,10 @@ def evaluate_run(done: object, names: Sequence[str] = (), proposals: str = "gt",
     samples = data.question_set(scenes.values(), tasks, per_scene, seed)
     known = list(dict.fromkeys([*usual, *tasks]))  # one wording may serve several tasks: blind knows them all
     blind = data.Blind(data.question_set(done.train[:300], known, 3, seed + 1))
-    questions = prepare(samples, scenes, blind, proposals, seed, getattr(done.model, "proposals", dict)())
+    questions = prepare(samples, scenes, blind, proposals, seed, done.model.proposals())
     done.prepare(list(questions.shown.values()))
     columns = {}
-    for column, without in getattr(done.model, "baselines", dict)().items():
+    for column, without in done.model.baselines().items():
         asked = [n for n in ask_names(questions) if n in ("rooms/grounding", "rooms/qa")]
         with without:
             columns[column] = ask_all(done.model, questions, stage, asked, batch_size) if asked else {}
@@ -2354,8 +2354,8 @@ def evaluate_official(done: object, name: str, annotations: Path, root: Path | N
     check_count(name, len(questions.samples), questions.expected, "questions", partial)
     questions = with_scans(name, questions, Path(root), partial)
     stage, seed = done.stages[-1], done.args.seed
-    done.model.begin(stage)
-    more = getattr(done.model, "proposals", dict)()
+    done.model.configure_stage(stage)
+    more = done.model.proposals()
     blind = blind_of(name, annotations)
     questions = prepare(questions.samples, questions.scenes, blind, proposals, seed, more, questions)
     done.prepare(list(questions.shown.values()))

@@ -65,13 +65,10 @@ What the paper leaves open, and what we chose
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +77,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
-from data import IGNORE, PROMPT, SCENE, Sample, Scene, Source, Stage, farthest_point_sampling
+from data import PROMPT, Sample, Scene, SceneLanguageModel, Source, Stage, farthest_point_sampling
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
 
@@ -660,12 +657,13 @@ def build_llm(config: Config, vocabulary: int) -> nn.Module:
     return Qwen2ForCausalLM(settings)
 
 
-class Model(nn.Module):
+class Model(SceneLanguageModel):
     """Fase3D around a causal language model. See the file's docstring for shapes."""
 
+    scene_inputs = ("symbols", "words", "tokenizer", "tokens")
+
     def __init__(self, config: Config, text: data.TinyText | data.HubText):
-        super().__init__()
-        self.config, self.text = config, text
+        super().__init__(config, text)
         if config.attention != "sdpa":
             raise data.DataError(f"attention = {config.attention}: packed questions need sdpa's mask; leave it unset")
         for table, key in ((SELECTORS, "selector"), (ADAPTERS, "adapters"), (FILTERS, "filter"), (TUNED, "task")):
@@ -699,10 +697,10 @@ class Model(nn.Module):
         self.selector = SELECTORS[config.selector][1](config)
         if config.llm is not None:  # a checkpoint need not repeat what `llm` names
             names = self.llm.named_parameters(prefix="llm", remove_duplicate=False)  # a tied weight has two
-            self.borrowed = tuple(n for n, _ in names if "lora_" not in n)
+            self.frozen_pretrained_names = tuple(n for n, _ in names if "lora_" not in n)
             if config.adapters == "full":
-                self.borrowed = ()
-        self.visual, self.cache, self.cache_folder, self.stage_steps, self.contrast = "tokens", {}, None, False, []
+                self.frozen_pretrained_names = ()
+        self.contrast = []
 
     # -- what trains, and on what
 
@@ -716,29 +714,21 @@ class Model(nn.Module):
                 "filter": list(self.filters.parameters()) if self.config.filter != "none" else [],
                 "lm": [p for n, p in llm.items() if "lora_" not in n]}  # fmt: skip
 
-    def begin(self, stage: Stage) -> None:
-        """Freeze everything but the parts the stage trains, and choose what the model sees: "symbols" (one token per
-        object, in words), "words" (one per seed, in words), "tokenizer" (points, no questions) or "tokens" (points)."""
-        known = ("symbols", "words", "tokenizer", "tokens")
-        parts = self.parts()
-        if stage.visual not in known or not set(stage.trains) <= set(parts):
-            raise ValueError(f"stage {stage.name}: visual is one of {known}, trains a subset of {tuple(parts)}")
-        self.requires_grad_(False)
-        full = self.config.adapters == "full" and "adapters" in stage.trains
-        for name in (*stage.trains, *["lm"] * full):
-            for p in parts[name]:
-                p.requires_grad_(True)
-        self.visual, self.stage_steps = stage.visual, stage.steps
+    def configure_stage(self, stage: Stage) -> None:
+        if self.config.adapters == "full" and "adapters" in stage.trains:
+            stage = replace(stage, trains=(*stage.trains, "lm"))
+        super().configure_stage(stage)
 
     # -- geometry of a scene: computed once, cached
 
-    def cache_key(self) -> str:
-        """Short hash of all that the geometry depends on."""
+    def feature_settings(self) -> tuple:
         c = self.config
-        about = (c.points, c.superpoint, c.bits, c.curves, c.vote_window, c.vote_stride, c.edges, c.tokens, c.selector)
-        return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
+        return (c.points, c.superpoint, c.bits, c.curves, c.vote_window, c.vote_stride, c.edges, c.tokens, c.selector)
 
-    def geometry(self, scene: Scene) -> dict[str, np.ndarray]:
+    def uses_features(self) -> bool:
+        return self.stage.scene_input != "symbols"
+
+    def compute_features(self, scene: Scene) -> dict[str, Tensor]:
         """What follows from the points alone: which are used, "index" [N]; their superpoint, "owner" [N]; the curves,
         "orders" [C, M]; "seed" [T] and "place" [T, 3] metres; the support of `graph_pool`, "token", "member",
         "strength" [P]; the graph, "edges" [E, 2] and "votes" [E]; and which object a seed lies on, "shows" [T]."""
@@ -770,33 +760,15 @@ class Model(nn.Module):
             shows = most_frequent(torch.from_numpy(scene.instances[index]).long(), owner, len(centres))[seed]
         found = dict(index=torch.from_numpy(index), owner=owner, orders=orders, seed=seed, token=token, member=member,
                      edges=edges, votes=votes, shows=shows)  # fmt: skip
-        return {k: v.numpy().astype(np.int32) for k, v in found.items()} | {
-            "place": place.numpy(), "strength": strength.numpy()}  # fmt: skip
+        return {k: v.int() for k, v in found.items()} | {"place": place, "strength": strength}
 
-    def load_geometry(self, scene: Scene) -> dict[str, Tensor]:
-        """From memory, else from the cache folder, else computed (and written)."""
-        if scene.name not in self.cache:
-            path = None if self.cache_folder is None else self.cache_folder / f"{scene.name}.npz"
-            if path is not None and path.exists():
-                with np.load(path, allow_pickle=False) as stored:
-                    found = dict(stored)
-            else:
-                found = self.geometry(scene)
-                if path is not None:
-                    data.write_npz(path, **found)
-            self.cache[scene.name] = {k: torch.from_numpy(v) for k, v in found.items()}
-        return self.cache[scene.name]
-
-    def prepare(self, scenes: Sequence[Scene], cache: Path | None = None, rank: int = 0, world: int = 1,
-                progress=lambda items, what: items) -> None:  # fmt: skip
-        """Frozen work, once: the geometry of every scene, each rank its share (see the trainer's contract)."""
+    def cache_features(self, scenes: Sequence[Scene], folder: Path | None = None,
+                       rank: int = 0, world: int = 1) -> None:  # fmt: skip
+        """Frozen work, once: the geometry of every scene; and the names that are told apart."""
         things = [o for s in scenes for o in s.objects]
         names = {*data.COLOURS, *(o.category for o in things), *(o.colour for o in things)} - {""}
         self.contrast = sorted({self.text.unk, *(self.text.encode(n)[0] for n in names)}) if not self.config.llm else []
-        if self.visual != "symbols":
-            self.cache_folder = None if cache is None else Path(cache) / self.cache_key()
-            for scene in progress([s for i, s in enumerate(scenes) if i % world == rank], "geometry"):
-                self.load_geometry(scene)
+        super().cache_features(scenes, folder, rank, world)
 
     # -- scenes to tokens
 
@@ -820,7 +792,7 @@ class Model(nn.Module):
 
     def superpoints(self, scenes: Sequence[Scene]) -> tuple[Tensor, list[int]]:
         """Context-enhanced superpoint features of all scenes in a row: (S [M, d], superpoints per scene)."""
-        device, found = self.llm.device, [self.load_geometry(s) for s in scenes]
+        device, found = self.llm.device, [self.load_features(s) for s in scenes]
         sizes = [g["orders"].shape[1] for g in found]
         start = np.cumsum([0, *sizes])
         points = torch.cat([torch.from_numpy(s.points[g["index"].numpy()]) for s, g in zip(scenes, found, strict=True)])
@@ -844,7 +816,7 @@ class Model(nn.Module):
     def merge(self, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor, list[int]]:
         """All scenes' merged tokens in a row: (z' [T, d], tokens [T, D] without places, tokens per scene)."""
         S, sizes = self.superpoints(scenes)
-        device, found = S.device, [self.load_geometry(s) for s in scenes]
+        device, found = S.device, [self.load_features(s) for s in scenes]
         number = [len(g["seed"]) for g in found]
         at, first = np.cumsum([0, *sizes]), np.cumsum([0, *number])
         shift = lambda key, by: torch.cat([g[key].long() + int(n) for g, n in zip(found, by, strict=False)]).to(device)  # noqa: E731
@@ -856,10 +828,10 @@ class Model(nn.Module):
 
     def centres(self, scene: Scene) -> Tensor:
         """Where the scene's tokens are, turned with it: [T, 3] metres."""
-        if self.visual == "symbols":
+        if self.stage.scene_input == "symbols":
             centres = torch.from_numpy(np.stack([o.box[:3] for o in scene.objects])).float()
             return centres[self.object_order(centres)]
-        return self.load_geometry(scene)["place"] @ torch.from_numpy(scene.turn).float().T
+        return self.load_features(scene)["place"] @ torch.from_numpy(scene.turn).float().T
 
     @staticmethod
     def object_order(centres: Tensor) -> Tensor:
@@ -868,17 +840,17 @@ class Model(nn.Module):
 
     def scene_length(self, scene: Scene) -> int:
         """How many tokens the scene will take."""
-        return len(scene.objects) if self.visual == "symbols" else len(self.load_geometry(scene)["seed"])
+        return len(scene.objects) if self.stage.scene_input == "symbols" else len(self.load_features(scene)["seed"])
 
     def in_words(self, scene: Scene) -> Tensor:
         """A scene written in words, in place of what points would show: [T, D] the sum of the word vectors of category
         and colour, of every object ("symbols") or of what each seed lies on ("words"), at the words' own size."""
         names = {0: (self.text.unk,) * 2} | {o.id: self.names(o) for o in scene.objects}
-        if self.visual == "symbols":
+        if self.stage.scene_input == "symbols":
             centres = torch.from_numpy(np.stack([o.box[:3] for o in scene.objects])).float()
             shown = [scene.objects[i].id for i in self.object_order(centres).tolist()]
         else:
-            shown = self.load_geometry(scene)["shows"].tolist()
+            shown = self.load_features(scene)["shows"].tolist()
         ids = torch.tensor([names.get(i, names[0]) for i in shown], device=self.llm.device)  # [T, 2]
         words = self.llm.get_input_embeddings()(ids).sum(1)  # [T, D]
         return F.layer_norm(words, words.shape[-1:])
@@ -896,7 +868,7 @@ class Model(nn.Module):
         valid = valid.to(device)  # [B, T]
         pad = lambda x: x.new_zeros(*valid.shape, x.shape[-1]).masked_scatter(valid[..., None], x)  # noqa: E731
         places = torch.cat(places).to(device)
-        if self.visual == "tokens":
+        if self.stage.scene_input == "tokens":
             z, tokens, _ = self.merge(scenes)
             more = {"z": pad(z)}
         else:
@@ -908,7 +880,7 @@ class Model(nn.Module):
         device = self.llm.device
         c, owner = batch["prompts"][:, :3].to(device), batch["prompt_scene"].to(device)  # [P, 3], [P]
         token = self.place(c)  # [P, D]
-        if self.visual != "tokens":
+        if self.stage.scene_input != "tokens":
             return token
         box = torch.from_numpy(np.stack([[s.points.min(0), s.points.max(0)] for s in batch["scenes"]])).float()
         around = self.coordinate(c, box.to(device)[owner], seen["z"][owner], seen["places"][owner],
@@ -917,8 +889,7 @@ class Model(nn.Module):
 
     # -- questions
 
-    @staticmethod
-    def refer(scene: Scene, object_id: int) -> str:
+    def object_to_text(self, scene: Scene, object_id: int) -> str:
         """How a question names an object: a coordinate token stands in front of the text."""
         return "this"
 
@@ -927,7 +898,7 @@ class Model(nn.Module):
         about_colour = {"colour", "color", *data.COLOURS} & set(question.lower().replace("?", " ").split())
         return "this cloud has no colour." if about_colour and scene.colours is None else None
 
-    def with_prompt(self, scene: Scene, sample: Sample, rng: np.random.Generator) -> Sample:
+    def add_prompt(self, scene: Scene, sample: Sample, rng: np.random.Generator) -> Sample:
         """A question about a marked object, with the object's place for a prompt: its box, or in training half of the
         time a click on it, one of its points. Raises DataError for more than one object."""
         marks = data.MARK.findall(sample.question)
@@ -944,64 +915,28 @@ class Model(nn.Module):
         return replace(sample, prompt=thing.box)
 
     def batch(self, groups: Sequence[tuple[Scene, Sequence[Sample]]]) -> dict:
-        """Scenes with their questions -> tensors (see data.collate), and which scene each prompt belongs to."""
-        if self.visual == "tokenizer":
-            return {"scenes": [scene for scene, _ in groups], "samples": []}
-        draws = [np.random.default_rng([5, *s.identifiers.values()]) for s, _ in groups]  # a scene's own, on any rank
-        groups = [(s, [self.with_prompt(s, q, r) for q in qs]) for (s, qs), r in zip(groups, draws, strict=True)]
-        batch = data.collate(groups, self.text, [self.scene_length(s) for s, _ in groups], self.refer, self.stage_steps)
-        owner = [b for b, (_, samples) in enumerate(groups) for q in samples if q.prompt is not None]
-        return batch | {"prompt_scene": torch.tensor(owner, dtype=torch.long)}
+        """See the base class; and which scene each prompt belongs to."""
+        batch = super().batch(groups)
+        if not batch["samples"]:
+            return batch
+        owner = batch["ids"].eq(PROMPT).nonzero()[:, 0]
+        return batch | {"prompt_scene": owner}
 
-    def embed(self, ids: Tensor, tokens: Tensor, valid: Tensor, prompts: Tensor) -> Tensor:
-        """Word embeddings with scene and coordinate tokens in place of the placeholders: ids [R, T] -> [R, T, D]."""
-        embeds = self.llm.get_input_embeddings()(ids.clamp(min=0))  # [R, T, D]
-        embeds = embeds.masked_scatter((ids == SCENE)[..., None], tokens[valid].to(embeds))  # [R, T, D]
-        return embeds.masked_scatter((ids == PROMPT)[..., None], prompts.to(embeds))  # [R, T, D]
-
-    def read(self, ids: Tensor, positions: Tensor, mask: Tensor, tokens: Tensor, valid: Tensor,
-             prompts: Tensor | None = None, cache=None, **_) -> Tensor:  # fmt: skip
-        """The language model over ids and positions [R, n], behind what its cache holds: last hidden state [R, n, D];
-        mask [R, 1, n, T] bool, prompts [P, D] those of the questions in ids. Scene and coordinate tokens are vision."""
-        embeds = self.embed(ids, tokens, valid, tokens[0, :0] if prompts is None else prompts)
-        with self.router.routed(ids < 0):
-            return self.llm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
-                                  past_key_values=cache, use_cache=cache is not None).last_hidden_state  # fmt: skip
-
-    def forward(self, batch: dict) -> dict[str, Tensor]:
-        """Eq. (4): summed next-token loss over answer tokens, {"loss", "weight", "correct"} (weight = how many)."""
-        if self.visual == "tokenizer":
-            return self.tokenizer_loss(batch["scenes"])
-        device = self.llm.device
-        ids, labels, positions, block = (batch[k].to(device) for k in ("ids", "labels", "positions", "block"))
-        seen = self.encode(batch["scenes"])
-        prompts = self.prompt_tokens(batch, seen)  # [P, D]
-        hidden = self.read(ids, positions, data.packed_mask(block), **seen, prompts=prompts)  # [R, T, D]
-        answered = labels != IGNORE  # [R, T]
-        logits = self.llm.lm_head(hidden[answered]).float()  # [A, vocabulary]
-        target = labels[answered]  # [A]
-        loss = F.cross_entropy(logits, target, reduction="sum")
-        return {"loss": loss, "weight": answered.sum(), "correct": (logits.argmax(-1) == target).sum(),
-                "tokens": (block >= 0).sum()}  # fmt: skip
-
-    @torch.no_grad()
-    def generate(self, batch: dict, max_new_tokens: int = 64, kept: dict | None = None) -> list[str]:
-        """Greedy answers, one per question in the batch's order. Scenes are read once, with a dict `kept` also from
-        call to call (`data.read_scenes`)."""
-        seen, past = data.read_scenes(batch, self.encode, self.read, kept)
-        read = partial(self.read, **seen, prompts=self.prompt_tokens(batch, seen))
-        return data.answer(batch, self.text, past, read, self.llm.lm_head, max_new_tokens)
+    def run_decoder(self, embeds: Tensor, is_scene: Tensor, positions: Tensor, mask: Tensor, cache=None) -> Tensor:
+        """See the base class; scene and coordinate tokens are vision."""
+        with self.router.routed(is_scene):
+            return super().run_decoder(embeds, is_scene, positions, mask, cache)
 
     # -- the tokenizer stage of the tiny preset
 
-    def tokenizer_loss(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
+    def encoder_loss(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
         """Stand-in for a long training: every token names the category and colour of what its seed lies on, in the
         language model's own word vectors; walls and floor are <unk>. {"loss", "weight", "correct"}."""
         _, tokens, number = self.merge(scenes)  # [T, D]
         device = tokens.device
         names = [{o.id: self.names(o) for o in s.objects} for s in scenes]
         target = torch.tensor([known.get(i, (self.text.unk,) * 2) for s, known in zip(scenes, names, strict=True)
-                               for i in self.load_geometry(s)["shows"].tolist()], device=device)  # [T, 2]
+                               for i in self.load_features(s)["shows"].tolist()], device=device)  # [T, 2]
         table = torch.tensor(self.contrast, device=device)
         words = self.llm.get_input_embeddings().weight.detach()[table]  # [names, D]
         where = torch.searchsorted(table, target)  # [T, 2]
@@ -1020,7 +955,7 @@ class Model(nn.Module):
     def propose(self, scene: Scene, count: int = 48) -> Scene:
         """The scene with spectral clusters of its superpoint graph for objects, without category, box = extent of their
         points: proposals for dense captioning."""
-        found = self.load_geometry(scene)
+        found = self.load_features(scene)
         S, _ = self.superpoints([scene])
         edges, votes = found["edges"].long(), found["votes"].float()
         unit = F.normalize(S, dim=-1).cpu()
@@ -1041,7 +976,7 @@ class Model(nn.Module):
         """What `evaluate.py --proposals` may name besides its own."""
         return {"clusters": self.propose}
 
-    def token_centres(self, scene: Scene) -> np.ndarray:
+    def token_centers(self, scene: Scene) -> np.ndarray:
         """Where the scene's tokens are [T, 3], for pictures."""
         return self.centres(scene).numpy()
 
@@ -1049,9 +984,9 @@ class Model(nn.Module):
         """Of some scenes: cloud, boxes and tokens; curves; superpoint graph and seeds. Returns the files."""
         paths = []
         for scene in scenes[:count]:
-            found = {k: v.numpy() for k, v in self.load_geometry(scene).items()}
+            found = {k: v.numpy() for k, v in self.load_features(scene).items()}
             paths += [folder / f"{scene.name}{what}.png" for what in ("", "_curves", "_graph")]
-            data.draw_scene(scene, paths[-3], tokens=self.token_centres(scene))
+            data.draw_scene(scene, paths[-3], tokens=self.token_centers(scene))
             draw_curves(scene.points, found, paths[-2])
             draw_graph(scene, found, paths[-1])
         return paths
@@ -1293,9 +1228,9 @@ def demo() -> None:
     scene.identifiers = data.number_objects(scene, np.random.default_rng(0))
     model = Model(Config.tiny(no_colour=0.0), data.TinyText(data.vocabulary()))
     stage = Stage("demo", TUNED["all"], _PARTS, "tokens", iterations=60)
-    model.begin(stage)
-    model.prepare([scene])
-    found = model.load_geometry(scene)
+    model.configure_stage(stage)
+    model.cache_features([scene])
+    found = model.load_features(scene)
     shape = lambda *tensors: ", ".join(str(list(t.shape)) for t in tensors)  # noqa: E731
     with torch.no_grad():
         S, _ = model.superpoints([scene])
@@ -1324,16 +1259,10 @@ def demo() -> None:
             print(f"step {step:3d}  loss {loss.item():.3f}")
     model.eval()
     answer = model.generate(model.batch([(scene, samples[:1])]))[0]
-    question = data.substitute(samples[0].question, lambda i: model.refer(scene, i))
+    question = data.substitute(samples[0].question, lambda i: model.object_to_text(scene, i))
     print(f"{question}  ->  {answer}  (true: {samples[0].answer}; learned by heart, python train.py --model fase3d "
           "learns to see)")  # fmt: skip
 
 
-@data.command
-def main(arguments: Sequence[str]) -> None:
-    """Without arguments the demo; with --scene, --ask and --run, answers about a scene."""
-    data.ask_scene(sys.modules[__name__], arguments) if arguments else demo()
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    demo()

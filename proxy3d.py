@@ -61,12 +61,9 @@ What the paper leaves open, and what we chose
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +72,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
-from data import IGNORE, SCENE, Sample, Scene, Source, Stage
+from data import Sample, Scene, SceneLanguageModel, Source, Stage
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
 
@@ -485,12 +482,13 @@ def _half(fourier: HorizontalFourier, axis: str, place: Tensor) -> Tensor:
     return fourier.out(F.gelu(fourier.lift(r * (own if axis == "x" else ~own))))
 
 
-class Model(nn.Module):
+class Model(SceneLanguageModel):
     """Proxy3D around a Qwen2.5-VL: frozen tower -> proxies -> language model. See the file's docstring for shapes."""
 
+    scene_inputs = ("tower", "symbols", "symbols+3d", "proxies")
+
     def __init__(self, config: Config, text: data.TinyText | data.HubText):
-        super().__init__()
-        self.config, self.text = config, text
+        super().__init__(config, text)
         if config.attention != "sdpa":  # eager would add the mask's booleans, flash attention takes none
             raise data.DataError(f"attention = {config.attention}: packed questions need sdpa's mask; leave it unset")
         if config.llm is None:
@@ -509,8 +507,7 @@ class Model(nn.Module):
             self.norm = nn.LayerNorm(C, bias=False)
             self.anchor = nn.Parameter(torch.zeros(C))
             start_tiny(self, text)
-        self.visual, self.cache, self.drawn, self.symbol_features = "proxies", {}, {}, {}
-        self.stage_steps, self.cache_folder, self.contrast = False, None, []
+        self.cache, self.drawn, self.symbol_features, self.contrast = {}, {}, {}, []
 
     # -- what trains, and on what
 
@@ -519,21 +516,13 @@ class Model(nn.Module):
         return {"tower": [self.llm.model.visual], "3d": [self.fourier, *anchor],
                 "lm": [self.llm.model.language_model, self.llm.lm_head]}  # fmt: skip
 
-    def begin(self, stage: Stage) -> None:
-        """Freeze everything but the parts the stage trains, and choose what the model sees: "tower" (frames, no
-        questions), "symbols", "symbols+3d" (with positions) or "proxies"."""
-        known = ("tower", "symbols", "symbols+3d", "proxies")
-        if stage.visual not in known or not set(stage.trains) <= set(self.parts()):
-            raise ValueError(f"stage {stage.name}: visual is one of {known}, trains a subset of {tuple(self.parts())}")
-        self.requires_grad_(False)
-        for name in stage.trains:
-            if name == "3d" and stage.visual == "symbols":
-                continue  # the paper lists it from stage I on; before positions are seen it has no gradient
-            for part in self.parts()[name]:
-                part.requires_grad_(True)
+    def configure_stage(self, stage: Stage) -> None:
+        """See the base class; positions ("3d") are listed by the paper from stage I on, and seen from stage II on."""
+        if stage.scene_input == "symbols":
+            stage = replace(stage, trains=tuple(name for name in stage.trains if name != "3d"))
+        super().configure_stage(stage)
         if "tower" in stage.trains:
-            self.symbol_features, self.cache = {}, {}
-        self.visual, self.stage_steps = stage.visual, stage.steps
+            self.symbol_features, self.cache, self.feature_cache = {}, {}, {}
 
     # -- the vision tower
 
@@ -576,25 +565,26 @@ class Model(nn.Module):
             whole = images.shape[1] // self.cell * self.cell
             seen = self.look(torch.from_numpy(images[:, :whole, :whole])).flatten(1, 2).mean(1)
             fresh = dict(zip(missing, self.norm(seen), strict=True))
-            if "tower" in self.visual:  # the tower is training: nothing may be kept
+            if "tower" in self.stage.scene_input:  # the tower is training: nothing may be kept
                 return torch.stack([fresh[k] for k in keys])
             self.symbol_features.update({k: v.detach() for k, v in fresh.items()})
         return torch.stack([self.symbol_features[k] for k in keys])
 
     # -- scenes to tokens
 
-    def cache_key(self) -> str:
-        """Short hash of all that the proxies depend on: settings and the tower's weights."""
+    def feature_settings(self) -> tuple:
         c = self.config
-        about = repr((c.budget, c.floor, c.grid, c.frames, c.semantic_grouping, c.inter_frame, c.clustering, c.lloyd,
-                      c.neighbours)).encode()  # fmt: skip
-        digest = hashlib.sha256(about)
-        for name, value in self.llm.model.visual.named_parameters():
-            digest.update(name.encode() + value.detach().float().cpu().clone().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return (c.budget, c.floor, c.grid, c.frames, c.semantic_grouping, c.inter_frame, c.clustering, c.lloyd,
+                c.neighbours)  # fmt: skip
+
+    def feature_weights(self) -> nn.Module:
+        return self.llm.model.visual
+
+    def uses_features(self) -> bool:
+        return self.stage.scene_input == "proxies"
 
     @torch.no_grad()
-    def proxies(self, scene: Scene) -> dict[str, Tensor]:
+    def compute_features(self, scene: Scene) -> dict[str, Tensor]:
         """All frozen work on one scene: {"z" [K, C] float16, "c" [K, 3] metres, "owner" [K] object id, 0 = none}."""
         config, frames = self.config, scene.frames
         if frames is None:
@@ -613,45 +603,27 @@ class Model(nn.Module):
             order = bfs_order(c, torch.zeros_like(owner), config.neighbours)
         return {"z": z[order].half(), "c": c[order], "owner": owner[order]}
 
-    def prepare(self, scenes: Sequence[Scene], cache: Path | None = None, rank: int = 0, world: int = 1,
-                progress=lambda items, what: items) -> None:  # fmt: skip
-        """Frozen work, once: the pictures of all symbols of these scenes and, where real proxies are seen, the proxies,
-        each rank its share (the others' are then read from the cache folder)."""
+    def cache_features(self, scenes: Sequence[Scene], folder: Path | None = None,
+                       rank: int = 0, world: int = 1) -> None:  # fmt: skip
+        """Frozen work, once: the pictures of all symbols and, where real proxies are seen, the proxies."""
         things = {(o.category, o.colour) for s in scenes for o in s.objects}
         colours = sorted({*data.COLOURS, *(colour for _, colour in things)})  # recolouring draws any
         categories = sorted({category for category, _ in things})
-        if self.visual == "tower":  # the names that stage 0 tells apart
+        if self.stage.scene_input == "tower":  # the names that stage 0 tells apart
             names = [*categories, *colours, *(f"<OBJ{i:03d}>" for i in range(100))]
             self.contrast = sorted({self.text.unk, *(self.text.encode(n)[0] for n in names if n)})
             return
-        icons = [("category", c, k) for c in categories for k in (*colours, "white")] * (self.visual != "proxies")
+        icons = [("category", c, k) for c in categories for k in (*colours, "white")] * (not self.uses_features())
         self.symbols([*(("id", i) for i in range(100)), *icons])
-        if self.visual == "proxies":
-            self.cache_folder = None if cache is None else Path(cache) / self.cache_key()
-            for scene in progress([s for i, s in enumerate(scenes) if i % world == rank], "proxies"):
-                self.load_proxies(scene)
-
-    def load_proxies(self, scene: Scene) -> dict[str, Tensor]:
-        """From memory, else from the cache folder, else computed (and written)."""
-        if scene.name not in self.cache:
-            path = None if self.cache_folder is None else self.cache_folder / f"{scene.name}.npz"
-            if path is not None and path.exists():
-                with np.load(path, allow_pickle=False) as stored:
-                    found = {k: torch.from_numpy(stored[k]) for k in ("z", "c", "owner")}
-            else:
-                found = {k: v.cpu() for k, v in self.proxies(scene).items()}
-                if path is not None:
-                    data.write_npz(path, **{k: v.numpy() for k, v in found.items()})
-            self.cache[scene.name] = found
-        return self.cache[scene.name]
+        super().cache_features(scenes, folder, rank, world)
 
     def scene_length(self, scene: Scene) -> int:
         """How many tokens the scene will take."""
-        if self.visual == "proxies":
-            return len(self.load_proxies(scene)["c"])
+        if self.uses_features():
+            return len(self.load_features(scene)["c"])
         return len(scene.identifiers)
 
-    def encode(self, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
+    def encode(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
         """Scene tokens [B, K, D] and valid [B, K]; what they are depends on the stage."""
         device = self.llm.device
         B, K = len(scenes), max(self.scene_length(s) for s in scenes)
@@ -660,10 +632,10 @@ class Model(nn.Module):
         identifier = torch.full((B, K), -1)  # [B, K] 0..99, -1 = none
         valid = torch.zeros(B, K, dtype=torch.bool, device=device)  # [B, K]
         for b, scene in enumerate(scenes):
-            seen, centre, number = (self.proxy_tokens if self.visual == "proxies" else self.symbol_tokens)(scene)
+            seen, centre, number = (self.proxy_tokens if self.uses_features() else self.symbol_tokens)(scene)
             k = len(seen)
             z[b, :k], c[b, :k], identifier[b, :k], valid[b, :k] = seen, centre, number, True
-        if self.visual != "symbols":  # spatial encodings act from stage II on
+        if self.stage.scene_input != "symbols":  # spatial encodings act from stage II on
             if self.anchor is not None:
                 z = z + self.anchor  # [B, K, D]
             z = rotate_height(z, c[..., 2], self.config.height_unit) + self.fourier(c[..., :2]).to(z)  # Eq. (4)
@@ -672,7 +644,7 @@ class Model(nn.Module):
         if len(numbers):
             f_id = self.symbols([("id", i) for i in numbers.tolist()])[index.to(device)]  # [U, D]
             z = z.masked_scatter(used[..., None].to(device), z[used.to(device)] + f_id)  # [B, K, D]
-        return z, valid
+        return {"tokens": z, "valid": valid}
 
     def symbol_tokens(self, scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
         """Stages I-III: one "chess piece" per object: f_sem [n, D], centres [n, 3], identifiers [n]."""
@@ -693,16 +665,16 @@ class Model(nn.Module):
 
     def proxy_tokens(self, scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
         """Stage IV: real proxies z [K, D], centres [K, 3] turned with the scene, identifiers [K] of their objects."""
-        found = self.load_proxies(scene)
+        found = self.load_features(scene)
         device = self.llm.device
         turn = torch.from_numpy(scene.turn).float().to(device)
         numbers = torch.tensor([scene.identifiers.get(i, -1) for i in found["owner"].tolist()])
         z = self.norm(found["z"].to(device).to(self.llm.dtype))
         return z.float(), found["c"].to(device) @ turn.T, numbers
 
-    def token_centres(self, scene: Scene) -> np.ndarray:
+    def token_centers(self, scene: Scene) -> np.ndarray:
         """Where the scene's tokens are [K, 3], for pictures."""
-        return (self.proxy_tokens if self.visual == "proxies" else self.symbol_tokens)(scene)[1].cpu().numpy()
+        return (self.proxy_tokens if self.uses_features() else self.symbol_tokens)(scene)[1].cpu().numpy()
 
     def pictures(self, scenes: Sequence[Scene], folder: Path, count: int = 4) -> list[Path]:
         """Some scenes with their segments, boxes, identifiers and proxies, and where the model looks while it answers a
@@ -712,8 +684,8 @@ class Model(nn.Module):
             shown = scene if scene.identifiers else replace(
                 scene, identifiers=data.number_objects(scene, np.random.default_rng(0)))  # fmt: skip
             paths.append(folder / f"{scene.name}.png")
-            data.draw_scene(shown, paths[-1], tokens=self.token_centres(shown))
-            asked = data.question_set([shown], ["ground", "ground_superlative"], 1, 0)[: self.visual == "proxies"]
+            data.draw_scene(shown, paths[-1], tokens=self.token_centers(shown))
+            asked = data.question_set([shown], ["ground", "ground_superlative"], 1, 0)[: self.uses_features()]
             for sample in asked:  # the second needs no categories
                 paths.append(folder / f"{scene.name}_attention.png")
                 said = self.generate(self.batch([(shown, [sample])]))[0]
@@ -723,7 +695,7 @@ class Model(nn.Module):
     def answer_pictures(self, scene: Scene, samples: Sequence[Sample], answers: Sequence[str],
                         folder: Path) -> list[Path]:  # fmt: skip
         """Where the model looked for the first of some answers; returns the files (none before proxies are seen)."""
-        if self.visual != "proxies" or not samples:
+        if self.stage.scene_input != "proxies" or not samples:
             return []
         draw_attention(self, scene, samples[0], answers[0], folder / "ask_attention.png")
         return [folder / "ask_attention.png"]
@@ -733,8 +705,8 @@ class Model(nn.Module):
         """The same model, but what it sees comes from a tower at its initial weights."""
         visual = self.llm.model.visual
         weights = [p.detach().clone() for p in visual.parameters()]  # state_dict() would shard them again
-        kept = self.cache, self.symbol_features, self.cache_folder
-        self.cache, self.symbol_features, self.cache_folder = {}, {}, None
+        kept = self.feature_cache, self.symbol_features, self.feature_folder
+        self.feature_cache, self.symbol_features, self.feature_folder = {}, {}, None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             data.start_weights(visual)
@@ -743,60 +715,17 @@ class Model(nn.Module):
         finally:
             for p, weight in zip(visual.parameters(), weights, strict=True):
                 p.data.copy_(weight)
-            self.cache, self.symbol_features, self.cache_folder = kept
+            self.feature_cache, self.symbol_features, self.feature_folder = kept
 
     def baselines(self) -> dict:
         """Columns beside the score: only where the tower was trained here."""
         return {} if self.config.llm else {"untrained tower": self.untrained_tower()}
 
-    # -- questions
-
-    @staticmethod
-    def refer(scene: Scene, object_id: int) -> str:
-        """How a question names an object: by its identifier."""
-        return f"<OBJ{scene.identifiers[object_id]:03d}>"
-
-    def batch(self, groups: Sequence[tuple[Scene, Sequence[Sample]]]) -> dict:
-        """Scenes with their questions -> tensors (see data.collate)."""
-        if self.visual == "tower":
-            return {"scenes": [scene for scene, _ in groups], "samples": []}
-        lengths = [self.scene_length(scene) for scene, _ in groups]
-        return data.collate(groups, self.text, lengths, self.refer, self.stage_steps)
-
-    def embed(self, ids: Tensor, tokens: Tensor, valid: Tensor) -> Tensor:
-        """Word embeddings with the scene's tokens in place of the placeholders: ids [S, T] -> [S, T, D]."""
-        embeds = self.llm.get_input_embeddings()(ids.clamp(min=0))  # [S, T, D]
-        return embeds.masked_scatter((ids == SCENE)[..., None], tokens[valid].to(embeds))  # [S, T, D]
-
-    def read(self, ids: Tensor, positions: Tensor, mask: Tensor, tokens: Tensor, valid: Tensor, cache=None) -> Tensor:
-        """The language model over ids and positions [S, N], behind what its cache holds: last hidden state [S, N, D];
-        mask [S, 1, N, T] bool. Proxies take positions like words, t = h = w."""
-        return self.llm.model.language_model(
-            inputs_embeds=self.embed(ids, tokens, valid), attention_mask={"full_attention": mask},
-            position_ids=positions.expand(3, -1, -1), past_key_values=cache, use_cache=cache is not None
-        ).last_hidden_state  # fmt: skip
-
-    def forward(self, batch: dict) -> dict[str, Tensor]:
-        """Eq. (6): summed next-token loss over answer tokens, {"loss", "weight", "correct"} (weight = how many)."""
-        if self.visual == "tower":
-            return self.tower_loss(batch["scenes"])
-        device = self.llm.device
-        ids, labels, positions, block = (batch[k].to(device) for k in ("ids", "labels", "positions", "block"))
-        tokens, valid = self.encode(batch["scenes"])  # [S, K, D], [S, K]
-        hidden = self.read(ids, positions, data.packed_mask(block), tokens, valid)  # [S, T, D]
-        answered = labels != IGNORE  # [S, T]
-        logits = self.llm.lm_head(hidden[answered]).float()  # [A, vocabulary]
-        target = labels[answered]  # [A]
-        correct = (logits.argmax(-1) == target).sum()
-        return {"loss": F.cross_entropy(logits, target, reduction="sum"), "weight": answered.sum(), "correct": correct}
-
-    @torch.no_grad()
-    def generate(self, batch: dict, max_new_tokens: int = 64, kept: dict | None = None) -> list[str]:
-        """Greedy answers, one per question in the batch's order. Scenes are read once, with a dict `kept` also from
-        call to call (`data.read_scenes`)."""
-        encode = lambda scenes: dict(zip(("tokens", "valid"), self.encode(scenes), strict=True))  # noqa: E731
-        seen, past = data.read_scenes(batch, encode, self.read, kept)
-        return data.answer(batch, self.text, past, partial(self.read, **seen), self.llm.lm_head, max_new_tokens)
+    def run_decoder(self, embeds: Tensor, is_scene: Tensor, positions: Tensor, mask: Tensor, cache=None) -> Tensor:
+        """See the base class; proxies take positions like words, t = h = w."""
+        return data.last_hidden(self.llm.model.language_model, cache, inputs_embeds=embeds,
+                           attention_mask={"full_attention": mask},
+                           position_ids=positions.expand(3, -1, -1))  # fmt: skip
 
     # -- stage 0 of the tiny preset
 
@@ -821,7 +750,7 @@ class Model(nn.Module):
             self.cache[key] = label, [rows[seen[:, i], i] for i in shown]
         return self.cache[key]
 
-    def tower_loss(self, scenes: Sequence[Scene], crops: int = 6) -> dict[str, Tensor]:
+    def encoder_loss(self, scenes: Sequence[Scene], crops: int = 6) -> dict[str, Tensor]:
         """Stand-in for vision-language pre-training: the mean feature of a piece of an object names its category and
         colour, in the language model's own word vectors; what belongs to no object is <unk>. So do the symbol images,
         and the pictures of digits name identifiers.
@@ -973,7 +902,7 @@ def attention_map(model: Model, scene: Scene, sample: Sample) -> Tensor:
     batch = model.batch([(scene, [sample])])
     device = model.llm.device
     ids, positions, block = (batch[k].to(device) for k in ("ids", "positions", "block"))
-    tokens, valid = model.encode(batch["scenes"])
+    seen = model.encode(batch["scenes"])
     mask = torch.zeros(data.packed_mask(block).shape, device=device, dtype=model.llm.dtype)
     mask = mask.masked_fill(~data.packed_mask(block), torch.finfo(mask.dtype).min)
     language = model.llm.model.language_model
@@ -981,12 +910,12 @@ def attention_map(model: Model, scene: Scene, sample: Sample) -> Tensor:
     language.set_attn_implementation("eager")  # the fused kernels do not return their weights
     try:
         attention = language(
-            inputs_embeds=model.embed(ids, tokens, valid), attention_mask={"full_attention": mask},
+            inputs_embeds=model.embed(ids, seen, seen["tokens"][0, :0]), attention_mask={"full_attention": mask},
             position_ids=positions.expand(3, -1, -1), use_cache=False,
             output_attentions=True).attentions[-1]  # fmt: skip
     finally:
         language.set_attn_implementation(before)
-    looked = attention[0].float().mean(0)[(block[0] > 0)][:, ids[0] == SCENE].sum(0)  # [K]
+    looked = attention[0].float().mean(0)[(block[0] > 0)][:, ids[0] == data.SCENE].sum(0)  # [K]
     return looked / looked.sum()
 
 
@@ -1008,7 +937,7 @@ def draw_attention(model: Model, scene: Scene, sample: Sample, said: str, path: 
     from matplotlib import colormaps
 
     looked = attention_map(model, scene, replace(sample, steps="", answer=said)).cpu()
-    found, f = model.load_proxies(scene), scene.frames
+    found, f = model.load_features(scene), scene.frames
     step = max(1, math.ceil((f.depth[0].size / 60_000) ** 0.5))
     points = torch.from_numpy(data.unproject(f.depth, f.intrinsics, f.poses)[:, ::step, ::step])
     heat = attention_in_frames(looked, found["c"], found["owner"], points, torch.from_numpy(f.masks[:, ::step, ::step]))
@@ -1019,7 +948,7 @@ def draw_attention(model: Model, scene: Scene, sample: Sample, said: str, path: 
         strong = np.sqrt(heat[v])[..., None]
         blend = np.clip((1 - strong) * grey + strong * colours(heat[v])[..., :3], 0, 1)
         images += [(f"frame {v}", f.colour[v]), ("its attention", blend)]
-    put = lambda text: data.substitute(text, lambda i: model.refer(scene, i))  # noqa: E731
+    put = lambda text: data.substitute(text, lambda i: model.object_to_text(scene, i))  # noqa: E731
     lines = [f"answer: {said}" + f"   (true: {put(sample.answer)})" * bool(sample.answer)]
     with data.board(scene, path, put(sample.question), lines, "pale", images) as views:
         views[0].axis.set_title(f"from above: attention of the last layer to {len(looked)} proxies", fontsize=10)
@@ -1029,7 +958,7 @@ def draw_attention(model: Model, scene: Scene, sample: Sample, said: str, path: 
                           cmap="YlOrRd", vmin=0, ec="0.3", lw=0.5, zorder=3) for view in views]  # fmt: skip
         views[0].axis.legend(*dots[0].legend_elements(num=4, fmt="{x:.1%}"), title="share of attention",
                              loc="upper right", fontsize=8)  # fmt: skip
-        for object_id, name, colour in outlined(scene, sample, said, model.refer):
+        for object_id, name, colour in outlined(scene, sample, said, model.object_to_text):
             box = scene.thing(object_id).box
             for view in views:
                 view.boxes(box[None], colors=colour, lw=2.2, zorder=4)
@@ -1069,8 +998,8 @@ def demo() -> None:
     print(f"groups -> proxies z, c       {len(triplets[2].unique())} -> {shape(z, c)}")
     print(f"BFS order, first groups      {owner[order].unique_consecutive()[:8].tolist()}")
     stage = Stage("demo", {"ground": 1.0, "id_colour": 1.0, "colour": 1.0}, ("3d", "lm"), "proxies", iterations=60)
-    model.begin(stage)
-    model.prepare([scene])
+    model.configure_stage(stage)
+    model.cache_features([scene])
     samples = data.questions(scene, stage.tasks, 24, np.random.default_rng(1))
     batch = model.batch([(scene, samples)])
     print(f"packed questions [S, T]      {shape(batch['ids'])}, {len(samples)} of them")
@@ -1086,15 +1015,9 @@ def demo() -> None:
             print(f"step {step:3d}  loss {loss.item():.3f}")
     answer = model.generate(model.batch([(scene, samples[:1])]))[0]
     texts = (samples[0].question, samples[0].answer)
-    question, truth = (data.substitute(t, lambda i: model.refer(scene, i)) for t in texts)
+    question, truth = (data.substitute(t, lambda i: model.object_to_text(scene, i)) for t in texts)
     print(f"{question}  ->  {answer}  (true: {truth}; learned by heart, python train.py --model proxy3d learns to see)")
 
 
-@data.command
-def main(arguments: Sequence[str]) -> None:
-    """Without arguments the demo; with --scene, --ask and --run, answers about a scene."""
-    data.ask_scene(sys.modules[__name__], arguments) if arguments else demo()
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    demo()

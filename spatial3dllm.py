@@ -52,7 +52,6 @@ What is not public, and what we chose
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
@@ -75,12 +74,11 @@ from torch import Tensor, nn
 import data
 from data import (
     DIRECTIONS,
-    IGNORE,
-    SCENE,
     DataError,
     Facts,
     Sample,
     Scene,
+    SceneLanguageModel,
     Source,
     Stage,
     facts,
@@ -469,19 +467,20 @@ def detection_loss(boxes: Tensor, votes: Tensor, features: Tensor, true: Tensor,
     return loss, right.sum() / on.sum().clamp(min=1)
 
 
-class Model(nn.Module):
+class Model(SceneLanguageModel):
     """Spatial 3D-LLM around a Llama. See the file's docstring for shapes."""
 
+    scene_inputs = ("encoder", "symbols", "referents")
+
     def __init__(self, config: Config, text: data.TinyText | data.HubText):
-        super().__init__()
-        self.config, self.text = config, text
+        super().__init__(config, text)
         data.choose(LOCATIONS, config.locations, "form of locations")
         if config.locations != "metres" and config.llm is None:
             raise DataError(f"locations = {config.locations}: the tiny tokenizer has metres only; leave it unset")
         self.llm = build_llm(config, len(text)) if config.llm is None else load_llm(config)
         C, D = config.feature, self.llm.config.hidden_size
         self.width = D
-        self.borrowed = () if config.llm is None else tuple(
+        self.frozen_pretrained_names = () if config.llm is None else tuple(
             f"llm.{name}" for name in self.llm.state_dict() if "lora_" not in name)  # fmt: skip
         self.encoder, self.intra, self.context = PointNet(config), Abstraction(config), Context(config)
         data.choose(INTER, config.inter, "inter-referent part")
@@ -502,8 +501,8 @@ class Model(nn.Module):
             start_tiny(self, text)
         if config.encoder:
             self.load_encoder(Path(config.encoder))
-        self.visual, self.stage_steps, self.encoder_trains = "referents", False, False
-        self.cache, self.cache_folder, self.names = {}, None, [[""], [""]]
+        self.encoder_trains = False
+        self.cache, self.names = {}, [[""], [""]]
 
     @property
     def embeddings(self) -> Tensor:
@@ -519,19 +518,11 @@ class Model(nn.Module):
                 "scene": [self.projector, self.box, self.inter[c.inter], *[self.intra] * c.intra,
                           *[self.context] * c.context]}  # fmt: skip
 
-    def begin(self, stage: Stage) -> None:
-        """Freeze everything but the parts the stage trains, and choose what the model sees: "encoder" (clouds, no
-        questions), "symbols" (every object's words and true box) or "referents" (of the frozen encoder)."""
-        known = ("encoder", "symbols", "referents")
-        if stage.visual not in known or not set(stage.trains) <= set(self.parts()):
-            raise ValueError(f"stage {stage.name}: visual is one of {known}, trains a subset of {tuple(self.parts())}")
-        self.requires_grad_(False)
-        for part in (p for name in stage.trains for p in self.parts()[name]):
-            part.requires_grad_(True)
+    def configure_stage(self, stage: Stage) -> None:
+        super().configure_stage(stage)
         self.encoder_trains = "encoder" in stage.trains
         if self.encoder_trains:
-            self.cache = {key: found for key, found in self.cache.items() if key[0] != "seeds"}
-        self.visual, self.stage_steps = stage.visual, stage.steps
+            self.feature_cache = {}
 
     # -- clouds to seeds
 
@@ -582,54 +573,39 @@ class Model(nn.Module):
                 inst = torch.from_numpy(np.stack([x["inst"] for x in clouds])).to(turn.device)
                 f, p = self.encode_clouds(clouds, turn)
                 return *self.referents(f, p), p, inst
-            found = [self.load_seeds(s) for s in scenes]
+            found = [self.load_features(s) for s in scenes]
             f, p, inst = (torch.stack([x[k] for x in found]).to(turn.device) for k in ("f", "p", "inst"))
             h, boxes, votes = self.referents(f.float(), p)
             boxes = torch.cat([boxes[..., :3] @ turn.mT, boxes[..., 3:] @ turn.abs().mT], -1)
             return h, boxes, votes @ turn.mT, p @ turn.mT, inst
 
-    def cache_key(self) -> str:
-        """Short hash of all that the seeds depend on: settings and the encoder's weights."""
+    def feature_settings(self) -> tuple:
         c = self.config
-        digest = hashlib.sha256(repr((c.points, c.centres, c.radii, c.samples, c.spread, c.spread_normal)).encode())
-        for name, value in self.encoder.named_parameters():
-            digest.update(name.encode() + value.detach().float().cpu().clone().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return (c.points, c.centres, c.radii, c.samples, c.spread, c.spread_normal)
 
-    def load_seeds(self, scene: Scene) -> dict[str, Tensor]:
-        """From memory, else from the cache folder, else computed (and written): {"f" [M, C] float16, "p" [M, 3] metres,
-        "inst" [M]}."""
-        key = ("seeds", scene.name)
-        if key not in self.cache:
-            path = None if self.cache_folder is None else self.cache_folder / f"{scene.name}.npz"
-            if path is not None and path.exists():
-                with np.load(path, allow_pickle=False) as stored:
-                    found = {k: torch.from_numpy(stored[k]) for k in ("f", "p", "inst")}
-            else:
-                cloud = self.cloud(scene)
-                with torch.no_grad():
-                    f, p = self.encode_clouds([cloud], torch.eye(3, device=self.llm.device)[None])
-                found = {"f": f[0].half().cpu(), "p": p[0].cpu(), "inst": torch.from_numpy(cloud["inst"]).long()}
-                if path is not None:
-                    data.write_npz(path, **{k: v.numpy() for k, v in found.items()})
-            self.cache[key] = found
-        return self.cache[key]
+    def feature_weights(self) -> nn.Module:
+        return self.encoder
 
-    def prepare(self, scenes: Sequence[Scene], cache: Path | None = None, rank: int = 0, world: int = 1,
-                progress=lambda items, what: items) -> None:  # fmt: skip
-        """Frozen work, once: the geometry of the clouds, or the seeds of the frozen encoder, each rank its share (the
-        others' are then read from the cache folder); and the categories and colours that are told apart."""
+    def uses_features(self) -> bool:
+        return not self.encoder_trains and self.stage.scene_input != "symbols"
+
+    def compute_features(self, scene: Scene) -> dict[str, Tensor]:
+        """Seeds of the frozen encoder: {"f" [M, C] float16, "p" [M, 3] metres, "inst" [M]}."""
+        cloud = self.cloud(scene)
+        f, p = self.encode_clouds([cloud], torch.eye(3, device=self.llm.device)[None])
+        return {"f": f[0].half(), "p": p[0], "inst": torch.from_numpy(cloud["inst"]).long()}
+
+    def cache_features(self, scenes: Sequence[Scene], folder: Path | None = None,
+                       rank: int = 0, world: int = 1) -> None:  # fmt: skip
+        """Frozen work, once: the geometry of the clouds, or the seeds of the frozen encoder; and the categories and
+        colours that are told apart."""
         for kind, of in enumerate((lambda o: o.category, lambda o: o.colour)):
             found = {of(o) for s in scenes for o in s.objects} - data.STRUCTURE
             self.names[kind] = sorted(found.union(self.names[kind], [""]))  # "" sorts first: nothing
-        mine = [s for i, s in enumerate(scenes) if i % world == rank]
         if self.encoder_trains:
-            for scene in progress(mine, "geometry"):
+            for scene in scenes[rank::world]:
                 self.cloud(scene)
-        elif self.visual != "symbols":
-            self.cache_folder = None if cache is None else Path(cache) / self.cache_key()
-            for scene in progress(mine, "seeds"):
-                self.load_seeds(scene)
+        super().cache_features(scenes, folder, rank, world)
 
     def save_encoder(self, path: Path) -> None:
         """The trained scene encoder as a file of its own, with the settings it belongs to."""
@@ -701,11 +677,11 @@ class Model(nn.Module):
 
     def scene_length(self, scene: Scene) -> int:
         """How many tokens the scene will take."""
-        return len(scene.objects) if self.visual == "symbols" else self.config.referents
+        return len(scene.objects) if self.stage.scene_input == "symbols" else self.config.referents
 
     def look(self, scenes: Sequence[Scene], teach: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Scene tokens [B, K, D], valid [B, K], and with `teach` the detection loss."""
-        if self.visual == "symbols":
+        if self.stage.scene_input == "symbols":
             rows = [self.symbols(s) for s in scenes]
             z, boxes = (nn.utils.rnn.pad_sequence(part, batch_first=True) for part in zip(*rows, strict=True))
             valid = torch.arange(z.shape[1]) < torch.tensor([len(r[0]) for r in rows])[:, None]  # [B, K]
@@ -719,78 +695,28 @@ class Model(nn.Module):
             z = z + self.code(boxes)  # [B, K, D]
         return z, valid.to(z.device), loss
 
-    def encode(self, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
+    def encode(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
         """Scene tokens [B, K, D] and valid [B, K]; what they are depends on the stage."""
-        return self.look(scenes)[:2]
+        teach = self.training and self.stage.scene_input == "referents"
+        tokens, valid, seen = self.look(scenes, teach)
+        return {"tokens": tokens, "valid": valid} | ({"auxiliary_loss": self.config.teach * seen} if teach else {})
 
     # -- questions
 
-    @staticmethod
-    def refer(scene: Scene, object_id: int) -> str:
+    def object_to_text(self, scene: Scene, object_id: int) -> str:
         """How a question names a marked object: by its box in text."""
         return listed(scene.thing(object_id).box)
 
-    def batch(self, groups: Sequence[tuple[Scene, Sequence[Sample]]]) -> dict:
-        """Scenes with their questions -> tensors (see data.collate)."""
-        if self.visual == "encoder":
-            return {"scenes": [scene for scene, _ in groups], "samples": []}
-        if (form := self.config.locations) != "metres":
-            def write(sample: Sample, scene: Scene) -> Sample:
-                texts = {k: data.substitute(getattr(sample, k), partial(self.refer, scene))
-                         for k in ("question", "steps", "answer")}  # fmt: skip
-                return replace(sample, **{k: translate(t, scene.bounds, "metres", form) for k, t in texts.items()})
-
-            groups = [(scene, [write(s, scene) for s in samples]) for scene, samples in groups]
-        lengths = [self.scene_length(scene) for scene, _ in groups]
-        return data.collate(groups, self.text, lengths, self.refer, self.stage_steps)
-
-    def embed(self, ids: Tensor, tokens: Tensor, valid: Tensor) -> Tensor:
-        """Word embeddings with the scene's tokens in place of the placeholders: ids [S, T] -> [S, T, D]."""
-        embeds = self.llm.get_input_embeddings()(ids.clamp(min=0))  # [S, T, D]
-        return embeds.masked_scatter((ids == SCENE)[..., None], tokens[valid].to(embeds))  # [S, T, D]
-
-    def read(self, ids: Tensor, positions: Tensor, mask: Tensor, tokens: Tensor, valid: Tensor, cache=None) -> Tensor:
-        """The language model over ids and positions [S, n], behind what its cache holds: last hidden state [S, n, D];
-        mask [S, 1, n, T] bool."""
-        return self.llm.model(inputs_embeds=self.embed(ids, tokens, valid), attention_mask=mask, position_ids=positions,
-                              past_key_values=cache, use_cache=cache is not None).last_hidden_state  # fmt: skip
-
-    def forward(self, batch: dict) -> dict[str, Tensor]:
-        """Summed next-token loss over answer tokens, {"loss", "weight", "correct"} (weight = how many); in the
-        encoder's stage the detection loss per scene."""
-        scenes = batch["scenes"]
-        if self.visual == "encoder":
-            h, boxes, *seeds = self.see(scenes)
-            loss, right = self.seen_loss(scenes, self.projector(h), boxes, *seeds)
-            weight = torch.tensor(float(len(scenes)), device=loss.device)
-            return {"loss": loss * weight, "weight": weight, "correct": right * weight}
-        device = self.llm.device
-        ids, labels, positions, block = (batch[k].to(device) for k in ("ids", "labels", "positions", "block"))
-        tokens, valid, seen = self.look(scenes, teach=self.visual == "referents")  # [S, K, D], [S, K]
-        hidden = self.read(ids, positions, data.packed_mask(block), tokens, valid)  # [S, T, D]
-        answered = labels != IGNORE  # [S, T]
-        logits = self.llm.lm_head(hidden[answered]).float()  # [A, vocabulary]
-        target = labels[answered]  # [A]
-        weight = answered.sum()
-        loss = F.cross_entropy(logits, target, reduction="sum") + self.config.teach * weight * seen
-        return {"loss": loss, "weight": weight, "correct": (logits.argmax(-1) == target).sum()}
-
-    @torch.no_grad()
-    def generate(self, batch: dict, max_new_tokens: int = 64, kept: dict | None = None) -> list[str]:
-        """Greedy answers, one per question in the batch's order, locations in metres. Scenes are read once, with a dict
-        `kept` also from call to call (`data.read_scenes`)."""
-        encode = lambda scenes: dict(zip(("tokens", "valid"), self.encode(scenes), strict=True))  # noqa: E731
-        seen, past = data.read_scenes(batch, encode, self.read, kept)
-        texts = data.answer(batch, self.text, past, partial(self.read, **seen), self.llm.lm_head, max_new_tokens)
-        if self.config.locations == "metres":
-            return texts
-        bounds = [scene.bounds for scene, asked in zip(batch["scenes"], batch["samples"], strict=True) for _ in asked]
-        return [translate(t, b, self.config.locations, "metres") for t, b in zip(texts, bounds, strict=True)]
+    def encoder_loss(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
+        """The detection loss per scene."""
+        h, boxes, *seeds = self.see(scenes)
+        loss, right = self.seen_loss(scenes, self.projector(h), boxes, *seeds)
+        weight = torch.tensor(float(len(scenes)), device=loss.device)
+        return {"loss": loss * weight, "weight": weight, "correct": right * weight}
 
     # -- own scenes and pictures
 
-    @staticmethod
-    def refusal(scene: Scene, question: str) -> str | None:
+    def refusal(self, scene: Scene, question: str) -> str | None:
         """Why a question about a scene of one's own cannot be answered, or None: it names what several things are.
 
         The model learns to say so itself (rooms/modle_refuse); where the truth is known nobody need rely on that."""
@@ -803,7 +729,7 @@ class Model(nn.Module):
         return None
 
     @torch.no_grad()
-    def token_centres(self, scene: Scene) -> np.ndarray:
+    def token_centers(self, scene: Scene) -> np.ndarray:
         """Where the scene's tokens are [K, 3], for pictures."""
         return self.see([scene])[1][0, :, :3].cpu().numpy()
 
@@ -818,7 +744,7 @@ class Model(nn.Module):
             said = [text.rpartition("=")[2].strip() for text in answers]
             lines = [f"{s.question}  {t}  (true: {s.answer})" for s, t in zip(asked, said, strict=True)]
             paths += [folder / f"{scene.name}.png", folder / f"{scene.name}_referents.png"]
-            data.draw_scene(scene, paths[-2], lines, self.token_centres(scene), answers)
+            data.draw_scene(scene, paths[-2], lines, self.token_centers(scene), answers)
             self.draw_referents(scene, paths[-1])
         return paths
 
@@ -1386,7 +1312,7 @@ def recipe(config: Config, stages: list[Stage]) -> list[Stage]:
     """The stages for a configuration: a loaded encoder is frozen from the start, and only what follows it trains."""
     if config.encoder is None:
         return stages
-    return [replace(s, trains=("scene",)) if s.visual == "encoder" else s for s in stages]
+    return [replace(s, trains=("scene",)) if s.scene_input == "encoder" else s for s in stages]
 
 
 UNLABELLED = ("ground_superlative", "modle_distance", "modle_move")  # what stands in for questions that need names
@@ -1434,8 +1360,8 @@ def demo() -> None:
     scene.identifiers = data.number_objects(scene, np.random.default_rng(0))
     model = Model(Config.tiny(), data.TinyText(data.vocabulary()))
     stage = Stage("demo", {"modle_distance": 1.0, "modle_move": 1.0}, ("scene", "code", "lm"), "referents", steps=True)
-    model.begin(stage)
-    model.prepare([scene])
+    model.configure_stage(stage)
+    model.cache_features([scene])
     shape = lambda *tensors: ", ".join(str(list(t.shape)) for t in tensors)  # noqa: E731
     with torch.no_grad():
         h, boxes, votes, _, seeds = model.see([scene])
@@ -1466,30 +1392,14 @@ def demo() -> None:
     print(f"(true: {samples[0].answer}; learned by heart, python train.py --model spatial3dllm learns to see)")
 
 
-def encoder_main(arguments: Sequence[str]) -> None:
-    """`python spatial3dllm.py encoder --run DIR --out FILE`: a run's scene encoder as a file of its own, which
-    `--set encoder=FILE` reads. Raises DataError."""
-    parser = data.Parser(prog="spatial3dllm.py encoder")
-    parser.add_argument("--run", type=Path, required=True, help="folder of a trained run")
-    parser.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
-    a = parser.parse_args(arguments)
-    data.load_model(sys.modules[__name__], a.run).save_encoder(a.out)
-    print(a.out)
-
-
-COMMANDS = {"modle": modle_main, "encoder": encoder_main}
-
-
 @data.command
 def main(arguments: Sequence[str]) -> None:
-    """Without arguments the demo; `modle` writes annotations, `encoder` a file; --scene, --ask and --run ask."""
+    """Without arguments the demo; `modle` writes annotations."""
     data.adopt(sys.modules[__name__])
-    if not arguments:
-        demo()
-    elif not arguments[0].startswith("-"):
-        data.choose(COMMANDS, arguments[0], "command")(arguments[1:])
+    if arguments:
+        data.choose({"modle": modle_main}, arguments[0], "command")(arguments[1:])
     else:
-        data.ask_scene(sys.modules[__name__], arguments)
+        demo()
 
 
 if __name__ == "__main__":

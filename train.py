@@ -245,7 +245,7 @@ def wrap(model: nn.Module, ranks: Ranks, dtype: torch.dtype, shard: bool) -> nn.
         names = {n for m in model.modules() for n in getattr(m, "_no_split_modules", None) or ()}
         for module in [*(m for m in model.modules() if type(m).__name__ in names), model]:
             fully_shard(module, mesh=mesh, mp_policy=policy)
-        for method in {"prepare", "generate"} & set(dir(model)):
+        for method in {"cache_features", "generate"} & set(dir(model)):
             register_fsdp_forward_method(model, method)
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks.world > 1 and not shard else model
 
@@ -272,7 +272,7 @@ def gathered(model: nn.Module):
 def keep_precise(model: nn.Module, stages: list[Stage]) -> None:
     """Whatever trains in some stage becomes float32: steps of 5e-6 would vanish in bfloat16."""
     for stage in stages:
-        model.begin(stage)
+        model.configure_stage(stage)
         for p in model.parameters():
             p.data = p.data.float() if p.requires_grad else p.data
 
@@ -288,34 +288,6 @@ def memory_line(model: nn.Module, shards: int) -> str:
 
 
 # ---- 3 scenes, and what a step asks about them -----------------------------------------------------------------------
-
-
-def make_rooms(args: argparse.Namespace) -> tuple[list[Scene], list[Scene]]:
-    sizes = {"train": args.train_scenes, "test": args.test_scenes}
-    return tuple(data.rooms(data.ROOM_SEEDS[split][:n], args.workers + 1) for split, n in sizes.items())
-
-
-def make_scans(args: argparse.Namespace) -> tuple[list[Scene], list[Scene]]:
-    ids = data.scan_ids(Path(args.root))
-    return tuple([data.open_scan(args.root, i) for i in ids[split]] for split in ("train", "test"))
-
-
-def make_rgbd(args: argparse.Namespace) -> tuple[list[Scene], list[Scene]]:
-    scene, held = data.read_rgbd_split(args.root)
-    return [scene], [held]
-
-
-def make_kept(args: argparse.Namespace) -> tuple[list[Scene], list[Scene]]:
-    """What `data.py cache` wrote; every fifth scene is for scoring."""
-    files = sorted(Path(args.root).glob("*.npz"))
-    if len(files) < 2:
-        raise DataError(f"--root {args.root}: {len(files)} kept scenes, and one must be left to score in; make more "
-                        "with python data.py cache DIR OUT")  # fmt: skip
-    test = files[4::5] or files[-1:]
-    return [data.load_scene(f) for f in files if f not in test], [data.load_scene(f) for f in test]
-
-
-SOURCES = {"rooms": make_rooms, "scannet": make_scans, "rgbd": make_rgbd, "cached": make_kept}
 
 
 def askable(stages: list[Stage], scenes: list[Scene], paper, say: typing.Callable) -> list[Stage]:
@@ -670,7 +642,7 @@ class Run:
 
     def prepare(self, scenes: list[Scene]) -> None:
         with gathered(self.model), torch.no_grad():
-            self.model.prepare(scenes, self.args.out / "cache", self.ranks.rank, self.ranks.world, progress(self.ranks))
+            self.model.cache_features(scenes, self.args.out / "cache", self.ranks.rank, self.ranks.world)
         self.ranks.barrier()
 
 
@@ -678,7 +650,7 @@ def train_stage(run: Run, index: int, position: dict) -> None:
     """One stage from position["step"] on; the position moves along, at the end to the start of the next stage."""
     args, ranks, stage, steps = run.args, run.ranks, run.stages[index], run.steps[index]
     seed_everything(args.seed, index)
-    run.model.begin(stage)
+    run.model.configure_stage(stage)
     run.model.train()
     run.prepare(run.train)
     net, optimizer = wrap(run.model, ranks, run.dtype, args.shard), make_optimizer(run.model, stage)
@@ -781,10 +753,9 @@ def build(args: argparse.Namespace, ranks: Ranks, paper=None, scenes: tuple | No
     data.adopt(paper)
     config, stages = configure(args, paper)
     if scenes is None:
-        source = SOURCES[pick(args.data, SOURCES, "source of data")]
-        if args.data != "rooms" and not args.root:
-            raise DataError(f"--data {args.data}: name the folder with --root")
-        scenes = source(args)
+        pick(args.data, data.SOURCES, "source of data")
+        counts = {"train": args.train_scenes, "test": args.test_scenes}
+        scenes = tuple(data.load_scenes(args.data, s, args.root, n, args.workers) for s, n in counts.items())
         if not scenes[0] or not (scenes[1] or args.no_eval):
             counts = "{} scenes to train in, {} to score in".format(*map(len, scenes))
             raise DataError(f"--data {args.data}: {counts}; give one of each at least (--train-scenes, --test-scenes, "
@@ -819,7 +790,7 @@ def load_run(folder: Path, paper=None, scenes: tuple | None = None) -> Run:
     run = build(args, start_processes(), paper, scenes, record["text"])
     load_weights(run.model, folder)
     run.model.to(run.ranks.device).eval()
-    run.model.begin(run.stages[-1])
+    run.model.configure_stage(run.stages[-1])
     return run
 
 
@@ -833,7 +804,7 @@ def run(args: argparse.Namespace, paper=None, scenes: tuple | None = None) -> Ru
     ranks.say(f"{args.out}: seed {args.seed}, processes {ranks.world}, {ranks.device.type}, {whole.dtype}")
     keep_precise(model, stages)
     for stage, steps in zip(stages, whole.steps, strict=True):
-        model.begin(stage)
+        model.configure_stage(stage)
         ranks.say(f"  {stage.name}: {steps} steps; {memory_line(model, ranks.world if args.shard else 1)}")
     if args.resume or args.init:
         load_weights(model, args.out if args.resume else Path(args.init))
@@ -866,7 +837,7 @@ def run(args: argparse.Namespace, paper=None, scenes: tuple | None = None) -> Ru
 
 def evaluate_run(run: Run, stage: Stage, names: tuple[str, ...] = (), out: Path | None = None) -> None:
     """Score the model, as that stage sees, in scenes it never saw, and print the table; every rank takes part."""
-    run.model.begin(stage)
+    run.model.configure_stage(stage)
     run.model.eval()
     run.prepare(run.test)
     with gathered(run.model), torch.no_grad():

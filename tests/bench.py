@@ -95,7 +95,7 @@ def latency() -> None:
     torch.manual_seed(0)
     model = proxy3d.Model(proxy3d.Config.tiny(), data.TinyText(data.vocabulary()))
     stage = proxy3d.STAGES["tiny"][-1]
-    model.begin(stage)
+    model.configure_stage(stage)
     scenes = [data.augment(data.room(seed), np.random.default_rng(seed)) for seed in range(16)]
     print("latency in seconds, tiny model (paper, 7B on a GPU: 9.4 / 2.9 / 1.1 at batch 8, 16.2 / 5.6 / 1.5 at 16)")
     print("  batch   encoder   clustering   LLM (8 new tokens)   per question")
@@ -104,7 +104,7 @@ def latency() -> None:
         with torch.no_grad():
             encoder = best(lambda colours=colours: [model.look(c) for c in colours])
             whole = best(lambda B=B: [model.proxies(s) for s in scenes[:B]])
-        model.prepare(scenes[:B])
+        model.cache_features(scenes[:B])
         groups = [(s, data.questions(s, {"ground": 1.0}, 1, np.random.default_rng(0))) for s in scenes[:B]]
         batch = model.batch(groups)
         llm = best(lambda batch=batch: model.generate(batch, max_new_tokens=8))
@@ -270,7 +270,7 @@ def tokenizer(N: int = 50_000, M: int = 1024) -> None:
     torch.manual_seed(0)
     small = dict(layers=1, attention_heads=16, ffn=16, adapted_layers=0)  # the LLM: its width is all that matters here
     model = fase3d.Model(fase3d.Config.paper(llm=None, width=2048, **small), data.TinyText(data.vocabulary())).eval()
-    found = model.load_geometry(scene)
+    found = model.load_features(scene)
     d, H, L, C = model.config.dim, model.config.heads, model.config.window, model.config.curves
     print(f"tokenizer: {N:,} points, d {d}, {M:,} superpoints, {H} heads, windows of {L}, {len(found['seed'])} tokens, "
           f"width {model.width:,}")  # fmt: skip
@@ -342,7 +342,7 @@ def parts_of(scene: data.Scene, config: spatial3dllm.Config) -> list[float]:
     """Seconds of one scene's geometry, encoder, three modules and a distance answer of 24 tokens."""
     torch.manual_seed(0)
     model = spatial3dllm.Model(config, data.TinyText(data.vocabulary()))
-    model.begin(data.Stage("", {}, (), "referents", steps=True))
+    model.configure_stage(data.Stage("", {}, (), "referents", steps=True))
     sample = data.questions(scene, {"modle_distance": 1.0}, 1, np.random.default_rng(0))
 
     def geometry() -> None:

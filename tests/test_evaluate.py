@@ -61,7 +61,7 @@ def questions(**changes) -> Questions:
 
 
 def perfect() -> dict[str, str]:
-    return {s.id: substitute(s.answer, lambda i: evaluate.refer(scene(), i)) for s in SAMPLES}
+    return {s.id: substitute(s.answer, lambda i: evaluate.object_to_text(scene(), i)) for s in SAMPLES}
 
 
 @pytest.fixture
@@ -414,7 +414,7 @@ class Echo(torch.nn.Module):
         return groups
 
     def generate(self, groups, max_new_tokens):
-        write = lambda text, place: substitute(text, lambda i: evaluate.refer(place, i))  # noqa: E731
+        write = lambda text, place: substitute(text, lambda i: evaluate.object_to_text(place, i))  # noqa: E731
         return [write(f"{s.steps} {s.answer}", place) for place, samples in groups for s in samples]
 
 

@@ -80,7 +80,7 @@ FAMILIES = ("qwen", "llama", "opt")
 def make(text, seed=0, **changes):
     torch.manual_seed(seed)
     model = Model(Config.tiny(**{**SMALL, **TINY, "no_colour": 0.0, **changes}), text)
-    model.begin(TOKENS)
+    model.configure_stage(TOKENS)
     return model
 
 
@@ -143,7 +143,7 @@ def hubs(tmp_path_factory):
 def load(hub, seed=0, **changes):
     torch.manual_seed(seed)
     model = Model(Config(llm=hub.name, **{**SMALL, "adapted_layers": 2, **changes}), hub.text)
-    model.begin(TOKENS)
+    model.configure_stage(TOKENS)
     return model.eval()
 
 
@@ -899,8 +899,8 @@ def test_a_turned_scene_keeps_the_cached_geometry(text, scenes, tmp_path):
     and tokens are those a model without a cache computes from the turned points."""
     plain = room(3, objects=8, views=0, points=700)
     model = make(text).eval()
-    model.prepare([plain], tmp_path)
-    first = model.load_geometry(plain)
+    model.cache_features([plain], tmp_path)
+    first = model.load_features(plain)
     for seed in range(6):
         turned = augment(plain, np.random.default_rng(seed))
         fresh = make(text).eval()
@@ -912,8 +912,8 @@ def test_a_turned_scene_keeps_the_cached_geometry(text, scenes, tmp_path):
             cached, own = model.encode([turned]), fresh.encode([turned])
         assert all(torch.equal(cached[k], own[k]) for k in cached)
         expected = first["place"].numpy() @ turned.turn.T
-        assert np.allclose(model.token_centres(turned), expected, atol=1e-5)
-        assert all((np.abs(turned.points - c) < 1e-5).all(1).any() for c in model.token_centres(turned))
+        assert np.allclose(model.token_centers(turned), expected, atol=1e-5)
+        assert all((np.abs(turned.points - c) < 1e-5).all(1).any() for c in model.token_centers(turned))
 
 
 def test_geometry_is_written_once_and_read_back_equal(text, scenes, tmp_path, monkeypatch):
@@ -938,7 +938,7 @@ def test_tokens_lie_along_a_hilbert_curve(text, scenes):
     """The language model's positions are an order; near tokens should be near in it."""
     model = make(text)
     for scene in scenes:
-        place = model.load_geometry(scene)["place"]
+        place = model.load_features(scene)["place"]
         assert torch.equal(curve_order(place, "hilbert", 10), torch.arange(len(place)))
 
 
@@ -946,13 +946,13 @@ def test_stages_on_words_have_a_token_per_object_or_per_seed(text, scenes):
     """The stand-in for a pre-trained language model: the sum of the words of category and colour, and a place."""
     model = make(text)
     for stage, lengths in ((SYMBOLS, [9, 12, 7]), (WORDS, [14, 14, 14])):
-        model.begin(stage)
-        model.prepare(scenes)
+        model.configure_stage(stage)
+        model.cache_features(scenes)
         seen = model.encode(scenes)
         assert [model.scene_length(s) for s in scenes] == seen["valid"].sum(1).tolist() == lengths
         for b, scene in enumerate(scenes):
             words = {o.id: text.encode(f"{o.category} {o.colour}") for o in scene.objects}
-            shows = model.load_geometry(scene)["shows"].tolist()
+            shows = model.load_features(scene)["shows"].tolist()
             if stage is SYMBOLS:  # the place tells which object it is
                 shows = [next(o.id for o in scene.objects if np.allclose(o.box[:3], c, atol=1e-5))
                          for c in seen["places"][b, : lengths[b]].numpy()]  # fmt: skip
@@ -967,7 +967,7 @@ def test_what_a_seed_shows_is_the_most_frequent_object_on_its_superpoint(text, s
     """The truth of the tokenizer's own stage."""
     model = make(text)
     for scene in scenes:
-        found = {k: v.numpy() for k, v in model.load_geometry(scene).items()}
+        found = {k: v.numpy() for k, v in model.load_features(scene).items()}
         things = scene.instances[found["index"]]
         for s, shown in zip(found["seed"], found["shows"], strict=True):
             votes = Counter(things[found["owner"] == s].tolist())
@@ -989,8 +989,8 @@ def test_things_of_unknown_category_or_colour_pass_every_stage(text, scenes, unk
     """A real scene has segments without categories, a scan without colours has things without colours."""
     scene = replace(scenes[0], name="bare", objects=[replace(o, **{unknown: ""}) for o in scenes[0].objects])
     model = make(text)
-    model.begin(stage)
-    model.prepare([scene])
+    model.configure_stage(stage)
+    model.cache_features([scene])
     samples = questions(scene, stage.tasks, 4, np.random.default_rng(0)) if stage.tasks else []
     assert torch.isfinite(model(model.batch([(scene, samples)]))["loss"]) and (samples or not stage.tasks)
 
@@ -1074,7 +1074,7 @@ def test_unknown_inputs_and_parts_of_a_stage_are_refused(text):
     """The error names the known ones."""
     for wrong in (Stage("x", {}, ("lm",), "proxies"), Stage("x", {}, ("bev",), "tokens")):
         with pytest.raises(ValueError, match=r"^stage x: visual is one of .*tokens.*'adapters', 'filter', 'lm'"):
-            make(text).begin(wrong)
+            make(text).configure_stage(wrong)
 
 
 def test_one_superpoint_is_a_scene(text):
@@ -1176,8 +1176,8 @@ def check_gradients(model, stage, scenes, mix=None):
     """Whatever the stage trains gets a gradient, nothing else gets any or moves; after one step every gradient is one
     that moves its parameter (LoRA's A has to wait for B, which starts at 0)."""
     model.train()
-    model.begin(stage)
-    model.prepare(scenes)
+    model.configure_stage(stage)
+    model.cache_features(scenes)
     groups = asked(scenes, 6, mix or stage.tasks) if stage.tasks else [(s, []) for s in scenes]
     batch = model.batch(groups)
     parts = model.parts()
@@ -1240,7 +1240,7 @@ def test_vision_adapters_of_the_last_layer_reach_no_answer(text, scenes):
     """Behind it only the text is read. With every layer adapted (Table 4's columns ask for at most 12 of them) exactly
     these get gradients of zero."""
     model = wake(make(text, adapted_layers=99))
-    model.begin(next(s for s in STAGES["tiny"] if s.name == "1 generalist"))
+    model.configure_stage(next(s for s in STAGES["tiny"] if s.name == "1 generalist"))
     out = model(model.batch(asked(scenes)))
     out["loss"].backward()
     dead = {n for n, p in model.named_parameters() if p.requires_grad and not p.grad.abs().sum() > 0}
@@ -1427,7 +1427,7 @@ def test_a_checkpoint_holds_no_borrowed_weight_and_reloads_to_equal_logits(hubs,
     parts = {"llm", "filters", "initial", "enhancer", "merger", "place", "coordinate"}
     assert {n.split(".")[0] for n in names} == parts
     again = data.load_model(fase3d, tmp_path)
-    again.begin(TOKENS)
+    again.configure_stage(TOKENS)
     assert torch.equal(told(again, groups)[0], expected)
 
 
@@ -1477,7 +1477,7 @@ def test_every_shape_in_a_comment_is_true_with_all_axes_different(text, hubs, sc
             model.eval().propose(scenes[0])
             model.generate(model.batch(groups[:2]), 1)
         for stage in (WORDS, TOKENIZER):
-            models[0].begin(stage)
+            models[0].configure_stage(stage)
             models[0].prepare(scenes)
             models[0](models[0].batch(groups))
 

@@ -69,7 +69,7 @@ class Oracle(torch.nn.Module):
         return groups
 
     def generate(self, groups, max_new_tokens):
-        write = lambda s, place: substitute(s.answer, lambda i: evaluate.refer(place, i))  # noqa: E731
+        write = lambda s, place: substitute(s.answer, lambda i: evaluate.object_to_text(place, i))  # noqa: E731
         right = lambda s: sum(s.id.encode()) % 3  # noqa: E731
         return [write(s, place) if right(s) else "<OBJ099> x" for place, samples in groups for s in samples]
 
@@ -576,7 +576,7 @@ def test_a_malformed_prediction_never_raises_any_official_score(world, no_java):
     """One right or wrong answer replaced by what cannot be one, in every metric of every benchmark, and each fault is
     counted."""
     for name, questions in every_official(world).items():
-        shown = lambda s, q=questions: substitute(s.answer, lambda i: evaluate.refer(q.shown[s.scene], i))  # noqa: E731
+        shown = lambda s, q=questions: substitute(s.answer, lambda i: evaluate.object_to_text(q.shown[s.scene], i))  # noqa: E731
         right = {s.id: shown(s) for s in questions.samples}
         wrong = {s.id: "<OBJ099>" if s.targets == [] else "x" for s in questions.samples}
         for base in (right, wrong):
@@ -593,7 +593,7 @@ def test_a_malformed_prediction_never_raises_any_official_score(world, no_java):
 
 def test_missing_extra_and_double_ids_are_counted_and_cost_their_question(world, no_java):
     for name, questions in every_official(world).items():
-        shown = lambda s, q=questions: substitute(s.answer, lambda i: evaluate.refer(q.shown[s.scene], i))  # noqa: E731
+        shown = lambda s, q=questions: substitute(s.answer, lambda i: evaluate.object_to_text(q.shown[s.scene], i))  # noqa: E731
         pairs = [(s.id, shown(s)) for s in questions.samples]
         best = evaluate.score(name, questions, pairs)
         for change, fault in ((pairs[1:], "missing id"), ([*pairs, ("stranger", "x")], "extra id"),

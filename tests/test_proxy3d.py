@@ -477,13 +477,13 @@ def test_a_folder_of_images_replaces_the_icons(text, tmp_path):
 def test_the_tower_sees_every_symbol_once(text, monkeypatch):
     """100 identifiers are drawn for every scene and step; the tower is frozen, so its answer may be kept."""
     model, seen = make(text), []
-    model.begin(SYMBOLS)
+    model.configure_stage(SYMBOLS)
     look = model.look
     monkeypatch.setattr(model, "look", lambda images: seen.append(len(images)) or look(images))
     a = model.symbols([("id", 3), ("id", 8), ("id", 3)])
     b = model.symbols([("id", 8), ("id", 9)])
     assert a.shape == (3, 32) and seen == [2, 1] and torch.equal(a[0], a[2]) and torch.equal(a[1], b[0])
-    model.begin(Stage("0", {}, ("tower",), "tower"))  # while it trains, nothing may be kept
+    model.configure_stage(Stage("0", {}, ("tower",), "tower"))  # while it trains, nothing may be kept
     for _ in range(2):
         assert model.symbols([("id", 3)]).requires_grad
     assert seen == [2, 1, 1, 1] and not model.symbol_features
@@ -501,7 +501,7 @@ def test_what_is_trained_from_scratch_enters_at_the_scale_of_the_embeddings(text
     """Tokens a hundred times smaller than words are not found by attention, larger ones drown them (learning.md)."""
     model = make(text, tower=tower, merge=1)
     words = rms(model.llm.get_input_embeddings().weight)
-    model.begin(PROXIES)
+    model.configure_stage(PROXIES)
     z, _, _ = model.proxy_tokens(scenes[0])
     for features in (model.symbols([("id", i) for i in range(20)]), model.symbols([("category", "chair", "red")]), z):
         assert rms(features) == pytest.approx(words, rel=0.06)
@@ -511,9 +511,9 @@ def test_features_of_a_loaded_tower_enter_untouched(hub, scenes):
     """The language model was trained on exactly these: no norm, no anchor, no projection in between."""
     model = load(hub)
     assert isinstance(model.norm, nn.Identity) and model.anchor is None
-    model.begin(PROXIES)
+    model.configure_stage(PROXIES)
     z, _, _ = model.proxy_tokens(scenes[0])
-    assert torch.equal(z, model.load_proxies(scenes[0])["z"].float())
+    assert torch.equal(z, model.load_features(scenes[0])["z"].float())
     image = torch.from_numpy(draw_identifier(12, 16))[None]
     with torch.no_grad():
         seen = qwen_tokens(model.llm.model.visual, image, False)
@@ -576,7 +576,7 @@ def test_a_number_starts_as_the_code_that_the_scene_tokens_carry(text):
 def test_stage_one_tokens_are_category_plus_identifier(text, scenes):
     """[B, K, D] with B = 3 scenes of 9, 12 and 7 objects: one "chess piece" per object, no position in it."""
     model = make(text)
-    model.begin(SYMBOLS)
+    model.configure_stage(SYMBOLS)
     tokens, valid = model.encode(scenes)
     assert tokens.shape == (3, 12, 32) and valid.sum(1).tolist() == [9, 12, 7]
     assert [model.scene_length(s) for s in scenes] == [9, 12, 7]
@@ -594,7 +594,7 @@ def test_stage_one_tokens_are_category_plus_identifier(text, scenes):
 def test_tokens_with_positions_follow_equation_4(text, scenes, stage):
     """R(c_height) (z + anchor) + F(c_horizontal) + f_id, at the turned centres; no identifier where nothing is."""
     model = make(text)
-    model.begin(stage)
+    model.configure_stage(stage)
     with torch.no_grad():
         tokens, valid = model.encode(scenes[:2])
         assert tokens.shape == (2, 24 if stage is PROXIES else 12, 32)
@@ -612,7 +612,7 @@ def test_proxies_lie_in_their_objects_also_when_the_scene_is_turned(text, scenes
     """Proxies are cached before augmentation: `turn` must move them as it moved the boxes. The proxy of an object
     carries that object's identifier, by which a question calls it."""
     model = make(text)
-    model.begin(PROXIES)
+    model.configure_stage(PROXIES)
     for scene in scenes:
         _, c, numbers = model.proxy_tokens(scene)
         box = {scene.identifiers[o.id]: o.box for o in scene.objects}
@@ -620,8 +620,8 @@ def test_proxies_lie_in_their_objects_also_when_the_scene_is_turned(text, scenes
         inside = np.abs(c[numbers >= 0].numpy() - own[:, :3]) <= own[:, 3:] / 2 + 1e-3
         assert inside.all() and len(set(numbers.tolist()) - {-1}) > 2
         for o in scene.objects:
-            assert model.refer(scene, o.id) == f"<OBJ{scene.identifiers[o.id]:03d}>"
-            assert text.decode(text.encode(model.refer(scene, o.id))) == model.refer(scene, o.id)
+            assert model.object_to_text(scene, o.id) == f"<OBJ{scene.identifiers[o.id]:03d}>"
+            assert text.decode(text.encode(model.object_to_text(scene, o.id))) == model.object_to_text(scene, o.id)
 
 
 @pytest.mark.parametrize("unknown", ["category", "colour"])
@@ -630,8 +630,8 @@ def test_things_of_unknown_category_or_colour_pass_every_stage(text, scenes, unk
     """A real scene has segments without categories, a scan without colours has things without colours."""
     scene = replace(scenes[0], name="bare", objects=[replace(o, **{unknown: ""}) for o in scenes[0].objects])
     model = make(text)
-    model.begin(stage)
-    model.prepare([scene])
+    model.configure_stage(stage)
+    model.cache_features([scene])
     samples = questions(scene, stage.tasks, 4, np.random.default_rng(0)) if stage.tasks else []
     assert torch.isfinite(model(model.batch([(scene, samples)]))["loss"]) and (samples or not stage.tasks)
 
@@ -643,21 +643,21 @@ def test_a_scene_of_more_than_100_objects_numbers_the_100_largest(text):
     assert len(scene.identifiers) == 100
     assert min(volume[i] for i in scene.identifiers) >= max(v for i, v in volume.items() if i not in scene.identifiers)
     model = make(text, budget=80)
-    model.begin(PLACED)
+    model.configure_stage(PLACED)
     tokens, valid = model.encode([scene])
     assert tokens.shape == (1, 100, 32) and valid.all()
-    model.begin(PROXIES)
+    model.configure_stage(PROXIES)
     _, _, numbers = model.proxy_tokens(scene)
-    owner = model.load_proxies(scene)["owner"].tolist()
+    owner = model.load_features(scene)["owner"].tolist()
     assert len(owner) == 80 and numbers.tolist() == [scene.identifiers.get(i, -1) for i in owner]
     for sample in questions(scene, MIX, 20, np.random.default_rng(0)):
-        data.substitute(sample.question + sample.answer, lambda i: model.refer(scene, i))  # no KeyError
+        data.substitute(sample.question + sample.answer, lambda i: model.object_to_text(scene, i))  # no KeyError
 
 
 def test_a_scene_without_frames_is_one_line(text):
     """A bare cloud has nothing for the tower."""
     model = make(text)
-    model.begin(PROXIES)
+    model.configure_stage(PROXIES)
     with pytest.raises(DataError, match=r"^scan7: Proxy3D needs posed frames with depth; this source has points only$"):
         model.encode([Scene("scan7", "ply", [])])
 
@@ -681,8 +681,8 @@ def test_frames_of_any_size_are_seen_at_the_grid_and_evenly_spaced(text, scenes,
 
 def check_gradients(model, stage, scenes):
     """Whatever the stage trains gets a gradient that is not zero, and nothing else gets any."""
-    model.begin(stage)
-    model.prepare(scenes)
+    model.configure_stage(stage)
+    model.cache_features(scenes)
     groups = asked(scenes, 6, stage.tasks) if stage.tasks else [(s, []) for s in scenes]
     out = model(model.batch(groups))
     assert out["loss"].ndim == 0 and float(out["weight"]) > 0 and 0 <= float(out["correct"]) <= float(out["weight"])
@@ -690,7 +690,7 @@ def check_gradients(model, stage, scenes):
     names = {id(p): n for n, p in model.named_parameters()}
     trained = set()
     for part in stage.trains:
-        if (part, stage.visual) != ("3d", "symbols"):  # positions are not seen yet
+        if (part, stage.scene_input) != ("3d", "symbols"):  # positions are not seen yet
             for m in model.parts()[part]:
                 trained |= {names[id(p)] for p in ([m] if isinstance(m, nn.Parameter) else m.parameters())}
     assert trained == {n for n, p in model.named_parameters() if p.requires_grad}
@@ -712,7 +712,7 @@ def test_gradients_reach_all_that_a_stage_of_the_paper_trains_and_nothing_frozen
 
 def test_the_papers_recipe_is_its_table_1():
     """Supp. Table 1: lr 5e-6, cosine, warm-up 0.1 in all stages."""
-    rows = [(s.trains, s.visual, s.batch, s.accumulate, s.epochs, s.samples) for s in STAGES["paper"]]
+    rows = [(s.trains, s.scene_input, s.batch, s.accumulate, s.epochs, s.samples) for s in STAGES["paper"]]
     assert rows == [
         (("3d", "lm"), "symbols", 256, 1, 1, 30_000),
         (("3d", "lm"), "symbols+3d", 256, 1, 3, 30_000),
@@ -728,30 +728,30 @@ def test_unknown_inputs_and_parts_of_a_stage_are_refused(text):
     """The error names the known ones."""
     for wrong in (Stage("x", {}, ("lm",), "points"), Stage("x", {}, ("bev",), "proxies")):
         with pytest.raises(ValueError, match=r"^stage x: visual is one of .*proxies.*'tower', '3d', 'lm'"):
-            make(text).begin(wrong)
+            make(text).configure_stage(wrong)
 
 
 def test_a_tower_that_trains_again_drops_what_it_saw_before(text, scenes):
     """Proxies of the old tower would be used with the new one, and nobody would notice."""
     model = make(text)
-    model.begin(PROXIES)
+    model.configure_stage(PROXIES)
     model.encode(scenes)
-    model.begin(Stage("0", {}, ("tower",), "tower"))
+    model.configure_stage(Stage("0", {}, ("tower",), "tower"))
     assert not model.symbol_features and all(s.name not in model.cache for s in scenes)
 
 
 def test_the_tower_learns_from_what_its_labels_name_whatever_the_size_of_the_frames(text, scenes, monkeypatch):
     """Labels count in patches of the grid: a crop cut in the pixels of larger frames would show another place."""
     model, seen = make(text), []
-    model.begin(Stage("0", {}, ("tower",), "tower"))
-    model.prepare(scenes)
+    model.configure_stage(Stage("0", {}, ("tower",), "tower"))
+    model.cache_features(scenes)
     look = model.look
     monkeypatch.setattr(model, "look", lambda images: seen.append(images) or look(images))
     for times in (1, 3):
         f = scenes[0].frames
         large = {k: getattr(f, k).repeat(times, 1).repeat(times, 2) for k in ("colour", "masks")}
         model.cache.clear()
-        model.tower_loss([replace(scenes[0], frames=replace(f, **large))])
+        model.encoder_loss([replace(scenes[0], frames=replace(f, **large))])
     one, three = (x.float() for x in seen if x.shape == seen[0].shape)  # the others are symbols
     assert (one - three).abs().mean() < 4 < (one - one.roll(1, 0)).abs().mean()
 
@@ -759,7 +759,7 @@ def test_the_tower_learns_from_what_its_labels_name_whatever_the_size_of_the_fra
 def test_the_untrained_tower_is_another_one_and_leaves_no_trace(text, scenes):
     """The row "untrained tower" beside a score: same language model, other eyes, also when an answer breaks it off."""
     model = make(text, seed=5)
-    model.begin(PROXIES)
+    model.configure_stage(PROXIES)
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     before = model.encode(scenes)[0]
     with pytest.raises(KeyError), model.baselines()["untrained tower"]:
@@ -790,7 +790,7 @@ def test_a_question_gets_the_logits_it_has_alone(text, hub, scenes, stage, loade
     """Packed behind one scene with others, in a batch with longer scenes: neighbours, companions and padding must not
     be seen, and positions must be those it would have alone."""
     model = load(hub) if loaded else make(text)
-    model.begin(stage)
+    model.configure_stage(stage)
     groups = asked(scenes)
     packed, out = told(model, groups)
     alone = [told(model, [(s, [q])]) for s, samples in groups for q in samples]
@@ -803,10 +803,10 @@ def test_a_question_gets_the_logits_it_has_alone(text, hub, scenes, stage, loade
 def test_the_loss_is_the_cross_entropy_of_the_answers(text, scenes):
     """Eq. (6), as a sum, with the number of its terms and of its hits: the trainer divides by the global count."""
     model = make(text)
-    model.begin(PLACED)
+    model.configure_stage(PLACED)
     groups = asked(scenes)
     logits, out = told(model, groups)
-    answers = [data.substitute(q.answer, lambda i, s=s: model.refer(s, i)) for s, samples in groups for q in samples]
+    answers = [data.substitute(q.answer, lambda i, s=s: model.object_to_text(s, i)) for s, samples in groups for q in samples]
     target = [t for answer in answers for t in [*text.encode(answer), text.eos]]
     each = [-float(row.log_softmax(-1)[t]) for row, t in zip(logits, target, strict=True)]
     assert float(out["loss"]) == pytest.approx(sum(each), rel=1e-5) and int(out["weight"]) == len(target)
@@ -841,7 +841,7 @@ def test_generation_is_step_by_step_argmax(text, hub, scenes, stage, loaded):
     model = load(hub) if loaded else make(text)
     if not loaded:
         full_rows.vary(model.llm.model.language_model)
-    model.begin(stage)
+    model.configure_stage(stage)
     groups = asked(scenes)
     expected = [answer_slowly(model, s, q, 9) for s, samples in groups for q in samples]
     assert len(set(expected)) > 5 and max(len(set(e.split() if not loaded else e)) for e in expected) > 3
@@ -860,7 +860,7 @@ def test_ten_questions_about_a_scene_are_answered_as_each_alone(text, hub, scene
     model = load(hub) if loaded else make(text)
     if not loaded:
         full_rows.vary(model.llm.model.language_model)
-    model.begin(PLACED)
+    model.configure_stage(PLACED)
     full_rows.compare(model, [*asked(scenes[:1], 10), *asked(scenes[1:2], 1), *asked(scenes[2:])])
 
 
@@ -871,7 +871,7 @@ def test_half_precision_changes_the_loss_by_a_rounding(hub, scenes, stage):
     groups, losses = asked(scenes, 3, stage.tasks), []
     for dtype, auto in (("float32", False), ("float32", True), ("bfloat16", False), ("bfloat16", True)):
         model = load(hub, dtype=dtype)
-        model.begin(stage)
+        model.configure_stage(stage)
         with torch.autocast("cpu", torch.bfloat16, enabled=auto):
             batch = model.batch(groups)
             losses.append(float(model(batch)["loss"].detach()))
@@ -884,7 +884,7 @@ def test_half_precision_changes_the_loss_by_a_rounding(hub, scenes, stage):
 def test_answers_depend_on_the_scene(text, scenes):
     """Guards the two tests above: the same question about another scene has other logits."""
     model = make(text)
-    model.begin(PLACED)
+    model.configure_stage(PLACED)
     _, samples = asked(scenes[:1])[0]
     other = replace(scenes[1], identifiers=dict.fromkeys(range(1, 13), 0) | scenes[0].identifiers)
     assert not torch.allclose(told(model, [(scenes[0], samples)])[0], told(model, [(other, samples)])[0], atol=1e-3)
@@ -963,13 +963,13 @@ def test_cached_proxies_are_read_back_equal(text, scenes, tmp_path, monkeypatch)
     """Another process reads what the first one wrote, without looking at the frames, and answers alike."""
     first, second = make(text), make(text)
     for model in (first, second):
-        model.begin(PROXIES)
+        model.configure_stage(PROXIES)
     first.prepare(scenes, tmp_path)
     assert sorted(p.name for p in (tmp_path / first.cache_key()).iterdir()) == sorted(f"{s.name}.npz" for s in scenes)
     monkeypatch.setattr(second, "proxies", lambda scene: pytest.fail("computed again"))
     second.prepare(scenes, tmp_path)
     for scene in scenes:
-        a, b = first.load_proxies(scene), second.load_proxies(scene)
+        a, b = first.load_features(scene), second.load_features(scene)
         assert a.keys() == b.keys() == {"z", "c", "owner"}
         assert all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
     assert torch.equal(first.encode(scenes)[0], second.encode(scenes)[0])
@@ -978,11 +978,11 @@ def test_cached_proxies_are_read_back_equal(text, scenes, tmp_path, monkeypatch)
 def test_ranks_share_the_work_and_read_each_other(text, scenes, tmp_path):
     """Rank r computes scenes r, r + world, ...; nothing is done before real proxies are seen."""
     model = make(text)
-    model.begin(PLACED)
-    model.prepare(scenes, tmp_path)
+    model.configure_stage(PLACED)
+    model.cache_features(scenes, tmp_path)
     assert not list(tmp_path.iterdir())
-    model.begin(PROXIES)
-    model.prepare(scenes, tmp_path, rank=1, world=2)
+    model.configure_stage(PROXIES)
+    model.cache_features(scenes, tmp_path, rank=1, world=2)
     assert [p.stem for p in tmp_path.rglob("*.npz")] == [scenes[1].name]
 
 
@@ -995,14 +995,14 @@ def test_ranks_share_the_work_and_read_each_other(text, scenes, tmp_path):
 def test_a_file_of_other_settings_or_of_another_tower_is_never_read(text, scenes, tmp_path, change):
     """Each setting that proxies depend on has a folder of its own (seed: other weights of the tower)."""
     stale = make(text)
-    stale.begin(PROXIES)
+    stale.configure_stage(PROXIES)
     stale.prepare(scenes[:1], tmp_path)
     fresh = make(text, **change)
-    fresh.begin(PROXIES)
+    fresh.configure_stage(PROXIES)
     assert fresh.cache_key() != stale.cache_key() == make(text).cache_key()
     fresh.prepare(scenes[:1], tmp_path)
     expected = fresh.proxies(scenes[0])
-    assert all(torch.equal(expected[k], v) for k, v in fresh.load_proxies(scenes[0]).items())
+    assert all(torch.equal(expected[k], v) for k, v in fresh.load_features(scenes[0]).items())
 
 
 # ---- 8 alternatives --------------------------------------------------------------------------------------------------
@@ -1051,11 +1051,11 @@ def test_every_switch_of_the_ablations_runs_and_changes_the_tokens(text, scenes,
     """Main Tables 4-5: questions can be asked and answered under each."""
     default, model = make(text), make(text, **change)
     for m in (default, model):
-        m.begin(PROXIES)
+        m.configure_stage(PROXIES)
     assert model.scene_length(scenes[0]) == min(model.config.budget, 3 * math.prod(model.config.grid))
     batch = model.batch(asked(scenes[:2]))
     assert torch.isfinite(model(batch)["loss"]) and len(model.generate(batch, 2)) == 6
-    a, b = default.load_proxies(scenes[0]), model.load_proxies(scenes[0])
+    a, b = default.load_features(scenes[0]), model.load_features(scenes[0])
     assert a["z"].shape != b["z"].shape or not torch.equal(a["z"], b["z"])
 
 
@@ -1063,7 +1063,7 @@ def test_the_attention_map_is_a_distribution_over_the_scene(text, scenes):
     """K entries, none negative, sum 1; looking does not change how the model computes afterwards."""
     model = make(text)
     for stage, K in ((PLACED, 12), (PROXIES, 24)):
-        model.begin(stage)
+        model.configure_stage(stage)
         ((scene, samples),) = asked(scenes[1:2], 1)
         before = told(model, [(scene, samples)])[0]
         looked = attention_map(model, scene, samples[0])
@@ -1091,13 +1091,13 @@ def test_pictures_show_where_an_answer_looked(text, scenes, tmp_path):
     from PIL import Image
 
     model = make(text)
-    model.begin(PROXIES)
+    model.configure_stage(PROXIES)
     paths = model.pictures(scenes, tmp_path, 1)
     assert [p.name for p in paths] == [f"{scenes[0].name}.png", f"{scenes[0].name}_attention.png"]
     ((scene, samples),) = asked(scenes[:1], 2)
     paths += model.answer_pictures(scene, samples, ["nothing", "<OBJ001>"], tmp_path)
     assert paths[-1] == tmp_path / "ask_attention.png"
     assert all(len(Image.open(p).convert("RGB").getcolors(1 << 24)) > 1000 for p in paths)
-    model.begin(PLACED)
+    model.configure_stage(PLACED)
     assert len(model.pictures(scenes, tmp_path, 1)) == 1
     assert model.answer_pictures(scene, samples, ["x"], tmp_path) == []

@@ -40,7 +40,7 @@ class Model(Oracle):
     """Right, in another room, and hostile answers in turn."""
 
     def generate(self, groups, max_new_tokens):
-        write = lambda s, place: substitute(s.answer, lambda i: evaluate.refer(place, i))  # noqa: E731
+        write = lambda s, place: substitute(s.answer, lambda i: evaluate.object_to_text(place, i))  # noqa: E731
         asked = [(s, place) for place, samples in groups for s in samples]
         return [[write(s, place), "[1.00, 9000.00, 0.50]", ATTACK][k % 3] for k, (s, place) in enumerate(asked)]
 

@@ -195,7 +195,7 @@ def test_feature_propagation_equals_a_loop():
 def test_every_shape_column_with_all_axes_different(text, scenes):
     """B 3, N 300, M 32 of 64, R 12, S 8, C 16, D 32."""
     model = make(text)
-    model.begin(ENCODER)
+    model.configure_stage(ENCODER)
     clouds = [model.cloud(s) for s in scenes]
     f, p = model.encode_clouds(clouds, torch.eye(3).expand(3, 3, 3))
     assert f.shape == (3, 32, 16) and p.shape == (3, 32, 3)
@@ -209,10 +209,10 @@ def test_every_shape_column_with_all_axes_different(text, scenes):
     assert h.shape == (3, 12, 16) and boxes.shape == (3, 12, 6) and votes.shape == (3, 32, 3)
     assert (boxes[..., 3:] > 0).all()
     for stage, K in ((SYMBOLS, 12), (REFERENTS, 12)):
-        model.begin(stage)
+        model.configure_stage(stage)
         z, valid = model.encode(scenes)
         assert z.shape == (3, K, 32) and valid.shape == (3, K)
-    model.begin(SYMBOLS)
+    model.configure_stage(SYMBOLS)
     assert model.encode(scenes)[1].sum(1).tolist() == [9, 12, 7]
 
 
@@ -225,8 +225,8 @@ def test_every_shape_in_a_comment_is_true_with_all_axes_different(text, hub, sce
         for change in ({}, {"pairs": 1}, {"inter": "concat"}, {"locations": "metres"}):
             model = make(text, **odd, **change)
             for stage in (ENCODER, SYMBOLS, REFERENTS):
-                model.begin(stage)
-                model.prepare(scenes)
+                model.configure_stage(stage)
+                model.cache_features(scenes)
                 model(model.batch(asked(scenes) if stage is not ENCODER else [(s, []) for s in scenes]))
         model.generate(model.batch(asked(scenes, 4)), 1)
         model.told(scenes[0])
@@ -375,7 +375,7 @@ def test_the_order_of_the_points_changes_nothing(text, scenes):
         results = []
         for s in (scene, replace(scene, name="shuffled", **arrays)):
             model = make(text)
-            model.begin(stage)
+            model.configure_stage(stage)
             results.append(model.see([s]))
         for a, b in zip(*results, strict=True):
             assert torch.allclose(a.double(), b.double(), atol=1e-5)
@@ -386,13 +386,13 @@ def test_batch_companions_and_padding_change_nothing(text, scenes):
     few = replace(scenes[1], name="few", **{k: getattr(scenes[1], k)[::3] for k in
                                             ("points", "colours", "normals", "instances")})  # fmt: skip
     model = make(text)
-    model.begin(ENCODER)
+    model.configure_stage(ENCODER)
     together = model.see([scenes[0], few, scenes[2]])
     for i, scene in enumerate([scenes[0], few, scenes[2]]):
         for whole, alone in zip(together, model.see([scene]), strict=True):
             assert torch.allclose(whole[i : i + 1].double(), alone.double(), atol=1e-5)
     for stage in (SYMBOLS, REFERENTS):
-        model.begin(stage)
+        model.configure_stage(stage)
         model.config.teach = 0.0  # its mean is over the batch
         groups = asked(scenes)
         alone = [float(model(model.batch([(s, [q])]))["loss"].detach()) for s, qs in groups for q in qs]
@@ -404,7 +404,7 @@ def test_cached_seeds_follow_a_turned_scene(text, scenes):
     base = replace(scenes[0], name="base", points=scenes[0].points @ scenes[0].turn.astype(np.float32),
                    normals=scenes[0].normals @ scenes[0].turn.astype(np.float32), turn=np.eye(3))  # fmt: skip
     model = make(text)
-    model.begin(REFERENTS)
+    model.configure_stage(REFERENTS)
     _, boxes, votes, *_ = model.see([base])
     for seed in range(4):
         turned = augment(base, np.random.default_rng(seed))
@@ -423,8 +423,8 @@ STAGE_CASES = [(s, False) for s in STAGES["tiny"]] + [(s, loaded) for s in STAGE
 def test_gradients_reach_all_that_trains_and_nothing_frozen(text, hub, scenes, stage, loaded, change):
     """With every switch of the ablations; of a loaded model LoRA trains and its own weights rest."""
     model = load(hub, **change) if loaded else make(text, **change)
-    model.begin(stage)
-    model.prepare(scenes)
+    model.configure_stage(stage)
+    model.cache_features(scenes)
     out = model(model.batch(asked(scenes, 6, stage.tasks) if stage.tasks else [(s, []) for s in scenes]))
     (out["loss"] / out["weight"]).backward()
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -443,8 +443,8 @@ def test_the_language_model_on_disk_loads_with_every_weight(hub, scenes):
     assert now.keys() == hub.weights.keys() and all(torch.equal(now[k], v) for k, v in hub.weights.items())
     adapted = {k.split(".")[-4] for k in model.llm.state_dict() if "lora_A" in k}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    model.begin(REFERENTS)
-    model.prepare(scenes)
+    model.configure_stage(REFERENTS)
+    model.cache_features(scenes)
     z, _ = model.encode(scenes)
     loud = float(model.embeddings.square().mean().sqrt())
     assert 0.5 * loud < float(z.square().mean().sqrt()) < 2.5 * loud
@@ -458,8 +458,8 @@ def test_half_precision_changes_the_loss_by_a_rounding(hub, scenes, stage):
     losses = []
     for dtype, auto in (("float32", False), ("float32", True), ("bfloat16", False), ("bfloat16", True)):
         model = load(hub, dtype=dtype)
-        model.begin(stage)
-        model.prepare(scenes)
+        model.configure_stage(stage)
+        model.cache_features(scenes)
         with torch.autocast("cpu", torch.bfloat16, enabled=auto):
             batch = model.batch(asked(scenes, 3, stage.tasks) if stage.tasks else [(s, []) for s in scenes])
             out = model(batch)
@@ -474,7 +474,7 @@ def test_boxes_as_integers_are_written_and_read_back(hub, scenes, monkeypatch):
     """The grid form: what the model reads holds integers, what it answers is metres again; the tiny tokenizer has no
     such tokens and says so."""
     model = load(hub, locations="grid")
-    model.begin(replace(REFERENTS, steps=False))
+    model.configure_stage(replace(REFERENTS, steps=False))
     scene = scenes[0]
     sample = data.question_set([scene], ["ground"], 1, 0)[0]
     batch = model.batch([(scene, [sample])])
@@ -494,7 +494,7 @@ def test_generation_is_step_by_step_argmax(text, scenes):
     model = make(text)
     full_rows.vary(model.llm.model)
     for stage in (SYMBOLS, REFERENTS):
-        model.begin(stage)
+        model.configure_stage(stage)
         groups, expected = asked(scenes), []
         for scene, sample in ((s, q) for s, qs in groups for q in qs):
             batch = model.batch([(scene, [sample])])
@@ -515,7 +515,7 @@ def test_ten_questions_about_a_scene_are_answered_as_each_alone(text, hub, scene
     model = load(hub).eval() if loaded else make(text)
     if not loaded:
         full_rows.vary(model.llm.model)
-    model.begin(SYMBOLS)
+    model.configure_stage(SYMBOLS)
     full_rows.compare(model, [*asked(scenes[:1], 10), *asked(scenes[1:2], 1), *asked(scenes[2:])])
 
 
@@ -524,12 +524,12 @@ def test_answers_depend_on_the_scene_and_on_positions(text, scenes):
     (_, samples), *_ = asked(scenes, 2, {"modle_distance": 1})
     for positions in (True, False):
         model = make(text, positions=positions)
-        model.begin(SYMBOLS)
+        model.configure_stage(SYMBOLS)
         moved = replace(scenes[0], objects=[replace(o, box=o.box + np.eye(6)[0]) for o in scenes[0].objects])
         here, there = (told(model, [(s, samples)])[0] for s in (scenes[0], moved))
         assert torch.allclose(here, there, atol=1e-4) is not positions
-    model.begin(REFERENTS)
-    model.prepare(scenes)
+    model.configure_stage(REFERENTS)
+    model.cache_features(scenes)
     assert not torch.allclose(*(told(model, [(s, samples)])[0] for s in scenes[:2]), atol=1e-3)
 
 
@@ -540,7 +540,7 @@ def test_every_switch_of_the_ablations_runs_and_changes_the_tokens(text, scenes,
     default, model = make(text), make(text, **change)
     assert [(n, p.shape) for n, p in default.named_parameters()] == [(n, p.shape) for n, p in model.named_parameters()]
     for m in (default, model):
-        m.begin(REFERENTS)
+        m.configure_stage(REFERENTS)
         m.prepare(scenes)
     assert not torch.allclose(default.encode(scenes)[0], model.encode(scenes)[0], atol=1e-4)
     batch = model.batch(asked(scenes[:2]))
@@ -564,12 +564,12 @@ def test_an_encoder_file_gives_the_same_seeds_in_another_model(text, scenes, tmp
     first.save_encoder(tmp_path / "encoder.safetensors")
     second = make(text, seed=2, encoder=str(tmp_path / "encoder.safetensors"))
     for model in (first, second):
-        model.begin(REFERENTS)
-    a, b = (m.load_seeds(scenes[0]) for m in (first, second))
+        model.configure_stage(REFERENTS)
+    a, b = (m.load_features(scenes[0]) for m in (first, second))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert first.cache_key() == second.cache_key() != make(text, seed=3).cache_key()
     stages = recipe(second.config, STAGES["tiny"])
-    assert [s.trains for s in stages if s.visual == "encoder"] == [("scene",)]
+    assert [s.trains for s in stages if s.scene_input == "encoder"] == [("scene",)]
     assert recipe(first.config, STAGES["tiny"]) == STAGES["tiny"]
 
 
@@ -587,7 +587,7 @@ def test_cached_seeds_are_read_back_equal_and_shared_by_ranks(text, scenes, tmp_
     """Another process reads what the first one wrote; rank r computes scenes r, r + world, ..."""
     first, second = make(text), make(text)
     for model in (first, second):
-        model.begin(REFERENTS)
+        model.configure_stage(REFERENTS)
     first.prepare(scenes, tmp_path, rank=1, world=2)
     assert [p.stem for p in tmp_path.rglob("*.npz")] == [scenes[1].name]
     first.prepare(scenes, tmp_path)
@@ -598,15 +598,15 @@ def test_cached_seeds_are_read_back_equal_and_shared_by_ranks(text, scenes, tmp_
 
 def test_a_scene_without_points_is_refused(text, scenes):
     model = make(text)
-    model.begin(REFERENTS)
+    model.configure_stage(REFERENTS)
     with pytest.raises(DataError, match="has no points"):
-        model.prepare([replace(scenes[0], name="bare", points=None)])
+        model.cache_features([replace(scenes[0], name="bare", points=None)])
 
 
 def test_one_point_and_bare_clouds_are_read(text, scenes):
     """A cloud without colours or normals, and one of a single point, give finite referents."""
     model = make(text)
-    model.begin(REFERENTS)
+    model.configure_stage(REFERENTS)
     bare = replace(scenes[0], name="bare", colours=None, normals=None, instances=None)
     one = replace(bare, name="one", points=scenes[0].points[:1])
     for seen in model.see([bare, one]):

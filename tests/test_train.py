@@ -267,7 +267,7 @@ def test_the_ranks_and_micro_batches_partition_a_step(world, accumulate, tmp_pat
     """Nothing is asked twice and nothing left out, also where there are more shares than scenes."""
     model = dummy_paper.Model(dummy_paper.Config(), data.TinyText([]))
     with torch.no_grad():
-        model.prepare(SCENES, tmp_path, 0, 1, lambda items, what: items)
+        model.cache_features(SCENES, tmp_path, 0, 1, lambda items, what: items)
     stage = data.replace(dummy_paper.STAGES["tiny"][1], accumulate=accumulate)
     step, whole = 4, train.Draws(model, SCENES, data.replace(stage, accumulate=1), 1, 0)[4]
     draws = [train.Draws(model, SCENES, stage, 1, 0, rank, world) for rank in range(world)]
@@ -283,7 +283,7 @@ def test_loader_processes_change_nothing_and_scenes_keep_their_frames():
     scenes = [data.replace(s, frames=object(), points=np.ones((3, 3), np.float32)) for s in SCENES[1:]]
     stage = dummy_paper.STAGES["tiny"][0]
     model = dummy_paper.Model(dummy_paper.Config(), data.TinyText([]))
-    model.begin(stage)
+    model.configure_stage(stage)
     draws = train.Draws(model, scenes, stage, 0, 7)
     near, far = (list(train.load(draws, range(1, 3), workers, torch.device("cpu"))) for workers in (0, 1))
     for (a,), (b,) in zip(near, far, strict=True):
