@@ -1961,7 +1961,9 @@ class SceneLanguageModel(torch.nn.Module):
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute the language model's activations in the backward pass: less memory, more time."""
-        self.llm.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers renames the method in version 6
+        enable = getattr(self.llm, "activation_checkpointing_enable", self.llm.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
 
     # -- frozen work, once per scene
 

@@ -1,0 +1,120 @@
+"""Small models of the three papers, from nothing and as loaded from disk, for the tests that hold for all of them."""
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+PAPERS = ("proxy3d", "fase3d", "spatial3dllm")
+
+# a paper's own sizes, for either kind of model
+SIZES = {
+    "proxy3d": dict(budget=24, grid=(6, 6), frames=3),
+    "fase3d": dict(points=608, dim=24, hidden=20, heads=4, window=16, tokens=14, prompt_neighbours=5, rank=4, alpha=4,
+                   filter_heads=8, adapted_layers=2, no_colour=0.0),
+    "spatial3dllm": dict(feature=16, points=300, centres=(64, 32, 16, 8), samples=(8, 8, 8, 8), referents=12, fourier=8,
+                         context_heads=2, ball=3.0),
+}  # fmt: skip
+
+# the language model's sizes where it is made from nothing
+FROM_NOTHING = {
+    "proxy3d": dict(width=32, heads=4, hidden=64, vision_width=16, vision_layers=1),
+    "fase3d": dict(width=32, attention_heads=2, ffn=48, layers=3),
+    "spatial3dllm": dict(width=32, heads=4, hidden=64),
+}
+LOADED = {"proxy3d": dict(symbol=16), "fase3d": {}, "spatial3dllm": dict(lora_rank=4)}
+
+
+def save_tokenizer(folder, chat=CHAT, special=("<|vision_start|>", "<|vision_end|>"), pad="<|endoftext|>"):
+    """A byte-level tokenizer without merges, in the form in which pre-trained models bring theirs: a token per byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    model = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    chosen = {"pad_token": pad} if pad else {}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<|im_end|>", **chosen,
+                                        additional_special_tokens=["<|im_start|>", *special])  # fmt: skip
+    tokenizer.chat_template = chat
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def paper_of(name: str):
+    """Import a paper and register its question types."""
+    paper = importlib.import_module(name)
+    data.adopt(paper)
+    return paper
+
+
+def make(name: str, folder: Path | None = None, **changes):
+    """Build a small model from nothing, or around the language model in a folder."""
+    paper = paper_of(name)
+    torch.manual_seed(0)
+    if folder is None:
+        config = paper.Config.tiny(**{**SIZES[name], **FROM_NOTHING[name], **changes})
+        model = paper.build(config, data.TinyText(data.vocabulary()))
+    else:
+        config = paper.Config(llm=str(folder), **{**SIZES[name], **LOADED[name], **changes})
+        model = paper.build(config, data.HubText(str(folder)))
+    vary(model)
+    return model
+
+
+def vary(model: torch.nn.Module) -> None:
+    """Draw a decoder's matrices anew: a tiny model that nobody trained repeats one word, this one's answers differ."""
+    generator = torch.Generator().manual_seed(3)
+    decoder = model.llm.model.language_model if "language_model" in model.llm.model._modules else model.llm.model
+    for name, p in decoder.named_parameters():
+        if p.dim() == 2 and "embed" not in name and "lora" not in name.lower():
+            p.data = (torch.randn(p.shape, generator=generator) * 2 * p.shape[1] ** -0.5).to(p.dtype)
+
+
+def save_llm(name: str, folder: Path) -> Path:
+    """Save a small language model with its tokenizer, as the pre-trained one of that paper lies on disk."""
+    import transformers as hf
+
+    size = len(data.HubText(save_tokenizer(folder)))
+    same = dict(vocab_size=size, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+                num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=1)  # fmt: skip
+    torch.manual_seed(0)
+    if name == "proxy3d":
+        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]}
+        vision = dict(depth=1, hidden_size=16, intermediate_size=32, num_heads=4, patch_size=4, spatial_merge_size=2,
+                      out_hidden_size=32, temporal_patch_size=2, window_size=48, fullatt_block_indexes=[0])  # fmt: skip
+        config = hf.Qwen2_5_VLConfig(text_config={**same, "rope_parameters": rope}, vision_config=vision,
+                                     image_token_id=0, video_token_id=0, vision_start_token_id=0,
+                                     vision_end_token_id=0)  # fmt: skip
+        llm = hf.Qwen2_5_VLForConditionalGeneration(config)
+    elif name == "fase3d":
+        llm = hf.Qwen2ForCausalLM(hf.Qwen2Config(tie_word_embeddings=True, **same))
+    else:
+        llm = hf.LlamaForCausalLM(hf.LlamaConfig(tie_word_embeddings=False, **same))
+    llm.generation_config.repetition_penalty, llm.generation_config.do_sample = 1.5, True  # as real ones come
+    llm.save_pretrained(folder)
+    return folder
+
+
+def questions_of(scenes: list, mix: dict, count: int = 3) -> list:
+    """Ask `count` questions of a mix about each scene: [(scene, samples)]."""
+    rng = np.random.default_rng(0)
+    return [(scene, data.questions(scene, mix, count, rng)) for scene in scenes]
+
+
+@torch.no_grad()
+def answer_logits(model, groups: list) -> tuple[torch.Tensor, dict]:
+    """Logits [A, vocabulary] of every answer token in the order of the questions, and what forward returned."""
+    seen = []
+    hook = model.llm.lm_head.register_forward_hook(lambda module, given, out: seen.append(out))
+    out = model(model.batch(groups))
+    hook.remove()
+    return seen[0].float(), out

@@ -1,0 +1,39 @@
+"""Numbers of short runs, pinned: a change of ideas must not move them (python tests/golden.py says where they differ)."""
+
+import json
+
+import golden
+import pytest
+
+THEN = json.loads(golden.GOLDEN.read_text())
+
+
+@pytest.fixture(scope="module")
+def words():
+    """The vocabulary is pinned too: its size decides what the first weights are drawn to be."""
+    import data
+
+    before = data.vocabulary
+    data.vocabulary = lambda categories=(): THEN["words"]
+    yield
+    data.vocabulary = before
+
+
+def test_a_seed_makes_the_same_room_everywhere():
+    assert golden.room_digest() == THEN["room"]
+
+
+@pytest.mark.parametrize("model", golden.BATCH)
+def test_short_runs_of_a_paper_repeat_their_losses_and_answers(model, words, tmp_path):
+    """20 steps of every stage; another CPU may round differently, so losses are compared to 1 %."""
+    now, then = golden.short_run(model, tmp_path / model), THEN["runs"][model]
+    assert now["losses"].keys() == then["losses"].keys()
+    for stage, losses in then["losses"].items():
+        assert now["losses"][stage] == pytest.approx(losses, rel=1e-2), stage
+    same = [key for key, text in then["answers"].items() if now["answers"].get(key) == text]
+    assert len(same) >= len(then["answers"]) - 2
+
+
+def test_official_files_keep_their_scores(tmp_path):
+    for name, scores in golden.official_scores(tmp_path).items():
+        assert scores == pytest.approx(THEN["official"][name], abs=1e-6)
