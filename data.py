@@ -20,6 +20,7 @@ pre-training · 6 the base model; a first reading ends here · 7 scenes from dis
 from __future__ import annotations
 
 import argparse
+import cmath
 import hashlib
 import heapq
 import importlib
@@ -906,29 +907,44 @@ WORDS = (  # the words that code below writes besides those of the tables
 FLOOR, WALL, NOTHING = -1, -2, -3  # in SceneGraph.support
 STRUCTURE = {"wall", "floor", "ceiling"}  # in labeled scans these are instances too; no question is about them
 BUILT = {"door", "window"}  # parts of walls: where they are is not asked
-SYNONYMS = {"sofa": "couch", "fridge": "refrigerator", "bin": "trash", "tv": "television", "picture": "painting",
-            "rug": "carpet", "lamp": "light", "wardrobe": "closet", "nightstand": "night"}  # fmt: skip
-
-# how one of several objects is told from the rest -> (a measure of the scene graph, +1 for the smallest or -1 for the
-# greatest, by how much it must differ from the next); 0.15 m is VSI-Bench's margin, 0.405 a ratio of 1.5 in volume
-RELATIONS = {"nearest to": ("distance", 1, 0.15), "farthest from": ("distance", -1, 0.15), "on": ("not on", 1, 1.0)}
-EXTREMES = {
-    "largest": ("volume", -1, 0.405), "smallest": ("volume", 1, 0.405), "tallest": ("height", -1, 0.1),
-    "shortest": ("height", 1, 0.1), "highest": ("level", -1, 0.1), "lowest": ("level", 1, 0.1),
+SYNONYMS = {
+    "sofa": "couch", "fridge": "refrigerator", "bin": "trash", "tv": "television", "picture": "painting",
+    "rug": "carpet", "lamp": "light", "wardrobe": "closet", "nightstand": "night",
 }  # fmt: skip
+
+# How one of several objects is told from the rest -> a measure of the scene graph, +1 for the smallest or -1 for the
+# greatest, by how much the next must differ: 0.15 m is VSI-Bench's margin, 0.405 a ratio of 1.5 in volume.
+RELATIONS = {
+    "nearest to": ("distance", 1, 0.15),
+    "farthest from": ("distance", -1, 0.15),
+    "on": ("not on", 1, 1.0),
+}
+EXTREMES = {
+    "largest": ("volume", -1, 0.405),
+    "smallest": ("volume", 1, 0.405),
+    "tallest": ("height", -1, 0.1),
+    "shortest": ("height", 1, 0.1),
+    "highest": ("level", -1, 0.1),
+    "lowest": ("level", 1, 0.1),
+}
 SELECT = RELATIONS | EXTREMES
 
-FORMS = {"category": (True, False), "colour": (False, True), "pair": (True, True)}  # which parts of a key it names
+FORMS = {"category": (True, False), "colour": (False, True), "pair": (True, True)}  # what a question names of a group
 SIDES = (("left", "right"), ("front", "behind"), ("below", "above"))  # per axis: negative, positive
 
-# directions from a situation: answer -> the sector in degrees, left positive, with a margin around every edge
+# Directions from a situation: answer -> its sector in degrees, left positive, with a margin at every edge.
 HEADINGS = {
     "side": {"left": (20, 160), "right": (200, 340)},
     "depth": {"front": (-70, 70), "behind": (110, 250)},
     "turn": {"no": (-70, 70), "yes": (110, 250)},
     "easy": {"left": (15, 165), "right": (195, 345)},  # these three: VSI-Bench's
     "medium": {"left": (15, 120), "right": (240, 345), "back": (150, 210)},
-    "hard": {"front-left": (15, 75), "front-right": (285, 345), "back-left": (105, 165), "back-right": (195, 255)},
+    "hard": {
+        "front-left": (15, 75),
+        "front-right": (285, 345),
+        "back-left": (105, 165),
+        "back-right": (195, 255),
+    },
 }
 
 
@@ -968,28 +984,30 @@ def pick(rng: np.random.Generator, items: Sequence):
 
 def several(rng: np.random.Generator, items: Sequence, count: int) -> list:
     """Draw `count` different items in random order, [] where there are fewer."""
-    return [items[i] for i in rng.permutation(len(items))[:count].tolist()] if len(items) >= count else []
+    if len(items) < count:
+        return []
+    return [items[i] for i in rng.permutation(len(items))[:count].tolist()]
 
 
-# -- what questions ask of a scene
+# -- what questions ask of a scene; from here on g is a scene graph, i and j are places in g.things
 
 
 @dataclass
 class SceneGraph:
-    """Objects of a scene and how they relate; an object is named by its place i in `things`."""
+    """Objects of a scene and how they relate; an object is named by its place in `things`."""
 
     objects: list[Thing]  # the scene's, by which a graph is known to be its own
     identifiers: dict[int, int]  # the scene's
     bounds: np.ndarray | None  # the scene's
-    is_room: bool  # whose bounds are its walls
+    floor_area: float  # square meters; 0 where the bounds are not walls
     things: list[Thing]  # the objects without walls, floor and ceiling
     numbered: list[int]  # those that have an identifier
     groups: dict[tuple[str, str], list[int]]  # (category, color) -> places, "" = any
-    names: dict[int, str]  # place -> "chair", or "red chair" where that is the only one, or "red thing"
+    names: dict[int, str]  # place -> what nothing else is: "chair", else "red chair", "red thing" without category
     unique: list[int]  # the only ones of their category
     boxes: np.ndarray  # [n, 6]
     support: np.ndarray  # [n] what each stands or hangs on: a place, FLOOR, WALL or NOTHING (unclear)
-    measures: dict[str, np.ndarray]  # what SELECT compares: rows [r, n], or for each object the others' [r, n, n]
+    measures: dict[str, np.ndarray]  # what SELECT compares: [r, n], or seen from every object [r, n, n]
 
     def category(self, i: int | None) -> str:
         return "" if i is None else self.things[i].category
@@ -997,8 +1015,8 @@ class SceneGraph:
     @cached_property
     def described(self) -> dict[int, str]:
         """The words for every object that has some (`describe`)."""
-        words = ((i, _words(self, i)) for i in range(len(self.things)))
-        return {i: text for i, text in words if text}
+        words = {i: _words(self, i) for i in range(len(self.things))}
+        return {i: text for i, text in words.items() if text}
 
 
 def scene_graph(scene: Scene) -> SceneGraph:
@@ -1008,16 +1026,19 @@ def scene_graph(scene: Scene) -> SceneGraph:
     things = [o for o in scene.objects if o.category not in STRUCTURE]
     numbered = [i for i, o in enumerate(things) if not scene.identifiers or o.id in scene.identifiers]
 
+    # who has the same category, the same color, both; who is alone with it
     groups, names = defaultdict(list), {}
     for i, o in enumerate(things):
         for key in dict.fromkeys([(o.category, ""), ("", o.colour), (o.category, o.colour)]):
             if any(key):
                 groups[key].append(i)
     for i, o in enumerate(things):
-        for key in ((o.category, ""), (o.category, o.colour)):
+        for key in [(o.category, ""), (o.category, o.colour)]:
             if len(groups.get(key, ())) == 1:
                 names.setdefault(i, phrase(*key))
+    unique = [i for i, name in names.items() if name == things[i].category]
 
+    # sizes and distances
     boxes = np.array([o.box for o in things], dtype=float).reshape(-1, 6)
     center, size = boxes[:, :3], boxes[:, 3:]
     between = np.abs(center[:, None] - center)  # [n, n, 3]
@@ -1030,65 +1051,75 @@ def scene_graph(scene: Scene) -> SceneGraph:
         "height": size[None, :, 2],
         "level": np.stack([center[:, 2] + size[:, 2] / 2, center[:, 2]]),
     }
-    unique = [i for i in names if len(groups.get((things[i].category, ""), ())) == 1]
-    scene.graph = SceneGraph(scene.objects, scene.identifiers, scene.bounds, scene.source == "rooms", things, numbered,
-                             dict(groups), names, unique, boxes, support, measures)  # fmt: skip
+    area = 0.0
+    if scene.source == "rooms" and scene.bounds is not None:
+        area = float(np.ptp(scene.bounds[:, :2], axis=0).prod())
+
+    scene.graph = SceneGraph(
+        scene.objects, scene.identifiers, scene.bounds, area,
+        things, numbered, dict(groups), names, unique, boxes, support, measures,
+    )  # fmt: skip
     return scene.graph
 
 
 def _support(boxes: np.ndarray, bounds: np.ndarray | None) -> np.ndarray:
-    """Find what boxes [n, 6] stand or hang on: FLOOR, WALL, the place of the box that carries it, or NOTHING: [n]."""
+    """Find what boxes [n, 6] stand or hang on: FLOOR, WALL, the place of what carries it, or NOTHING: [n]."""
     low, high = box_ends(boxes)
     floor = low[:, 2] < 0.05
 
-    # another box carries it whose top is less than 5 cm from its bottom and below its center; a mat carries nothing
+    # another box carries it whose top is less than 5 cm from its bottom and below its center; a mat does not
     center = boxes[:, None, :3]
     carries = ((low <= center) & (center <= high))[..., :2].all(-1)  # [n, carrier]
     carries &= (np.abs(low[:, None, 2] - high[:, 2]) < 0.05) & (boxes[:, 5] >= 0.1)
-    count, carrier = carries.sum(1), carries @ np.arange(len(boxes))
+    count = carries.sum(1)
+    carrier = carries @ np.arange(len(boxes))
 
     # it hangs within 2 cm of a wall, if nothing carries it
     wall = np.zeros(len(boxes), bool)
     if bounds is not None:
         wall = (np.minimum(low - bounds[0], bounds[1] - high)[:, :2] < 0.02).any(1)
-    return np.select([floor, wall & (count == 0), ~wall & (count == 1)], [FLOOR, WALL, carrier], NOTHING)
+    cases = [floor, wall & (count == 0), ~wall & (count == 1)]
+    return np.select(cases, [FLOOR, WALL, carrier], NOTHING)
 
 
-def keys_of(g: SceneGraph, form: str) -> list[tuple[str, str]]:
-    """List the groups that a question of a form may be about."""
-    return [(c, colour) for c, colour in g.groups if (c > "", colour > "") == FORMS[form]]
+def keys_of(g, form):
+    """List the keys of groups that a question of this form may be about."""
+    return [key for key in g.groups if (key[0] > "", key[1] > "") == FORMS[form]]
 
 
-def alone(g: SceneGraph, form: str) -> list[int]:
+def alone(g, form):
     """List the only objects of a category, of a color, or of both."""
     return [g.groups[key][0] for key in keys_of(g, form) if len(g.groups[key]) == 1]
 
 
-def select(g: SceneGraph, how: str, group: Iterable[int], anchor: int | None = None) -> int | None:
-    """Find the one of the group that is "nearest to" the anchor, or "largest"; None where the next is too close."""
+def select(g, how, group, anchor=None):
+    """Find the one of the group that is "nearest to" the anchor, or "largest"; None where another is close to it."""
     group = [i for i in group if i != anchor]
     if not group:
         return None
     what, sign, margin = SELECT[how]
     rows = g.measures[what] if anchor is None else g.measures[what][:, anchor]
-    rows = sign * rows[:, group]  # [r, len(group)]
+    rows = sign * rows[:, group]  # [r, len(group)], all of which must agree
     best = int(rows[0].argmin())
-    behind = np.count_nonzero(rows - rows[:, best, None] >= margin)
-    return group[best] if behind == rows.size - len(rows) else None
+    close = np.count_nonzero(rows - rows[:, [best]] < margin)
+    return group[best] if close == len(rows) else None  # only itself
 
 
-def selection(g: SceneGraph, how: str, key: tuple[str, str], anchor: int | None) -> str:
+def selection(g, how, key, anchor):
     """Write a selection: "chair nearest to the bed", "largest red thing"."""
-    return f"{how} {phrase(*key)}" if anchor is None else f"{phrase(*key)} {how} the {g.category(anchor)}"
+    if anchor is None:
+        return f"{how} {phrase(*key)}"
+    return f"{phrase(*key)} {how} the {g.category(anchor)}"
 
 
-def _words(g: SceneGraph, i: int) -> str | None:
+def _words(g, i):
     """Find words that fit object i alone: its name, else a relation to a unique object, else a superlative."""
     if i in g.names:
         return g.names[i]
     o = g.things[i]
-    tries = [(how, (o.category, ""), anchor) for how in RELATIONS for anchor in g.unique if o.category]
-    tries += [(how, key, None) for key in ((o.category, ""), ("", o.colour), ("", "")) for how in EXTREMES]
+    kind = (o.category, "")
+    tries = [(how, kind, anchor) for how in RELATIONS for anchor in g.unique if o.category]
+    tries += [(how, key, None) for key in (kind, ("", o.colour), ("", "")) for how in EXTREMES]
     for how, key, anchor in tries:
         if select(g, how, g.groups.get(key, range(len(g.things))), anchor) == i:
             return selection(g, how, key, anchor)
@@ -1096,26 +1127,31 @@ def _words(g: SceneGraph, i: int) -> str | None:
 
 
 def describe(scene: Scene, thing: Thing) -> str | None:
-    """Give words that fit this thing alone, to be put behind "the": "chair", "red chair", "chair nearest to the bed",
-    "largest red thing"; None where nothing of that kind is unambiguous."""
+    """Give words that fit this thing alone, to be put behind "the"; None where nothing is unambiguous.
+
+    "chair", "red chair", "chair nearest to the bed", "largest red thing".
+    """
     g = scene_graph(scene)
     return next((words for i, words in g.described.items() if g.things[i].id == thing.id), None)
 
 
-def spot(g: SceneGraph, i: int) -> str:
+def support_phrase(g, i):
     """Say what an object stands or hangs on: "on the desk", "on the floor", "on the wall"; "" = unclear."""
     on = int(g.support[i])
-    name = {FLOOR: "floor", WALL: "wall", NOTHING: ""}[on] if on < 0 else g.category(on)
+    name = {FLOOR: "floor", WALL: "wall", NOTHING: ""}.get(on)
+    if name is None:
+        name = g.category(on)
     return f"on the {name}" if name else ""
 
 
-def neighbour(g: SceneGraph, i: int) -> str:
+def nearby_phrase(g, i):
     """Say what an object on the floor is near: "near the bed", the nearest of the others there; "" = unclear."""
-    name = g.category(select(g, "nearest to", np.flatnonzero(g.support == FLOOR).tolist(), i))
+    standing = np.flatnonzero(g.support == FLOOR).tolist()
+    name = g.category(select(g, "nearest to", standing, i))
     return f"near the {name}" if name else ""
 
 
-# -- generators: what they return is written by `ask`; None where the scene (or this draw) has no unambiguous answer
+# -- from a draw to a question
 
 TASKS: dict[str, Callable[[Scene, np.random.Generator], Sample | None]] = {}
 METRIC = {  # tasks whose answers are in meters
@@ -1124,53 +1160,69 @@ METRIC = {  # tasks whose answers are in meters
 UNLABELLED = ("ground_superlative", "id_colour", "id_size")  # stand in where objects have no names
 
 
-def ask(scene: Scene, rng: np.random.Generator, task: str, answer: str, text: dict, template: str = "",
-        wrong: Sequence[str] = (), **rest) -> Sample | None:  # fmt: skip
-    """Write a Sample in one of the template's wordings, which `text` fills; None: meters of a scene of unknown scale.
+def ask(
+    scene: Scene,
+    rng: np.random.Generator,
+    task: str,
+    answer: str,
+    text: dict,
+    template: str = "",
+    wrong: Sequence[str] = (),
+    **rest,
+) -> Sample | None:
+    """Write a Sample in one of the template's wordings, which `text` fills.
 
-    wrong: other answers of a multiple choice; the answer becomes a letter.
+    wrong: other answers of a multiple choice; the answer becomes a letter. Returns None where meters are asked of a
+    scene of unknown scale.
     """
     if task in METRIC and not scene.metric:
         return None
     if wrong:
         texts = [answer, *wrong]
         order = rng.permutation(len(texts))
-        rest["options"] = [f"{letter}. {texts[j]}" for letter, j in zip("ABCD", order, strict=False)]
+        rest["options"] = [f"{letter}. {texts[k]}" for letter, k in zip("ABCD", order, strict=False)]
         text = {**text, "options": " ".join(rest["options"])}
-        answer = "ABCD"[order.argmin()]  # where the right one, 0, has gone
+        answer = "ABCD"[order.argmin()]  # where the right one, number 0, has gone
     template = template or task
     question = pick(rng, TEMPLATES[template]).format(**text)
     return Sample("", scene.name, task, question, answer, template=template, **rest)
 
 
-def generator(*tasks: str) -> Callable:
-    """Make TASKS of a function (scene graph, rng, task) -> arguments of `ask`, or None."""
+def make_sample(function: Callable, task: str, scene: Scene, rng: np.random.Generator) -> Sample | None:
+    """Draw and write one question of a task; None where the scene, or this draw, has no unambiguous one."""
+    drawn = function(scene_graph(scene), rng, task)
+    return drawn and ask(scene, rng, task, **drawn)
 
-    def make(scene: Scene, rng: np.random.Generator, function: Callable, task: str) -> Sample | None:
-        found = function(scene_graph(scene), rng, task)
-        return found and ask(scene, rng, task, **found)
+
+def generator(*tasks: str) -> Callable:
+    """Register a function (scene graph, rng, task) -> arguments of `ask`, or None, for its tasks."""
 
     def register(function: Callable) -> Callable:
-        TASKS.update({task: partial(make, function=function, task=task) for task in tasks})
+        for task in tasks:
+            TASKS[task] = partial(make_sample, function, task)
         return function
 
     return register
 
 
-def draw_numbered(g: SceneGraph, rng: np.random.Generator, count: int, named: bool = False) -> list[int]:
+def draw_numbered(g, rng, count, named=False):
     """Draw one or two different objects that have an identifier (named: and a name), [] where there are too few."""
     n = [i for i in g.names if i in g.numbered] if named else g.numbered
     if len(n) < count:
         return []
-    first, other = int(rng.random() * len(n)), int(rng.random() * (len(n) - 1))
-    return [n[first], n[first - 1 - other]][:count]
+    first = int(rng.random() * len(n))
+    other = first - 1 - int(rng.random() * (len(n) - 1))
+    return [n[first], n[other]][:count]
+
+
+# -- generators
 
 
 @generator("ground", "ground_multiple", "ground_category")
 def ground(g, rng, task):
     """Ask for one object by category and color (ground_category: by its unique category).
 
-    ScanRefer's kinds: "unique" = the only object of its category, "multiple" = not; ground_multiple asks only the latter.
+    ScanRefer's kinds: "unique" = the only one of its category, "multiple" = not; ground_multiple asks the latter.
     """
     form = "category" if task == "ground_category" else "pair"
     places = [i for i in alone(g, form) if i in g.numbered]
@@ -1194,15 +1246,19 @@ def ground_by(g, rng, task):
     alone in its group is asked for without ("red thing", kind "only").
     """
     relation = task == "ground_relation"
-    keys = [key for key in keys_of(g, "category") if len(g.groups[key]) > 1] if relation else list(g.groups)
+    keys, hows = list(g.groups), list(EXTREMES)
+    if relation:
+        keys = [key for key in keys_of(g, "category") if len(g.groups[key]) > 1]
+        hows = list(RELATIONS)
     for _ in range(4):
-        key, how, anchor = pick(rng, keys), pick(rng, tuple(RELATIONS if relation else EXTREMES)), None
+        key, how, anchor = pick(rng, keys), pick(rng, hows), None
         if relation:
             anchor = pick(rng, g.unique)
             if None in (key, anchor):
                 return None
         elif key is None or rng.random() >= 0.5:
-            key = ("", "")
+            key = ("", "")  # among all
+
         group = g.groups.get(key, range(len(g.things)))
         i = select(g, how, group, anchor)
         if i in g.numbered:
@@ -1213,14 +1269,15 @@ def ground_by(g, rng, task):
     return None
 
 
-def absent(g: SceneGraph, rng: np.random.Generator, form: str) -> tuple[str, str] | None:
-    """Draw a (category, color) that nothing has; a pair is a hard negative: its category and its color are both here."""
-    categories = [c for c, _ in keys_of(g, "category")]
+def absent(g, rng, form):
+    """Draw a key that no object has; a pair is a hard negative: its category and its color are both here."""
+    categories = [category for category, _ in keys_of(g, "category")]
     colours = [colour for _, colour in keys_of(g, "colour")]
     if form == "category":
         # not even by another name: "office chair", "couch"
         here = " ".join(categories)
-        categories, colours = [c for c in CATEGORIES if c not in here and SYNONYMS.get(c, c) not in here], [""]
+        categories = [c for c in CATEGORIES if c not in here and SYNONYMS.get(c, c) not in here]
+        colours = [""]
     if form == "colour":
         categories, colours = [""], list(COLOURS)
     for _ in range(8):
@@ -1230,8 +1287,8 @@ def absent(g: SceneGraph, rng: np.random.Generator, form: str) -> tuple[str, str
     return None
 
 
-def kind_of(g: SceneGraph, key: tuple[str, str]) -> str:
-    """Name Multi3DRefer's kind of a group that is here; "" for a color alone."""
+def kind_of(g, key):
+    """Name Multi3DRefer's kind of a group: several targets, one with or without others of its category; "" = none."""
     category, colour = key
     if len(g.groups[key]) > 1:
         return "mt"
@@ -1242,15 +1299,17 @@ def kind_of(g: SceneGraph, key: tuple[str, str]) -> str:
 
 @generator("multi")
 def multi(g, rng, task):
-    """Ask for all objects of a category, color or both (Multi3DRefer): "yes. <obj 1> <obj 4>", by identifier, or "no.".
+    """Ask for all objects of a category, color or both (Multi3DRefer): "yes. <obj 1> <obj 4>" or "no.".
 
-    Kinds: zt, st, mt = zero, one, several targets; w_d, wo_d = with, without distractors (others of the category).
+    Objects are listed by identifier. Kinds: zt, st, mt = zero, one, several targets; w_d, wo_d = with, without
+    distractors (others of the category).
     """
     kind = pick(rng, ("zt_w_d", "zt_wo_d", "st_w_d", "st_wo_d", "mt"))
     if kind == "zt_w_d":
         key = absent(g, rng, "pair")
     elif kind == "zt_wo_d":
-        key = absent(g, rng, pick(rng, ("category", "colour") if keys_of(g, "category") else ("colour",)))
+        forms = ("category", "colour") if keys_of(g, "category") else ("colour",)
+        key = absent(g, rng, pick(rng, forms))
     else:
         key = pick(rng, [key for key in g.groups if kind_of(g, key) == kind])
     members = g.groups.get(key, [])
@@ -1261,15 +1320,15 @@ def multi(g, rng, task):
     return dict(answer=answer, text={"what": phrase(*key, many=True)}, targets=ids, kind=kind)
 
 
-def larger(g: SceneGraph, i: int, j: int) -> str:
+def larger(g, i, j):
     """Say whether the box of i has more volume than that of j, by half at least."""
-    ratio = g.measures["volume"][0, i] - g.measures["volume"][0, j]
+    ratio = g.measures["volume"][0, i] - g.measures["volume"][0, j]  # of logarithms
     if abs(ratio) <= math.log(1.5):
         return ""
     return "yes" if ratio > 0 else "no"
 
 
-def side_of(g: SceneGraph, i: int, j: int) -> str:
+def side_of(g, i, j):
     """Say where i is relative to j along the axis that separates their centers most.
 
     By half more than any other, 20 cm at least, for a viewer who looks along +y: x right, y behind (away from the
@@ -1278,7 +1337,10 @@ def side_of(g: SceneGraph, i: int, j: int) -> str:
     apart = g.boxes[i, :3] - g.boxes[j, :3]
     axis = np.abs(apart).argmax()
     _, second, most = sorted(np.abs(apart))
-    return SIDES[axis][int(apart[axis] > 0)] if most >= max(0.2, 1.5 * second) else ""
+    negative, positive = SIDES[axis]
+    if most < max(0.2, 1.5 * second):
+        return ""
+    return positive if apart[axis] > 0 else negative
 
 
 MARKED = {  # task -> how many marked objects, a word about them ("" = unclear)
@@ -1289,6 +1351,10 @@ MARKED = {  # task -> how many marked objects, a word about them ("" = unclear)
 }
 
 
+def marks(g, places):
+    return [mark(g.things[i]) for i in places]
+
+
 @generator(*MARKED)
 def marked(g, rng, task):
     """Ask for a word of MARKED about one or two objects."""
@@ -1297,22 +1363,23 @@ def marked(g, rng, task):
         chosen = draw_numbered(g, rng, count)
         answer = word(g, *chosen) if chosen else ""
         if answer:
-            return dict(answer=answer, text={k: mark(g.things[i]) for k, i in zip("ab", chosen, strict=False)})
+            return dict(answer=answer, text=dict(zip("ab", marks(g, chosen), strict=False)))
     return None
 
 
 @generator("coordinate")
 def coordinate(g, rng, task):
     """Ask for the center of an object's box in meters: "[1.25, -0.80, 0.45]"."""
-    for i in draw_numbered(g, rng, 1):
-        center = g.boxes[i, :3]
-        return dict(answer=listed(center.tolist()), text={"a": mark(g.things[i])}, point=center.copy())
-    return None
+    chosen = draw_numbered(g, rng, 1)
+    if not chosen:
+        return None
+    center = g.boxes[chosen[0], :3]
+    return dict(answer=listed(center.tolist()), text={"a": marks(g, chosen)[0]}, point=center.copy())
 
 
 @generator("distance", "distance_ids")
 def distance(g, rng, task):
-    """Ask for meters from center to center, by marks (distance_ids) or by names.
+    """Ask for meters from center to center, by names or (distance_ids) by marks.
 
     `value` is exact, the answer follows from the printed steps (`distance_steps`): 1.4 cm apart at most. By names the
     steps first rewrite the question with marks.
@@ -1320,7 +1387,7 @@ def distance(g, rng, task):
     chosen = draw_numbered(g, rng, 2, named=task == "distance")
     if not chosen:
         return None
-    a, b = (mark(g.things[i]) for i in chosen)
+    a, b = marks(g, chosen)
     p, q = g.boxes[chosen, :3].tolist()
     steps, length = distance_steps(p, q)
     text = {"a": a, "b": b}
@@ -1335,7 +1402,7 @@ MEASURES = {  # template -> how many objects, the number in the unit asked for, 
     "size_length": (1, lambda g, i: g.boxes[i, 3:5].max(), "{:.2f}"),
     "vsi_object_size": (1, lambda g, i: 100 * g.boxes[i, 3:].max(), "{:.0f}"),
     "vsi_abs_distance": (2, lambda g, i, j: g.measures["distance"][0, i, j], "{:.2f}"),
-    "vsi_room_size": (0, lambda g: np.ptp(g.bounds, axis=0)[:2].prod(), "{:.0f}"),
+    "vsi_room_size": (0, lambda g: g.floor_area, "{:.0f}"),
 }
 
 
@@ -1344,15 +1411,13 @@ def measure(g, rng, task):
     """Ask for a number of MEASURES, at least 0.1.
 
     size: height or the longer horizontal side of what has a name, meters. Of the only objects of their category:
-    vsi_abs_distance (closest points, meters), vsi_object_size (longest side, centimeters). vsi_room_size (floor of the
-    bounds, square meters) is asked of rooms only, since the bounds of a scan are not its walls.
+    vsi_abs_distance (closest points, meters), vsi_object_size (longest side, centimeters). vsi_room_size: square
+    meters, asked of rooms only, since the bounds of a scan are not its walls.
     """
     template = pick(rng, [t for t in MEASURES if t.startswith(task)])
     count, number, form = MEASURES[template]
     chosen = several(rng, list(g.names) if task == "size" else g.unique, count)
-    if len(chosen) < count or (count == 0 and (g.bounds is None or not g.is_room)):
-        return None
-    value = float(number(g, *chosen))
+    value = float(number(g, *chosen)) if len(chosen) == count else 0.0
     if value < 0.1:
         return None
     text = dict(zip(("what", "other"), (g.names[i] for i in chosen), strict=False))
@@ -1360,12 +1425,15 @@ def measure(g, rng, task):
     return dict(answer=form.format(value), text=text, template=template, value=value, kind=kind)
 
 
-LOOKUPS = {"colour": ("colour",), "what": ("what_colour", "what_on", "what_near"),
-           "where": ("where_support", "where_near")}  # fmt: skip
+LOOKUPS = {
+    "colour": ("colour",),
+    "what": ("what_colour", "what_on", "what_near"),
+    "where": ("where_support", "where_near"),
+}
 
 
-def known_answers(g: SceneGraph, template: str) -> dict[int, str]:
-    """Answer a template of LOOKUPS about every object that it may be asked of; "" = unclear."""
+def known_answers(g, template):
+    """Answer a template of LOOKUPS about every object that it may be asked of: place -> word, "" = unclear."""
     movable = [i for i in g.unique if g.category(i) not in BUILT]
     if template == "colour":
         return {i: g.things[i].colour for i in g.unique}
@@ -1375,10 +1443,11 @@ def known_answers(g: SceneGraph, template: str) -> dict[int, str]:
         carried = {i: np.flatnonzero(g.support == i) for i in g.unique}
         return {i: g.category(on[0]) for i, on in carried.items() if len(on) == 1}
     if template == "what_near":
-        return {i: g.category(select(g, "nearest to", range(len(g.things)), i)) for i in g.unique}
+        everything = range(len(g.things))
+        return {i: g.category(select(g, "nearest to", everything, i)) for i in g.unique}
     if template == "where_support":
-        return {i: spot(g, i) for i in movable}
-    return {i: neighbour(g, i) for i in movable if g.support[i] == FLOOR}
+        return {i: support_phrase(g, i) for i in movable}
+    return {i: nearby_phrase(g, i) for i in movable if g.support[i] == FLOOR}
 
 
 @generator(*LOOKUPS)
@@ -1398,7 +1467,8 @@ def lookup(g, rng, task):
     if i is None or not answers[i]:
         return None
     what = g.things[i].colour if template == "what_colour" else g.category(i)
-    return dict(answer=answers[i], text={"what": what}, template=template, kind=template.partition("_")[2])
+    kind = template.partition("_")[2]
+    return dict(answer=answers[i], text={"what": what}, template=template, kind=kind)
 
 
 @generator("exist")
@@ -1418,15 +1488,16 @@ def count(g, rng, task):
 
     The number is drawn first, or small ones would win.
     """
-    form, by_number, least = "colour", {0: []}, 1
+    form, least, by_number = "colour", 1, {0: []}
     if keys_of(g, "category"):
         form = pick(rng, ("category", "colour", "category", "colour", "pair"))
     if task == "vsi_counting":
-        form, by_number, least = "category", {}, 2
+        form, least, by_number = "category", 2, {}
     for key in keys_of(g, form):
         number = len(g.groups[key])
         if number >= least:
             by_number.setdefault(number, []).append(key)
+
     number = pick(rng, list(by_number))
     key = absent(g, rng, form) if number == 0 else pick(rng, by_number.get(number, ()))
     if key is None:
@@ -1436,15 +1507,16 @@ def count(g, rng, task):
 
 @generator("caption")
 def caption(g, rng, task):
-    """Ask what an object is and where: "this is a red chair near the table."; accept paraphrases of the same facts."""
+    """Ask what an object is and where: "this is a red chair near the table."; accept paraphrases."""
     i = pick(rng, [i for i in g.numbered if g.category(i)])
     if i is None:
         return None
     o, where = g.things[i], ""
     if o.category not in BUILT:
-        where = neighbour(g, i) if g.support[i] == FLOOR else spot(g, i)
+        where = nearby_phrase(g, i) if g.support[i] == FLOOR else support_phrase(g, i)
     noun = phrase(o.category, o.colour)
-    answers = [f"{start}{article(noun)} {where}".strip() + "." for start in ("this is ", "", "there is ", "it is ")]
+    starts = ("this is ", "", "there is ", "it is ")
+    answers = [f"{start}{article(noun)} {where}".strip() + "." for start in starts]
     if where:
         answers.append(f"the {noun} is {where}.")
     return dict(answer=answers[0], text={"a": mark(o)}, targets=[o.id], answers=answers)
@@ -1458,22 +1530,24 @@ def heading(g, rng, task):
     """
     vsi = task == "vsi_rel_direction"
     kind = pick(rng, ("easy", "medium", "hard") if vsi else ("side", "depth", "turn"))
-    answer = pick(rng, tuple(HEADINGS[kind]))
+    answer = pick(rng, list(HEADINGS[kind]))
     low, high = HEADINGS[kind][answer]
     for _ in range(8):
         chosen = several(rng, g.unique if vsi else list(g.names), 3)
-        spots = g.boxes[chosen, :2]
-        if not chosen or any(math.dist(p, q) < 0.8 for p, q in itertools.combinations(spots, 2)):
+        xy = g.boxes[chosen, :2].tolist()
+        if not chosen or min(math.dist(p, q) for p, q in itertools.combinations(xy, 2)) < 0.8:
             continue
 
         # degrees to turn from what is faced to what is asked about, left positive
-        at, facing, what = spots @ [1, 1j]
-        if (np.angle((what - at) / (facing - at), deg=True) - low) % 360 <= high - low:
+        at, facing, what = (complex(*p) for p in xy)
+        turn = math.degrees(cmath.phase((what - at) / (facing - at)))
+        if (turn - low) % 360 <= high - low:
             text = dict(zip(("at", "facing", "what"), (g.names[i] for i in chosen), strict=True))
-            if not vsi:
-                return dict(answer=answer, text=text, template=f"situated_{kind}", kind=kind)
             text["note"] = "back means at least 135 degrees to turn. " if kind == "medium" else ""
-            return dict(answer=answer, text=text, wrong=[a for a in HEADINGS[kind] if a != answer], kind=kind)
+            if vsi:
+                wrong = [a for a in HEADINGS[kind] if a != answer]
+                return dict(answer=answer, text=text, wrong=wrong, kind=kind)
+            return dict(answer=answer, text=text, template=f"situated_{kind}", kind=kind)
     return None
 
 
@@ -1489,6 +1563,9 @@ def vsi_rel_distance(g, rng, task):
     return None
 
 
+# -- sets of questions
+
+
 def adopt(paper) -> None:
     """Take a paper's own question types among the shared ones: its TASKS and, where it has them, TEMPLATES and METRIC."""
     own = vars(paper)
@@ -1498,7 +1575,7 @@ def adopt(paper) -> None:
 
 
 def vocabulary(categories: Iterable[str] = CATEGORIES) -> list[str]:
-    """List every word that a question, its steps or its answer may hold, for a tokenizer that knows only whole words."""
+    """List every word that a question, its steps or its answer may hold, for a tokenizer of whole words."""
     texts = [*itertools.chain(*TEMPLATES.values(), *SIDES, *HEADINGS.values()), *COLOURS, *SELECT, WORDS]
     for category in filter(None, categories):
         texts += [category, plural(category)]
@@ -1510,10 +1587,12 @@ def questions(scene: Scene, mix: dict[str, float], count: int, rng: np.random.Ge
 
     A draw that the scene cannot give is replaced by another, four per question at most, so a poor scene may give fewer.
     """
+    names, edges = list(mix), np.cumsum(list(mix.values()))
     samples = []
-    edges = np.cumsum(list(mix.values()))
     for k in np.searchsorted(edges, rng.random(4 * count) * edges[-1], side="right").tolist():
-        sample = TASKS[list(mix)[k]](scene, rng) if len(samples) < count else None
+        if len(samples) == count:
+            break
+        sample = TASKS[names[k]](scene, rng)
         if sample is not None:
             sample.id = f"{scene.name}/{sample.task}/{len(samples)}"
             samples.append(sample)
@@ -1555,16 +1634,16 @@ def blind_content(sample: Sample) -> str:
 
 
 class Blind:
-    """Answers without looking at the scene: the most frequent training answer to the same question, else to its template.
+    """Answers without looking: the most frequent training answer to the same question, else to its template.
 
     Of meters the median, of points and boxes the mean, for marks an arbitrary object of the scene.
     """
 
     def __init__(self, samples: Iterable[Sample]):
         self.seen: dict[tuple[str, str], Counter] = defaultdict(Counter)  # how often every answer was given
-        for s in samples:
-            for key in blind_keys(s):
-                self.seen[key][blind_content(s)] += 1
+        for sample in samples:
+            for key in blind_keys(sample):
+                self.seen[key][blind_content(sample)] += 1
 
     def answers(self, task: str, most: int = 200) -> list[str]:
         """List the training answers of a task, evenly thinned to `most`: what `chance` draws from."""
@@ -1580,16 +1659,18 @@ class Blind:
         if sample.options:
             return max(sample.options, key=lambda option: seen[option[3:]])[0]
         if sample.task in METRIC:
-            numbers = np.array([re.findall(r"-?\d+\.?\d*", text) for text in seen.elements()], float)
+            numbers = np.array([re.findall(r"-?\d+\.?\d*", answer) for answer in seen.elements()], float)
             return metres(np.median(numbers)) if numbers.shape[1] == 1 else listed(numbers.mean(0))
-        text, g = max(seen, key=seen.get), scene_graph(scene)
+
+        text = max(seen, key=seen.get)
+        g = scene_graph(scene)
         if sample.targets is None or sample.task == "caption" or text == "no." or not g.numbered:
             return text
         i = g.numbered[zlib.crc32(sample.id.encode()) % len(g.numbered)]
         return f"{text} {mark(g.things[i])}".strip()
 
 
-PAIRS = ({"yes", "no"}, {"left", "right"}, {"front", "behind"})
+EVEN = {"yes", "no", "left", "right", "front", "behind"}  # answers of which there is one other
 
 
 def chance(sample: Sample, scene: Scene, answers: Sequence[str], score: Callable[[str], float]) -> float:
@@ -1607,7 +1688,7 @@ def chance(sample: Sample, scene: Scene, answers: Sequence[str], score: Callable
         return 1 / n
     if sample.options:
         return 1 / len(sample.options)
-    if sample.task != "relation" and any(sample.answer in pair for pair in PAIRS):
+    if sample.answer in EVEN and sample.task != "relation":
         return 0.5
     return sum(map(score, answers)) / len(answers) if answers else 0.0
 
