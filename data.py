@@ -1,20 +1,22 @@
 """Scenes, rooms, questions, text and batches: everything the three papers share, and nothing that only one needs.
 
-A `Scene` is one furnished place with posed frames, a colored point cloud and objects; a `Sample` is one question about
-it with all that scoring needs. Readers fill scenes, generators with a table of templates fill samples, `collate` turns
-both into tensors. `knn`, `farthest_point_sampling`, `group_mean` (part 2) and `over_segment` (part 9) are what papers
-share and what is most often copied.
+A `Scene` is one furnished place with posed frames, a colored point cloud and objects; a `Sample` is
+one question about it with all that scoring needs. Readers fill scenes, generators with a table of
+templates fill samples, `collate` turns both into tensors. `knn`, `farthest_point_sampling`,
+`group_mean` (part 2) and `over_segment` (part 9) are what papers share and what is most often
+copied.
 
-Frames and units: every array is in meters, z up, axis-aligned, right-handed, the floor at z = 0. Cameras follow OpenCV
-(x right, y down, z forward); poses map camera to world; depth is measured along the camera's z axis, 0 = missing.
-Boxes are axis-aligned: [cx, cy, cz, w, d, h], the center and the full sizes along x, y, z.
+Frames and units: every array is in meters, z up, axis-aligned, right-handed, the floor at z = 0.
+Cameras follow OpenCV (x right, y down, z forward); poses map camera to world; depth is measured
+along the camera's z axis, 0 = missing. Boxes are axis-aligned: [cx, cy, cz, w, d, h], the center
+and the full sizes along x, y, z.
 
-Axis legend: S scenes, B boxes, V views, H W pixels, P pixels of a view or prompts of a batch, N points, n objects,
-Q questions, T tokens, K scene tokens, D width.
+Axis legend: S scenes, B boxes, V views, H W pixels, P pixels of a view or prompts of a batch, N
+points, n objects, Q questions, T tokens, K scene tokens, D width.
 
-Contents: 1 scenes and samples · 2 geometry · 3 procedural rooms · 4 questions · 5 text and batches · T stand-ins for
-pre-training · 6 the base model; a first reading ends here · 7 scenes from disk · 8 video · 9 superpoints and segments ·
-10 pictures · 11 own scenes
+Contents: 1 scenes and samples · 2 geometry · 3 procedural rooms · 4 questions · 5 text and batches
+· T stand-ins for pre-training · 6 the base model; a first reading ends here · 7 scenes from disk ·
+8 video · 9 superpoints and segments · 10 pictures · 11 own scenes
 """
 
 from __future__ import annotations
@@ -61,7 +63,10 @@ COLOURS = {  # name -> RGB in 0..255; also the vocabulary in which real surfaces
 
 
 class DataError(ValueError):
-    """One line for the user: what is wrong, where (file and field), and the remedy. Commands print it and exit 2."""
+    """One line for the user: what is wrong, where (file and field), and the remedy.
+
+    Commands print it and exit with status 2.
+    """
 
 
 # ---- 1 scenes and samples --------------------------------------------------------------------------------------------
@@ -124,11 +129,13 @@ class Scene:
     frames: Frames | LazyFrames | None = None
     bounds: np.ndarray | None = None  # [2, 3] lowest and highest corner of the room or cloud
     metric: bool = True  # False: unknown scale, metric questions are refused
-    turn: np.ndarray = field(default_factory=lambda: np.eye(3))  # augmentation already applied to boxes and points;
-    #                                                 features cached before it apply it to their own coordinates
-    identifiers: dict[int, int] = field(default_factory=dict)  # object id -> 0..99, drawn per scene and epoch
-    notes: list[str] = field(default_factory=list)  # what the reader did: transforms, dropped poses, guesses
-    graph: SceneGraph | None = field(default=None, init=False, repr=False, compare=False)  # kept by `scene_graph`
+    # the augmentation already applied to boxes and points; features cached before it apply it to
+    # their coordinates
+    turn: np.ndarray = field(default_factory=lambda: np.eye(3))
+    identifiers: dict[int, int] = field(default_factory=dict)  # object id -> 0..99, per scene and epoch
+    notes: list[str] = field(default_factory=list)  # what the reader did: transforms, dropped poses
+    # kept by `scene_graph`; a copy starts without
+    graph: SceneGraph | None = field(default=None, init=False, repr=False, compare=False)
 
     def thing(self, object_id: int) -> Thing:
         return next(o for o in self.objects if o.id == object_id)
@@ -138,8 +145,8 @@ class Scene:
 class Sample:
     """One question with its exact answer.
 
-    Text names objects by marks: "<obj 3>" is the object with id 3. Each paper puts its own words in their place:
-    Proxy3D identifiers, Spatial 3D-LLM descriptions.
+    Text names objects by marks: "<obj 3>" is the object with id 3. Each paper puts its own words in
+    their place: Proxy3D identifiers, Spatial 3D-LLM descriptions.
     """
 
     id: str  # unique in its benchmark
@@ -148,7 +155,7 @@ class Sample:
     question: str
     answer: str  # the text to write, marks included
     answers: list[str] = field(default_factory=list)  # every accepted answer; empty = [answer]
-    tokens: list[str] = field(default_factory=list)  # `answers` split into words, where a benchmark does it itself
+    tokens: list[str] = field(default_factory=list)  # `answers` in words, where a benchmark splits them
     steps: str = ""  # written before the answer where a model reasons aloud; never scored
     targets: list[int] | None = None  # object ids (grounding), [] = nothing fits
     value: float | None = None  # numeric truth: meters, square meters, count
@@ -156,7 +163,7 @@ class Sample:
     box: np.ndarray | None = None  # [6] truth of a box question
     options: list[str] | None = None  # multiple choice, "A. chair"
     prompt: np.ndarray | None = None  # [6] box or [3] click that belongs to the question
-    about: list[int] = field(default_factory=list)  # object ids that the question describes, in the order of its truth
+    about: list[int] = field(default_factory=list)  # object ids that the question describes
     template: str = ""  # a key of TEMPLATES: what the blind baseline falls back on
     kind: str = ""  # sub-type for tables: "unique", "multiple", "what", "easy", ...
 
@@ -164,7 +171,8 @@ class Sample:
 def fingerprint(scene: Scene) -> str:
     """Hash what a scene is made of, so that a file of cached features belongs to it and not to its name.
 
-    Frames on disk are known by their `key`, others by every 16th pixel. Turning a scene does not change the result.
+    Frames on disk are known by their `key`, others by every 16th pixel. Turning a scene does not
+    change the result.
     """
     digest = hashlib.sha256(f"{scene.name} {scene.source}".encode())
     arrays = [scene.colours, scene.superpoints, scene.instances]
@@ -209,40 +217,46 @@ def number_objects(scene: Scene, rng: np.random.Generator, count: int = 100) -> 
 def augment(scene: Scene, rng: np.random.Generator, recolour: bool = False, mirror: bool = True) -> Scene:
     """Copy a scene with new identifiers and, at random, another of the eight symmetries of its floor plan.
 
-    recolour: draw new object colors too, where the colors that a model sees come from the object table (symbols).
-    mirror: False turns only, for questions that people wrote and that say left and right.
+    recolour: draw new object colors too, where the colors that a model sees come from the object
+    table (symbols). mirror: False turns only, for questions that people wrote and that say left and
+    right.
     """
     # mirror x, mirror y, swap x and y
-    turn = np.diag([rng.choice([-1.0, 1.0]), rng.choice([-1.0, 1.0]), 1.0])
+    turn = np.diag([*rng.choice([-1.0, 1.0], 2), 1.0])
     if rng.random() < 0.5:
         turn = turn[[1, 0, 2]]
     if not mirror and np.linalg.det(turn) < 0:
         turn = np.diag([-1.0, 1.0, 1.0]) @ turn
 
-    names, objects = list(COLOURS), []
+    objects = []
     for o in scene.objects:
         box = np.concatenate([turn @ o.box[:3], np.abs(turn) @ o.box[3:]])
-        new_colour = recolour and o.colour
-        objects.append(replace(o, box=box, colour=names[rng.integers(len(names))] if new_colour else o.colour))
+        objects.append(replace(o, box=box))
+        if recolour and o.colour:
+            objects[-1].colour = list(COLOURS)[rng.integers(len(COLOURS))]
 
+    # the cloud turns along; frames do not, their points are turned when they are unprojected
     turned = {}
-    for name in ("points", "normals"):
+    for name in ("points", "normals", "bounds"):
         array = getattr(scene, name)
         if array is not None:
-            turned[name] = (array @ turn.T).astype(array.dtype)
-    if scene.bounds is not None:
-        turned["bounds"] = np.sort(scene.bounds @ turn.T, axis=0)
-    identifiers = number_objects(scene, rng)
-    return replace(scene, objects=objects, turn=turn @ scene.turn, identifiers=identifiers, **turned)
+            turned[name] = array @ turn.T.astype(array.dtype)
+    if "bounds" in turned:
+        turned["bounds"].sort(axis=0)
+    turned["identifiers"] = number_objects(scene, rng)
+    return replace(scene, objects=objects, turn=turn @ scene.turn, **turned)
 
 
 # ---- 2 geometry ------------------------------------------------------------------------------------------------------
 
 
-def knn(queries: torch.Tensor, points: torch.Tensor, k: int, chunk: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:
+def knn(
+    queries: torch.Tensor, points: torch.Tensor, k: int, chunk: int = 4096
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the k nearest points of every query, nearest first.
 
-    On the CPU by a KD-tree (50,000 points: 0.2 s against 7 s for all distances), on a GPU by chunks of all distances.
+    On the CPU by a KD-tree (50,000 points: 0.2 s against 7 s for all distances), on a GPU by chunks
+    of all distances.
 
     Args: queries [M, 3], points [N, 3] float. Raises ValueError if k > N.
     Returns: distances [M, k] in the unit of the input, indices [M, k].
@@ -252,10 +266,15 @@ def knn(queries: torch.Tensor, points: torch.Tensor, k: int, chunk: int = 4096) 
     if points.device.type == "cpu":
         from scipy.spatial import cKDTree
 
-        distance, index = cKDTree(points.numpy()).query(queries.numpy(), k=np.arange(1, k + 1), workers=-1)
+        tree = cKDTree(points.numpy())
+        distance, index = tree.query(queries.numpy(), k=np.arange(1, k + 1), workers=-1)
         return torch.from_numpy(distance).to(points), torch.from_numpy(index)
-    parts = [torch.cdist(part, points).topk(k, dim=1, largest=False) for part in queries.split(chunk)]
-    return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
+
+    # M x N distances do not fit into memory at once
+    found = []
+    for part in queries.split(chunk):
+        found.append(torch.cdist(part, points).topk(k, dim=1, largest=False))
+    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
 
 def nearest(queries: np.ndarray, points: np.ndarray, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -268,19 +287,22 @@ def nearest(queries: np.ndarray, points: np.ndarray, k: int = 1) -> tuple[np.nda
 def farthest_point_sampling(points: torch.Tensor, count: int, first: int | None = None) -> torch.Tensor:
     """Choose points one by one, each the farthest from those chosen before; of equals the lowest index.
 
-    Args: points [N, 3]; count, at most N are taken; first: index to start at, by default the point farthest from the
-    centroid. Returns: indices [count].
+    Args: points [N, 3]; count, at most N are taken; first: index to start at, by default the point
+    farthest from the centroid. Returns: indices [count].
     """
+    count = min(count, len(points))
+    chosen = torch.empty(count, dtype=torch.long, device=points.device)
     if first is None:
-        first = int((points - points.mean(0)).square().sum(1).argmax())
-    index = torch.tensor(first, device=points.device)
-    chosen = []
+        first = (points - points.mean(0)).square().sum(1).argmax()
+
+    index = first
     distance = torch.full_like(points[:, 0], float("inf"))  # [N] squared, to the nearest chosen point
-    for _ in range(min(count, len(points))):
-        chosen.append(index)
-        distance = torch.minimum(distance, (points - points[index]).square().sum(1))
+    for i in range(count):
+        chosen[i] = index
+        to_newest = (points - points[index]).square().sum(1)
+        distance = torch.minimum(distance, to_newest)
         index = distance.argmax()
-    return torch.stack(chosen)
+    return chosen
 
 
 def group_mean(values: torch.Tensor, index: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -297,14 +319,22 @@ def group_mean(values: torch.Tensor, index: torch.Tensor, count: int) -> tuple[t
 def unproject(depth: np.ndarray, intrinsics: np.ndarray, poses: np.ndarray) -> np.ndarray:
     """Turn depth into a map of world points: [V, H, W, 3] float32, NaN where depth is 0.
 
-    Args: depth [V, H, W], intrinsics [V, 3, 3], poses [V, 4, 4]. The first pixel's center is at (0.5, 0.5).
+    Args: depth [V, H, W], intrinsics [V, 3, 3], poses [V, 4, 4]. The first pixel's center is at
+    (0.5, 0.5).
     """
     V, H, W = depth.shape
     u, v = np.meshgrid(np.arange(W) + 0.5, np.arange(H) + 0.5)
-    fx, fy, cx, cy = (intrinsics[:, i, j, None, None] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
-    rays = np.stack([(u - cx) / fx, (v - cy) / fy, np.ones((V, H, W))], axis=-1)  # [V, H, W, 3], depth 1
-    camera = rays * np.where(depth > 0, depth, np.nan)[..., None]
-    world = camera.reshape(V, H * W, 3) @ poses[:, :3, :3].swapaxes(1, 2) + poses[:, None, :3, 3]
+
+    # in the camera's frame: the ray of a pixel's center at depth 1, times the depth
+    K = intrinsics[:, :, :, None, None]  # [V, 3, 3, 1, 1]
+    x = (u - K[:, 0, 2]) / K[:, 0, 0]
+    y = (v - K[:, 1, 2]) / K[:, 1, 1]
+    rays = np.stack([x, y, np.ones((V, H, W))], axis=-1)  # [V, H, W, 3]
+    measured = np.where(depth > 0, depth, np.nan)
+    camera = (rays * measured[..., None]).reshape(V, H * W, 3)
+
+    # to the world's
+    world = camera @ poses[:, :3, :3].swapaxes(1, 2) + poses[:, None, :3, 3]
     return world.reshape(V, H, W, 3).astype(np.float32)
 
 
@@ -315,29 +345,34 @@ def project(points: np.ndarray, K: np.ndarray, pose: np.ndarray) -> tuple[np.nda
     """
     camera = (points - pose[:3, 3]) @ pose[:3, :3]
     depth = camera[..., 2]
-    ahead = np.where(depth > 1e-6, depth, np.nan)[..., None]
-    return camera[..., :2] / ahead * K[[0, 1], [0, 1]] + K[:2, 2], depth
+    ahead = np.where(depth > 1e-6, depth, np.nan)
+    focal, center = K[[0, 1], [0, 1]], K[:2, 2]
+    return camera[..., :2] / ahead[..., None] * focal + center, depth
 
 
 def box_ends(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Give the lowest and the highest corners [..., 3] of boxes [..., 6]."""
-    return boxes[..., :3] - boxes[..., 3:] / 2, boxes[..., :3] + boxes[..., 3:] / 2
+    center, half = boxes[..., :3], boxes[..., 3:] / 2
+    return center - half, center + half
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Compute the IoU [..., n, m] of boxes a [..., n, 6] and b [..., m, 6]."""
     a, b = a[..., :, None, :], b[..., None, :, :]  # every pair
-    (a_low, a_high), (b_low, b_high) = box_ends(a), box_ends(b)
-    shared = (np.minimum(a_high, b_high) - np.maximum(a_low, b_low)).clip(min=0).prod(-1)
+    a_low, a_high = box_ends(a)
+    b_low, b_high = box_ends(b)
+    overlap = np.minimum(a_high, b_high) - np.maximum(a_low, b_low)
+    shared = overlap.clip(min=0).prod(-1)
     union = a[..., 3:].prod(-1) + b[..., 3:].prod(-1) - shared
     return shared / np.maximum(union, 1e-12)
 
 
 # ---- 3 procedural rooms ----------------------------------------------------------------------------------------------
 #
-# A room is boxes: a piece of furniture is a row of one table, the row a few boxes (a chair: seat, back and legs), and a
-# view is one slab test of boxes against pixels. Layout and rendering use integers and + - * / sqrt only, element by
-# element, which IEEE 754 rounds alike everywhere: the same seed gives the same room on every machine.
+# A room is boxes: a piece of furniture is a row of one table, the row a few boxes (a chair: seat,
+# back and legs), and a view is one slab test of boxes against pixels. Layout and rendering use
+# integers and + - * / sqrt only, element by element, which IEEE 754 rounds alike everywhere: the
+# same seed gives the same room on every machine.
 
 ROOM_SEEDS = {"train": range(800_000), "val": range(800_000, 900_000), "test": range(900_000, 1_000_000)}
 
@@ -348,9 +383,10 @@ MATERIALS = {
 
 FLOORS = ((158, 128, 98), (140, 122, 104), (176, 152, 122), (150, 150, 146), (122, 104, 88))
 
-# category -> width, depth, height in metres; where it stands; its parts. A part is "x0 x1 y0 y1 z0 z1 material" in
-# percent of the size, the back at y = 0; "|" repeats it mirrored left to right; "legs 46 12" are four legs up to 46 %,
-# 12 % thick. No material: the object's own colour, which is most of what is seen. Parts fill the size exactly.
+# category -> width, depth, height in metres; where it stands; its parts. A part is "x0 x1 y0 y1 z0
+# z1 material" in percent of the size, the back at y = 0; "|" repeats it mirrored left to right;
+# "legs 46 12" are four legs up to 46 %, 12 % thick. No material: the object's own colour, which is
+# most of what is seen. Parts fill the size exactly.
 FURNITURE = {
     "chair": (0.46, 0.50, 0.92, "seat", "0 100 0 100 46 53, 0 100 0 12 53 100, legs 46 12"),
     "stool": (0.40, 0.40, 0.62, "free", "0 100 0 100 86 100, legs 86 16 wood"),
@@ -416,23 +452,24 @@ BACK = np.array([[0, -1], [1, 0], [0, 1], [-1, 0]], float)  # where an object's 
 HALF_FOV = 0.9163312  # tan(85 degrees / 2)
 
 
-def _parse_parts(text: str) -> tuple[np.ndarray, list[str]]:
+def _parse_parts(text):
     """Read a row's parts: their ends [m, axis, (low, high)] in 0..1 of the size, and their materials [m]."""
     boxes, materials = [], []
     for part in text.split(","):
         words = part.split()
-        numbers = [int(w) / 100 for w in words if w.isdigit()]
+        numbers = [int(word) / 100 for word in words if word.isdigit()]
         if words[0] == "legs":
             top, thick = numbers
-            new = [(x, x + thick, y, y + thick, 0, top) for x in (0, 1 - thick) for y in (0, 1 - thick)]
+            ends = ((0, thick), (1 - thick, 1))
+            new = [(*x, *y, 0, top) for x in ends for y in ends]
         elif words[0] == "|":
             x0, x1, *rest = numbers
             new = [numbers, (1 - x1, 1 - x0, *rest)]
         else:
             new = [numbers]
-        boxes += new
         material = words[-1] if words[-1].isalpha() else ""
-        materials += [material] * len(new)
+        boxes += new
+        materials += [material for _ in new]
     return np.array(boxes).reshape(-1, 3, 2), materials
 
 
@@ -440,7 +477,7 @@ PARTS = {category: _parse_parts(row[4]) for category, row in FURNITURE.items()}
 CUBE = _parse_parts("0 100 0 100 0 100")
 
 
-def _place_parts(category: str, size: np.ndarray, turn: int) -> np.ndarray:
+def _place_parts(category, size, turn):
     """Give the lowest and highest corners [2, m, 3] of a category's parts around the center of its base."""
     ends = (PARTS.get(category, CUBE)[0] - [[0.5], [0.5], [0.0]]) * size[:, None]
     x, y, z = ends.swapaxes(0, 1)  # [m, (low, high)] each
@@ -461,8 +498,8 @@ class Furniture(NamedTuple):
 def _propose(where, size, side, tops, tables, rng, n=48):
     """Draw n candidate places for an object of this size that stands `where`: low [n, 3], high [n, 3], turn [n].
 
-    side [2]: the room's width and depth. tops, tables: what carries small things and what chairs stand around, a row
-    [center x, y, half width along x, y, height, turn] each.
+    side [2]: the room's width and depth. tops, tables: what carries small things and what chairs
+    stand around, a row [center x, y, half width along x, y, height, turn] each.
     """
     turn = rng.integers(4, size=n)
     u = rng.uniform(-1, 1, (n, 2))
@@ -471,48 +508,61 @@ def _propose(where, size, side, tops, tables, rng, n=48):
         carrier = np.array(tops)[rng.integers(len(tops), size=n)]
         turn = carrier[:, 5].astype(int)
     half = np.where(turn[:, None] % 2, size[[1, 0]], size[:2]) / 2  # half widths along x and y after turning
+    back = BACK[turn]
+    along = 1 - np.abs(back)  # the axis along the wall or the table's edge
 
     # by default anywhere on the floor
     xy = (side / 2 - half - 0.03) * u
     z = np.zeros(n)
-    back = BACK[turn]
-    along = 1 - np.abs(back)  # the axis along the wall or the table's edge
 
     if where == "top":
         # anywhere on the carrier, unless it is too small
         free = carrier[:, 2:4] - half
-        xy = np.where((free >= 0).all(1, keepdims=True), carrier[:, :2] + free * u, np.inf)
+        fits = (free >= 0).all(1, keepdims=True)
+        xy = np.where(fits, carrier[:, :2] + free * u, np.inf)
         z = carrier[:, 4]
     elif where == "seat" and tables:
         # the first half of the candidates at a table, facing it
         table = np.array(tables)[rng.integers(len(tables), size=n)]
         reach = table[:, 2:4]
-        at_table = table[:, :2] + back * (reach + half + 0.08 + 0.06 * (u + 1)) + along * reach * 0.8 * u
+        away = back * (reach + half + 0.08 + 0.06 * (u + 1))
+        at_table = table[:, :2] + away + along * reach * 0.8 * u
         xy[: n // 2] = at_table[: n // 2]
     elif where not in ("free", "seat"):
         # the back against a wall
         gap = 0.03 if where == "wall" else 0.0
         xy = back * (side / 2 - half - gap) + along * xy
-        z = {"hang": hung - size[2] / 2, "window": z + 0.95}.get(where, z)
+        if where == "hang":
+            z = hung - size[2] / 2
+        if where == "window":
+            z = z + 0.95
     return np.column_stack([xy - half, z]), np.column_stack([xy + half, z + size[2]]), turn
 
 
-def _choose(rng: np.random.Generator, count: int) -> tuple[list[str], list[str]]:
-    """Draw the categories of a room in the order in which they are placed: more than fit, door and window first."""
-    # about 12 categories in a room, so several chairs are common, and always something that small things stand on
+def _choose(rng, count):
+    """Draw the categories of a room: in the order in which they are placed, more than fit; and each once."""
+    # about 12 categories in a room, so several chairs are common, and always one that small things
+    # stand on
     surface = SURFACES[rng.integers(len(SURFACES))]
     others = [c for c in CATEGORIES if c not in ("door", "window", surface)]
-    chosen = [surface, *(others[i] for i in rng.permutation(len(others))[: max(11, count // 5)])]
-    drawn = [surface, *(chosen[i] for i in rng.integers(1, len(chosen), max(count - 3, 0)))]
+    order = rng.permutation(len(others))[: max(11, count // 5)]
+    chosen = [surface, *(others[i] for i in order)]
+    more = rng.integers(1, len(chosen), max(count - 3, 0))
+    drawn = [surface, *(chosen[i] for i in more)]
 
-    # what needs a wall before what stands free, large before small
-    drawn.sort(key=lambda c: (ORDER.index(FURNITURE[c][3]), -FURNITURE[c][0] * FURNITURE[c][1]))
-    spare = [chosen[i] for i in rng.integers(len(chosen), size=6 * count)]  # stand in for what found no place
+    # what needs a wall before what stands free, large before small; then what stands in for what
+    # found no place
+    def rank(category):
+        width, depth, _, where, _ = FURNITURE[category]
+        return ORDER.index(where), -width * depth
+
+    drawn.sort(key=rank)
+    spare = [chosen[i] for i in rng.integers(len(chosen), size=6 * count)]
     return ["door", "window", *drawn, *spare], ["door", "window", *chosen]
 
 
-def _furnish(rng: np.random.Generator, count: int, side: np.ndarray, height: float) -> list[Furniture] | None:
-    """Place `count` objects that do not touch; None: the room is too small."""
+def _furnish(rng, count, side, height):
+    """Place `count` objects that do not touch: a list of Furniture, or None where the room is too small."""
     queue, chosen = _choose(rng, count)
     colours = list(COLOURS)
     unused = {c: [colours[i] for i in rng.permutation(len(colours))] for c in chosen}
@@ -520,27 +570,31 @@ def _furnish(rng: np.random.Generator, count: int, side: np.ndarray, height: flo
     for category in queue:
         if len(placed) == count:
             break
-        where = FURNITURE[category][3]
+        *size, where, _ = FURNITURE[category]
         if not unused[category] or (where == "top" and not tops):  # no color twice in a category
             continue
+        size = size * rng.uniform(0.88, 1.12, 3)
+        low, high, turn = _propose(where, size, side, tops, tables, rng)
 
         # the first candidate inside the room that keeps clear of everything
-        size = np.array(FURNITURE[category][:3]) * rng.uniform(0.88, 1.12, 3)
-        low, high, turn = _propose(where, size, side, tops, tables, rng)
-        margin = np.array([0.02, 0.02, 0.0]) if where == "top" else np.array([0.06, 0.06, 0.0])
+        gap = 0.02 if where == "top" else 0.06
+        margin = np.array([gap, gap, 0.0])
         taken_low, taken_high = np.array(taken).reshape(-1, 2, 3).swapaxes(0, 1)  # [k, 3] each
         clash = (low - margin)[:, None] < taken_high - 1e-6
         clash &= (high + margin)[:, None] > taken_low + 1e-6
-        good = (low[:, :2] >= -side / 2 - 1e-9).all(1) & (high[:, :2] <= side / 2 + 1e-9).all(1)
-        good &= (high[:, 2] < height) & ~clash.all(2).any(1)
+        good = ~clash.all(2).any(1) & (high[:, 2] < height)
+        good &= (low[:, :2] >= -side / 2 - 1e-9).all(1)
+        good &= (high[:, :2] <= side / 2 + 1e-9).all(1)
         if not good.any():
             continue
         i = good.argmax()
         low, high, turn = low[i], high[i], int(turn[i])
-
         base = np.append((low[:2] + high[:2]) / 2, low[2])
         parts_low, parts_high = _place_parts(category, size, turn) + base
         placed.append(Furniture(category, unused[category].pop(), parts_low, parts_high))
+
+        # what it changes for those to come: doors open and pictures are seen, so the floor in front
+        # is taken too
         row = [*base[:2], *(high[:2] - low[:2]) / 2, high[2], turn]
         if category in SURFACES:
             tops.append(row)
@@ -551,11 +605,11 @@ def _furnish(rng: np.random.Generator, count: int, side: np.ndarray, height: flo
     return placed if len(placed) == count else None
 
 
-def _unit(a: np.ndarray) -> np.ndarray:
+def _unit(a):
     return a / np.sqrt(a[:, :1] ** 2 + a[:, 1:2] ** 2 + a[:, 2:] ** 2)
 
 
-def _look(position: np.ndarray, target: np.ndarray) -> np.ndarray:
+def _look(position, target):
     """Give the poses [V, 4, 4] of upright cameras at position [V, 3] that look at target [V, 3]."""
     forward = _unit(target - position)
     right = _unit(np.stack([forward[:, 1], -forward[:, 0], np.zeros(len(forward))], 1))
@@ -566,29 +620,32 @@ def _look(position: np.ndarray, target: np.ndarray) -> np.ndarray:
     return pose
 
 
-def _along(vectors: np.ndarray, axes: np.ndarray) -> np.ndarray:
-    """Multiply vectors [..., 3] by axes [..., 3, 3], added in the same order on every machine: a camera's coordinates."""
+def _along(vectors, axes):
+    """Multiply vectors [..., 3] by axes [..., 3, 3], adding in the same order on every machine."""
     return (vectors[..., None] * axes).sum(-2)
 
 
 TRIES = 24  # candidates for the place of a camera
 
 
-def _clearance(eye: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+def _clearance(eye, low, high):
     """Measure how far eye [..., 3] is from the nearest of the boxes low, high [n, 3], at most 0.3 m."""
     eye = eye[..., None, :]
     return np.maximum(low - eye, eye - high).max(-1).min(-1).clip(max=0.3)
 
 
-def _survey(rng: np.random.Generator, count: int, side: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+def _survey(rng, count, side, low, high):
     """Give poses [count, 4, 4] around the room that look across it; low, high [n, 3]: the objects."""
     # candidates once along the perimeter, from half way to the walls outwards
-    s = (np.arange(count)[:, None] + rng.uniform(0, 1, (count, TRIES))) / count * 4  # wall 0..3 and where along it
+    view = np.arange(count)
+    s = (view[:, None] + rng.uniform(0, 1, (count, TRIES))) / count * 4  # wall 0..3 and where along it
     wall = s.astype(int) % 4
-    xy = BACK[wall] + (2 * (s % 1) - 1)[..., None] * BACK[(wall + 1) % 4]
+    sideways = 2 * (s % 1) - 1
+    xy = BACK[wall] + sideways[..., None] * BACK[(wall + 1) % 4]
     xy = xy * rng.uniform(0.5, 0.8, (count, TRIES, 1)) * side / 2
-    eye = np.concatenate([xy, rng.uniform(1.7, 2.4, (count, TRIES, 1))], 2)  # [count, TRIES, 3]
-    eye = eye[np.arange(count), _clearance(eye, low, high).argmax(1)]
+    z = rng.uniform(1.7, 2.4, (count, TRIES, 1))
+    eye = np.concatenate([xy, z], 2)  # [count, TRIES, 3]
+    eye = eye[view, _clearance(eye, low, high).argmax(1)]
 
     # they look beyond the middle, a little down
     across = eye[:, :2] * rng.uniform(-0.6, -0.2, (count, 1))
@@ -596,61 +653,75 @@ def _survey(rng: np.random.Generator, count: int, side: np.ndarray, low: np.ndar
 
 
 def _close_ups(rng, count, survey, side, low, high):
-    """Give poses [count, 4, 4] that look from near at the objects which the survey shows smallest."""
-    center, extent = (low + high) / 2, np.sort(high - low, axis=1)
-    camera = _along(center - survey[:, None, :3, 3], survey[:, None, :3, :3])  # [views, n, 3]
+    """Give poses [count, 4, 4] that look from near at the objects low, high [n, 3] which the survey shows smallest."""
+    # how much of the best view an object fills, by the two larger sides of its box
+    center = (low + high) / 2
+    axes, eye = survey[:, None, :3, :3], survey[:, None, :3, 3]
+    camera = _along(center - eye, axes)  # [views, n, 3] right, down, forward
     z = camera[..., 2]
     inside = np.abs(camera[..., :2]).max(2) < 0.85 * HALF_FOV * z
-    shown = (inside / np.maximum(z, 0.1) ** 2).max(0) * extent[:, 1] * extent[:, 2]
-    pick = np.argsort(shown, kind="stable")[np.arange(count) % len(low)]
+    nearness = (inside / np.maximum(z, 0.1) ** 2).max(0)
+    _, middle, largest = np.sort(high - low, axis=1).T
+    order = np.argsort(nearness * middle * largest, kind="stable")
+    pick = order[np.arange(count) % len(low)]
 
-    # candidates about it, towards the middle of the room: what hangs on a wall is seen from the front
+    # candidates about it, towards the middle of the room: what hangs on a wall is seen from the
+    # front
     target = center[pick]  # [count, 3]
     inwards = target[:, :2] * (1 - 1.6 / side)
     xy = inwards[:, None] + rng.uniform(-1.0, 1.0, (count, TRIES, 2))
     xy = np.clip(xy, -side / 2 + 0.25, side / 2 - 0.25)
-    eye = np.concatenate([xy, rng.uniform(1.5, 1.8, (count, TRIES, 1))], 2)  # [count, TRIES, 3]
+    height = rng.uniform(1.5, 1.8, (count, TRIES, 1))
+    eye = np.concatenate([xy, height], 2)  # [count, TRIES, 3]
 
-    # the best is clear of everything, about 0.8 m away, and no other box is between (slab test of the line of sight)
+    # the best is clear of everything, about 0.8 m away, and no other box is between (slab test of
+    # the line of sight)
     path = target[:, None] - eye
-    ends = [(corner - eye[:, :, None]) / path[:, :, None] for corner in (low, high)]  # [count, TRIES, n, 3]
-    enter, leave = np.minimum(*ends).max(3), np.maximum(*ends).min(3)
-    blocked = (enter < leave) & (leave > 0) & (enter < 1) & (np.arange(len(low)) != pick[:, None, None])
+    a, b = ((corner - eye[:, :, None]) / path[:, :, None] for corner in (low, high))
+    enter, leave = np.minimum(a, b).max(3), np.maximum(a, b).min(3)  # [count, TRIES, n]
+    between = (enter < leave) & (leave > 0) & (enter < 1)
+    other = np.arange(len(low)) != pick[:, None, None]
+    blocked = (between & other).any(2)
     away = np.abs(path[:, :, :2]).max(2)
-    fitness = _clearance(eye, low, high) - 0.3 * np.abs(away - 0.8) - blocked.any(2)
+    fitness = _clearance(eye, low, high) - 0.3 * np.abs(away - 0.8) - blocked
     return _look(eye[np.arange(count), fitness.argmax(1)], target)
 
 
 def _rectangles(low, high, pose, size, half_fov):
     """Bound what boxes cover of an image: pixels u0, v0, u1, v1 of each, empty where a box is out of sight.
 
-    low, high [B, 3] relative to the camera. Taken from the box around the box along the camera's own axes.
+    low, high [B, 3] relative to the camera. Taken from the box around the box along the camera's
+    own axes.
     """
     axes = pose[:3, :3]
-    center, half = _along((low + high) / 2, axes), _along((high - low) / 2, np.abs(axes))
+    center = _along((low + high) / 2, axes)
+    half = _along((high - low) / 2, np.abs(axes))
     first, last = center - half, center + half  # [B, 3] right, down, forward
 
-    # at depth 1, from where it is nearest and from where it is farthest; what is behind the camera is not seen
+    # at depth 1, from where it is nearest and from where it is farthest; what is behind the camera
+    # is not seen
     depth = np.stack([first[:, 2:], last[:, 2:]]).clip(min=0.01)  # [2, B, 1]
-    ends = [(first[:, :2] / depth).min(0), (last[:, :2] / depth).max(0)]
-    pixels = (np.concatenate(ends, 1) / half_fov + 1) * size / 2  # [B, 4]
-    return np.clip(pixels + [0, 0, 1, 1], 0, size).astype(int).tolist()
+    start, end = (first[:, :2] / depth).min(0), (last[:, :2] / depth).max(0)
+    pixels = (np.concatenate([start, end], 1) / half_fov + 1) * size / 2  # [B, 4]
+    pixels[:, 2:] += 1  # of a pixel that is covered in part, too
+    return np.clip(pixels, 0, size).astype(int).tolist()
 
 
 def ray_cast(lo, hi, pose, size, bounds=None, half_fov=HALF_FOV):
     """Find what the pixels of one square view hit first: paint the room, then box after box over what is farther.
 
-    A ray meets a box between its last entry and its first exit over the three pairs of faces (slab test). From the
-    origin towards (2, 1), for a box x 2..6, y 2..4:
+    A ray meets a box between its last entry and its first exit over the three pairs of faces (slab
+    test). Its length is measured along the camera's axis, so it is the depth. In the plane, from
+    the origin towards (2, 1), for a box x 2..6, y 2..4:
 
-        it is between the x faces for t in 1..3, between the y faces for t in 2..4
-        so inside for t in 2..3: last entry 2 < first exit 3, a hit at t = 2, through the y face
+        between its x faces   t = 1 ....... 3
+        between its y faces       t = 2 ....... 4
+        inside                        2 .. 3         last entry 2 < first exit 3: a hit at t = 2, on the y face
 
-    Rays have length 1 along the camera's axis, so t is the depth.
-
-    Args: lo, hi [B, 3] corners of the boxes; pose [4, 4] camera to world; bounds [2, 3], a room around it all, seen
-    from inside. Returns, for P = size * size pixels: depth [P] float32 (0 = nothing), box [P] (B = the room, -1 =
-    nothing), face [P] in the order of NORMALS, the points hit [P, 3].
+    Args: lo, hi [B, 3] corners of the boxes; pose [4, 4] camera to world; bounds [2, 3], a room
+    around it all, seen from inside. Returns, for P = size * size pixels: depth [P] float32 (0 =
+    nothing), box [P] (B = the room, -1 = nothing), face [P] in the order of NORMALS, the points hit
+    [P, 3].
     """
     right, down, forward, eye = pose[:3].T
     step = (2 * np.arange(size) + 1 - size) / size * half_fov  # pixel centers at depth 1
@@ -658,7 +729,8 @@ def ray_cast(lo, hi, pose, size, bounds=None, half_fov=HALF_FOV):
     rays = rays.astype(np.float32)  # [3, size, size]
     rays[rays == 0] = 1e-9
     inverse = 1 / rays
-    low, high = (lo - eye).astype(np.float32), (hi - eye).astype(np.float32)
+    low = (lo - eye).astype(np.float32)
+    high = (hi - eye).astype(np.float32)
 
     # the room first, if there is one: seen from inside, a ray meets it at its first exit
     depth = np.full((size, size), np.inf, np.float32)
@@ -667,7 +739,9 @@ def ray_cast(lo, hi, pose, size, bounds=None, half_fov=HALF_FOV):
     if bounds is not None:
         a, b = (bounds - eye).astype(np.float32)[:, :, None, None] * inverse
         exits = np.maximum(a, b)
-        depth, axis, found[:] = exits.min(0), exits.argmin(0), len(lo)
+        depth = exits.min(0)
+        axis = exits.argmin(0)
+        found[:] = len(lo)
 
     # then every box, in its rectangle on the image
     for box, (u0, v0, u1, v1) in enumerate(_rectangles(low, high, pose, size, half_fov)):
@@ -675,9 +749,11 @@ def ray_cast(lo, hi, pose, size, bounds=None, half_fov=HALF_FOV):
             continue
         window = np.s_[v0:v1, u0:u1]
         scale = inverse[:, v0:v1, u0:u1]
-        a, b = low[box, :, None, None] * scale, high[box, :, None, None] * scale
+        a = low[box, :, None, None] * scale
+        b = high[box, :, None, None] * scale
         entries = np.minimum(a, b)
-        enter, leave = entries.max(0), np.maximum(a, b).min(0)
+        enter = entries.max(0)
+        leave = np.maximum(a, b).min(0)
         hit = (enter < leave) & (enter > 0.01) & (enter <= depth[window])
         if hit.any():
             depth[window][hit] = enter[hit]
@@ -695,44 +771,50 @@ def ray_cast(lo, hi, pose, size, bounds=None, half_fov=HALF_FOV):
 def _sample_surface(lo, hi, owner, bounds, count, rng):
     """Draw `count` random points on what can be seen: points [N, 3], box [N] (B = the room), face [N].
 
-    lo, hi [B, 3] corners of the parts, owner [B + 1] the objects they belong to. Half of the points lie on objects, shared
-    by the root of their surface, so that small ones have points too.
+    lo, hi [B, 3] corners of the parts, owner [B] the objects they belong to. Half of the points lie
+    on objects, shared by the root of their surface, so that small ones have points too.
     """
     B = len(lo)
-    lo_all, hi_all = np.concatenate([lo, bounds[:1]]), np.concatenate([hi, bounds[1:]])
-    w, d, h = (hi_all - lo_all).T
+    low = np.concatenate([lo, bounds[:1]])  # [B + 1, 3] with the room
+    high = np.concatenate([hi, bounds[1:]])
+    w, d, h = (high - low).T
     area = np.stack([d * h, d * h, w * h, w * h, w * d, w * d], 1)  # [B + 1, 6] of the faces
     area[B, 4] = 0.0  # no ceiling
 
     # how often every box is drawn; cumsum adds in the same order on every machine, sum does not
     surface = (w * d + d * h + w * h)[:B]
-    total = np.bincount(owner[:B], surface)[1:]  # [objects]
+    total = np.bincount(owner, surface)[1:]  # [objects]
     share = np.sqrt(total) / np.cumsum(np.sqrt(total))[-1]
-    weight = np.append(surface * (share / total)[owner[:B] - 1], 1.0)
-    cumulative = np.cumsum((area / area.sum(1, keepdims=True) * weight[:, None]).ravel())
+    weight = np.append(surface * (share / total)[owner - 1], 1.0)
+    by_face = area / area.sum(1, keepdims=True) * weight[:, None]
+    cumulative = np.cumsum(by_face.ravel())
 
     kept, found = [], 0
     while found < count:
         # a face by its weight, a place on it at random
         n = 2 * count
-        box, face = np.divmod(np.searchsorted(cumulative, rng.uniform(0, cumulative[-1], n)), 6)
+        drawn = np.searchsorted(cumulative, rng.uniform(0, cumulative[-1], n))
+        box, face = np.divmod(drawn, 6)
         box = np.minimum(box, B)
-        xyz = lo_all[box] + rng.uniform(0, 1, (n, 3)) * (hi_all - lo_all)[box]
-        axis, outer = face // 2, face % 2 == (box < B)  # the room is seen from inside
-        xyz[np.arange(n), axis] = np.where(outer, hi_all[box, axis], lo_all[box, axis])
+        xyz = low[box] + rng.uniform(0, 1, (n, 3)) * (high - low)[box]
+        axis = face // 2
+        outer = face % 2 == (box < B)  # the room is seen from inside
+        xyz[np.arange(n), axis] = np.where(outer, high[box, axis], low[box, axis])
 
-        # it is seen if 4 mm along its normal are in the room and in no box: not where faces touch, nor on undersides
+        # it is seen if 4 mm along its normal are in the room and in no box: not where faces touch,
+        # nor on undersides
         probe = xyz + 0.004 * NORMALS[face]
         hidden = np.ones((n, B), bool)
         for k in range(3):
             hidden &= (probe[:, k, None] > lo[:, k]) & (probe[:, k, None] < hi[:, k])
-        seen = ~hidden.any(1) & (probe > bounds[0]).all(1) & (probe < bounds[1]).all(1)
+        inside = (probe > bounds[0]).all(1) & (probe < bounds[1]).all(1)
+        seen = inside & ~hidden.any(1)
         kept.append((xyz[seen], box[seen], face[seen]))
         found += int(seen.sum())
     return [np.concatenate(part)[:count] for part in zip(*kept, strict=True)]
 
 
-def _palette(placed: Sequence[Furniture], rng: np.random.Generator) -> np.ndarray:
+def _palette(placed, rng):
     """Color the six faces of every part and then of the room: [6 * (B + 1), 3] int16."""
     rgb = []
     for piece in placed:
@@ -748,7 +830,7 @@ def _palette(placed: Sequence[Furniture], rng: np.random.Generator) -> np.ndarra
 
 
 def _paint(palette, face, xyz, boards, rng):
-    """Color points [P, 3] by their faces [P] in the palette, with slight noise and boards on the floor, its last face."""
+    """Color points [P, 3] by their faces [P], with slight noise and boards on the floor, the palette's last face."""
     colour = palette[face] + rng.integers(-5, 6, (len(face), 1), dtype=np.int8)
     floor = np.flatnonzero(face == len(palette) - 1)
     row = np.floor(xyz[floor, 1] * 5).astype(int)
@@ -760,62 +842,72 @@ def _paint(palette, face, xyz, boards, rng):
 def room(seed: int, objects: int | None = None, views: int = 12, size: int = 96, points: int = 4096) -> Scene:
     """Make a furnished room around x = y = 0; the same seed gives the same room on every machine.
 
-    objects: how many, door and window included (default 8 to 16); the room grows with them. views of size x size
-    pixels; views = 0 or points = 0 leave the frames or the cloud out. Object boxes are the exact extent of their parts
-    and disjoint (small things stand exactly on the tops of big ones); no two objects share category and color.
-    Superpoints are the faces of parts, cut at every meter. Raises DataError for a number of objects that cannot be
-    furnished.
+    objects: how many, door and window included (default 8 to 16); the room grows with them. views
+    of size x size pixels; views = 0 or points = 0 leave the frames or the cloud out. Object boxes
+    are the exact extent of their parts and disjoint (small things stand exactly on the tops of big
+    ones); no two objects share category and color. Superpoints are the faces of parts, cut at every
+    meter. Raises DataError for a number of objects that cannot be furnished.
     """
     most = len(CATEGORIES) * len(COLOURS) * 2 // 3  # beyond, too few pairs of category and color are left
     if objects is not None and not 3 <= objects <= most:
         raise DataError(f"room: objects = {objects}; give 3 to {most}")
     rng = np.random.Generator(np.random.PCG64(seed))
-    count, side, height = int(rng.integers(8, 17)), rng.uniform(4.0, 6.5, 2), 2.6
+    count = int(rng.integers(8, 17))
+    side, height = rng.uniform(4.0, 6.5, 2), 2.6
     if objects is not None:
-        count, side = objects, side * max(1.0, np.sqrt(1.3 * objects / (side[0] * side[1])))
+        count = objects
+        side = side * max(1.0, np.sqrt(1.3 * objects / (side[0] * side[1])))
 
-    # the room grows until everything has a place; shuffled, so that an id says nothing about the category
+    # the room grows until everything has a place; shuffled, so that an id says nothing about the
+    # category
     while (placed := _furnish(rng, count, side, height)) is None:
         side = side * 1.08
     placed = [placed[i] for i in rng.permutation(count)]
-    low, high = np.array([p.low.min(0) for p in placed]), np.array([p.high.max(0) for p in placed])
+    low = np.array([p.low.min(0) for p in placed])
+    high = np.array([p.high.max(0) for p in placed])
     boxes = np.concatenate([(low + high) / 2, high - low], 1)
     things = [Thing(i + 1, p.category, p.colour, boxes[i]) for i, p in enumerate(placed)]
     bounds = np.array([[*-side / 2, 0.0], [*side / 2, height]])
     scene = Scene(f"room{seed:06d}", "rooms", things, bounds=bounds)
 
     # all parts of all objects, and the room as the last
-    lo, hi = np.concatenate([p.low for p in placed]), np.concatenate([p.high for p in placed])  # [B, 3]
-    owner = np.append(np.repeat(np.arange(1, count + 1), [len(p.low) for p in placed]), 0)  # [B + 1] object ids
+    lo = np.concatenate([p.low for p in placed])  # [B, 3]
+    hi = np.concatenate([p.high for p in placed])
+    parts = [len(p.low) for p in placed]
+    owner = np.append(np.repeat(np.arange(1, count + 1), parts), 0)  # [B + 1] object ids
     palette = _palette(placed, rng)
     boards = rng.integers(-10, 11, 64).astype(np.int16)
 
     if views:
         survey = _survey(rng, (views + 1) // 2, side, low, high)
-        poses = np.concatenate([survey, _close_ups(rng, views // 2, survey, side, low, high)])
+        close_ups = _close_ups(rng, views // 2, survey, side, low, high)
+        poses = np.concatenate([survey, close_ups])
         cast = [ray_cast(lo, hi, pose, size, bounds) for pose in poses]
-        depth, box, face, xyz = (np.concatenate(a) for a in zip(*cast, strict=True))
+        depth, box, face, xyz = (np.concatenate(part) for part in zip(*cast, strict=True))
         shape = (views, size, size)
         colour = _paint(palette, 6 * box + face, xyz, boards, rng).reshape(*shape, 3)
+        masks = owner[box].astype(np.int32).reshape(shape)
         focal = size / 2 / HALF_FOV
         K = np.tile([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]], (views, 1, 1))
-        scene.frames = Frames(colour, depth.reshape(shape), owner[box].astype(np.int32).reshape(shape), K, poses)
+        scene.frames = Frames(colour, depth.reshape(shape), masks, K, poses)
 
     if points:
-        xyz, box, face = _sample_surface(lo, hi, owner, bounds, points, rng)
-        scene.points, scene.normals, scene.instances = xyz.astype(np.float32), NORMALS[face], owner[box]
+        xyz, box, face = _sample_surface(lo, hi, owner[:-1], bounds, points, rng)
+        scene.points = xyz.astype(np.float32)
+        scene.normals = NORMALS[face]
+        scene.instances = owner[box]
         scene.colours = _paint(palette, 6 * box + face, xyz, boards, rng)
         x, y, z = np.floor(xyz).astype(int).T + 512
         piece = ((z * len(palette) + 6 * box + face) * 1024 + x) * 1024 + y
-        scene.superpoints = np.unique(piece, return_inverse=True)[1].reshape(-1)
+        scene.superpoints = np.unique(piece, return_inverse=True)[1]
     return scene
 
 
 def rooms(seeds: Iterable[int], workers: int = 2, **options) -> list[Scene]:
     """Make `room(seed, **options)` for all seeds, in their order, by `workers` forked processes (0: in this one).
 
-    Workers use numpy's elementwise functions only, so each keeps to one thread and forking a process that runs threads
-    is safe.
+    Workers use numpy's elementwise functions only, so each keeps to one thread and forking a
+    process that runs threads is safe.
     """
     seeds, make = [int(seed) for seed in seeds], partial(room, **options)
     if workers < 2 or len(seeds) < 8 or "fork" not in multiprocessing.get_all_start_methods():
@@ -827,16 +919,20 @@ def rooms(seeds: Iterable[int], workers: int = 2, **options) -> list[Scene]:
 def category_icon(category: str, colour: str, size: int) -> np.ndarray:
     """Draw the category's furniture alone on black, three-quarter view, filling the image: [size, size, 3] uint8.
 
-    The paper embeds categories from drawn icons (Proxy3D); a category outside the table is drawn as a plain cube.
+    The paper embeds categories from drawn icons (Proxy3D); a category outside the table is drawn as
+    a plain cube.
     """
-    lo, hi = _place_parts(category, np.array(FURNITURE.get(category, (1.0, 1.0, 1.0))[:3]), 0)
-    pose, half_fov = _look(np.array([[0.6, 0.8, 0.5]]), np.zeros((1, 3)))[0], 0.35
+    size_in_room = FURNITURE.get(category, (1.0, 1.0, 1.0))[:3]
+    lo, hi = _place_parts(category, np.array(size_in_room), 0)
+    pose = _look(np.array([[0.6, 0.8, 0.5]]), np.zeros((1, 3)))[0]
+    half_fov = 0.35
 
-    # the nearest eye e for which |x - ex| <= s (z - ez) and |y - ey| <= s (z - ez) hold in the camera's axes
+    # the nearest eye e for which |x - ex| <= s (z - ez) and |y - ey| <= s (z - ez) hold in the
+    # camera's axes
     s = 0.94 * half_fov
     right, down, forward, _ = pose[:3].T
-    sides = np.array([right - s * forward, -right - s * forward, down - s * forward, -down - s * forward])
-    x0, x1, y0, y1 = (_along((lo + hi) / 2, sides.T) + _along((hi - lo) / 2, np.abs(sides.T))).max(0)
+    sides = np.stack([right, -right, down, -down], 1) - s * forward[:, None]
+    x0, x1, y0, y1 = (_along((lo + hi) / 2, sides) + _along((hi - lo) / 2, np.abs(sides))).max(0)
     eye = np.array([(x0 - x1) / 2, (y0 - y1) / 2, -max(x0 + x1, y0 + y1) / (2 * s)])
     pose[:3, 3] = _along(eye, pose[:3, :3].T)
 
@@ -849,11 +945,13 @@ def category_icon(category: str, colour: str, size: int) -> np.ndarray:
 
 # ---- 4 questions and baselines ---------------------------------------------------------------------------------------
 #
-# A question is made in three steps: draw which objects it is about, read the answer off their boxes and names
-# (`scene_graph`), put both into one of a template's wordings (`ask`). A draw without a clear answer gives None.
+# A question is made in three steps: draw which objects it is about, read the answer off their boxes
+# and names (`scene_graph`), put both into one of a template's wordings (`ask`). A draw without a
+# clear answer gives None.
 
-# Wordings keep content words close to the answer, since anything between is one more hop for a small model. {what},
-# {other}, {at}, {facing} are descriptions ("red chair"), {a} and {b} are marks.
+# Wordings keep content words close to the answer, since anything between is one more hop for a
+# small model. {what}, {other}, {at}, {facing} are descriptions ("red chair"), {a} and {b} are
+# marks.
 AT = (
     "i am standing at the {at} facing the {facing}.",
     "i stand at the {at} and look at the {facing}.",
@@ -912,8 +1010,9 @@ SYNONYMS = {
     "rug": "carpet", "lamp": "light", "wardrobe": "closet", "nightstand": "night",
 }  # fmt: skip
 
-# How one of several objects is told from the rest -> a measure of the scene graph, +1 for the smallest or -1 for the
-# greatest, by how much the next must differ: 0.15 m is VSI-Bench's margin, 0.405 a ratio of 1.5 in volume.
+# How one of several objects is told from the rest -> a measure of the scene graph, +1 for the
+# smallest or -1 for the greatest, by how much the next must differ: 0.15 m is VSI-Bench's margin,
+# 0.405 a ratio of 1.5 in volume.
 RELATIONS = {
     "nearest to": ("distance", 1, 0.15),
     "farthest from": ("distance", -1, 0.15),
@@ -932,7 +1031,8 @@ SELECT = RELATIONS | EXTREMES
 FORMS = {"category": (True, False), "colour": (False, True), "pair": (True, True)}  # what a question names of a group
 SIDES = (("left", "right"), ("front", "behind"), ("below", "above"))  # per axis: negative, positive
 
-# Directions from a situation: answer -> its sector in degrees, left positive, with a margin at every edge.
+# Directions from a situation: answer -> its sector in degrees, left positive, with a margin at
+# every edge.
 HEADINGS = {
     "side": {"left": (20, 160), "right": (200, 340)},
     "depth": {"front": (-70, 70), "behind": (110, 250)},
@@ -1067,7 +1167,8 @@ def _support(boxes: np.ndarray, bounds: np.ndarray | None) -> np.ndarray:
     low, high = box_ends(boxes)
     floor = low[:, 2] < 0.05
 
-    # another box carries it whose top is less than 5 cm from its bottom and below its center; a mat does not
+    # another box carries it whose top is less than 5 cm from its bottom and below its center; a mat
+    # does not
     center = boxes[:, None, :3]
     carries = ((low <= center) & (center <= high))[..., :2].all(-1)  # [n, carrier]
     carries &= (np.abs(low[:, None, 2] - high[:, 2]) < 0.05) & (boxes[:, 5] >= 0.1)
@@ -1137,10 +1238,8 @@ def describe(scene: Scene, thing: Thing) -> str | None:
 
 def support_phrase(g, i):
     """Say what an object stands or hangs on: "on the desk", "on the floor", "on the wall"; "" = unclear."""
-    on = int(g.support[i])
-    name = {FLOOR: "floor", WALL: "wall", NOTHING: ""}.get(on)
-    if name is None:
-        name = g.category(on)
+    on = g.support[i]
+    name = {FLOOR: "floor", WALL: "wall", NOTHING: ""}[on] if on < 0 else g.category(on)
     return f"on the {name}" if name else ""
 
 
@@ -1172,8 +1271,8 @@ def ask(
 ) -> Sample | None:
     """Write a Sample in one of the template's wordings, which `text` fills.
 
-    wrong: other answers of a multiple choice; the answer becomes a letter. Returns None where meters are asked of a
-    scene of unknown scale.
+    wrong: other answers of a multiple choice; the answer becomes a letter. Returns None where
+    meters are asked of a scene of unknown scale.
     """
     if task in METRIC and not scene.metric:
         return None
@@ -1222,7 +1321,8 @@ def draw_numbered(g, rng, count, named=False):
 def ground(g, rng, task):
     """Ask for one object by category and color (ground_category: by its unique category).
 
-    ScanRefer's kinds: "unique" = the only one of its category, "multiple" = not; ground_multiple asks the latter.
+    ScanRefer's kinds: "unique" = the only one of its category, "multiple" = not; ground_multiple
+    asks the latter.
     """
     form = "category" if task == "ground_category" else "pair"
     places = [i for i in alone(g, form) if i in g.numbered]
@@ -1241,9 +1341,10 @@ def ground(g, rng, task):
 def ground_by(g, rng, task):
     """Ask for one object by comparing.
 
-    ground_relation: one of several of a category by its relation to the only one of another, "chair nearest to the
-    table". ground_superlative: "largest red thing", "tallest chair", "lowest thing", which needs no category; what is
-    alone in its group is asked for without ("red thing", kind "only").
+    ground_relation: one of several of a category by its relation to the only one of another, "chair
+    nearest to the table". ground_superlative: "largest red thing", "tallest chair", "lowest thing",
+    which needs no category; what is alone in its group is asked for without ("red thing", kind
+    "only").
     """
     relation = task == "ground_relation"
     keys, hows = list(g.groups), list(EXTREMES)
@@ -1301,8 +1402,8 @@ def kind_of(g, key):
 def multi(g, rng, task):
     """Ask for all objects of a category, color or both (Multi3DRefer): "yes. <obj 1> <obj 4>" or "no.".
 
-    Objects are listed by identifier. Kinds: zt, st, mt = zero, one, several targets; w_d, wo_d = with, without
-    distractors (others of the category).
+    Objects are listed by identifier. Kinds: zt, st, mt = zero, one, several targets; w_d, wo_d =
+    with, without distractors (others of the category).
     """
     kind = pick(rng, ("zt_w_d", "zt_wo_d", "st_w_d", "st_wo_d", "mt"))
     if kind == "zt_w_d":
@@ -1331,8 +1432,8 @@ def larger(g, i, j):
 def side_of(g, i, j):
     """Say where i is relative to j along the axis that separates their centers most.
 
-    By half more than any other, 20 cm at least, for a viewer who looks along +y: x right, y behind (away from the
-    viewer), z above.
+    By half more than any other, 20 cm at least, for a viewer who looks along +y: x right, y behind
+    (away from the viewer), z above.
     """
     apart = g.boxes[i, :3] - g.boxes[j, :3]
     axis = np.abs(apart).argmax()
@@ -1381,8 +1482,8 @@ def coordinate(g, rng, task):
 def distance(g, rng, task):
     """Ask for meters from center to center, by names or (distance_ids) by marks.
 
-    `value` is exact, the answer follows from the printed steps (`distance_steps`): 1.4 cm apart at most. By names the
-    steps first rewrite the question with marks.
+    `value` is exact, the answer follows from the printed steps (`distance_steps`): 1.4 cm apart at
+    most. By names the steps first rewrite the question with marks.
     """
     chosen = draw_numbered(g, rng, 2, named=task == "distance")
     if not chosen:
@@ -1410,9 +1511,10 @@ MEASURES = {  # template -> how many objects, the number in the unit asked for, 
 def measure(g, rng, task):
     """Ask for a number of MEASURES, at least 0.1.
 
-    size: height or the longer horizontal side of what has a name, meters. Of the only objects of their category:
-    vsi_abs_distance (closest points, meters), vsi_object_size (longest side, centimeters). vsi_room_size: square
-    meters, asked of rooms only, since the bounds of a scan are not its walls.
+    size: height or the longer horizontal side of what has a name, meters. Of the only objects of
+    their category: vsi_abs_distance (closest points, meters), vsi_object_size (longest side,
+    centimeters). vsi_room_size: square meters, asked of rooms only, since the bounds of a scan are
+    not its walls.
     """
     template = pick(rng, [t for t in MEASURES if t.startswith(task)])
     count, number, form = MEASURES[template]
@@ -1454,8 +1556,9 @@ def known_answers(g, template):
 def lookup(g, rng, task):
     """Ask for a word that the scene graph knows.
 
-    colour: of the only chair. what: the category of the only red thing, of the only thing on the desk, of the thing
-    nearest to the bed. where: what the only lamp stands or hangs on, or in other words what it is near.
+    colour: of the only chair. what: the category of the only red thing, of the only thing on the
+    desk, of the thing nearest to the bed. where: what the only lamp stands or hangs on, or in other
+    words what it is near.
     """
     template = pick(rng, LOOKUPS[task])
     answers = known_answers(g, template)
@@ -1526,7 +1629,8 @@ def caption(g, rng, task):
 def heading(g, rng, task):
     """Ask for the direction of an object for one who stands by another and faces a third (HEADINGS).
 
-    SQA3D's situations, or VSI-Bench's choices among the only objects of their category. The answer is drawn first.
+    SQA3D's situations, or VSI-Bench's choices among the only objects of their category. The answer
+    is drawn first.
     """
     vsi = task == "vsi_rel_direction"
     kind = pick(rng, ("easy", "medium", "hard") if vsi else ("side", "depth", "turn"))
@@ -1544,10 +1648,9 @@ def heading(g, rng, task):
         if (turn - low) % 360 <= high - low:
             text = dict(zip(("at", "facing", "what"), (g.names[i] for i in chosen), strict=True))
             text["note"] = "back means at least 135 degrees to turn. " if kind == "medium" else ""
-            if vsi:
-                wrong = [a for a in HEADINGS[kind] if a != answer]
-                return dict(answer=answer, text=text, wrong=wrong, kind=kind)
-            return dict(answer=answer, text=text, template=f"situated_{kind}", kind=kind)
+            wrong = [other for other in HEADINGS[kind] if other != answer and vsi]
+            template = task if vsi else f"situated_{kind}"
+            return dict(answer=answer, text=text, template=template, wrong=wrong, kind=kind)
     return None
 
 
@@ -1585,7 +1688,8 @@ def vocabulary(categories: Iterable[str] = CATEGORIES) -> list[str]:
 def questions(scene: Scene, mix: dict[str, float], count: int, rng: np.random.Generator) -> list[Sample]:
     """Draw `count` questions, tasks by the weights of `mix`.
 
-    A draw that the scene cannot give is replaced by another, four per question at most, so a poor scene may give fewer.
+    A draw that the scene cannot give is replaced by another, four per question at most, so a poor
+    scene may give fewer.
     """
     names, edges = list(mix), np.cumsum(list(mix.values()))
     samples = []
@@ -1602,7 +1706,8 @@ def questions(scene: Scene, mix: dict[str, float], count: int, rng: np.random.Ge
 def question_set(scenes: Iterable[Scene], tasks: Iterable[str], per_scene: int, seed: int) -> list[Sample]:
     """Make an evaluation's questions: per scene and task up to `per_scene` different ones.
 
-    Every (scene, task) has a random stream of its own, so a subset of scenes or tasks gets the same questions.
+    Every (scene, task) has a random stream of its own, so a subset of scenes or tasks gets the same
+    questions.
     """
     samples = []
     for scene, task in itertools.product(scenes, tasks):
@@ -1620,11 +1725,6 @@ def question_set(scenes: Iterable[Scene], tasks: Iterable[str], per_scene: int, 
 # -- baselines: what a score must be seen against
 
 
-def blind_keys(sample: Sample) -> list[tuple[str, str]]:
-    """Name what a blind guess may go by: the question without marks, else its template; and its task."""
-    return [("question", MARK.sub("", sample.question)), ("template", sample.template), ("task", sample.task)]
-
-
 def blind_content(sample: Sample) -> str:
     """Give the answer without what cannot be known blindly: an option's text for its letter, nothing for marks."""
     for option in sample.options or ():
@@ -1640,20 +1740,21 @@ class Blind:
     """
 
     def __init__(self, samples: Iterable[Sample]):
-        self.seen: dict[tuple[str, str], Counter] = defaultdict(Counter)  # how often every answer was given
+        self.by_question, self.by_template, self.by_task = (defaultdict(Counter) for _ in range(3))
         for sample in samples:
-            for key in blind_keys(sample):
-                self.seen[key][blind_content(sample)] += 1
+            content = blind_content(sample)
+            self.by_question[MARK.sub("", sample.question)][content] += 1
+            self.by_template[sample.template][content] += 1
+            self.by_task[sample.task][content] += 1
 
     def answers(self, task: str, most: int = 200) -> list[str]:
         """List the training answers of a task, evenly thinned to `most`: what `chance` draws from."""
-        distinct = sorted(self.seen["task", task])
+        distinct = sorted(self.by_task[task])
         return distinct[:: max(1, math.ceil(len(distinct) / most))]
 
     def predict(self, sample: Sample, scene: Scene) -> str:
         """Give the blind answer; "" where training had no question of the template."""
-        question, template, _ = blind_keys(sample)
-        seen = self.seen[question] or self.seen[template]
+        seen = self.by_question[MARK.sub("", sample.question)] or self.by_template[sample.template]
         if not seen:
             return ""
         if sample.options:
@@ -1676,9 +1777,9 @@ EVEN = {"yes", "no", "left", "right", "front", "behind"}  # answers of which the
 def chance(sample: Sample, scene: Scene, answers: Sequence[str], score: Callable[[str], float]) -> float:
     """Compute the expected score of a guess drawn uniformly from what the very question allows.
 
-    That is the numbered objects of the scene (for "multi" also "no"; one object against m targets has F1 2 / (1 + m)),
-    the options, the two of a pair such as yes and no, else the task's training `answers` (`Blind.answers`), each
-    scored by `score`.
+    That is the numbered objects of the scene (for "multi" also "no"; one object against m targets
+    has F1 2 / (1 + m)), the options, the two of a pair such as yes and no, else the task's training
+    `answers` (`Blind.answers`), each scored by `score`.
     """
     n = len(scene_graph(scene).numbered)
     if sample.task == "multi":
@@ -1718,8 +1819,9 @@ def tuples(text: str, size: int) -> list[np.ndarray | None]:
 class TinyText:
     """Word-level text for models trained from scratch: one token per word, identifier, punctuation mark or number.
 
-    Text is lower-cased. Meters become number tokens (section T); a pre-trained model needs none of them, its digits
-    already carry meaning (`HubText`). Words outside the vocabulary become <unk>; `unknown(text)` lists them.
+    Text is lower-cased. Meters become number tokens (section T); a pre-trained model needs none of
+    them, its digits already carry meaning (`HubText`). Words outside the vocabulary become <unk>;
+    `unknown(text)` lists them.
     """
 
     template = ("", "", "")  # text before the scene tokens, between scene and question, between question and answer
@@ -1727,8 +1829,10 @@ class TinyText:
     def __init__(self, words: Iterable[str]):
         identifiers = [f"<obj{i:03d}>" for i in range(100)]
         numbers = {f"{a}#{i}": (a, lo + i / BINS) for a, (lo, hi) in NUMBERS.items() for i in range((hi - lo) * BINS + 1)}
-        pieces = ["<pad>", "<eos>", "<unk>", *identifiers, *numbers, *(str(i) for i in range(301)), *".,?!:;=-()"]
-        self.pieces = list(dict.fromkeys([*pieces, *sorted(set(words))]))
+        counts = [str(i) for i in range(301)]
+        self.words = sorted(set(words))
+        pieces = ["<pad>", "<eos>", "<unk>", *identifiers, *numbers, *counts, *".,?!:;=-()", *self.words]
+        self.pieces = list(dict.fromkeys(pieces))
         self.index = {p: i for i, p in enumerate(self.pieces)}
         self.pad, self.eos, self.unk = 0, 1, 2
         self.number = {self.index[p]: place for p, place in numbers.items()}  # token -> (axis, meters)
@@ -1756,14 +1860,14 @@ class TinyText:
         return re.sub(r"<obj(\d{3})>", r"<OBJ\1>", text)
 
     def state(self) -> dict:
-        return {"kind": "tiny", "words": [p for p in self.pieces if p[0].isalpha() and p[-1].isalpha()]}
+        return {"kind": "tiny", "words": self.words}
 
 
 class HubText:
     """The tokenizer of a pre-trained model (any `AutoTokenizer` name or folder), with its own chat template.
 
-    Without one it takes the plain "### human: ... ### assistant:" form. Numbers stay text, meters with two decimals.
-    Raises DataError where there is no such model.
+    Without one it takes the plain "### human: ... ### assistant:" form. Numbers stay text, meters
+    with two decimals. Raises DataError where there is no such model.
     """
 
     def __init__(self, name: str):
@@ -1856,19 +1960,20 @@ def collate(groups: Sequence[tuple[Scene, Sequence[Sample]]], text: TinyText | H
             steps: bool = False) -> dict:  # fmt: skip
     """Pack every scene's questions behind its scene tokens: one row per scene, scene tokens once, all questions.
 
-    A question sees the scene and itself, never its neighbors (`packed_mask`), and its positions restart behind the
-    scene, so a packed row gives every question exactly the logits it would have alone. Two questions on 2 scene tokens
-    (S), answered "2" and "no" (- = IGNORE, . = <eos>):
+    A question sees the scene and itself, never its neighbors (`packed_mask`), and its positions
+    restart behind the scene, so a packed row gives every question exactly the logits it would have
+    alone. Two questions on 2 scene tokens (S), answered "2" and "no" (- = IGNORE, . = <eos>):
 
         ids        S  S  how many chairs ?  2  is there a lamp ?  no
         labels     -  -  -   -    -      2  .  -  -     - -    no .
         positions  0  1  2   3    4      5  6  2  3     4 5    6  7
         block      0  0  1   1    1      1  1  2  2     2 2    2  2
 
-    Args: groups, scenes with questions whose marks are already replaced; lengths, scene tokens per scene; steps, write
-    Sample.steps before the answer.
-    Returns: ids [S, T] with SCENE and PROMPT placeholders, labels [S, T] (what position t must predict), positions
-    [S, T], block [S, T] (-1 padding, 0 shared prefix, q >= 1 the question), prompts [P, 6], scenes, samples.
+    Args: groups, scenes with questions whose marks are already replaced; lengths, scene tokens per
+    scene; steps, write Sample.steps before the answer.
+    Returns: ids [S, T] with SCENE and PROMPT placeholders, labels [S, T] (what position t must
+    predict), positions [S, T], block [S, T] (-1 padding, 0 shared prefix, q >= 1 the question),
+    prompts [P, 6], scenes, samples.
     """
     before, between, after = (text.encode(t) for t in text.template)
     rows, prompts = [], []
@@ -1886,7 +1991,8 @@ def collate(groups: Sequence[tuple[Scene, Sequence[Sample]]], text: TinyText | H
             written = f"{sample.steps} {sample.answer}" if steps and sample.steps else sample.answer
             answer = [*text.encode(written), text.eos]
 
-            # a position is labeled with the next token, so <eos> is never read and the question's end predicts
+            # a position is labeled with the next token, so <eos> is never read and the question's
+            # end predicts
             own = [*question, *answer[:-1]]
             ids += own
             labels += [IGNORE] * (len(question) - 1) + answer
@@ -1907,7 +2013,8 @@ def collate(groups: Sequence[tuple[Scene, Sequence[Sample]]], text: TinyText | H
 def packed_mask(block: torch.Tensor) -> torch.Tensor:
     """Say who may attend to whom in packed rows: [S, 1, T, T] bool, True = the second may be seen by the first.
 
-    Every position sees the shared prefix and its own question, up to itself. For block = [0, 0, 1, 1, 2, -1]:
+    Every position sees the shared prefix and its own question, up to itself. For block = [0, 0, 1,
+    1, 2, -1]:
 
         scene 0      x . . . . .
         scene 0      x x . . . .
@@ -1927,12 +2034,13 @@ def packed_mask(block: torch.Tensor) -> torch.Tensor:
 
 # ---- T stand-ins for pre-training: tiny preset only, skip on a first reading ----
 #
-# A pre-trained model brings numbers, arithmetic and attention that finds things. The tiny preset gets number tokens, two
-# arithmetic drills, and first weights with which every head is "find the token like me".
+# A pre-trained model brings numbers, arithmetic and attention that finds things. The tiny preset
+# gets number tokens, two arithmetic drills, and first weights with which every head is "find the
+# token like me".
 
-# Meters as tokens, one per 1/16 m and axis: a bracketed triple "[1.25, -0.80, 0.45]" is an x, a y and a z token (six
-# numbers add w d h), "x1.25" names its axis, any other decimal is a length l. Outside its axis' range a number becomes
-# the range's end.
+# Meters as tokens, one per 1/16 m and axis: a bracketed triple "[1.25, -0.80, 0.45]" is an x, a y
+# and a z token (six numbers add w d h), "x1.25" names its axis, any other decimal is a length l.
+# Outside its axis' range a number becomes the range's end.
 NUMBERS = {"x": (-8, 8), "y": (-8, 8), "z": (-1, 4), "w": (0, 8), "d": (0, 8), "h": (0, 4), "l": (0, 16)}  # meters
 BINS = 16  # number tokens per meter: 6.25 cm
 PLACE = re.compile(r"x#\d+ y#\d+ z#\d+(?: w#\d+ d#\d+ h#\d+)?")
@@ -2017,8 +2125,8 @@ def start_weights(part: torch.nn.Module) -> None:
 def start_decoder(decoder: torch.nn.Module, heads: int) -> None:
     """Start a small decoder (Qwen2 or Llama layers, weights from `start_weights`) where pre-training would lead.
 
-    With keys = queries and output = transposed values every head is "find the token like me and add it unchanged", two
-    heads of the first layer look back, and the last norm keeps logits small.
+    With keys = queries and output = transposed values every head is "find the token like me and add
+    it unchanged", two heads of the first layer look back, and the last norm keeps logits small.
     """
     for layer in decoder.layers:
         layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
@@ -2030,8 +2138,8 @@ def start_decoder(decoder: torch.nn.Module, heads: int) -> None:
 def look_back(attention: torch.nn.Module, heads: int, gain: float = 2.0) -> None:
     """Turn the first two heads into "the word before" and "the one before that".
 
-    Constant queries and keys (biases) whose rotary angles agree at that distance, so that a question's end knows its
-    last words.
+    Constant queries and keys (biases) whose rotary angles agree at that distance, so that a
+    question's end knows its last words.
     """
     size = attention.q_proj.out_features // heads
     theta = 1e6 ** (-torch.arange(size // 2) * 2.0 / size)[:4]  # the four fastest rotary pairs
