@@ -383,9 +383,9 @@ MATERIALS = {
 
 FLOORS = ((158, 128, 98), (140, 122, 104), (176, 152, 122), (150, 150, 146), (122, 104, 88))
 
-# category -> width, depth, height in metres; where it stands; its parts. A part is "x0 x1 y0 y1 z0
+# category -> width, depth, height in meters; where it stands; its parts. A part is "x0 x1 y0 y1 z0
 # z1 material" in percent of the size, the back at y = 0; "|" repeats it mirrored left to right;
-# "legs 46 12" are four legs up to 46 %, 12 % thick. No material: the object's own colour, which is
+# "legs 46 12" are four legs up to 46 %, 12 % thick. No material: the object's own color, which is
 # most of what is seen. Parts fill the size exactly.
 FURNITURE = {
     "chair": (0.46, 0.50, 0.92, "seat", "0 100 0 100 46 53, 0 100 0 12 53 100, legs 46 12"),
@@ -445,10 +445,10 @@ FURNITURE = {
 CATEGORIES = sorted(FURNITURE)
 SURFACES = ("desk", "dresser", "nightstand", "table")  # flat tops on which small things stand
 ORDER = ("door", "window", "wall", "free", "seat", "hang", "top")  # what is placed first
-CLEAR = {"door": 0.8, "window": 0.7, "hang": 0.5}  # metres kept free in front: doors open, pictures are seen
-SHADE = np.array([0.84, 0.90, 0.80, 0.93, 0.72, 1.0])  # light on faces -x +x -y +y -z +z; white never looks gray
+CLEAR = {"door": 0.8, "window": 0.7, "hang": 0.5}  # meters kept free in front
+SHADE = np.array([0.84, 0.90, 0.80, 0.93, 0.72, 1.0])  # light on faces -x +x -y +y -z +z; white stays white
 NORMALS = np.array([[-1, 0, 0], [1, 0, 0], [0, -1, 0], [0, 1, 0], [0, 0, -1], [0, 0, 1]], np.float32)
-BACK = np.array([[0, -1], [1, 0], [0, 1], [-1, 0]], float)  # where an object's back points after 0..3 quarter turns
+BACK = np.array([[0, -1], [1, 0], [0, 1], [-1, 0]], float)  # of an object after 0..3 quarter turns
 HALF_FOV = 0.9163312  # tan(85 degrees / 2)
 
 
@@ -653,7 +653,7 @@ def _survey(rng, count, side, low, high):
 
 
 def _close_ups(rng, count, survey, side, low, high):
-    """Give poses [count, 4, 4] that look from near at the objects low, high [n, 3] which the survey shows smallest."""
+    """Give poses [count, 4, 4] from near, of the objects low, high [n, 3] that the survey shows smallest."""
     # how much of the best view an object fills, by the two larger sides of its box
     center = (low + high) / 2
     axes, eye = survey[:, None, :3, :3], survey[:, None, :3, 3]
@@ -708,7 +708,7 @@ def _rectangles(low, high, pose, size, half_fov):
 
 
 def ray_cast(lo, hi, pose, size, bounds=None, half_fov=HALF_FOV):
-    """Find what the pixels of one square view hit first: paint the room, then box after box over what is farther.
+    """Find what the pixels of a square view hit first: paint box after box over what is farther.
 
     A ray meets a box between its last entry and its first exit over the three pairs of faces (slab
     test). Its length is measured along the camera's axis, so it is the depth. In the plane, from
@@ -830,7 +830,7 @@ def _palette(placed, rng):
 
 
 def _paint(palette, face, xyz, boards, rng):
-    """Color points [P, 3] by their faces [P], with slight noise and boards on the floor, the palette's last face."""
+    """Color points [P, 3] by their faces [P], with slight noise and, on the last face, the floor's boards."""
     colour = palette[face] + rng.integers(-5, 6, (len(face), 1), dtype=np.int8)
     floor = np.flatnonzero(face == len(palette) - 1)
     row = np.floor(xyz[floor, 1] * 5).astype(int)
@@ -1028,22 +1028,27 @@ EXTREMES = {
 }
 SELECT = RELATIONS | EXTREMES
 
-FORMS = {"category": (True, False), "colour": (False, True), "pair": (True, True)}  # what a question names of a group
+# what a question may name of a group: its category, its color, both
+FORMS = {"category": (True, False), "colour": (False, True), "pair": (True, True)}
 SIDES = (("left", "right"), ("front", "behind"), ("below", "above"))  # per axis: negative, positive
 
 # Directions from a situation: answer -> its sector in degrees, left positive, with a margin at
 # every edge.
 HEADINGS = {
-    "side": {"left": (20, 160), "right": (200, 340)},
-    "depth": {"front": (-70, 70), "behind": (110, 250)},
-    "turn": {"no": (-70, 70), "yes": (110, 250)},
-    "easy": {"left": (15, 165), "right": (195, 345)},  # these three: VSI-Bench's
-    "medium": {"left": (15, 120), "right": (240, 345), "back": (150, 210)},
-    "hard": {
-        "front-left": (15, 75),
-        "front-right": (285, 345),
-        "back-left": (105, 165),
-        "back-right": (195, 255),
+    "situated": {
+        "side": {"left": (20, 160), "right": (200, 340)},
+        "depth": {"front": (-70, 70), "behind": (110, 250)},
+        "turn": {"no": (-70, 70), "yes": (110, 250)},
+    },
+    "vsi_rel_direction": {
+        "easy": {"left": (15, 165), "right": (195, 345)},
+        "medium": {"left": (15, 120), "right": (240, 345), "back": (150, 210)},
+        "hard": {
+            "front-left": (15, 75),
+            "front-right": (285, 345),
+            "back-left": (105, 165),
+            "back-right": (195, 255),
+        },
     },
 }
 
@@ -1163,7 +1168,7 @@ def scene_graph(scene: Scene) -> SceneGraph:
 
 
 def _support(boxes: np.ndarray, bounds: np.ndarray | None) -> np.ndarray:
-    """Find what boxes [n, 6] stand or hang on: FLOOR, WALL, the place of what carries it, or NOTHING: [n]."""
+    """Find what boxes [n, 6] stand or hang on: [n] FLOOR, WALL, the place of what carries it, NOTHING."""
     low, high = box_ends(boxes)
     floor = low[:, 2] < 0.05
 
@@ -1194,13 +1199,15 @@ def alone(g, form):
 
 
 def select(g, how, group, anchor=None):
-    """Find the one of the group that is "nearest to" the anchor, or "largest"; None where another is close to it."""
+    """Find the one of the group that is "nearest to" the anchor, or "largest"; None where it is close."""
     group = [i for i in group if i != anchor]
     if not group:
         return None
+
+    # every row must put the same one first, by the margin
     what, sign, margin = SELECT[how]
     rows = g.measures[what] if anchor is None else g.measures[what][:, anchor]
-    rows = sign * rows[:, group]  # [r, len(group)], all of which must agree
+    rows = sign * rows[:, group]  # [r, len(group)]
     best = int(rows[0].argmin())
     close = np.count_nonzero(rows - rows[:, [best]] < margin)
     return group[best] if close == len(rows) else None  # only itself
@@ -1214,7 +1221,7 @@ def selection(g, how, key, anchor):
 
 
 def _words(g, i):
-    """Find words that fit object i alone: its name, else a relation to a unique object, else a superlative."""
+    """Find words that fit object i alone: a name, a relation to a unique object or a superlative."""
     if i in g.names:
         return g.names[i]
     o = g.things[i]
@@ -1237,14 +1244,14 @@ def describe(scene: Scene, thing: Thing) -> str | None:
 
 
 def support_phrase(g, i):
-    """Say what an object stands or hangs on: "on the desk", "on the floor", "on the wall"; "" = unclear."""
+    """Say what an object stands or hangs on: "on the desk", "on the floor"; "" = unclear."""
     on = g.support[i]
     name = {FLOOR: "floor", WALL: "wall", NOTHING: ""}[on] if on < 0 else g.category(on)
     return f"on the {name}" if name else ""
 
 
 def nearby_phrase(g, i):
-    """Say what an object on the floor is near: "near the bed", the nearest of the others there; "" = unclear."""
+    """Say which other object on the floor is nearest: "near the bed"; "" = unclear."""
     standing = np.flatnonzero(g.support == FLOOR).tolist()
     name = g.category(select(g, "nearest to", standing, i))
     return f"near the {name}" if name else ""
@@ -1276,6 +1283,8 @@ def ask(
     """
     if task in METRIC and not scene.metric:
         return None
+
+    # the options in random order, which leaves the right one's letter to chance
     if wrong:
         texts = [answer, *wrong]
         order = rng.permutation(len(texts))
@@ -1288,7 +1297,7 @@ def ask(
 
 
 def make_sample(function: Callable, task: str, scene: Scene, rng: np.random.Generator) -> Sample | None:
-    """Draw and write one question of a task; None where the scene, or this draw, has no unambiguous one."""
+    """Draw and write one question of a task; None where this draw has no unambiguous one."""
     drawn = function(scene_graph(scene), rng, task)
     return drawn and ask(scene, rng, task, **drawn)
 
@@ -1305,7 +1314,7 @@ def generator(*tasks: str) -> Callable:
 
 
 def draw_numbered(g, rng, count, named=False):
-    """Draw one or two different objects that have an identifier (named: and a name), [] where there are too few."""
+    """Draw one or two different objects with identifiers (named: and names), [] where there are too few."""
     n = [i for i in g.names if i in g.numbered] if named else g.numbered
     if len(n) < count:
         return []
@@ -1324,6 +1333,8 @@ def ground(g, rng, task):
     ScanRefer's kinds: "unique" = the only one of its category, "multiple" = not; ground_multiple
     asks the latter.
     """
+    # what a category, or category and color, tells from all others; only what has an identifier can
+    # be the answer
     form = "category" if task == "ground_category" else "pair"
     places = [i for i in alone(g, form) if i in g.numbered]
     if task == "ground_multiple":
@@ -1346,6 +1357,7 @@ def ground_by(g, rng, task):
     which needs no category; what is alone in its group is asked for without ("red thing", kind
     "only").
     """
+    # among which objects, and how they compare
     relation = task == "ground_relation"
     keys, hows = list(g.groups), list(EXTREMES)
     if relation:
@@ -1360,6 +1372,7 @@ def ground_by(g, rng, task):
         elif key is None or rng.random() >= 0.5:
             key = ("", "")  # among all
 
+        # the comparison must be clear, and its winner must have an identifier
         group = g.groups.get(key, range(len(g.things)))
         i = select(g, how, group, anchor)
         if i in g.numbered:
@@ -1371,25 +1384,23 @@ def ground_by(g, rng, task):
 
 
 def absent(g, rng, form):
-    """Draw a key that no object has; a pair is a hard negative: its category and its color are both here."""
-    categories = [category for category, _ in keys_of(g, "category")]
-    colours = [colour for _, colour in keys_of(g, "colour")]
-    if form == "category":
-        # not even by another name: "office chair", "couch"
-        here = " ".join(categories)
-        categories = [c for c in CATEGORIES if c not in here and SYNONYMS.get(c, c) not in here]
-        colours = [""]
-    if form == "colour":
-        categories, colours = [""], list(COLOURS)
+    """Draw a key that no object has; of a pair, a hard negative, category and color are both here."""
+    here = [category for category, _ in keys_of(g, "category")]
+    text = " ".join(here)  # "office chair" and "couch" are a chair and a sofa by another name
+    choices = {
+        "category": ([c for c in CATEGORIES if c not in text and SYNONYMS.get(c, c) not in text], [""]),
+        "colour": ([""], list(COLOURS)),
+        "pair": (here, [colour for _, colour in keys_of(g, "colour")]),
+    }
     for _ in range(8):
-        key = (pick(rng, categories), pick(rng, colours))
+        key = tuple(pick(rng, part) for part in choices[form])
         if None not in key and key not in g.groups:
             return key
     return None
 
 
 def kind_of(g, key):
-    """Name Multi3DRefer's kind of a group: several targets, one with or without others of its category; "" = none."""
+    """Name Multi3DRefer's kind of a group: mt = several targets, st = one, with or without distractors."""
     category, colour = key
     if len(g.groups[key]) > 1:
         return "mt"
@@ -1405,6 +1416,7 @@ def multi(g, rng, task):
     Objects are listed by identifier. Kinds: zt, st, mt = zero, one, several targets; w_d, wo_d =
     with, without distractors (others of the category).
     """
+    # the kind first, then a group of that kind: most groups have one object
     kind = pick(rng, ("zt_w_d", "zt_wo_d", "st_w_d", "st_wo_d", "mt"))
     if kind == "zt_w_d":
         key = absent(g, rng, "pair")
@@ -1413,6 +1425,8 @@ def multi(g, rng, task):
         key = absent(g, rng, pick(rng, forms))
     else:
         key = pick(rng, [key for key in g.groups if kind_of(g, key) == kind])
+
+    # all of its objects must have an identifier
     members = g.groups.get(key, [])
     if key is None or not set(members) <= set(g.numbered):
         return None
@@ -1491,6 +1505,8 @@ def distance(g, rng, task):
     a, b = marks(g, chosen)
     p, q = g.boxes[chosen, :3].tolist()
     steps, length = distance_steps(p, q)
+
+    # by names, the steps say first which objects are meant
     text = {"a": a, "b": b}
     if task == "distance":
         steps = f"{a} from {b}? {steps}"
@@ -1518,6 +1534,8 @@ def measure(g, rng, task):
     """
     template = pick(rng, [t for t in MEASURES if t.startswith(task)])
     count, number, form = MEASURES[template]
+
+    # a size may be asked of "the red chair", VSI-Bench asks of "the chair" only
     chosen = several(rng, list(g.names) if task == "size" else g.unique, count)
     value = float(number(g, *chosen)) if len(chosen) == count else 0.0
     if value < 0.1:
@@ -1535,18 +1553,24 @@ LOOKUPS = {
 
 
 def known_answers(g, template):
-    """Answer a template of LOOKUPS about every object that it may be asked of: place -> word, "" = unclear."""
+    """Answer a template of LOOKUPS about every object it may be asked of: place -> word, "" = unclear."""
     movable = [i for i in g.unique if g.category(i) not in BUILT]
+
+    # by looking at it
     if template == "colour":
         return {i: g.things[i].colour for i in g.unique}
     if template == "what_colour":
         return {i: g.category(i) for i in alone(g, "colour")}
+
+    # by what is on it or next to it
     if template == "what_on":
         carried = {i: np.flatnonzero(g.support == i) for i in g.unique}
         return {i: g.category(on[0]) for i, on in carried.items() if len(on) == 1}
     if template == "what_near":
         everything = range(len(g.things))
         return {i: g.category(select(g, "nearest to", everything, i)) for i in g.unique}
+
+    # by where it is
     if template == "where_support":
         return {i: support_phrase(g, i) for i in movable}
     return {i: nearby_phrase(g, i) for i in movable if g.support[i] == FLOOR}
@@ -1563,7 +1587,9 @@ def lookup(g, rng, task):
     template = pick(rng, LOOKUPS[task])
     answers = known_answers(g, template)
     places = list(answers)
-    if template == "where_support":  # the answer is drawn first, or nearly all would be on the floor
+
+    # the answer is drawn first, or nearly all would be on the floor
+    if template == "where_support":
         wanted = pick(rng, list(dict.fromkeys(answers.values())))
         places = [i for i in places if answers[i] == wanted]
     i = pick(rng, places)
@@ -1576,7 +1602,7 @@ def lookup(g, rng, task):
 
 @generator("exist")
 def exist(g, rng, task):
-    """Ask whether there is a red chair; the form is drawn before yes or no, so that it gives nothing away."""
+    """Ask whether there is a red chair; the form is drawn before yes or no and gives nothing away."""
     form = pick(rng, tuple(FORMS) if keys_of(g, "category") else ("colour",))
     yes = rng.random() < 0.5
     key = pick(rng, keys_of(g, form)) if yes else absent(g, rng, form)
@@ -1596,11 +1622,12 @@ def count(g, rng, task):
         form = pick(rng, ("category", "colour", "category", "colour", "pair"))
     if task == "vsi_counting":
         form, least, by_number = "category", 2, {}
+
+    # the groups by how many they are; what is absent counts 0
     for key in keys_of(g, form):
         number = len(g.groups[key])
         if number >= least:
             by_number.setdefault(number, []).append(key)
-
     number = pick(rng, list(by_number))
     key = absent(g, rng, form) if number == 0 else pick(rng, by_number.get(number, ()))
     if key is None:
@@ -1617,6 +1644,8 @@ def caption(g, rng, task):
     o, where = g.things[i], ""
     if o.category not in BUILT:
         where = nearby_phrase(g, i) if g.support[i] == FLOOR else support_phrase(g, i)
+
+    # one wording to write, others to accept
     noun = phrase(o.category, o.colour)
     starts = ("this is ", "", "there is ", "it is ")
     answers = [f"{start}{article(noun)} {where}".strip() + "." for start in starts]
@@ -1632,12 +1661,13 @@ def heading(g, rng, task):
     SQA3D's situations, or VSI-Bench's choices among the only objects of their category. The answer
     is drawn first.
     """
-    vsi = task == "vsi_rel_direction"
-    kind = pick(rng, ("easy", "medium", "hard") if vsi else ("side", "depth", "turn"))
-    answer = pick(rng, list(HEADINGS[kind]))
-    low, high = HEADINGS[kind][answer]
+    kind = pick(rng, list(HEADINGS[task]))
+    sectors = HEADINGS[task][kind]
+    answer = pick(rng, list(sectors))
+    low, high = sectors[answer]
     for _ in range(8):
-        chosen = several(rng, g.unique if vsi else list(g.names), 3)
+        # three objects, each at least 0.8 m from the others on the floor plan
+        chosen = several(rng, list(g.names) if task == "situated" else g.unique, 3)
         xy = g.boxes[chosen, :2].tolist()
         if not chosen or min(math.dist(p, q) for p, q in itertools.combinations(xy, 2)) < 0.8:
             continue
@@ -1647,10 +1677,11 @@ def heading(g, rng, task):
         turn = math.degrees(cmath.phase((what - at) / (facing - at)))
         if (turn - low) % 360 <= high - low:
             text = dict(zip(("at", "facing", "what"), (g.names[i] for i in chosen), strict=True))
+            if task == "situated":
+                return dict(answer=answer, text=text, template=f"situated_{kind}", kind=kind)
             text["note"] = "back means at least 135 degrees to turn. " if kind == "medium" else ""
-            wrong = [other for other in HEADINGS[kind] if other != answer and vsi]
-            template = task if vsi else f"situated_{kind}"
-            return dict(answer=answer, text=text, template=template, wrong=wrong, kind=kind)
+            wrong = [other for other in sectors if other != answer]
+            return dict(answer=answer, text=text, wrong=wrong, kind=kind)
     return None
 
 
@@ -1670,7 +1701,7 @@ def vsi_rel_distance(g, rng, task):
 
 
 def adopt(paper) -> None:
-    """Take a paper's own question types among the shared ones: its TASKS and, where it has them, TEMPLATES and METRIC."""
+    """Take a paper's own question types among the shared ones: its TASKS, and TEMPLATES and METRIC if it has them."""
     own = vars(paper)
     TASKS.update(own["TASKS"])
     TEMPLATES.update(own.get("TEMPLATES", {}))
@@ -1678,8 +1709,10 @@ def adopt(paper) -> None:
 
 
 def vocabulary(categories: Iterable[str] = CATEGORIES) -> list[str]:
-    """List every word that a question, its steps or its answer may hold, for a tokenizer of whole words."""
-    texts = [*itertools.chain(*TEMPLATES.values(), *SIDES, *HEADINGS.values()), *COLOURS, *SELECT, WORDS]
+    """List every word that a question, its steps or its answer may hold, for a word-level tokenizer."""
+    texts = [WORDS, *COLOURS, *SELECT, *itertools.chain(*SIDES, *TEMPLATES.values())]
+    for kinds in HEADINGS.values():
+        texts += itertools.chain(*kinds.values())
     for category in filter(None, categories):
         texts += [category, plural(category)]
     return sorted(set(re.findall(r"[a-z]+", " ".join(texts))))
@@ -1691,8 +1724,8 @@ def questions(scene: Scene, mix: dict[str, float], count: int, rng: np.random.Ge
     A draw that the scene cannot give is replaced by another, four per question at most, so a poor
     scene may give fewer.
     """
-    names, edges = list(mix), np.cumsum(list(mix.values()))
     samples = []
+    names, edges = list(mix), np.cumsum(list(mix.values()))  # a task owns the stretch up to its edge
     for k in np.searchsorted(edges, rng.random(4 * count) * edges[-1], side="right").tolist():
         if len(samples) == count:
             break
@@ -1712,6 +1745,8 @@ def question_set(scenes: Iterable[Scene], tasks: Iterable[str], per_scene: int, 
     samples = []
     for scene, task in itertools.product(scenes, tasks):
         rng = np.random.default_rng([seed, zlib.crc32(scene.name.encode()), zlib.crc32(task.encode())])
+
+        # of the same question asked twice, the first stays
         found: dict[str, Sample] = {}
         for _ in range(8 * per_scene):
             sample = TASKS[task](scene, rng)
@@ -1726,7 +1761,7 @@ def question_set(scenes: Iterable[Scene], tasks: Iterable[str], per_scene: int, 
 
 
 def blind_content(sample: Sample) -> str:
-    """Give the answer without what cannot be known blindly: an option's text for its letter, nothing for marks."""
+    """Give what can be known blindly of an answer: an option's text for its letter, nothing for marks."""
     for option in sample.options or ():
         if option.startswith(sample.answer + ". "):
             return option[3:]
@@ -1757,12 +1792,18 @@ class Blind:
         seen = self.by_question[MARK.sub("", sample.question)] or self.by_template[sample.template]
         if not seen:
             return ""
+
+        # the option whose text was right most often; its letter is arbitrary
         if sample.options:
             return max(sample.options, key=lambda option: seen[option[3:]])[0]
+
+        # what is nearest to all training answers
         if sample.task in METRIC:
-            numbers = np.array([re.findall(r"-?\d+\.?\d*", answer) for answer in seen.elements()], float)
+            rows = [re.findall(r"-?\d+\.?\d*", answer) for answer in seen.elements()]
+            numbers = np.array(rows, float)  # [answers, 1, 3 or 6]
             return metres(np.median(numbers)) if numbers.shape[1] == 1 else listed(numbers.mean(0))
 
+        # the most frequent answer; a mark is replaced by an object of this scene
         text = max(seen, key=seen.get)
         g = scene_graph(scene)
         if sample.targets is None or sample.task == "caption" or text == "no." or not g.numbered:
@@ -1781,12 +1822,15 @@ def chance(sample: Sample, scene: Scene, answers: Sequence[str], score: Callable
     has F1 2 / (1 + m)), the options, the two of a pair such as yes and no, else the task's training
     `answers` (`Blind.answers`), each scored by `score`.
     """
+    # any object of the scene
     n = len(scene_graph(scene).numbered)
     if sample.task == "multi":
         m = len(sample.targets)
         return (2 * m / (1 + m) if m else 1.0) / (n + 1)
     if sample.task.startswith("ground"):
         return 1 / n
+
+    # any of the answers that the question names, else any of those seen in training
     if sample.options:
         return 1 / len(sample.options)
     if sample.answer in EVEN and sample.task != "relation":
@@ -1796,14 +1840,14 @@ def chance(sample: Sample, scene: Scene, answers: Sequence[str], score: Callable
 
 # ---- 5 text ----------------------------------------------------------------------------------------------------------
 
-SCENE, PROMPT = -1, -2  # placeholder ids for scene tokens and for a question's own click or box; never in a vocabulary
+SCENE, PROMPT = -1, -2  # placeholder ids: scene tokens, a question's own click or box
 IGNORE = -100  # label of a position that carries no loss
 TUPLE = re.compile(r"\[([^\[\]]{1,200})\]")
 PIECE = re.compile(r"<obj\d{3}>|\[[^\[\]]*\]|[xyzwdh][+-]?\d+\.\d+|-?\d+\.\d+|\d+|[a-z]+(?:'[a-z]+)?|[^\sa-z0-9]")
 
 
 def tuples(text: str, size: int) -> list[np.ndarray | None]:
-    """Find every bracketed list of `size` entries: [size] float each, None where an entry is not a finite number."""
+    """Find every bracketed list of `size` entries: [size] float, None where one is no finite number."""
     found = []
     for inside in TUPLE.findall(text):
         entries = re.split(r"[,;\s]+", inside.strip())
@@ -1817,30 +1861,34 @@ def tuples(text: str, size: int) -> list[np.ndarray | None]:
 
 
 class TinyText:
-    """Word-level text for models trained from scratch: one token per word, identifier, punctuation mark or number.
+    """Word-level text for models trained from scratch: a token per word, identifier, mark or number.
 
     Text is lower-cased. Meters become number tokens (section T); a pre-trained model needs none of
     them, its digits already carry meaning (`HubText`). Words outside the vocabulary become <unk>;
     `unknown(text)` lists them.
     """
 
-    template = ("", "", "")  # text before the scene tokens, between scene and question, between question and answer
+    template = ("", "", "")  # text before the scene tokens, behind them, between question and answer
 
     def __init__(self, words: Iterable[str]):
         identifiers = [f"<obj{i:03d}>" for i in range(100)]
-        numbers = {f"{a}#{i}": (a, lo + i / BINS) for a, (lo, hi) in NUMBERS.items() for i in range((hi - lo) * BINS + 1)}
+        numbers = {}  # piece -> (axis, meters)
+        for axis, (low, high) in NUMBERS.items():
+            for i in range((high - low) * BINS + 1):
+                numbers[f"{axis}#{i}"] = (axis, low + i / BINS)
         counts = [str(i) for i in range(301)]
         self.words = sorted(set(words))
         pieces = ["<pad>", "<eos>", "<unk>", *identifiers, *numbers, *counts, *".,?!:;=-()", *self.words]
         self.pieces = list(dict.fromkeys(pieces))
         self.index = {p: i for i, p in enumerate(self.pieces)}
         self.pad, self.eos, self.unk = 0, 1, 2
-        self.number = {self.index[p]: place for p, place in numbers.items()}  # token -> (axis, meters)
+        self.number = {self.index[p]: number for p, number in numbers.items()}  # the same by token
 
     @classmethod
     def train(cls, texts: Iterable[str]) -> TinyText:
         """Take every word of the texts as the vocabulary."""
-        return cls(p for t in texts for p in PIECE.findall(t.lower()) if p[0].isalpha() and p[-1].isalpha())
+        pieces = [p for text in texts for p in PIECE.findall(text.lower())]
+        return cls(p for p in pieces if p[0].isalpha() and p[-1].isalpha())
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -1853,7 +1901,7 @@ class TinyText:
         return [p for p in PIECE.findall(text.lower()) if p.isalpha() and p not in self.index]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Write the ids up to <eos>, number tokens as meters, identifiers in the capitals that scoring looks for."""
+        """Write the ids up to <eos>: number tokens as meters, identifiers in capitals, as scores read them."""
         pieces = [self.pieces[int(i)] for i in ids if int(i) != self.pad]
         text = join_numbers(" ".join(pieces).partition("<eos>")[0].strip())
         text = re.sub(r" ([.,?!:;])", r"\1", text)
@@ -1956,8 +2004,12 @@ class Stage:
     files: dict[str, Source] = field(default_factory=dict)  # official files asked instead, where a run is given them
 
 
-def collate(groups: Sequence[tuple[Scene, Sequence[Sample]]], text: TinyText | HubText, lengths: Sequence[int],
-            steps: bool = False) -> dict:  # fmt: skip
+def collate(
+    groups: Sequence[tuple[Scene, Sequence[Sample]]],
+    text: TinyText | HubText,
+    lengths: Sequence[int],
+    steps: bool = False,
+) -> dict:
     """Pack every scene's questions behind its scene tokens: one row per scene, scene tokens once, all questions.
 
     A question sees the scene and itself, never its neighbors (`packed_mask`), and its positions
@@ -1976,7 +2028,8 @@ def collate(groups: Sequence[tuple[Scene, Sequence[Sample]]], text: TinyText | H
     prompts [P, 6], scenes, samples.
     """
     before, between, after = (text.encode(t) for t in text.template)
-    rows, prompts = [], []
+    rows = {"ids": [], "labels": [], "positions": [], "block": []}
+    prompts = []
     for (_, samples), K in zip(groups, lengths, strict=True):
         # what all questions share: all up to the end of the scene
         ids = [*before, *[SCENE] * K, *between]
@@ -1998,12 +2051,12 @@ def collate(groups: Sequence[tuple[Scene, Sequence[Sample]]], text: TinyText | H
             labels += [IGNORE] * (len(question) - 1) + answer
             positions += range(shared, shared + len(own))
             block += [q] * len(own)
-        rows.append((ids, labels, positions, block))
+        for name, row in zip(rows, (ids, labels, positions, block), strict=True):
+            rows[name].append(torch.tensor(row))
 
-    batch = {}
-    columns = zip(("ids", "labels", "positions", "block"), (text.pad, IGNORE, 0, -1), zip(*rows, strict=True), strict=True)
-    for name, pad, column in columns:
-        batch[name] = pad_sequence([torch.tensor(row) for row in column], batch_first=True, padding_value=pad)
+    # rows of one length
+    padding = {"ids": text.pad, "labels": IGNORE, "positions": 0, "block": -1}
+    batch = {name: pad_sequence(rows[name], True, padding[name]) for name in rows}
     batch["prompts"] = torch.tensor(np.array(prompts).reshape(-1, 6), dtype=torch.float32)
     batch["scenes"] = [scene for scene, _ in groups]
     batch["samples"] = [list(samples) for _, samples in groups]
@@ -2025,11 +2078,11 @@ def packed_mask(block: torch.Tensor) -> torch.Tensor:
 
     Args: block [S, T] as `collate` gives it.
     """
-    T = block.shape[1]
-    causal = torch.ones(T, T, dtype=torch.bool, device=block.device).tril()
+    place = torch.arange(block.shape[1], device=block.device)
     seen, own = block[:, None, :], block[:, :, None]  # [S, 1, T], [S, T, 1]
-    visible = ((seen == 0) | (seen == own)) & (seen >= 0) & causal
-    return (visible | torch.eye(T, dtype=torch.bool, device=block.device))[:, None]
+    past, itself = place <= place[:, None], place == place[:, None]  # [T, T]
+    visible = ((seen == 0) | (seen == own)) & (seen >= 0) & past
+    return (visible | itself)[:, None]
 
 
 # ---- T stand-ins for pre-training: tiny preset only, skip on a first reading ----
