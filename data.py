@@ -1778,8 +1778,8 @@ class Blind:
         self.by_question, self.by_template, self.by_task = (defaultdict(Counter) for _ in range(3))
         for sample in samples:
             content = blind_content(sample)
-            self.by_question[MARK.sub("", sample.question)][content] += 1
-            self.by_template[sample.template][content] += 1
+            self.by_question[sample.task, MARK.sub("", sample.question)][content] += 1
+            self.by_template[sample.task, sample.template][content] += 1
             self.by_task[sample.task][content] += 1
 
     def answers(self, task: str, most: int = 200) -> list[str]:
@@ -1789,7 +1789,8 @@ class Blind:
 
     def predict(self, sample: Sample, scene: Scene) -> str:
         """Give the blind answer; "" where training had no question of the template."""
-        seen = self.by_question[MARK.sub("", sample.question)] or self.by_template[sample.template]
+        seen = self.by_question[sample.task, MARK.sub("", sample.question)]
+        seen = seen or self.by_template[sample.task, sample.template]
         if not seen:
             return ""
 
@@ -1798,8 +1799,8 @@ class Blind:
             return max(sample.options, key=lambda option: seen[option[3:]])[0]
 
         # what is nearest to all training answers
-        if sample.task in METRIC:
-            rows = [re.findall(r"-?\d+\.?\d*", answer) for answer in seen.elements()]
+        rows = [re.findall(r"-?\d+\.?\d*", answer) for answer in seen.elements()]
+        if sample.task in METRIC and rows[0]:
             numbers = np.array(rows, float)  # [answers, 1, 3 or 6]
             return metres(np.median(numbers)) if numbers.shape[1] == 1 else listed(numbers.mean(0))
 
