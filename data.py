@@ -3589,7 +3589,7 @@ def read_views(path: str | Path, geometry: Callable | None = None, vggt: str = "
 # ---- 9 superpoints and segments --------------------------------------------------------------------------------------
 
 
-def group_mean(values: np.ndarray, label: np.ndarray, count: int) -> np.ndarray:
+def label_mean(values: np.ndarray, label: np.ndarray, count: int) -> np.ndarray:
     """Mean of values [N, C] per label 0..count-1."""
     total = np.stack([np.bincount(label, v, count) for v in values.T], axis=1)
     return total / np.maximum(np.bincount(label, minlength=count), 1)[:, None]
@@ -3600,7 +3600,7 @@ def vertex_normals(points: np.ndarray, faces: np.ndarray) -> np.ndarray:
     p = points.astype(np.float32)[faces]
     normal = np.cross(p[:, 1] - p[:, 0], p[:, 2] - p[:, 0])
     normal, corner = unit(normal * 1e6), faces.ravel()
-    return group_mean(np.repeat(normal, 3, axis=0), corner, len(points)).astype(np.float32)
+    return label_mean(np.repeat(normal, 3, axis=0), corner, len(points)).astype(np.float32)
 
 
 def neighbour_pairs(points: np.ndarray, k: int, reach: float = np.inf) -> tuple[np.ndarray, np.ndarray, float]:
@@ -3721,7 +3721,7 @@ def find_shell(points: np.ndarray, normals: np.ndarray, hue: np.ndarray, superpo
     ceiling, walls), in the plane's own colour (so that a flat rug or a door stays)."""
     shell, reach = np.zeros(len(points), bool), max(0.05, 1.2 * spacing)
     size = np.bincount(superpoints)
-    mean = group_mean(normals, superpoints, len(size))
+    mean = label_mean(normals, superpoints, len(size))
     flatness = np.linalg.norm(mean, axis=1)
     for s in np.flatnonzero((size >= 0.01 * len(points)) & (flatness > 0.9)):
         normal = mean[s] / flatness[s]
@@ -3753,7 +3753,7 @@ def merge_segments(points: np.ndarray, normals: np.ndarray, colours: np.ndarray,
     S = int(piece.max()) + 1
     size = np.bincount(piece).astype(float)
     kept = np.bincount(piece, find_shell(points, normals, hue, superpoints, spacing), S) < 0.5 * size
-    tint = group_mean(hue, piece, S)
+    tint = label_mean(hue, piece, S)
     low, high = np.full((S, 3), np.inf), np.full((S, 3), -np.inf)
     np.minimum.at(low, piece, points)
     np.maximum.at(high, piece, points)
