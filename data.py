@@ -1,24 +1,28 @@
 """Scenes, rooms, questions, text and batches: everything the three papers share, and nothing that only one needs.
 
-A `Scene` is one furnished place with posed frames, a coloured point cloud and objects; a `Sample` is one question about
-it with all that scoring needs. Readers fill scenes, a table of question templates fills samples, `collate` turns
-both into tensors. `knn`, `farthest_point_sampling` (part 2) and `over_segment` (part 5) are what papers share and
-what is most often copied.
+A `Scene` is one furnished place with posed frames, a colored point cloud and objects; a `Sample` is
+one question about it with all that scoring needs. Readers fill scenes, generators with a table of
+templates fill samples, `collate` turns both into tensors. `knn`, `farthest_point_sampling`,
+`group_mean` (part 2) and `over_segment` (part 9) are what papers share and what is most often
+copied.
 
-Frames and units: every array is in metres, z up, axis-aligned, right-handed, the floor at z = 0. Cameras follow OpenCV
-(x right, y down, z forward); poses map camera to world; depth is measured along the camera's z axis, 0 = missing.
-Boxes are axis-aligned: [cx, cy, cz, w, d, h], the centre and the full sizes along x, y, z.
+Frames and units: every array is in meters, z up, axis-aligned, right-handed, the floor at z = 0.
+Cameras follow OpenCV (x right, y down, z forward); poses map camera to world; depth is measured
+along the camera's z axis, 0 = missing. Boxes are axis-aligned: [cx, cy, cz, w, d, h], the center
+and the full sizes along x, y, z.
 
-Axis legend: S scenes, B boxes or those scenes that are read anew, V views, H W pixels, P pixels of a view or positions
-of a prefix, N points, n objects, Q questions, T tokens, K scene tokens, D width.
+Axis legend: S scenes, B boxes, V views, H W pixels, P pixels of a view or prompts of a batch, N
+points, n objects, Q questions, T tokens, K scene tokens, D width.
 
-Contents: 1 scenes and samples · 2 geometry · 3 procedural rooms · 4 questions · 5 text and batches · 6 the base model;
-a first reading ends here · 7 scenes from disk · 8 video · 9 superpoints and segments · 10 pictures · 11 own scenes
+Contents: 1 scenes and samples · 2 geometry · 3 procedural rooms · 4 questions · 5 text and batches
+· T stand-ins for pre-training · 6 the base model; a first reading ends here · 7 scenes from disk ·
+8 video · 9 superpoints and segments · 10 pictures · 11 own scenes
 """
 
 from __future__ import annotations
 
 import argparse
+import cmath
 import hashlib
 import heapq
 import importlib
@@ -42,7 +46,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial, wraps
 from pathlib import Path
 from textwrap import wrap
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 from zipfile import BadZipFile
 
 import numpy as np
@@ -59,7 +63,10 @@ COLOURS = {  # name -> RGB in 0..255; also the vocabulary in which real surfaces
 
 
 class DataError(ValueError):
-    """One line for the user: what is wrong, where (file and field), and the remedy. Commands print it and exit 2."""
+    """One line for the user: what is wrong, where (file and field), and the remedy.
+
+    Commands print it and exit with status 2.
+    """
 
 
 # ---- 1 scenes and samples --------------------------------------------------------------------------------------------
@@ -67,12 +74,12 @@ class DataError(ValueError):
 
 @dataclass
 class Thing:
-    """An object: `id` is its label in masks and instances (>= 1; 0 is everything else); box in metres, scene frame."""
+    """An object of a scene."""
 
-    id: int
-    category: str  # "chair"; "" where unknown (an unlabelled real scene)
+    id: int  # its label in masks and instances, >= 1; 0 is everything else
+    category: str  # "chair"; "" where unknown (an unlabeled real scene)
     colour: str  # a name from COLOURS; "" where unknown
-    box: np.ndarray  # [6] cx, cy, cz, w, d, h
+    box: np.ndarray  # [6] cx, cy, cz, w, d, h in meters, in the scene's frame
 
 
 @dataclass
@@ -80,32 +87,36 @@ class Frames:
     """V posed RGB-D views of one size."""
 
     colour: np.ndarray  # [V, H, W, 3] uint8
-    depth: np.ndarray  # [V, H, W] float32 metres along the camera's z axis, 0 = missing
+    depth: np.ndarray  # [V, H, W] float32 meters along the camera's z axis, 0 = missing
     masks: np.ndarray  # [V, H, W] int32 object ids, 0 = none
     intrinsics: np.ndarray  # [V, 3, 3] float64
     poses: np.ndarray  # [V, 4, 4] float64, camera to world
 
 
 class LazyFrames:
-    """Frames that are read when one of their arrays is looked at and dropped when the next scene's are: a thousand
-    scans do not fit in memory. `load()` returns a Frames."""
+    """Frames that are read from disk when one of their arrays is asked for.
 
-    latest: tuple = (None, None)  # (whose, Frames): shared by all, so that one set is held at a time
+    A thousand scans do not fit in memory, so only the frames read last are kept (`_read_frames`).
+    """
 
     def __init__(self, load: Callable[[], Frames], key: str = ""):
         self.load, self.key = load, key  # key: what the files are known by
 
     def __getattr__(self, name: str) -> np.ndarray:
+        # copying and pickling look for methods of their own before `load` is there
         if name.startswith("__"):
             raise AttributeError(name)
-        if LazyFrames.latest[0] is not self:
-            LazyFrames.latest = (self, self.load())
-        return getattr(LazyFrames.latest[1], name)
+        return getattr(_read_frames(self), name)
+
+
+@lru_cache(maxsize=1)
+def _read_frames(frames: LazyFrames) -> Frames:
+    return frames.load()
 
 
 @dataclass
 class Scene:
-    """One place. Arrays that a source cannot give are None, and whoever needs them says so in one line."""
+    """One place. Arrays that a source does not have are None; code that needs one raises DataError."""
 
     name: str
     source: str  # "rooms" | "scannet" | "rgbd" | "video" | "ply"
@@ -118,10 +129,13 @@ class Scene:
     frames: Frames | LazyFrames | None = None
     bounds: np.ndarray | None = None  # [2, 3] lowest and highest corner of the room or cloud
     metric: bool = True  # False: unknown scale, metric questions are refused
-    turn: np.ndarray = field(default_factory=lambda: np.eye(3))  # augmentation already applied to boxes and points;
-    #                                                 encodings cached before it apply it to their own coordinates
-    identifiers: dict[int, int] = field(default_factory=dict)  # object id -> 0..99, drawn per scene and epoch
-    notes: list[str] = field(default_factory=list)  # what the reader did: transforms, dropped poses, guesses
+    # the augmentation already applied to boxes and points; features cached before it apply it to
+    # their coordinates
+    turn: np.ndarray = field(default_factory=lambda: np.eye(3))
+    identifiers: dict[int, int] = field(default_factory=dict)  # object id -> 0..99, per scene and epoch
+    notes: list[str] = field(default_factory=list)  # what the reader did: transforms, dropped poses
+    # kept by `scene_graph`; a copy starts without
+    graph: SceneGraph | None = field(default=None, init=False, repr=False, compare=False)
 
     def thing(self, object_id: int) -> Thing:
         return next(o for o in self.objects if o.id == object_id)
@@ -129,8 +143,11 @@ class Scene:
 
 @dataclass
 class Sample:
-    """One question with its exact answer. Text names objects by marks, "<obj 3>" = the object with id 3; each paper
-    replaces them in its own way (`substitute`): Proxy3D by identifiers, Spatial 3D-LLM by boxes in text."""
+    """One question with its exact answer.
+
+    Text names objects by marks: "<obj 3>" is the object with id 3. Each paper puts its own words in
+    their place: Proxy3D identifiers, Spatial 3D-LLM descriptions.
+    """
 
     id: str  # unique in its benchmark
     scene: str
@@ -138,38 +155,39 @@ class Sample:
     question: str
     answer: str  # the text to write, marks included
     answers: list[str] = field(default_factory=list)  # every accepted answer; empty = [answer]
-    tokens: list[str] = field(default_factory=list)  # `answers` split into words, where a benchmark does it itself
+    tokens: list[str] = field(default_factory=list)  # `answers` in words, where a benchmark splits them
     steps: str = ""  # written before the answer where a model reasons aloud; never scored
     targets: list[int] | None = None  # object ids (grounding), [] = nothing fits
-    value: float | None = None  # numeric truth: metres, square metres, count
+    value: float | None = None  # numeric truth: meters, square meters, count
     point: np.ndarray | None = None  # [3] truth of a coordinate question
     box: np.ndarray | None = None  # [6] truth of a box question
     options: list[str] | None = None  # multiple choice, "A. chair"
     prompt: np.ndarray | None = None  # [6] box or [3] click that belongs to the question
-    about: list[int] = field(default_factory=list)  # object ids that the question describes, in the order of its truth
-    wording: str = ""  # which template and slots: what the blind baseline may condition on
+    about: list[int] = field(default_factory=list)  # object ids that the question describes
+    template: str = ""  # a key of TEMPLATES: what the blind baseline falls back on
     kind: str = ""  # sub-type for tables: "unique", "multiple", "what", "easy", ...
 
 
 def fingerprint(scene: Scene) -> str:
-    """Hash what a scene is made of: files of frozen work belong to it, not to its name.
+    """Hash what a scene is made of, so that a file of cached features belongs to it and not to its name.
 
-    Frames on disk are known by their `key`, others by every 16th pixel; turning a scene does not change the result.
+    Frames on disk are known by their `key`, others by every 16th pixel. Turning a scene does not
+    change the result.
     """
     digest = hashlib.sha256(f"{scene.name} {scene.source}".encode())
+    arrays = [scene.colours, scene.superpoints, scene.instances]
+    if scene.points is not None:
+        arrays.append(np.linalg.norm(scene.points, axis=1).round(3))
     if isinstance(scene.frames, LazyFrames):
         digest.update(scene.frames.key.encode())
     elif scene.frames is not None:
-        frames = scene.frames
-        digest.update(frames.poses.tobytes())
-        for array in (frames.colour, frames.depth, frames.masks):
-            digest.update(np.ascontiguousarray(array[:, ::16, ::16]).tobytes())
-    for array in (scene.colours, scene.superpoints, scene.instances):
+        f = scene.frames
+        arrays += [f.poses, *(pixels[:, ::16, ::16] for pixels in (f.colour, f.depth, f.masks))]
+
+    # about 4,096 rows of each are enough to tell scenes apart
+    for array in arrays:
         if array is not None:
             digest.update(np.ascontiguousarray(array[:: 1 + len(array) // 4096]).tobytes())
-    if scene.points is not None:
-        some = scene.points[:: 1 + len(scene.points) // 4096]
-        digest.update(np.round(np.linalg.norm(some, axis=1), 3).tobytes())
     return digest.hexdigest()[:12]
 
 
@@ -184,145 +202,177 @@ def safe_name(name: str) -> str:
 MARK = re.compile(r"<obj (\d+)>")
 
 
-def substitute(text: str, refer: Callable[[int], str]) -> str:
-    """Replace every mark "<obj 3>" by refer(3)."""
-    return MARK.sub(lambda m: refer(int(m.group(1))), text)
+def substitute(text: str, object_to_text: Callable[[int], str]) -> str:
+    """Replace every mark "<obj 3>" by object_to_text(3)."""
+    return MARK.sub(lambda found: object_to_text(int(found[1])), text)
 
 
 def number_objects(scene: Scene, rng: np.random.Generator, count: int = 100) -> dict[int, int]:
-    """Random identifiers 0..count-1 for the scene's objects; of more than `count` objects the largest are numbered."""
-    by_volume = sorted(scene.objects, key=lambda o: (-float(np.prod(o.box[3:])), o.id))[:count]
-    ids = rng.permutation(count)[: len(by_volume)]
-    return {o.id: int(i) for o, i in zip(sorted(by_volume, key=lambda o: o.id), ids, strict=True)}
+    """Draw identifiers 0..count-1 for the scene's objects; of more than `count` objects the largest get one."""
+    by_volume = sorted(scene.objects, key=lambda o: (-float(np.prod(o.box[3:])), o.id))
+    numbered = sorted(o.id for o in by_volume[:count])
+    return dict(zip(numbered, rng.permutation(count).tolist(), strict=False))
 
 
 def augment(scene: Scene, rng: np.random.Generator, recolour: bool = False, mirror: bool = True) -> Scene:
-    """A copy with new identifiers, mirrored and transposed horizontally at random; `recolour` also draws new object
-    colours (only where the colours shown come from the object table: symbols). Without `mirror` only turned: questions
-    that people wrote say left and right."""
-    turn = np.diag([rng.choice([-1.0, 1.0]), rng.choice([-1.0, 1.0]), 1.0])
+    """Copy a scene with new identifiers and, at random, another of the eight symmetries of its floor plan.
+
+    recolour: draw new object colors too, where the colors that a model sees come from the object
+    table (symbols). mirror: False turns only, for questions that people wrote and that say left and
+    right.
+    """
+    # mirror x, mirror y, swap x and y
+    turn = np.diag([*rng.choice([-1.0, 1.0], 2), 1.0])
     if rng.random() < 0.5:
         turn = turn[[1, 0, 2]]
     if not mirror and np.linalg.det(turn) < 0:
         turn = np.diag([-1.0, 1.0, 1.0]) @ turn
-    size = np.abs(turn)
-    names = list(COLOURS)
-    objects = [
-        replace(o, box=np.concatenate([turn @ o.box[:3], size @ o.box[3:]]),
-                colour=names[rng.integers(len(names))] if recolour and o.colour else o.colour)
-        for o in scene.objects
-    ]  # fmt: skip
-    rotate = lambda a: None if a is None else (a @ turn.T).astype(a.dtype)  # noqa: E731
-    bounds = None if scene.bounds is None else np.sort(scene.bounds @ turn.T, axis=0)
-    return replace(scene, objects=objects, points=rotate(scene.points), normals=rotate(scene.normals), bounds=bounds,
-                   turn=turn @ scene.turn, identifiers=number_objects(scene, rng))  # fmt: skip
+
+    objects = []
+    for o in scene.objects:
+        box = np.concatenate([turn @ o.box[:3], np.abs(turn) @ o.box[3:]])
+        objects.append(replace(o, box=box))
+        if recolour and o.colour:
+            objects[-1].colour = list(COLOURS)[rng.integers(len(COLOURS))]
+
+    # the cloud turns along; frames do not, their points are turned when they are unprojected
+    turned = {}
+    for name in ("points", "normals", "bounds"):
+        array = getattr(scene, name)
+        if array is not None:
+            turned[name] = array @ turn.T.astype(array.dtype)
+    if "bounds" in turned:
+        turned["bounds"].sort(axis=0)
+    turned["identifiers"] = number_objects(scene, rng)
+    return replace(scene, objects=objects, turn=turn @ scene.turn, **turned)
 
 
 # ---- 2 geometry ------------------------------------------------------------------------------------------------------
 
 
-def knn(queries: torch.Tensor, points: torch.Tensor, k: int, chunk: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k nearest points of every query, nearest first: (distances [M, k] in the unit of the input, indices [M, k]).
+def knn(
+    queries: torch.Tensor, points: torch.Tensor, k: int, chunk: int = 4096
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the k nearest points of every query, nearest first.
 
-    A KD-tree on the CPU (50,000 points: 0.2 s against 7 s for all distances); chunked distances + top-k on a GPU.
-    queries [M, 3], points [N, 3] float. Raises ValueError if k > N.
+    On the CPU by a KD-tree (50,000 points: 0.2 s against 7 s for all distances), on a GPU by chunks
+    of all distances.
+
+    Args: queries [M, 3], points [N, 3] float. Raises ValueError if k > N.
+    Returns: distances [M, k] in the unit of the input, indices [M, k].
     """
     if not 1 <= k <= len(points):
-        raise ValueError(f"knn: k = {k} neighbours of {len(points)} points")
+        raise ValueError(f"knn: k = {k} neighbors of {len(points)} points")
     if points.device.type == "cpu":
         from scipy.spatial import cKDTree
 
-        distance, index = cKDTree(points.numpy()).query(queries.numpy(), k=k, workers=-1)
-        shape = (len(queries), k)
-        return torch.from_numpy(distance.reshape(shape)).to(points), torch.from_numpy(index.reshape(shape))
-    parts = [torch.cdist(q, points).topk(k, dim=1, largest=False) for q in queries.split(chunk)]
-    return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
+        tree = cKDTree(points.numpy())
+        distance, index = tree.query(queries.numpy(), k=np.arange(1, k + 1), workers=-1)
+        return torch.from_numpy(distance).to(points), torch.from_numpy(index)
+
+    # M x N distances do not fit into memory at once
+    found = []
+    for part in queries.split(chunk):
+        found.append(torch.cdist(part, points).topk(k, dim=1, largest=False))
+    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
 
 def nearest(queries: np.ndarray, points: np.ndarray, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """`knn` of arrays: distances [M, k] and indices [M, k]; of fewer than k points, all."""
-    tensors = (torch.from_numpy(np.ascontiguousarray(a, np.float32)) for a in (queries, points))
+    """Call `knn` on arrays: distances [M, k] and indices [M, k]; of fewer than k points, all."""
+    tensors = [torch.from_numpy(np.ascontiguousarray(a, np.float32)) for a in (queries, points)]
     distance, index = knn(*tensors, min(k, len(points)))
     return distance.numpy(), index.numpy()
 
 
 def farthest_point_sampling(points: torch.Tensor, count: int, first: int | None = None) -> torch.Tensor:
-    """Indices [count] of points chosen one by one, each the farthest from those chosen before; ties: lowest index.
+    """Choose points one by one, each the farthest from those chosen before; of equals the lowest index.
 
-    points [N, 3]; starts at `first`, by default the point farthest from the centroid. count is capped at N.
+    Args: points [N, 3]; count, at most N are taken; first: index to start at, by default the point
+    farthest from the centroid. Returns: indices [count].
     """
     count = min(count, len(points))
-    if first is None:
-        first = int((points - points.mean(0)).square().sum(1).argmax())
     chosen = torch.empty(count, dtype=torch.long, device=points.device)
-    nearest = torch.full((len(points),), float("inf"), dtype=points.dtype, device=points.device)
-    index = torch.tensor(first, device=points.device)
+    if first is None:
+        first = (points - points.mean(0)).square().sum(1).argmax()
+
+    index = first
+    distance = torch.full_like(points[:, 0], float("inf"))  # [N] squared, to the nearest chosen point
     for i in range(count):
         chosen[i] = index
-        nearest = torch.minimum(nearest, (points - points[index]).square().sum(1))
-        index = nearest.argmax()
+        to_newest = (points - points[index]).square().sum(1)
+        distance = torch.minimum(distance, to_newest)
+        index = distance.argmax()
     return chosen
 
 
+def group_mean(values: torch.Tensor, index: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Average the rows of every group.
+
+    Args: values [N, C] float; index [N], the group 0..count-1 of each row.
+    Returns: mean [count, C], 0 where a group is empty, and the groups' sizes [count].
+    """
+    total = values.new_zeros(count, values.shape[1]).index_add(0, index, values)
+    size = torch.bincount(index, minlength=count)
+    return total / size.clamp(min=1)[:, None], size
+
+
 def unproject(depth: np.ndarray, intrinsics: np.ndarray, poses: np.ndarray) -> np.ndarray:
-    """World point map [V, H, W, 3] float32 from depth [V, H, W] (0 -> NaN), intrinsics [V, 3, 3], poses [V, 4, 4]."""
+    """Turn depth into a map of world points: [V, H, W, 3] float32, NaN where depth is 0.
+
+    Args: depth [V, H, W], intrinsics [V, 3, 3], poses [V, 4, 4]. The first pixel's center is at
+    (0.5, 0.5).
+    """
     V, H, W = depth.shape
     u, v = np.meshgrid(np.arange(W) + 0.5, np.arange(H) + 0.5)
-    fx, fy, cx, cy = (intrinsics[:, i, j, None, None] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
-    rays = np.stack([(u - cx) / fx, (v - cy) / fy, np.ones((V, H, W))], axis=-1)  # [V, H, W, 3]
-    points = (rays * np.where(depth > 0, depth, np.nan)[..., None]).reshape(V, H * W, 3)
-    points = points @ poses[:, :3, :3].swapaxes(1, 2) + poses[:, None, :3, 3]
-    return points.reshape(V, H, W, 3).astype(np.float32)
+
+    # in the camera's frame: the ray of a pixel's center at depth 1, times the depth
+    K = intrinsics[:, :, :, None, None]  # [V, 3, 3, 1, 1]
+    x = (u - K[:, 0, 2]) / K[:, 0, 0]
+    y = (v - K[:, 1, 2]) / K[:, 1, 1]
+    rays = np.stack([x, y, np.ones((V, H, W))], axis=-1)  # [V, H, W, 3]
+    measured = np.where(depth > 0, depth, np.nan)
+    camera = (rays * measured[..., None]).reshape(V, H * W, 3)
+
+    # to the world's
+    world = camera @ poses[:, :3, :3].swapaxes(1, 2) + poses[:, None, :3, 3]
+    return world.reshape(V, H, W, 3).astype(np.float32)
 
 
 def project(points: np.ndarray, K: np.ndarray, pose: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The inverse of `unproject` for one camera: pixels [..., 2] (the first pixel's centre is at 0.5, 0.5) and depth
-    [...] of points [..., 3], with K [3, 3] and pose [4, 4]. Pixels of what lies behind the camera are NaN."""
+    """Invert `unproject` for one camera: pixels [..., 2], NaN behind the camera, and depth [...].
+
+    Args: points [..., 3], K [3, 3], pose [4, 4].
+    """
     camera = (points - pose[:3, 3]) @ pose[:3, :3]
     depth = camera[..., 2]
-    ahead = np.where(depth > 1e-6, depth, np.nan)[..., None]
-    return camera[..., :2] / ahead * K[[0, 1], [0, 1]] + K[:2, 2], depth
+    ahead = np.where(depth > 1e-6, depth, np.nan)
+    focal, center = K[[0, 1], [0, 1]], K[:2, 2]
+    return camera[..., :2] / ahead[..., None] * focal + center, depth
+
+
+def box_ends(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Give the lowest and the highest corners [..., 3] of boxes [..., 6]."""
+    center, half = boxes[..., :3], boxes[..., 3:] / 2
+    return center - half, center + half
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """IoU [..., n, m] of axis-aligned boxes a [..., n, 6] and b [..., m, 6] (centre, size)."""
-    lo = np.maximum((a[..., :3] - a[..., 3:] / 2)[..., :, None, :], (b[..., :3] - b[..., 3:] / 2)[..., None, :, :])
-    hi = np.minimum((a[..., :3] + a[..., 3:] / 2)[..., :, None, :], (b[..., :3] + b[..., 3:] / 2)[..., None, :, :])
-    inter = np.clip(hi - lo, 0, None).prod(-1)
-    union = a[..., 3:].prod(-1)[..., :, None] + b[..., 3:].prod(-1)[..., None, :] - inter
-    return inter / np.maximum(union, 1e-12)
-
-
-FLAT = 0.05  # metres: what is lower, a rug, is no obstacle
-
-
-def collide(a: np.ndarray, b: np.ndarray, slack: float) -> np.ndarray:
-    """Whether boxes a [m, 6] stand in boxes b [n, 6], [m, n] bool: along every axis they share more than `slack` metres
-    or than half of the thinner one. What is lower than FLAT is no obstacle."""
-    lo = np.maximum((a[:, :3] - a[:, 3:] / 2)[:, None], b[:, :3] - b[:, 3:] / 2)
-    hi = np.minimum((a[:, :3] + a[:, 3:] / 2)[:, None], b[:, :3] + b[:, 3:] / 2)
-    thin = np.minimum(a[:, None, 3:], b[:, 3:]) / 2
-    return (hi - lo > np.minimum(thin, slack)).all(-1) & (b[:, 5] >= FLAT)
-
-
-def carried(boxes: np.ndarray, tops: np.ndarray, bounds: np.ndarray | None,
-            wall: float = 0.02) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-    """What may hold boxes [m, 6]: floor [m] (the bottom is less than 5 cm above z = 0), wall [m] (within `wall` metres
-    of a side of the bounds [2, 3]) and carries [m, n] (which of tops [n, 6], at least 10 cm high, has its upper side
-    within 5 cm of the bottom and below the centre)."""
-    c, s, at, size = boxes[:, :3], boxes[:, 3:], tops[:, :3], tops[:, 3:]
-    bottom, top = c[:, 2] - s[:, 2] / 2, at[:, 2] + size[:, 2] / 2
-    carries = (np.abs(c[:, None, :2] - at[:, :2]) <= size[:, :2] / 2).all(-1) & (size[:, 2] >= 0.1)
-    carries &= np.abs(bottom[:, None] - top) < 0.05
-    lo, hi = (-np.inf, np.inf) if bounds is None else bounds[:, :2]
-    return bottom < 0.05, (np.minimum(c[:, :2] - lo, hi - c[:, :2]) - s[:, :2] / 2 < wall).any(1), carries
+    """Compute the IoU [..., n, m] of boxes a [..., n, 6] and b [..., m, 6]."""
+    a, b = a[..., :, None, :], b[..., None, :, :]  # every pair
+    a_low, a_high = box_ends(a)
+    b_low, b_high = box_ends(b)
+    overlap = np.minimum(a_high, b_high) - np.maximum(a_low, b_low)
+    shared = overlap.clip(min=0).prod(-1)
+    union = a[..., 3:].prod(-1) + b[..., 3:].prod(-1) - shared
+    return shared / np.maximum(union, 1e-12)
 
 
 # ---- 3 procedural rooms ----------------------------------------------------------------------------------------------
 #
-# A room is boxes: a piece of furniture is a row of one table, the row a few boxes (a chair: seat, back and legs), and a
-# view is one slab test of boxes against pixels. Layout and rendering use integers and + - * / sqrt only, element by
-# element, which IEEE 754 rounds alike everywhere: the same seed gives the same room on every machine.
+# A room is boxes: a piece of furniture is a row of one table, the row a few boxes (a chair: seat,
+# back and legs), and a view is one slab test of boxes against pixels. Layout and rendering use
+# integers and + - * / sqrt only, element by element, which IEEE 754 rounds alike everywhere: the
+# same seed gives the same room on every machine.
 
 ROOM_SEEDS = {"train": range(800_000), "val": range(800_000, 900_000), "test": range(900_000, 1_000_000)}
 
@@ -331,9 +381,12 @@ MATERIALS = {
     "leaf": (74, 138, 66), "sheet": (246, 246, 242), "glass": (178, 210, 232), "dark": (52, 48, 46),
 }  # fmt: skip
 
-# category -> width, depth, height in metres; where it stands; its parts. A part is "x0 x1 y0 y1 z0 z1 material" in
-# percent of the size, the back at y = 0; "|" repeats it mirrored left to right; "legs 46 12" are four legs up to 46 %,
-# 12 % thick. No material: the object's own colour, which is most of what is seen. Parts fill the size exactly.
+FLOORS = ((158, 128, 98), (140, 122, 104), (176, 152, 122), (150, 150, 146), (122, 104, 88))
+
+# category -> width, depth, height in meters; where it stands; its parts. A part is "x0 x1 y0 y1 z0
+# z1 material" in percent of the size, the back at y = 0; "|" repeats it mirrored left to right;
+# "legs 46 12" are four legs up to 46 %, 12 % thick. No material: the object's own color, which is
+# most of what is seen. Parts fill the size exactly.
 FURNITURE = {
     "chair": (0.46, 0.50, 0.92, "seat", "0 100 0 100 46 53, 0 100 0 12 53 100, legs 46 12"),
     "stool": (0.40, 0.40, 0.62, "free", "0 100 0 100 86 100, legs 86 16 wood"),
@@ -392,116 +445,174 @@ FURNITURE = {
 CATEGORIES = sorted(FURNITURE)
 SURFACES = ("desk", "dresser", "nightstand", "table")  # flat tops on which small things stand
 ORDER = ("door", "window", "wall", "free", "seat", "hang", "top")  # what is placed first
-CLEAR = {"door": 0.8, "window": 0.7, "hang": 0.5}  # metres kept free in front: doors open, pictures are seen
-SHADE = np.array([0.84, 0.90, 0.80, 0.93, 0.72, 1.0])  # light on faces -x +x -y +y -z +z; white never looks gray
+CLEAR = {"door": 0.8, "window": 0.7, "hang": 0.5}  # meters kept free in front
+SHADE = np.array([0.84, 0.90, 0.80, 0.93, 0.72, 1.0])  # light on faces -x +x -y +y -z +z; white stays white
 NORMALS = np.array([[-1, 0, 0], [1, 0, 0], [0, -1, 0], [0, 1, 0], [0, 0, -1], [0, 0, 1]], np.float32)
-BACK = np.array([[0, -1], [1, 0], [0, 1], [-1, 0]], float)  # where an object's back points after 0..3 quarter turns
+BACK = np.array([[0, -1], [1, 0], [0, 1], [-1, 0]], float)  # of an object after 0..3 quarter turns
 HALF_FOV = 0.9163312  # tan(85 degrees / 2)
 
 
-def _parse_parts(text: str) -> tuple[np.ndarray, list[str]]:
-    """A row's parts: corners [m, axis, (low, high)] in 0..1 and materials [m]."""
-    ends, materials = [], []
-    for words in (part.split() for part in text.split(",")):
-        mirrored, legs = words[0] == "|", words[0] == "legs"
-        words = words[mirrored or legs :]
-        numbers = [int(w) / 100 for w in words if w.isdigit()]
-        if legs:
-            top, b = numbers
-            boxes = [(x, x + b, y, y + b, 0, top) for x in (0, 1 - b) for y in (0, 1 - b)]
+def _parse_parts(text):
+    """Read a row's parts: their ends [m, axis, (low, high)] in 0..1 of the size, and their materials [m]."""
+    boxes, materials = [], []
+    for part in text.split(","):
+        words = part.split()
+        numbers = [int(word) / 100 for word in words if word.isdigit()]
+        if words[0] == "legs":
+            top, thick = numbers
+            ends = ((0, thick), (1 - thick, 1))
+            new = [(*x, *y, 0, top) for x in ends for y in ends]
+        elif words[0] == "|":
+            x0, x1, *rest = numbers
+            new = [numbers, (1 - x1, 1 - x0, *rest)]
         else:
-            boxes = [numbers, (1 - numbers[1], 1 - numbers[0], *numbers[2:])][: 1 + mirrored]
-        ends += boxes
-        materials += [words[-1] if words[-1].isalpha() else ""] * len(boxes)
-    return np.array(ends).reshape(-1, 3, 2), materials
+            new = [numbers]
+        material = words[-1] if words[-1].isalpha() else ""
+        boxes += new
+        materials += [material for _ in new]
+    return np.array(boxes).reshape(-1, 3, 2), materials
 
 
 PARTS = {category: _parse_parts(row[4]) for category, row in FURNITURE.items()}
 CUBE = _parse_parts("0 100 0 100 0 100")
 
 
-def _corners(category: str, size: np.ndarray, turn: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest corners [m, 3] of a category's parts around the centre of its base."""
+def _place_parts(category, size, turn):
+    """Give the lowest and highest corners [2, m, 3] of a category's parts around the center of its base."""
     ends = (PARTS.get(category, CUBE)[0] - [[0.5], [0.5], [0.0]]) * size[:, None]
-    x, y, z = ends[:, 0], ends[:, 1], ends[:, 2]
+    x, y, z = ends.swapaxes(0, 1)  # [m, (low, high)] each
     for _ in range(turn):
         x, y = -y[:, ::-1], x
-    return np.stack([x[:, 0], y[:, 0], z[:, 0]], 1), np.stack([x[:, 1], y[:, 1], z[:, 1]], 1)
+    return np.stack([x, y, z]).T
+
+
+class Furniture(NamedTuple):
+    """A piece of furniture that has found its place."""
+
+    category: str
+    colour: str
+    low: np.ndarray  # [m, 3] corners of its parts
+    high: np.ndarray  # [m, 3]
 
 
 def _propose(where, size, side, tops, tables, rng, n=48):
-    """n candidate boxes (low [n, 3], high [n, 3]) and turns [n] for an object of this size that stands `where`.
+    """Draw n candidate places for an object of this size that stands `where`: low [n, 3], high [n, 3], turn [n].
 
-    tops, tables: arrays [k, 7] of the boxes (low, high, turn) that carry small things, and that chairs stand around.
+    side [2]: the room's width and depth. tops, tables: what carries small things and what chairs
+    stand around, a row [center x, y, half width along x, y, height, turn] each.
     """
-    turn, u, where_z = rng.integers(4, size=n), rng.uniform(-1, 1, (n, 2)), rng.uniform(1.35, 1.6, n)
+    turn = rng.integers(4, size=n)
+    u = rng.uniform(-1, 1, (n, 2))
+    hung = rng.uniform(1.35, 1.6, n)
     if where == "top":  # turned as what carries it
-        below = tops[rng.integers(len(tops), size=n)]
-        turn = below[:, 6].astype(int)
+        carrier = np.array(tops)[rng.integers(len(tops), size=n)]
+        turn = carrier[:, 5].astype(int)
     half = np.where(turn[:, None] % 2, size[[1, 0]], size[:2]) / 2  # half widths along x and y after turning
     back = BACK[turn]
     along = 1 - np.abs(back)  # the axis along the wall or the table's edge
-    xy, z = (side / 2 - half - 0.03) * u, np.zeros(n)
+
+    # by default anywhere on the floor
+    xy = (side / 2 - half - 0.03) * u
+    z = np.zeros(n)
+
     if where == "top":
-        free = (below[:, 3:5] - below[:, :2]) / 2 - half
-        xy = np.where((free >= 0).all(1, keepdims=True), (below[:, :2] + below[:, 3:5]) / 2 + free * u, np.inf)
-        z = below[:, 5]
-    elif where == "seat" and len(tables):  # at a table, facing it; the second half of the candidates anywhere
-        table = tables[rng.integers(len(tables), size=n)]
-        centre, reach = (table[:, 3:5] + table[:, :2]) / 2, (table[:, 3:5] - table[:, :2]) / 2
-        at_table = centre + back * (reach + half + 0.08 + 0.06 * (u + 1)) + along * reach * 0.8 * u
-        xy = np.where(np.arange(n)[:, None] < n // 2, at_table, xy)
-    elif where not in ("free", "seat"):  # the back against a wall
-        xy = back * (side / 2 - half - (0.03 if where == "wall" else 0.0)) + along * xy
-        z = {"hang": where_z - size[2] / 2, "window": z + 0.95}.get(where, z)
+        # anywhere on the carrier, unless it is too small
+        free = carrier[:, 2:4] - half
+        fits = (free >= 0).all(1, keepdims=True)
+        xy = np.where(fits, carrier[:, :2] + free * u, np.inf)
+        z = carrier[:, 4]
+    elif where == "seat" and tables:
+        # the first half of the candidates at a table, facing it
+        table = np.array(tables)[rng.integers(len(tables), size=n)]
+        reach = table[:, 2:4]
+        away = back * (reach + half + 0.08 + 0.06 * (u + 1))
+        at_table = table[:, :2] + away + along * reach * 0.8 * u
+        xy[: n // 2] = at_table[: n // 2]
+    elif where not in ("free", "seat"):
+        # the back against a wall
+        gap = 0.03 if where == "wall" else 0.0
+        xy = back * (side / 2 - half - gap) + along * xy
+        if where == "hang":
+            z = hung - size[2] / 2
+        if where == "window":
+            z = z + 0.95
     return np.column_stack([xy - half, z]), np.column_stack([xy + half, z + size[2]]), turn
 
 
-def _furnish(rng: np.random.Generator, count: int, side: np.ndarray, height: float) -> list[tuple] | None:
-    """`count` objects as (category, colour, low [m, 3], high [m, 3]) of their parts, or None: the room is too small."""
-    others = [c for c in CATEGORIES if c not in ("door", "window")]
-    chosen = [SURFACES[rng.integers(len(SURFACES))]]  # about 12 categories in a room, so several chairs are common
-    others.remove(chosen[0])
-    chosen += [others[i] for i in rng.permutation(len(others))[: max(11, count // 5)]]
-    drawn = [chosen[i] for i in rng.integers(1, len(chosen), max(count - 3, 0))]
-    rank = lambda c: (ORDER.index(FURNITURE[c][3]), -FURNITURE[c][0] * FURNITURE[c][1])  # noqa: E731
-    queue = ["door", "window", *sorted([chosen[0], *drawn], key=rank)]
-    queue += [chosen[i] for i in rng.integers(len(chosen), size=6 * count)]  # stand in for what found no place
+def _choose(rng, count):
+    """Draw the categories of a room: in the order in which they are placed, more than fit; and each once."""
+    # about 12 categories in a room, so several chairs are common, and always one that small things
+    # stand on
+    surface = SURFACES[rng.integers(len(SURFACES))]
+    others = [c for c in CATEGORIES if c not in ("door", "window", surface)]
+    order = rng.permutation(len(others))[: max(11, count // 5)]
+    chosen = [surface, *(others[i] for i in order)]
+    more = rng.integers(1, len(chosen), max(count - 3, 0))
+    drawn = [surface, *(chosen[i] for i in more)]
+
+    # what needs a wall before what stands free, large before small; then what stands in for what
+    # found no place
+    def rank(category):
+        width, depth, _, where, _ = FURNITURE[category]
+        return ORDER.index(where), -width * depth
+
+    drawn.sort(key=rank)
+    spare = [chosen[i] for i in rng.integers(len(chosen), size=6 * count)]
+    return ["door", "window", *drawn, *spare], ["door", "window", *chosen]
+
+
+def _furnish(rng, count, side, height):
+    """Place `count` objects that do not touch: a list of Furniture, or None where the room is too small."""
+    queue, chosen = _choose(rng, count)
     colours = list(COLOURS)
-    left = {c: [colours[i] for i in rng.permutation(len(colours))] for c in ["door", "window", *chosen]}
-    placed, taken, tops, tables = [], np.empty((0, 6)), np.empty((0, 7)), np.empty((0, 7))
+    unused = {c: [colours[i] for i in rng.permutation(len(colours))] for c in chosen}
+    placed, taken, tops, tables = [], [], [], []
     for category in queue:
         if len(placed) == count:
             break
-        where = FURNITURE[category][3]
-        if not left[category] or (where == "top" and not len(tops)):  # no colour twice in a category
+        *size, where, _ = FURNITURE[category]
+        if not unused[category] or (where == "top" and not tops):  # no color twice in a category
             continue
-        size = np.array(FURNITURE[category][:3]) * rng.uniform(0.88, 1.12, 3)
+        size = size * rng.uniform(0.88, 1.12, 3)
         low, high, turn = _propose(where, size, side, tops, tables, rng)
-        margin = np.array([0.06, 0.06, 0.0]) / (3 if where == "top" else 1)
-        clash = (low - margin)[:, None] < taken[:, 3:] - 1e-6
-        clash &= (high + margin)[:, None] > taken[:, :3] + 1e-6
-        inside = (low[:, :2] >= -side / 2 - 1e-9).all(1) & (high[:, :2] <= side / 2 + 1e-9).all(1)
-        good = np.flatnonzero(inside & (high[:, 2] < height) & ~clash.all(2).any(1))
-        if not len(good):
+
+        # the first candidate inside the room that keeps clear of everything
+        gap = 0.02 if where == "top" else 0.06
+        margin = np.array([gap, gap, 0.0])
+        taken_low, taken_high = np.array(taken).reshape(-1, 2, 3).swapaxes(0, 1)  # [k, 3] each
+        clash = (low - margin)[:, None] < taken_high - 1e-6
+        clash &= (high + margin)[:, None] > taken_low + 1e-6
+        good = ~clash.all(2).any(1) & (high[:, 2] < height)
+        good &= (low[:, :2] >= -side / 2 - 1e-9).all(1)
+        good &= (high[:, :2] <= side / 2 + 1e-9).all(1)
+        if not good.any():
             continue
-        low, high, turn = low[good[0]], high[good[0]], int(turn[good[0]])
+        i = good.argmax()
+        low, high, turn = low[i], high[i], int(turn[i])
         base = np.append((low[:2] + high[:2]) / 2, low[2])
-        lo, hi = _corners(category, size, turn)
-        placed.append((category, left[category].pop(), lo + base, hi + base))
-        row = np.array([[*low, *high, turn]])
-        tops = np.concatenate([tops, row]) if category in SURFACES else tops
-        tables = np.concatenate([tables, row]) if category in ("table", "desk") else tables
+        parts_low, parts_high = _place_parts(category, size, turn) + base
+        placed.append(Furniture(category, unused[category].pop(), parts_low, parts_high))
+
+        # what it changes for those to come: doors open and pictures are seen, so the floor in front
+        # is taken too
+        row = [*base[:2], *(high[:2] - low[:2]) / 2, high[2], turn]
+        if category in SURFACES:
+            tops.append(row)
+        if category in ("table", "desk"):
+            tables.append(row)
         front = np.append(-BACK[turn] * CLEAR.get(where, 0.0), 0.0)
-        taken = np.concatenate([taken, [[*np.minimum(low, low + front), *np.maximum(high, high + front)]]])
+        taken.append([np.minimum(low, low + front), np.maximum(high, high + front)])
     return placed if len(placed) == count else None
 
 
-def _look(position: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Camera-to-world poses [V, 4, 4] of upright OpenCV cameras at position [V, 3] that look at target [V, 3]."""
-    unit = lambda a: a / np.sqrt(a[:, :1] ** 2 + a[:, 1:2] ** 2 + a[:, 2:] ** 2)  # noqa: E731
-    forward = unit(target - position)
-    right = unit(np.stack([forward[:, 1], -forward[:, 0], np.zeros(len(forward))], 1))
+def _unit(a):
+    return a / np.sqrt(a[:, :1] ** 2 + a[:, 1:2] ** 2 + a[:, 2:] ** 2)
+
+
+def _look(position, target):
+    """Give the poses [V, 4, 4] of upright cameras at position [V, 3] that look at target [V, 3]."""
+    forward = _unit(target - position)
+    right = _unit(np.stack([forward[:, 1], -forward[:, 0], np.zeros(len(forward))], 1))
     (fx, fy, fz), (rx, ry, _) = forward.T, right.T
     down = np.stack([-fz * ry, fz * rx, fx * ry - fy * rx], 1)  # forward x right
     pose = np.tile(np.eye(4), (len(forward), 1, 1))
@@ -509,130 +620,217 @@ def _look(position: np.ndarray, target: np.ndarray) -> np.ndarray:
     return pose
 
 
-def _cameras(rng: np.random.Generator, views: int, side: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Poses [V, 4, 4]: half of the views survey the room from around, half look from near at what those show smallest.
+def _along(vectors, axes):
+    """Multiply vectors [..., 3] by axes [..., 3, 3], adding in the same order on every machine."""
+    return (vectors[..., None] * axes).sum(-2)
 
-    low, high [n, 3]: the object boxes. Of 24 candidates each view takes the first that is 0.3 m from every box, the
-    near views also one about 0.8 m away with nothing in between.
-    """
-    around, near, tries = (views + 1) // 2, views // 2, 24
-    clearance = lambda eye: np.minimum(np.maximum(low - eye, eye - high).max(3).min(2), 0.3)  # noqa: E731
-    s = (np.arange(around)[:, None] + rng.uniform(0, 1, (around, tries))) / around * 4  # once along the perimeter
+
+TRIES = 24  # candidates for the place of a camera
+
+
+def _clearance(eye, low, high):
+    """Measure how far eye [..., 3] is from the nearest of the boxes low, high [n, 3], at most 0.3 m."""
+    eye = eye[..., None, :]
+    return np.maximum(low - eye, eye - high).max(-1).min(-1).clip(max=0.3)
+
+
+def _survey(rng, count, side, low, high):
+    """Give poses [count, 4, 4] around the room that look across it; low, high [n, 3]: the objects."""
+    # candidates once along the perimeter, from half way to the walls outwards
+    view = np.arange(count)
+    s = (view[:, None] + rng.uniform(0, 1, (count, TRIES))) / count * 4  # wall 0..3 and where along it
     wall = s.astype(int) % 4
-    xy = BACK[wall] + (2 * (s % 1) - 1)[..., None] * BACK[(wall + 1) % 4]
-    xy = xy * rng.uniform(0.5, 0.8, (around, tries, 1)) * side / 2
-    eye = np.concatenate([xy, rng.uniform(1.7, 2.4, (around, tries, 1))], 2)[:, :, None]  # [around, tries, 1, 3]
-    eye = eye[np.arange(around), clearance(eye).argmax(1), 0]
-    across = eye[:, :2] * rng.uniform(-0.6, -0.2, (around, 1))
-    survey = _look(eye, np.column_stack([across, rng.uniform(0.3, 0.8, around)]))
+    sideways = 2 * (s % 1) - 1
+    xy = BACK[wall] + sideways[..., None] * BACK[(wall + 1) % 4]
+    xy = xy * rng.uniform(0.5, 0.8, (count, TRIES, 1)) * side / 2
+    z = rng.uniform(1.7, 2.4, (count, TRIES, 1))
+    eye = np.concatenate([xy, z], 2)  # [count, TRIES, 3]
+    eye = eye[view, _clearance(eye, low, high).argmax(1)]
 
-    centre, extent = (low + high) / 2, np.sort(high - low, axis=1)
-    x, y, z = (((centre - survey[:, None, :3, 3]) * survey[:, None, :3, k]).sum(2) for k in range(3))  # [around, n]
-    inside = np.maximum(np.abs(x), np.abs(y)) < 0.85 * HALF_FOV * z
-    shown = (inside / np.maximum(z, 0.1) ** 2).max(0) * extent[:, 1] * extent[:, 2]
-    pick = np.argsort(shown, kind="stable")[np.arange(near) % len(low)]
-    target = centre[pick]
-    inwards = target[:, :2] * (1 - 1.6 / side)  # what hangs on a wall is seen from the front
-    xy = inwards[:, None] + rng.uniform(-1.0, 1.0, (near, tries, 2))
+    # they look beyond the middle, a little down
+    across = eye[:, :2] * rng.uniform(-0.6, -0.2, (count, 1))
+    return _look(eye, np.column_stack([across, rng.uniform(0.3, 0.8, count)]))
+
+
+def _close_ups(rng, count, survey, side, low, high):
+    """Give poses [count, 4, 4] from near, of the objects low, high [n, 3] that the survey shows smallest."""
+    # how much of the best view an object fills, by the two larger sides of its box
+    center = (low + high) / 2
+    axes, eye = survey[:, None, :3, :3], survey[:, None, :3, 3]
+    camera = _along(center - eye, axes)  # [views, n, 3] right, down, forward
+    z = camera[..., 2]
+    inside = np.abs(camera[..., :2]).max(2) < 0.85 * HALF_FOV * z
+    nearness = (inside / np.maximum(z, 0.1) ** 2).max(0)
+    _, middle, largest = np.sort(high - low, axis=1).T
+    order = np.argsort(nearness * middle * largest, kind="stable")
+    pick = order[np.arange(count) % len(low)]
+
+    # candidates about it, towards the middle of the room: what hangs on a wall is seen from the
+    # front
+    target = center[pick]  # [count, 3]
+    inwards = target[:, :2] * (1 - 1.6 / side)
+    xy = inwards[:, None] + rng.uniform(-1.0, 1.0, (count, TRIES, 2))
     xy = np.clip(xy, -side / 2 + 0.25, side / 2 - 0.25)
-    eye = np.concatenate([xy, rng.uniform(1.5, 1.8, (near, tries, 1))], 2)[:, :, None]
-    path = target[:, None, None] - eye
-    ends = np.sort([(low - eye) / path, (high - eye) / path], axis=0)
-    enter, leave = ends[0].max(3), ends[1].min(3)
-    blocked = (enter < leave) & (leave > 0) & (enter < 1) & (np.arange(len(low)) != pick[:, None, None])
-    fitness = clearance(eye) - 0.3 * np.abs(np.abs(path[:, :, 0, :2]).max(2) - 0.8) - blocked.any(2)
-    return np.concatenate([survey, _look(eye[np.arange(near), fitness.argmax(1), 0], target)])
+    height = rng.uniform(1.5, 1.8, (count, TRIES, 1))
+    eye = np.concatenate([xy, height], 2)  # [count, TRIES, 3]
+
+    # the best is clear of everything, about 0.8 m away, and no other box is between (slab test of
+    # the line of sight)
+    path = target[:, None] - eye
+    a, b = ((corner - eye[:, :, None]) / path[:, :, None] for corner in (low, high))
+    enter, leave = np.minimum(a, b).max(3), np.maximum(a, b).min(3)  # [count, TRIES, n]
+    between = (enter < leave) & (leave > 0) & (enter < 1)
+    other = np.arange(len(low)) != pick[:, None, None]
+    blocked = (between & other).any(2)
+    away = np.abs(path[:, :, :2]).max(2)
+    fitness = _clearance(eye, low, high) - 0.3 * np.abs(away - 0.8) - blocked
+    return _look(eye[np.arange(count), fitness.argmax(1)], target)
+
+
+def _rectangles(low, high, pose, size, half_fov):
+    """Bound what boxes cover of an image: pixels u0, v0, u1, v1 of each, empty where a box is out of sight.
+
+    low, high [B, 3] relative to the camera. Taken from the box around the box along the camera's
+    own axes.
+    """
+    axes = pose[:3, :3]
+    center = _along((low + high) / 2, axes)
+    half = _along((high - low) / 2, np.abs(axes))
+    first, last = center - half, center + half  # [B, 3] right, down, forward
+
+    # at depth 1, from where it is nearest and from where it is farthest; what is behind the camera
+    # is not seen
+    depth = np.stack([first[:, 2:], last[:, 2:]]).clip(min=0.01)  # [2, B, 1]
+    start, end = (first[:, :2] / depth).min(0), (last[:, :2] / depth).max(0)
+    pixels = (np.concatenate([start, end], 1) / half_fov + 1) * size / 2  # [B, 4]
+    pixels[:, 2:] += 1  # of a pixel that is covered in part, too
+    return np.clip(pixels, 0, size).astype(int).tolist()
 
 
 def ray_cast(lo, hi, pose, size, bounds=None, half_fov=HALF_FOV):
-    """What the pixels of one square view hit first, by one slab test of boxes against pixels.
+    """Find what the pixels of a square view hit first: paint box after box over what is farther.
 
-    lo, hi [B, 3]: corners of the boxes; pose [4, 4] camera to world; bounds [2, 3]: a room around it all, seen from
-    inside. Only the pixels in a box's rectangle on the image are tested. Returns for P = size * size pixels: depth [P]
-    float32 along the camera's axis (0 = nothing), box [P] (B = the room, -1 = nothing), face [P] in the order of
-    NORMALS and the points hit [P, 3].
+    A ray meets a box between its last entry and its first exit over the three pairs of faces (slab
+    test). Its length is measured along the camera's axis, so it is the depth. In the plane, from
+    the origin towards (2, 1), for a box x 2..6, y 2..4:
+
+        between its x faces   t = 1 ....... 3
+        between its y faces       t = 2 ....... 4
+        inside                        2 .. 3         last entry 2 < first exit 3: a hit at t = 2, on the y face
+
+    Args: lo, hi [B, 3] corners of the boxes; pose [4, 4] camera to world; bounds [2, 3], a room
+    around it all, seen from inside. Returns, for P = size * size pixels: depth [P] float32 (0 =
+    nothing), box [P] (B = the room, -1 = nothing), face [P] in the order of NORMALS, the points hit
+    [P, 3].
     """
-    P = size * size
     right, down, forward, eye = pose[:3].T
-    step = (2 * np.arange(size) + 1 - size) / size * half_fov  # pixel centres at depth 1
+    step = (2 * np.arange(size) + 1 - size) / size * half_fov  # pixel centers at depth 1
     rays = right[:, None, None] * step + down[:, None, None] * step[:, None] + forward[:, None, None]
-    rays = rays.reshape(3, P).astype(np.float32)
+    rays = rays.astype(np.float32)  # [3, size, size]
     rays[rays == 0] = 1e-9
     inverse = 1 / rays
-    a, b = (lo - eye).astype(np.float32), (hi - eye).astype(np.float32)
+    low = (lo - eye).astype(np.float32)
+    high = (hi - eye).astype(np.float32)
 
-    # every box's rectangle on the image, from its eight corners; the whole image where it reaches behind the camera
-    corner = np.array([[(a, b)[i][:, 0], (a, b)[j][:, 1], (a, b)[k][:, 2]] for i, j, k in np.ndindex(2, 2, 2)])
-    x, y, z = ((corner * v[:, None].astype(np.float32)).sum(1) for v in (right, down, forward))  # [8, B] each
-    limit = np.float32(half_fov) * z
-    seen = (z > 0.02).any(0) & ~(x < -limit).all(0) & ~(x > limit).all(0)
-    seen &= ~(y < -limit).all(0) & ~(y > limit).all(0)
-    behind = (z < 0.02).any(0)
-    u, v = ((q / np.maximum(limit, 0.01) + 1) * (size / 2) for q in (x, y))
-    u0, v0 = (np.where(behind, 0, np.floor(np.clip(q.min(0) - 0.01, 0, size))).astype(int) for q in (u, v))
-    u1, v1 = (np.where(behind, size, np.ceil(np.clip(q.max(0) + 0.01, 0, size))).astype(int) for q in (u, v))
-    width = u1 - u0
-    area = np.where(seen, width * (v1 - v0), 0)
-    box = np.repeat(np.arange(len(lo)), area)  # one entry per pair of a box and a pixel of its rectangle
-    row, column = np.divmod(np.arange(len(box)) - np.repeat(np.cumsum(area) - area, area), width[box])
-    pixel = (row + v0[box]) * size + column + u0[box]
-
-    # slab test: a ray is inside a box between its last entry and its first exit over the three axes
-    enter, leave = np.full(len(box), 0.01, np.float32), np.full(len(box), np.inf, np.float32)
-    for axis in range(3):
-        scale = inverse[axis][pixel]
-        t0, t1 = a[:, axis][box] * scale, b[:, axis][box] * scale
-        enter, leave = np.maximum(enter, np.minimum(t0, t1)), np.minimum(leave, np.maximum(t0, t1))
-    hit = np.flatnonzero((enter < leave) & (enter > 0.01))
-    pixel, box, enter = pixel[hit], box[hit], enter[hit]
-    depth, found = np.full(P, np.inf, np.float32), np.full(P, -1)
-    np.minimum.at(depth, pixel, enter)
-    first = enter == depth[pixel]
-    found[pixel[first]] = box[first]
-    axis = (np.where(rays > 0, a.T[:, found], b.T[:, found]) * inverse).argmax(0)  # the axis entered last
+    # the room first, if there is one: seen from inside, a ray meets it at its first exit
+    depth = np.full((size, size), np.inf, np.float32)
+    found = np.full((size, size), -1)
+    axis = np.zeros((size, size), int)  # of the face that is met
     if bounds is not None:
-        ends = np.where(rays > 0, bounds[1][:, None], bounds[0][:, None]) - eye[:, None]
-        leave = ends.astype(np.float32) * inverse
-        wall = leave.min(0) < depth
-        axis = np.where(wall, leave.argmin(0), axis)
-        depth, found = np.where(wall, leave.min(0), depth), np.where(wall, len(lo), found)
+        a, b = (bounds - eye).astype(np.float32)[:, :, None, None] * inverse
+        exits = np.maximum(a, b)
+        depth = exits.min(0)
+        axis = exits.argmin(0)
+        found[:] = len(lo)
+
+    # then every box, in its rectangle on the image
+    for box, (u0, v0, u1, v1) in enumerate(_rectangles(low, high, pose, size, half_fov)):
+        if u0 >= u1 or v0 >= v1:
+            continue
+        window = np.s_[v0:v1, u0:u1]
+        scale = inverse[:, v0:v1, u0:u1]
+        a = low[box, :, None, None] * scale
+        b = high[box, :, None, None] * scale
+        entries = np.minimum(a, b)
+        enter = entries.max(0)
+        leave = np.maximum(a, b).min(0)
+        hit = (enter < leave) & (enter > 0.01) & (enter <= depth[window])
+        if hit.any():
+            depth[window][hit] = enter[hit]
+            found[window][hit] = box
+            axis[window][hit] = entries.argmax(0)[hit]
+
+    # towards -x a ray meets a +x normal, on a box and on a wall
     depth[found < 0] = 0
-    face = 2 * axis + (rays[axis, np.arange(P)] < 0)  # towards -x a ray meets a +x normal, on a box and on a wall
-    return depth, found, face, (eye[:, None] + depth * rays).T
+    backwards = np.take_along_axis(rays, axis[None], 0)[0] < 0
+    face = 2 * axis + backwards
+    points = eye + (depth * rays).reshape(3, -1).T
+    return depth.ravel(), found.ravel(), face.ravel(), points
 
 
-def _sample_surface(lo, hi, bounds, weight, count, rng):
-    """`count` random points on what is not hidden: points [N, 3], box [N] (B = the room), face [N].
+def _sample_surface(lo, hi, owner, bounds, count, rng):
+    """Draw `count` random points on what can be seen: points [N, 3], box [N] (B = the room), face [N].
 
-    weight [B + 1]: shares of the boxes and the room. A point is kept when 4 mm along its normal lie in the room and
-    outside all boxes, so that faces that touch, the undersides on the floor and the backs at a wall have no points.
+    lo, hi [B, 3] corners of the parts, owner [B] the objects they belong to. Half of the points lie
+    on objects, shared by the root of their surface, so that small ones have points too.
     """
     B = len(lo)
-    lo_all, hi_all = np.concatenate([lo, bounds[:1]]), np.concatenate([hi, bounds[1:]])
-    w, d, h = (hi_all - lo_all).T
-    area = np.stack([d * h, d * h, w * h, w * h, w * d, w * d], 1)
+    low = np.concatenate([lo, bounds[:1]])  # [B + 1, 3] with the room
+    high = np.concatenate([hi, bounds[1:]])
+    w, d, h = (high - low).T
+    area = np.stack([d * h, d * h, w * h, w * h, w * d, w * d], 1)  # [B + 1, 6] of the faces
     area[B, 4] = 0.0  # no ceiling
-    cumulative = np.cumsum((area / area.sum(1, keepdims=True) * weight[:, None]).ravel())
-    kept, total = [], 0
-    while total < count:
+
+    # how often every box is drawn; cumsum adds in the same order on every machine, sum does not
+    surface = (w * d + d * h + w * h)[:B]
+    total = np.bincount(owner, surface)[1:]  # [objects]
+    share = np.sqrt(total) / np.cumsum(np.sqrt(total))[-1]
+    weight = np.append(surface * (share / total)[owner - 1], 1.0)
+    by_face = area / area.sum(1, keepdims=True) * weight[:, None]
+    cumulative = np.cumsum(by_face.ravel())
+
+    kept, found = [], 0
+    while found < count:
+        # a face by its weight, a place on it at random
         n = 2 * count
-        box, face = np.divmod(np.searchsorted(cumulative, rng.uniform(0, cumulative[-1], n)), 6)
+        drawn = np.searchsorted(cumulative, rng.uniform(0, cumulative[-1], n))
+        box, face = np.divmod(drawn, 6)
         box = np.minimum(box, B)
-        xyz = lo_all[box] + rng.uniform(0, 1, (n, 3)) * (hi_all - lo_all)[box]
+        xyz = low[box] + rng.uniform(0, 1, (n, 3)) * (high - low)[box]
         axis = face // 2
-        xyz[np.arange(n), axis] = np.where(face % 2 == (box < B), hi_all[box, axis], lo_all[box, axis])
+        outer = face % 2 == (box < B)  # the room is seen from inside
+        xyz[np.arange(n), axis] = np.where(outer, high[box, axis], low[box, axis])
+
+        # it is seen if 4 mm along its normal are in the room and in no box: not where faces touch,
+        # nor on undersides
         probe = xyz + 0.004 * NORMALS[face]
         hidden = np.ones((n, B), bool)
         for k in range(3):
             hidden &= (probe[:, k, None] > lo[:, k]) & (probe[:, k, None] < hi[:, k])
-        seen = ~hidden.any(1) & (probe > bounds[0]).all(1) & (probe < bounds[1]).all(1)
+        inside = (probe > bounds[0]).all(1) & (probe < bounds[1]).all(1)
+        seen = inside & ~hidden.any(1)
         kept.append((xyz[seen], box[seen], face[seen]))
-        total += int(seen.sum())
-    return tuple(np.concatenate(part)[:count] for part in zip(*kept, strict=True))
+        found += int(seen.sum())
+    return [np.concatenate(part)[:count] for part in zip(*kept, strict=True)]
+
+
+def _palette(placed, rng):
+    """Color the six faces of every part and then of the room: [6 * (B + 1), 3] int16."""
+    rgb = []
+    for piece in placed:
+        own = np.array(COLOURS[piece.colour]) + rng.integers(-8, 9, 3)
+        rgb += [MATERIALS.get(material, own) for material in PARTS[piece.category][1]]
+    faces = np.array(rgb)[:, None] * SHADE[:, None]  # [B, 6, 3]
+
+    warm = rng.integers(-8, 9)
+    wall = np.array([212 + warm, 208, 202 - warm]) - rng.integers(22)
+    floor = FLOORS[rng.integers(len(FLOORS))]
+    shell = [*np.outer([0.94, 0.98, 0.92, 1.0], wall), (236, 236, 232), floor]
+    return np.concatenate([faces.reshape(-1, 3), shell]).astype(np.int16)
 
 
 def _paint(palette, face, xyz, boards, rng):
-    """Colours [P, 3] uint8: palette [F, 3] of the faces [P], boards on the floor (the last face), slight noise."""
+    """Color points [P, 3] by their faces [P], with slight noise and, on the last face, the floor's boards."""
     colour = palette[face] + rng.integers(-5, 6, (len(face), 1), dtype=np.int8)
     floor = np.flatnonzero(face == len(palette) - 1)
     row = np.floor(xyz[floor, 1] * 5).astype(int)
@@ -642,116 +840,123 @@ def _paint(palette, face, xyz, boards, rng):
 
 
 def room(seed: int, objects: int | None = None, views: int = 12, size: int = 96, points: int = 4096) -> Scene:
-    """A furnished room around x = y = 0; the same seed gives the same room on every machine.
+    """Make a furnished room around x = y = 0; the same seed gives the same room on every machine.
 
-    objects: how many, door and window included (default 8 to 16); the room grows with them. views of size x size
-    pixels; views = 0 or points = 0 leave the frames or the cloud out. Object boxes are the exact extent of their parts
-    and disjoint (small things stand exactly on the tops of big ones); no two objects share category and colour. Half of
-    the cloud lies on objects, shared by the root of their surface, so that small ones have points too; superpoints are
-    the faces of parts, cut at every metre. Raises ValueError for a number of objects that cannot be furnished.
+    objects: how many, door and window included (default 8 to 16); the room grows with them. views
+    of size x size pixels; views = 0 or points = 0 leave the frames or the cloud out. Object boxes
+    are the exact extent of their parts and disjoint (small things stand exactly on the tops of big
+    ones); no two objects share category and color. Superpoints are the faces of parts, cut at every
+    meter. Raises DataError for a number of objects that cannot be furnished.
     """
-    most = len(CATEGORIES) * len(COLOURS) * 2 // 3  # beyond, too few pairs of category and colour are left
+    most = len(CATEGORIES) * len(COLOURS) * 2 // 3  # beyond, too few pairs of category and color are left
     if objects is not None and not 3 <= objects <= most:
         raise DataError(f"room: objects = {objects}; give 3 to {most}")
     rng = np.random.Generator(np.random.PCG64(seed))
-    count, side, height = int(rng.integers(8, 17)), rng.uniform(4.0, 6.5, 2), 2.6
+    count = int(rng.integers(8, 17))
+    side, height = rng.uniform(4.0, 6.5, 2), 2.6
     if objects is not None:
-        count, side = objects, side * max(1.0, np.sqrt(1.3 * objects / (side[0] * side[1])))
+        count = objects
+        side = side * max(1.0, np.sqrt(1.3 * objects / (side[0] * side[1])))
+
+    # the room grows until everything has a place; shuffled, so that an id says nothing about the
+    # category
     while (placed := _furnish(rng, count, side, height)) is None:
         side = side * 1.08
-    placed = [placed[i] for i in rng.permutation(count)]  # an id says nothing about the category
-    low, high = (np.array([f(p[k], 0) for p in placed]) for f, k in ((np.min, 2), (np.max, 3)))
+    placed = [placed[i] for i in rng.permutation(count)]
+    low = np.array([p.low.min(0) for p in placed])
+    high = np.array([p.high.max(0) for p in placed])
     boxes = np.concatenate([(low + high) / 2, high - low], 1)
-    things = [Thing(i + 1, p[0], p[1], boxes[i]) for i, p in enumerate(placed)]
+    things = [Thing(i + 1, p.category, p.colour, boxes[i]) for i, p in enumerate(placed)]
     bounds = np.array([[*-side / 2, 0.0], [*side / 2, height]])
     scene = Scene(f"room{seed:06d}", "rooms", things, bounds=bounds)
 
-    lo, hi = np.concatenate([p[2] for p in placed]), np.concatenate([p[3] for p in placed])  # [B, 3] of all parts
-    owner = np.append(np.repeat(np.arange(1, count + 1), [len(p[2]) for p in placed]), 0)  # [B + 1], the room is 0
-    own = [np.array(COLOURS[p[1]]) + rng.integers(-8, 9, 3) for p in placed]
-    rgb = [MATERIALS.get(m, c) for p, c in zip(placed, own, strict=True) for m in PARTS[p[0]][1]]
-    warm = rng.integers(-8, 9)
-    wall = np.array([212 + warm, 208, 202 - warm]) - rng.integers(22)
-    floor = ((158, 128, 98), (140, 122, 104), (176, 152, 122), (150, 150, 146), (122, 104, 88))[rng.integers(5)]
-    shell = [*np.outer([0.94, 0.98, 0.92, 1.0], wall), (236, 236, 232), floor]
-    palette = np.concatenate([(np.array(rgb)[:, None] * SHADE[:, None]).reshape(-1, 3), shell]).astype(np.int16)
+    # all parts of all objects, and the room as the last
+    lo = np.concatenate([p.low for p in placed])  # [B, 3]
+    hi = np.concatenate([p.high for p in placed])
+    parts = [len(p.low) for p in placed]
+    owner = np.append(np.repeat(np.arange(1, count + 1), parts), 0)  # [B + 1] object ids
+    palette = _palette(placed, rng)
     boards = rng.integers(-10, 11, 64).astype(np.int16)
 
     if views:
-        poses = _cameras(rng, views, side, low, high)
+        survey = _survey(rng, (views + 1) // 2, side, low, high)
+        close_ups = _close_ups(rng, views // 2, survey, side, low, high)
+        poses = np.concatenate([survey, close_ups])
         cast = [ray_cast(lo, hi, pose, size, bounds) for pose in poses]
-        depth, box, face, xyz = (np.concatenate(a) for a in zip(*cast, strict=True))
-        focal, shape = size / 2 / HALF_FOV, (views, size, size)
-        intrinsics = np.tile([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]], (views, 1, 1))
+        depth, box, face, xyz = (np.concatenate(part) for part in zip(*cast, strict=True))
+        shape = (views, size, size)
         colour = _paint(palette, 6 * box + face, xyz, boards, rng).reshape(*shape, 3)
         masks = owner[box].astype(np.int32).reshape(shape)
-        scene.frames = Frames(colour, depth.reshape(shape), masks, intrinsics, poses)
+        focal = size / 2 / HALF_FOV
+        K = np.tile([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]], (views, 1, 1))
+        scene.frames = Frames(colour, depth.reshape(shape), masks, K, poses)
+
     if points:
-        w, d, h = (hi - lo).T
-        area = w * d + d * h + w * h
-        total = np.bincount(owner[:-1], area)[1:]  # [count]
-        share = np.sqrt(total) / np.cumsum(np.sqrt(total))[-1]
-        weight = np.append(area * (share / total)[owner[:-1] - 1], 1.0)
-        xyz, box, face = _sample_surface(lo, hi, bounds, weight, points, rng)
-        scene.points, scene.normals, scene.instances = xyz.astype(np.float32), NORMALS[face], owner[box]
+        xyz, box, face = _sample_surface(lo, hi, owner[:-1], bounds, points, rng)
+        scene.points = xyz.astype(np.float32)
+        scene.normals = NORMALS[face]
+        scene.instances = owner[box]
         scene.colours = _paint(palette, 6 * box + face, xyz, boards, rng)
-        cell = np.floor(xyz).astype(np.int64) + 512
-        piece = ((6 * box + face) * 1024 + cell[:, 0]) * 1024 + cell[:, 1] + (cell[:, 2] << 50)
-        scene.superpoints = np.unique(piece, return_inverse=True)[1].reshape(-1)
+        x, y, z = np.floor(xyz).astype(int).T + 512
+        piece = ((z * len(palette) + 6 * box + face) * 1024 + x) * 1024 + y
+        scene.superpoints = np.unique(piece, return_inverse=True)[1]
     return scene
 
 
-def _room(job: tuple[int, Callable | None, dict]):
-    seed, then, options = job
-    scene = room(seed, **options)
-    return then(scene) if then else scene
+def rooms(seeds: Iterable[int], workers: int = 2, **options) -> list[Scene]:
+    """Make `room(seed, **options)` for all seeds, in their order, by `workers` forked processes (0: in this one).
 
-
-def rooms(seeds: Iterable[int], workers: int = 2, then: Callable | None = None, **options) -> list:
-    """`room(seed, **options)` for all seeds in their order, made by `workers` forked processes (0: in this one).
-
-    then: a module's function that a worker applies to its scene; what it returns is kept in the scene's place (1,000
-    scenes with frames are 1.4 GB). Workers use numpy's elementwise functions only, so each keeps to one thread and
-    forking a process that runs threads is safe.
+    Workers use numpy's elementwise functions only, so each keeps to one thread and forking a
+    process that runs threads is safe.
     """
-    jobs = [(int(seed), then, options) for seed in seeds]
-    if workers < 2 or len(jobs) < 8 or "fork" not in multiprocessing.get_all_start_methods():
-        return [_room(job) for job in jobs]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # about forking with threads, see above
-        with multiprocessing.get_context("fork").Pool(workers) as pool:
-            return list(pool.imap(_room, jobs, chunksize=min(16, -(-len(jobs) // (4 * workers)))))
+    seeds, make = [int(seed) for seed in seeds], partial(room, **options)
+    if workers < 2 or len(seeds) < 8 or "fork" not in multiprocessing.get_all_start_methods():
+        return [make(seed) for seed in seeds]
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        return pool.map(make, seeds)
 
 
 def category_icon(category: str, colour: str, size: int) -> np.ndarray:
-    """The category's furniture alone on black in a three-quarter view that fills the image: [size, size, 3] uint8.
+    """Draw the category's furniture alone on black, three-quarter view, filling the image: [size, size, 3] uint8.
 
-    The paper embeds categories from drawn icons (Proxy3D); a category outside the table is drawn as a plain cube.
-    Raises ValueError for a colour that is not in COLOURS.
+    The paper embeds categories from drawn icons (Proxy3D); a category outside the table is drawn as
+    a plain cube.
     """
-    if colour not in COLOURS:
-        raise ValueError(f"category_icon: colour {colour!r} is not one of {', '.join(COLOURS)}")
-    lo, hi = _corners(category, np.array(FURNITURE.get(category, (1.0, 1.0, 1.0))[:3]), 0)
-    pose, half_fov = _look(np.array([[0.6, 0.8, 0.5]]), np.zeros((1, 3)))[0], 0.35
-    corner = np.array([[(lo, hi)[i][:, 0], (lo, hi)[j][:, 1], (lo, hi)[k][:, 2]] for i, j, k in np.ndindex(2, 2, 2)])
-    x, y, z = ((corner * pose[:3, k, None]).sum(1) for k in range(3))  # [8, m] along the camera's axes
-    # the nearest eye e for which |x - ex| <= s (z - ez) and |y - ey| <= s (z - ez) hold for all corners
+    size_in_room = FURNITURE.get(category, (1.0, 1.0, 1.0))[:3]
+    lo, hi = _place_parts(category, np.array(size_in_room), 0)
+    pose = _look(np.array([[0.6, 0.8, 0.5]]), np.zeros((1, 3)))[0]
+    half_fov = 0.35
+
+    # the nearest eye e for which |x - ex| <= s (z - ez) and |y - ey| <= s (z - ez) hold in the
+    # camera's axes
     s = 0.94 * half_fov
-    (x0, x1), (y0, y1) = (((q - s * z).max(), (-q - s * z).max()) for q in (x, y))
+    right, down, forward, _ = pose[:3].T
+    sides = np.stack([right, -right, down, -down], 1) - s * forward[:, None]
+    x0, x1, y0, y1 = (_along((lo + hi) / 2, sides) + _along((hi - lo) / 2, np.abs(sides))).max(0)
     eye = np.array([(x0 - x1) / 2, (y0 - y1) / 2, -max(x0 + x1, y0 + y1) / (2 * s)])
-    pose[:3, 3] = (pose[:3, :3] * eye).sum(1)
+    pose[:3, 3] = _along(eye, pose[:3, :3].T)
+
     _, box, face, _ = ray_cast(lo, hi, pose, size, half_fov=half_fov)
-    rgb = np.array([MATERIALS.get(m, COLOURS[colour]) for m in PARTS.get(category, CUBE)[1]])[:, None] * SHADE[:, None]
-    image = np.where(box[:, None] < 0, 0, rgb[box, face])
+    rgb = [MATERIALS.get(material, COLOURS[colour]) for material in PARTS.get(category, CUBE)[1]]
+    shaded = np.array(rgb)[:, None] * SHADE[:, None]  # [m, 6, 3]
+    image = np.where(box[:, None] < 0, 0, shaded[box, face])
     return image.astype(np.uint8).reshape(size, size, 3)
 
 
 # ---- 4 questions and baselines ---------------------------------------------------------------------------------------
+#
+# A question is made in three steps: draw which objects it is about, read the answer off their boxes
+# and names (`scene_graph`), put both into one of a template's wordings (`ask`). A draw without a
+# clear answer gives None.
 
-# Wordings per template: content words close to the answer, since anything between is one more hop for a small model.
-# {what}, {other}, {at}, {facing} are descriptions ("red chair"), {a} and {b} are marks.
-AT = "i am standing at the {at} facing the {facing}.", "i stand at the {at} and look at the {facing}.", \
-     "from the {at} i face the {facing}."  # fmt: skip
+# Wordings keep content words close to the answer, since anything between is one more hop for a
+# small model. {what}, {other}, {at}, {facing} are descriptions ("red chair"), {a} and {b} are
+# marks.
+AT = (
+    "i am standing at the {at} facing the {facing}.",
+    "i stand at the {at} and look at the {facing}.",
+    "from the {at} i face the {facing}.",
+)
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "ground": ("which one is the {what}?", "find the {what}.", "which object is the {what}?", "point to the {what}."),
     "multi": ("find all {what}.", "which objects are {what}?", "point to all {what}."),
@@ -762,8 +967,6 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "relation": ("where is {a} relative to {b}?", "on which side is {a} of {b}?", "which way is {a} from {b}?"),
     "distance_ids": ("how far is {a} from {b}?", "what is the distance of {a} from {b}?",
                      "how many metres is {a} from {b}?"),
-    "subtract": ("{numbers} =",),
-    "norm": ("{numbers} =",),
     "colour": ("what colour is the {what}?", "which colour has the {what}?", "name the colour of the {what}."),
     "what_colour": ("what is {what}?", "which thing is {what}?", "what kind of thing is {what}?"),
     "what_on": ("what is on the {what}?", "what stands on the {what}?", "which thing is on the {what}?"),
@@ -794,74 +997,70 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
                          "by their closest points, which of these is nearest to the {what}? {options}",
                          "which of these has the narrowest gap to the {what}? {options}"),
     "vsi_rel_direction": tuple(f"{at} {{note}}where is the {{what}}? {{options}}" for at in AT),
-    "vsi_route": tuple(f"{at} i go to the {{what}}: {{actions}}. which turns are missing? {{options}}" for at in AT),
-    "vsi_order": ("in which order do these first appear in the video: {what}? {options}",
-                  "what is the order of first appearance in the video of {what}? {options}",
-                  "of {what}, which is seen first in the video, and which next? {options}"),
 }  # fmt: skip
-FLOOR, WALL, NOTHING = -1, -2, -3  # in Facts.support
-STRUCTURE = {"wall", "floor", "ceiling"}  # in labelled scans these are instances too; no question is about them
+WORDS = (  # the words that code below writes besides those of the tables
+    "a an the thing things on near from floor wall yes no this there it is back means at least degrees to turn a b c d"
+)
+
+FLOOR, WALL, NOTHING = -1, -2, -3  # in SceneGraph.support
+STRUCTURE = {"wall", "floor", "ceiling"}  # in labeled scans these are instances too; no question is about them
 BUILT = {"door", "window"}  # parts of walls: where they are is not asked
-PLURALS = {"shelf": "shelves", "bookshelf": "bookshelves", "clothes": "clothes"}
-SYNONYMS = {"couch": "sofa", "refrigerator": "fridge", "trash": "bin", "television": "tv", "painting": "picture",
-            "carpet": "rug", "light": "lamp", "closet": "wardrobe", "night": "nightstand"}  # fmt: skip
-WORDS = "a an the thing things on near from floor wall yes no this there it is turn then go forward to back means at " \
-        "least degrees a b c d"  # the words that code below writes besides those of the tables
-DECIDED = 0.15  # metres by which the nearest must beat the second (VSI-Bench's threshold)
-# How one of several is told from the rest: (rows [r, n] in all of which it must have the smallest number, by how much).
+SYNONYMS = {
+    "sofa": "couch", "fridge": "refrigerator", "bin": "trash", "tv": "television", "picture": "painting",
+    "rug": "carpet", "lamp": "light", "wardrobe": "closet", "nightstand": "night",
+}  # fmt: skip
+
+# How one of several objects is told from the rest -> a measure of the scene graph, +1 for the
+# smallest or -1 for the greatest, by how much the next must differ: 0.15 m is VSI-Bench's margin,
+# 0.405 a ratio of 1.5 in volume.
 RELATIONS = {
-    "nearest to": (lambda f, anchor: f.apart[:, anchor], DECIDED),
-    "farthest from": (lambda f, anchor: -f.apart[:, anchor], DECIDED),
-    "on": (lambda f, anchor: (f.support != anchor)[None] * 1.0, 1.0),
+    "nearest to": ("distance", 1, 0.15),
+    "farthest from": ("distance", -1, 0.15),
+    "on": ("not on", 1, 1.0),
 }
 EXTREMES = {
-    "largest": (lambda f, _: -f.measures[:1], 0.405), "smallest": (lambda f, _: f.measures[:1], 0.405),
-    "tallest": (lambda f, _: -f.measures[1:2], 0.1), "shortest": (lambda f, _: f.measures[1:2], 0.1),
-    "highest": (lambda f, _: -f.measures[2:], 0.1), "lowest": (lambda f, _: f.measures[2:], 0.1),
-}  # fmt: skip
+    "largest": ("volume", -1, 0.405),
+    "smallest": ("volume", 1, 0.405),
+    "tallest": ("height", -1, 0.1),
+    "shortest": ("height", 1, 0.1),
+    "highest": ("level", -1, 0.1),
+    "lowest": ("level", 1, 0.1),
+}
 SELECT = RELATIONS | EXTREMES
-# Forms of a question about a group: which (category, colour) keys it means.
-FORMS = {"category": lambda key: not key[1], "colour": lambda key: not key[0], "pair": all}
+
+# what a question may name of a group: its category, its color, both
+FORMS = {"category": (True, False), "colour": (False, True), "pair": (True, True)}
 SIDES = (("left", "right"), ("front", "behind"), ("below", "above"))  # per axis: negative, positive
-DIRECTIONS = {"left": (0, -1), "right": (0, 1), "front": (1, -1), "back": (1, 1)}  # where to move: axis, sign; seen as
-#                                                                                   `side_of` does, looking along +y
-# Directions from a situation: answers, degrees between them, margin in degrees, answer from |degrees| and side.
+
+# Directions from a situation: answer -> its sector in degrees, left positive, with a margin at
+# every edge.
 HEADINGS = {
-    "side": (("left", "right"), (0, 180), 20, lambda a, side: side),
-    "depth": (("front", "behind"), (90,), 20, lambda a, side: "front" if a < 90 else "behind"),
-    "turn": (("no", "yes"), (90,), 20, lambda a, side: "no" if a < 90 else "yes"),
-    "easy": (("left", "right"), (0, 180), 15, lambda a, side: side),  # these three: VSI-Bench's
-    "medium": (("left", "right", "back"), (0, 135), 15, lambda a, side: "back" if a > 135 else side),
-    "hard": (("front-left", "front-right", "back-left", "back-right"), (0, 90, 180), 15,
-             lambda a, side: ("front-" if a < 90 else "back-") + side),
-}  # fmt: skip
-# Numbers read off boxes: template -> (how many things, number in the unit asked for, how it is written).
-MEASURES = {
-    "size_height": (1, lambda f, i: f.boxes[i, 5], "{:.2f}"),
-    "size_length": (1, lambda f, i: f.boxes[i, 3:5].max(), "{:.2f}"),
-    "vsi_object_size": (1, lambda f, i: 100 * f.boxes[i, 3:].max(), "{:.0f}"),
-    "vsi_abs_distance": (2, lambda f, i, j: f.apart[0, i, j], "{:.2f}"),
-    "vsi_room_size": (0, lambda f: np.diff(f.bounds[:, :2], axis=0).prod(), "{:.0f}"),
-}  # fmt: skip
-# Words read off things: template -> (places that may be asked about, the answer, "" = unclear).
-LOOKUPS = {
-    "colour": (lambda f: f.unique, lambda f, i: f.things[i].colour),
-    "what_colour": (lambda f: [m[0] for (c, _), m in f.groups.items() if not c and len(m) == 1],
-                    lambda f, i: f.things[i].category),
-    "what_on": (lambda f: [i for i in f.unique if np.count_nonzero(f.support == i) == 1],
-                lambda f, i: f.things[int(np.argmax(f.support == i))].category),
-    "what_near": (lambda f: f.unique, lambda f, i: f.category(f.select("nearest to", range(len(f.things)), i))),
-    "where_support": (lambda f: f.movable, lambda f, i: f.spot(i)),
-    "where_near": (lambda f: [i for i in f.movable if f.support[i] == FLOOR], lambda f, i: f.neighbour(i)),
-}  # fmt: skip
+    "situated": {
+        "side": {"left": (20, 160), "right": (200, 340)},
+        "depth": {"front": (-70, 70), "behind": (110, 250)},
+        "turn": {"no": (-70, 70), "yes": (110, 250)},
+    },
+    "vsi_rel_direction": {
+        "easy": {"left": (15, 165), "right": (195, 345)},
+        "medium": {"left": (15, 120), "right": (240, 345), "back": (150, 210)},
+        "hard": {
+            "front-left": (15, 75),
+            "front-right": (285, 345),
+            "back-left": (105, 165),
+            "back-right": (195, 255),
+        },
+    },
+}
 
 
 def plural(noun: str) -> str:
-    return PLURALS.get(noun) or noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
+    if noun.endswith("shelf"):
+        return noun[:-1] + "ves"
+    return noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
 
 
 def phrase(category: str, colour: str, many: bool = False) -> str:
-    """A group of things in words, "" = any: "red chair", "chairs", "red thing"."""
+    """Name a group of things, "" = any: "red chair", "chairs", "red thing"."""
     noun = category or "thing"
     return f"{colour} {plural(noun) if many else noun}".lstrip()
 
@@ -879,568 +1078,658 @@ def metres(value: float) -> str:
 
 
 def listed(values: Iterable[float]) -> str:
-    """A point or a box as text: "[1.25, -0.80, 0.45]"."""
+    """Write a point or a box: "[1.25, -0.80, 0.45]"."""
     return f"[{', '.join(map(metres, values))}]"
 
 
 def pick(rng: np.random.Generator, items: Sequence):
-    """One item drawn uniformly, None of nothing (much cheaper than rng.choice; 256 questions are made a step)."""
+    """Draw one item, None of nothing (much cheaper than rng.choice; 256 questions are made a step)."""
     return items[int(rng.random() * len(items))] if len(items) else None
 
 
 def several(rng: np.random.Generator, items: Sequence, count: int) -> list:
-    """`count` different items in random order, [] where there are fewer."""
-    return [items[i] for i in rng.permutation(len(items))[:count].tolist()] if len(items) >= count else []
+    """Draw `count` different items in random order, [] where there are fewer."""
+    if len(items) < count:
+        return []
+    return [items[i] for i in rng.permutation(len(items))[:count].tolist()]
 
 
-def bearing(at: np.ndarray, facing: np.ndarray, what: np.ndarray) -> float:
-    """Degrees in -180..180, left positive, that one who stands `at` and looks at `facing` must turn to see `what`."""
-    (ax, ay), (bx, by) = (facing - at)[:2].tolist(), (what - at)[:2].tolist()
-    return math.degrees(math.atan2(ax * by - ay * bx, ax * bx + ay * by))
+# -- what questions ask of a scene; from here on g is a scene graph, i and j are places in g.things
 
 
-class Facts:
-    """What questions ask of one scene, worked out once; a thing is named by its place i in `things`.
+@dataclass
+class SceneGraph:
+    """Objects of a scene and how they relate; an object is named by its place in `things`."""
 
-    groups: (category, colour) -> places, "" = any. Reached by `facts(scene)`."""
-
-    def __init__(self, scene: Scene):
-        self.objects, self.bounds, self.frames = scene.objects, scene.bounds, scene.frames  # not scene: no cycle
-        self.things = [o for o in scene.objects if o.category not in STRUCTURE]
-        self.numbered = [i for i, o in enumerate(self.things) if not scene.identifiers or o.id in scene.identifiers]
-        self.is_numbered = set(self.numbered)
-        self.groups: dict[tuple[str, str], list[int]] = defaultdict(list)
-        for i, o in enumerate(self.things):
-            both = ((o.category, o.colour),) if o.category and o.colour else ()
-            for key in ((o.category, ""), ("", o.colour), *both):
-                if any(key):
-                    self.groups[key].append(i)
-        self.groups.default_factory = None
-
-    def number(self, category: str, colour: str) -> int:
-        return len(self.groups.get((category, colour), ()))
+    objects: list[Thing]  # the scene's, by which a graph is known to be its own
+    identifiers: dict[int, int]  # the scene's
+    bounds: np.ndarray | None  # the scene's
+    floor_area: float  # square meters; 0 where the bounds are not walls
+    things: list[Thing]  # the objects without walls, floor and ceiling
+    numbered: list[int]  # those that have an identifier
+    groups: dict[tuple[str, str], list[int]]  # (category, color) -> places, "" = any
+    names: dict[int, str]  # place -> what nothing else is: "chair", else "red chair", "red thing" without category
+    unique: list[int]  # the only ones of their category
+    boxes: np.ndarray  # [n, 6]
+    support: np.ndarray  # [n] what each stands or hangs on: a place, FLOOR, WALL or NOTHING (unclear)
+    measures: dict[str, np.ndarray]  # what SELECT compares: [r, n], or seen from every object [r, n, n]
 
     def category(self, i: int | None) -> str:
         return "" if i is None else self.things[i].category
 
     @cached_property
-    def boxes(self) -> np.ndarray:
-        """[n, 6] metres."""
-        return np.array([o.box for o in self.things], dtype=float).reshape(-1, 6)
-
-    @cached_property
-    def measures(self) -> np.ndarray:
-        """[4, n]: log volume, height, z of the top, z of the centre."""
-        z, size = self.boxes[:, 2], self.boxes[:, 3:]
-        return np.stack([np.log(np.maximum(size.prod(1), 1e-9)), size[:, 2], z + size[:, 2] / 2, z])
-
-    @cached_property
-    def apart(self) -> np.ndarray:
-        """[2, n, n] metres between the closest points of two boxes, and between their centres."""
-        between = np.abs(self.boxes[:, None, :3] - self.boxes[None, :, :3])
-        size = self.boxes[:, 3:]
-        gap = np.maximum(between - (size[:, None] + size[None]) / 2, 0)
-        return np.sqrt(np.square(np.stack([gap, between])).sum(-1))
-
-    @cached_property
-    def support(self) -> np.ndarray:
-        """[n] what each thing stands or hangs on (`carried`): FLOOR before all; else WALL, or the place of the one
-        thing that carries it; NOTHING (unknown) where neither or both hold."""
-        floor, wall, carries = carried(self.boxes, self.boxes, self.bounds)
-        carries &= ~np.eye(len(carries), dtype=bool)
-        count = carries.sum(1)
-        found = np.where((count == 1) & ~wall, carries.argmax(1) if len(carries) else 0, NOTHING)
-        return np.where(floor, FLOOR, np.where(wall & (count == 0), WALL, found))
-
-    @cached_property
-    def categories(self) -> list[str]:
-        return [category for category, colour in self.groups if not colour]
-
-    @cached_property
-    def colours(self) -> list[str]:
-        return [colour for category, colour in self.groups if not category]
-
-    @cached_property
-    def missing(self) -> list[str]:
-        """Categories of rooms that nothing here has, not even by another name ("office chair", "couch")."""
-        words = {w for category in self.categories for w in category.split()}
-        return [c for c in CATEGORIES if c not in words | {SYNONYMS[w] for w in words if w in SYNONYMS}]
-
-    @cached_property
-    def names(self) -> dict[int, tuple[str, str]]:
-        """Things that category, or category and colour (only colour without a category), tell from all others."""
-        keys = {}
-        for i, o in enumerate(self.things):
-            key = (o.category, "" if o.category and self.number(o.category, "") == 1 else o.colour)
-            if any(key) and self.number(*key) == 1:
-                keys[i] = key
-        return keys
-
-    @cached_property
-    def unique(self) -> list[int]:
-        """The only things of their category."""
-        return [i for i, (_, colour) in self.names.items() if not colour]
-
-    @cached_property
-    def movable(self) -> list[int]:
-        return [i for i in self.unique if self.things[i].category not in BUILT]
-
-    @cached_property
-    def targets(self) -> dict[str, list[int]]:
-        """Numbered things by the words that single them out."""
-        pairs = {i: self.number(o.category, "") for i in self.numbered if (o := self.things[i]).category and o.colour
-                 and self.number(o.category, o.colour) == 1}  # fmt: skip
-        return {"named": [i for i in self.names if i in self.is_numbered], "ground": list(pairs),
-                "ground_multiple": [i for i, alike in pairs.items() if alike > 1],
-                "ground_category": [i for i in self.unique if i in self.is_numbered]}  # fmt: skip
-
-    @cached_property
-    def views(self) -> dict[int, list[int]]:
-        """Thing -> the frames of which it fills 0.2 %, in order; those of none are left out."""
-        seen, masks = defaultdict(list), self.frames.masks
-        for v, mask in enumerate(masks):
-            for object_id, pixels in zip(*(a.tolist() for a in np.unique(mask, return_counts=True)), strict=True):
-                if pixels >= 0.002 * mask.size:
-                    seen[object_id].append(v)
-        return {i: seen[o.id] for i, o in enumerate(self.things) if o.id in seen}
-
-    @cached_property
     def described(self) -> dict[int, str]:
-        """The words for every thing that has some (`words`)."""
-        return {i: words for i in range(len(self.things)) if (words := self.words(i))}
-
-    def select(self, how: str, group: Iterable[int], anchor: int | None = None) -> int | None:
-        """The one of the group that SELECT's rows single out ("nearest to" the anchor, "largest"); None: too close."""
-        group = [i for i in group if i != anchor]
-        if not group:
-            return None
-        rows, margin = SELECT[how]
-        rows = rows(self, anchor)[:, group]
-        best = int(rows[0].argmin())
-        ahead = np.count_nonzero(rows - rows[:, best, None] >= margin)
-        return group[best] if ahead == rows.size - len(rows) else None
-
-    def words(self, i: int) -> str | None:
-        """What `describe` says of a thing."""
-        if i in self.names:
-            return phrase(*self.names[i])
-        thing, everything = self.things[i], range(len(self.things))
-        tries = [(how, (thing.category, ""), anchor) for how in RELATIONS for anchor in self.unique if thing.category]
-        tries += [(how, key, None) for key in ((thing.category, ""), ("", thing.colour), ("", "")) for how in EXTREMES]
-        fits = (t for t in tries if self.select(t[0], self.groups.get(t[1], everything), t[2]) == i)
-        found = next(fits, None)
-        return found and selection(self, *found)
-
-    def spot(self, i: int) -> str:
-        """What a thing stands or hangs on: "on the desk", "on the floor", "on the wall"; "" = unknown."""
-        j = int(self.support[i])
-        name = {FLOOR: "floor", WALL: "wall", NOTHING: ""}.get(j) if j < 0 else self.things[j].category
-        return f"on the {name}" if name else ""
-
-    def neighbour(self, i: int) -> str:
-        """What a thing on the floor is near: "near the bed", the nearest of the others there; "" = unclear."""
-        name = self.category(self.select("nearest to", np.flatnonzero(self.support == FLOOR).tolist(), i))
-        return f"near the {name}" if name else ""
+        """The words for every object that has some (`describe`)."""
+        words = {i: _words(self, i) for i in range(len(self.things))}
+        return {i: text for i, text in words.items() if text}
 
 
-def facts(scene: Scene) -> Facts:
-    """The scene's Facts, kept with the scene; `dataclasses.replace` (augment) leaves them behind, as it must."""
-    known = scene.__dict__.get("facts")
-    if known is None or known.objects is not scene.objects:
-        known = scene.__dict__["facts"] = Facts(scene)
-    return known
+def scene_graph(scene: Scene) -> SceneGraph:
+    """Work out what questions ask of a scene, once for its present objects."""
+    if scene.graph is not None and scene.graph.objects is scene.objects:
+        return scene.graph
+    things = [o for o in scene.objects if o.category not in STRUCTURE]
+    numbered = [i for i, o in enumerate(things) if not scene.identifiers or o.id in scene.identifiers]
+
+    # who has the same category, the same color, both; who is alone with it
+    groups, names = defaultdict(list), {}
+    for i, o in enumerate(things):
+        for key in dict.fromkeys([(o.category, ""), ("", o.colour), (o.category, o.colour)]):
+            if any(key):
+                groups[key].append(i)
+    for i, o in enumerate(things):
+        for key in [(o.category, ""), (o.category, o.colour)]:
+            if len(groups.get(key, ())) == 1:
+                names.setdefault(i, phrase(*key))
+    unique = [i for i, name in names.items() if name == things[i].category]
+
+    # sizes and distances
+    boxes = np.array([o.box for o in things], dtype=float).reshape(-1, 6)
+    center, size = boxes[:, :3], boxes[:, 3:]
+    between = np.abs(center[:, None] - center)  # [n, n, 3]
+    gap = np.maximum(between - (size[:, None] + size) / 2, 0)
+    support = _support(boxes, scene.bounds)
+    measures = {
+        "distance": np.sqrt(np.square([gap, between]).sum(-1)),  # between closest points, between centers
+        "not on": (support != np.arange(len(things))[:, None])[None] * 1.0,
+        "volume": np.log(np.maximum(size.prod(1), 1e-9))[None],
+        "height": size[None, :, 2],
+        "level": np.stack([center[:, 2] + size[:, 2] / 2, center[:, 2]]),
+    }
+    area = 0.0
+    if scene.source == "rooms" and scene.bounds is not None:
+        area = float(np.ptp(scene.bounds[:, :2], axis=0).prod())
+
+    scene.graph = SceneGraph(
+        scene.objects, scene.identifiers, scene.bounds, area,
+        things, numbered, dict(groups), names, unique, boxes, support, measures,
+    )  # fmt: skip
+    return scene.graph
 
 
-def selection(f: Facts, how: str, key: tuple[str, str], anchor: int | None) -> str:
-    """ "chair nearest to the bed", "largest red thing"."""
-    return f"{how} {phrase(*key)}" if anchor is None else f"{phrase(*key)} {how} the {f.things[anchor].category}"
+def _support(boxes: np.ndarray, bounds: np.ndarray | None) -> np.ndarray:
+    """Find what boxes [n, 6] stand or hang on: [n] FLOOR, WALL, the place of what carries it, NOTHING."""
+    low, high = box_ends(boxes)
+    floor = low[:, 2] < 0.05
+
+    # another box carries it whose top is less than 5 cm from its bottom and below its center; a mat
+    # does not
+    center = boxes[:, None, :3]
+    carries = ((low <= center) & (center <= high))[..., :2].all(-1)  # [n, carrier]
+    carries &= (np.abs(low[:, None, 2] - high[:, 2]) < 0.05) & (boxes[:, 5] >= 0.1)
+    count = carries.sum(1)
+    carrier = carries @ np.arange(len(boxes))
+
+    # it hangs within 2 cm of a wall, if nothing carries it
+    wall = np.zeros(len(boxes), bool)
+    if bounds is not None:
+        wall = (np.minimum(low - bounds[0], bounds[1] - high)[:, :2] < 0.02).any(1)
+    cases = [floor, wall & (count == 0), ~wall & (count == 1)]
+    return np.select(cases, [FLOOR, WALL, carrier], NOTHING)
+
+
+def keys_of(g, form):
+    """List the keys of groups that a question of this form may be about."""
+    return [key for key in g.groups if (key[0] > "", key[1] > "") == FORMS[form]]
+
+
+def alone(g, form):
+    """List the only objects of a category, of a color, or of both."""
+    return [g.groups[key][0] for key in keys_of(g, form) if len(g.groups[key]) == 1]
+
+
+def select(g, how, group, anchor=None):
+    """Find the one of the group that is "nearest to" the anchor, or "largest"; None where it is close."""
+    group = [i for i in group if i != anchor]
+    if not group:
+        return None
+
+    # every row must put the same one first, by the margin
+    what, sign, margin = SELECT[how]
+    rows = g.measures[what] if anchor is None else g.measures[what][:, anchor]
+    rows = sign * rows[:, group]  # [r, len(group)]
+    best = int(rows[0].argmin())
+    close = np.count_nonzero(rows - rows[:, [best]] < margin)
+    return group[best] if close == len(rows) else None  # only itself
+
+
+def selection(g, how, key, anchor):
+    """Write a selection: "chair nearest to the bed", "largest red thing"."""
+    if anchor is None:
+        return f"{how} {phrase(*key)}"
+    return f"{phrase(*key)} {how} the {g.category(anchor)}"
+
+
+def _words(g, i):
+    """Find words that fit object i alone: a name, a relation to a unique object or a superlative."""
+    if i in g.names:
+        return g.names[i]
+    o = g.things[i]
+    kind = (o.category, "")
+    tries = [(how, kind, anchor) for how in RELATIONS for anchor in g.unique if o.category]
+    tries += [(how, key, None) for key in (kind, ("", o.colour), ("", "")) for how in EXTREMES]
+    for how, key, anchor in tries:
+        if select(g, how, g.groups.get(key, range(len(g.things))), anchor) == i:
+            return selection(g, how, key, anchor)
+    return None
 
 
 def describe(scene: Scene, thing: Thing) -> str | None:
-    """Words that fit this thing alone, to be put behind "the": "chair", "red chair", "chair nearest to the bed",
-    "largest red thing"; None where nothing of that kind is unambiguous."""
-    f = facts(scene)
-    i = next((i for i, o in enumerate(f.things) if o.id == thing.id), None)
-    return None if i is None else f.words(i)
+    """Give words that fit this thing alone, to be put behind "the"; None where nothing is unambiguous.
+
+    "chair", "red chair", "chair nearest to the bed", "largest red thing".
+    """
+    g = scene_graph(scene)
+    return next((words for i, words in g.described.items() if g.things[i].id == thing.id), None)
 
 
-def ask(scene: Scene, rng: np.random.Generator, task: str, answer: str, text: dict, slots: dict | None = None,
-        template: str = "", wrong: Iterable[str] = (), **rest) -> Sample | None:  # fmt: skip
-    """A Sample in one of the template's wordings: `text` fills it, `slots` are what a blind guess may know of it. With
-    `wrong` answers it is a multiple choice, answered by a letter. None where metres are asked of an unknown scale."""
+def support_phrase(g, i):
+    """Say what an object stands or hangs on: "on the desk", "on the floor"; "" = unclear."""
+    on = g.support[i]
+    name = {FLOOR: "floor", WALL: "wall", NOTHING: ""}[on] if on < 0 else g.category(on)
+    return f"on the {name}" if name else ""
+
+
+def nearby_phrase(g, i):
+    """Say which other object on the floor is nearest: "near the bed"; "" = unclear."""
+    standing = np.flatnonzero(g.support == FLOOR).tolist()
+    name = g.category(select(g, "nearest to", standing, i))
+    return f"near the {name}" if name else ""
+
+
+# -- from a draw to a question
+
+TASKS: dict[str, Callable[[Scene, np.random.Generator], Sample | None]] = {}
+METRIC = {  # tasks whose answers are in meters
+    "coordinate", "distance_ids", "distance", "size", "vsi_abs_distance", "vsi_object_size", "vsi_room_size"
+}  # fmt: skip
+UNLABELLED = ("ground_superlative", "id_colour", "id_size")  # stand in where objects have no names
+
+
+def ask(
+    scene: Scene,
+    rng: np.random.Generator,
+    task: str,
+    answer: str,
+    text: dict,
+    template: str = "",
+    wrong: Sequence[str] = (),
+    **rest,
+) -> Sample | None:
+    """Write a Sample in one of the template's wordings, which `text` fills.
+
+    wrong: other answers of a multiple choice; the answer becomes a letter. Returns None where
+    meters are asked of a scene of unknown scale.
+    """
     if task in METRIC and not scene.metric:
         return None
+
+    # the options in random order, which leaves the right one's letter to chance
     if wrong:
         texts = [answer, *wrong]
-        order = rng.permutation(len(texts)).tolist()
-        rest["options"] = [f"{'ABCD'[k]}. {texts[j]}" for k, j in enumerate(order)]
-        text, answer = text | {"options": " ".join(rest["options"])}, "ABCD"[order.index(0)]
+        order = rng.permutation(len(texts))
+        rest["options"] = [f"{letter}. {texts[k]}" for letter, k in zip("ABCD", order, strict=False)]
+        text = {**text, "options": " ".join(rest["options"])}
+        answer = "ABCD"[order.argmin()]  # where the right one, number 0, has gone
     template = template or task
-    wordings = TEMPLATES[template]
-    i = int(rng.random() * len(wordings))
-    wording = f"{template}#{i}" + "".join([f"|{k}={v}" for k, v in slots.items()] if slots else ())
-    return Sample("", scene.name, task, wordings[i].format(**text), answer, wording=wording, **rest)
+    question = pick(rng, TEMPLATES[template]).format(**text)
+    return Sample("", scene.name, task, question, answer, template=template, **rest)
 
 
-def numbered(scene: Scene, rng: np.random.Generator, count: int = 1, named: bool = False) -> list[Thing] | None:
-    """One or two different things, in random order, that have an identifier (`named`: and a description)."""
-    f = facts(scene)
-    n = f.targets["named"] if named else f.numbered
+def make_sample(function: Callable, task: str, scene: Scene, rng: np.random.Generator) -> Sample | None:
+    """Draw and write one question of a task; None where this draw has no unambiguous one."""
+    drawn = function(scene_graph(scene), rng, task)
+    return drawn and ask(scene, rng, task, **drawn)
+
+
+def generator(*tasks: str) -> Callable:
+    """Register a function (scene graph, rng, task) -> arguments of `ask`, or None, for its tasks."""
+
+    def register(function: Callable) -> Callable:
+        for task in tasks:
+            TASKS[task] = partial(make_sample, function, task)
+        return function
+
+    return register
+
+
+def draw_numbered(g, rng, count, named=False):
+    """Draw one or two different objects with identifiers (named: and names), [] where there are too few."""
+    n = [i for i in g.names if i in g.numbered] if named else g.numbered
     if len(n) < count:
-        return None
-    i = int(rng.random() * len(n))
-    return [f.things[j] for j in (n[i], n[i - 1 - int(rng.random() * (len(n) - 1))])[:count]]
+        return []
+    first = int(rng.random() * len(n))
+    other = first - 1 - int(rng.random() * (len(n) - 1))
+    return [n[first], n[other]][:count]
 
 
-# Every function below makes one Sample, or None where the scene (or this draw) cannot give an unambiguous one.
+# -- generators
 
 
-def ground(scene: Scene, rng: np.random.Generator, task: str) -> Sample | None:
-    """One thing by category and colour (ground_category: by its unique category). ScanRefer's kinds: "unique" = the
-    only thing of its category, "multiple" = not; ground_multiple asks only the latter."""
-    f = facts(scene)
-    i = pick(rng, f.targets[task])
+@generator("ground", "ground_multiple", "ground_category")
+def ground(g, rng, task):
+    """Ask for one object by category and color (ground_category: by its unique category).
+
+    ScanRefer's kinds: "unique" = the only one of its category, "multiple" = not; ground_multiple
+    asks the latter.
+    """
+    # what a category, or category and color, tells from all others; only what has an identifier can
+    # be the answer
+    form = "category" if task == "ground_category" else "pair"
+    places = [i for i in alone(g, form) if i in g.numbered]
+    if task == "ground_multiple":
+        places = [i for i in places if i not in g.unique]
+    i = pick(rng, places)
     if i is None:
         return None
-    o = f.things[i]
-    key = (o.category, "" if task == "ground_category" else o.colour)
-    kind = "unique" if f.number(o.category, "") == 1 else "multiple"
-    return ask(scene, rng, task, mark(o), {"what": phrase(*key)}, {"category": key[0], "colour": key[1]}, "ground",
-               targets=[o.id], kind=kind)  # fmt: skip
+    o = g.things[i]
+    what = phrase(o.category, o.colour if form == "pair" else "")
+    kind = "unique" if i in g.unique else "multiple"
+    return dict(answer=mark(o), text={"what": what}, template="ground", targets=[o.id], kind=kind)
 
 
-def ground_by(scene: Scene, rng: np.random.Generator, task: str) -> Sample | None:
-    """ground_relation: one of several of a category by its relation to the only thing of another, "chair nearest to the
-    table". ground_superlative: "largest red thing", "tallest chair", "lowest thing", which needs no category; what is
-    alone in its group is asked for without ("red thing", kind "only")."""
-    f = facts(scene)
+@generator("ground_relation", "ground_superlative")
+def ground_by(g, rng, task):
+    """Ask for one object by comparing.
+
+    ground_relation: one of several of a category by its relation to the only one of another, "chair
+    nearest to the table". ground_superlative: "largest red thing", "tallest chair", "lowest thing",
+    which needs no category; what is alone in its group is asked for without ("red thing", kind
+    "only").
+    """
+    # among which objects, and how they compare
     relation = task == "ground_relation"
-    keys = [key for key, m in f.groups.items() if not relation or (len(m) > 1 and not key[1])]
+    keys, hows = list(g.groups), list(EXTREMES)
+    if relation:
+        keys = [key for key in keys_of(g, "category") if len(g.groups[key]) > 1]
+        hows = list(RELATIONS)
     for _ in range(4):
-        key, how = pick(rng, keys), pick(rng, tuple(RELATIONS if relation else EXTREMES))
-        anchor = pick(rng, f.unique) if relation else None
-        if relation and None in (key, anchor):
-            return None
-        key = key if key and (relation or rng.random() < 0.5) else ("", "")
-        group = f.groups.get(key) or range(len(f.things))
-        i = f.select(how, group, anchor)
-        if i in f.is_numbered:
-            alone = not relation and len(group) == 1
-            text = phrase(*key) if alone else selection(f, how, key, anchor)
-            slots = {"how": how, "category": f.things[i].category}
-            return ask(scene, rng, task, mark(f.things[i]), {"what": text}, slots, "ground", targets=[f.things[i].id],
-                       kind="only" if alone else how)  # fmt: skip
+        key, how, anchor = pick(rng, keys), pick(rng, hows), None
+        if relation:
+            anchor = pick(rng, g.unique)
+            if None in (key, anchor):
+                return None
+        elif key is None or rng.random() >= 0.5:
+            key = ("", "")  # among all
+
+        # the comparison must be clear, and its winner must have an identifier
+        group = g.groups.get(key, range(len(g.things)))
+        i = select(g, how, group, anchor)
+        if i in g.numbered:
+            o, what, kind = g.things[i], selection(g, how, key, anchor), how
+            if len(group) == 1:
+                what, kind = phrase(*key), "only"
+            return dict(answer=mark(o), text={"what": what}, template="ground", targets=[o.id], kind=kind)
     return None
 
 
-def absent(f: Facts, rng: np.random.Generator, form: str) -> tuple[str, str] | None:
-    """A (category, colour) that nothing has. A pair is a hard negative: its category and its colour are both here."""
-    colours = {"category": [""], "colour": list(COLOURS), "pair": f.colours}[form]
-    categories = {"category": f.missing, "colour": [""], "pair": f.categories}[form]
-    keys = ((pick(rng, categories), pick(rng, colours)) for _ in range(8))
-    return next((key for key in keys if None not in key and key not in f.groups), None)
+def absent(g, rng, form):
+    """Draw a key that no object has; of a pair, a hard negative, category and color are both here."""
+    here = [category for category, _ in keys_of(g, "category")]
+    text = " ".join(here)  # "office chair" and "couch" are a chair and a sofa by another name
+    choices = {
+        "category": ([c for c in CATEGORIES if c not in text and SYNONYMS.get(c, c) not in text], [""]),
+        "colour": ([""], list(COLOURS)),
+        "pair": (here, [colour for _, colour in keys_of(g, "colour")]),
+    }
+    for _ in range(8):
+        key = tuple(pick(rng, part) for part in choices[form])
+        if None not in key and key not in g.groups:
+            return key
+    return None
 
 
-def multi(scene: Scene, rng: np.random.Generator) -> Sample | None:
-    """All things of a category, colour or both (Multi3DRefer): "yes. <obj 1> <obj 4>", in the order of their
-    identifiers, or "no.". Kinds: zt, st, mt = zero, one, several targets; w_d, wo_d = with, without distractors (other
-    things of the category)."""
-    f = facts(scene)
+def kind_of(g, key):
+    """Name Multi3DRefer's kind of a group: mt = several targets, st = one, with or without distractors."""
+    category, colour = key
+    if len(g.groups[key]) > 1:
+        return "mt"
+    if not colour:
+        return "st_wo_d"
+    return "st_w_d" if category and len(g.groups[category, ""]) > 1 else ""
+
+
+@generator("multi")
+def multi(g, rng, task):
+    """Ask for all objects of a category, color or both (Multi3DRefer): "yes. <obj 1> <obj 4>" or "no.".
+
+    Objects are listed by identifier. Kinds: zt, st, mt = zero, one, several targets; w_d, wo_d =
+    with, without distractors (others of the category).
+    """
+    # the kind first, then a group of that kind: most groups have one object
     kind = pick(rng, ("zt_w_d", "zt_wo_d", "st_w_d", "st_wo_d", "mt"))
-    if kind[0] == "z":
-        key = absent(f, rng, "pair" if kind == "zt_w_d" else pick(rng, ("category", "colour")[not f.categories :]))
+    if kind == "zt_w_d":
+        key = absent(g, rng, "pair")
+    elif kind == "zt_wo_d":
+        forms = ("category", "colour") if keys_of(g, "category") else ("colour",)
+        key = absent(g, rng, pick(rng, forms))
     else:
-        fits = {"mt": lambda key, n: n > 1, "st_wo_d": lambda key, n: n == 1 and not key[1],
-                "st_w_d": lambda key, n: n == 1 and all(key) and f.number(key[0], "") > 1}[kind]  # fmt: skip
-        key = pick(rng, [key for key, members in f.groups.items() if fits(key, len(members))])
-    members = f.groups.get(key, [])
-    if key is None or not f.is_numbered.issuperset(members):
+        key = pick(rng, [key for key in g.groups if kind_of(g, key) == kind])
+
+    # all of its objects must have an identifier
+    members = g.groups.get(key, [])
+    if key is None or not set(members) <= set(g.numbered):
         return None
-    ids = sorted((f.things[i].id for i in members), key=lambda k: scene.identifiers.get(k, k))
-    answer = f"yes. {' '.join(f'<obj {k}>' for k in ids)}" if ids else "no."
-    return ask(scene, rng, "multi", answer, {"what": phrase(*key, many=True)}, {"category": key[0], "colour": key[1]},
-               targets=ids, kind=kind)  # fmt: skip
+    ids = sorted((g.things[i].id for i in members), key=lambda k: g.identifiers.get(k, k))
+    answer = " ".join(["yes.", *(f"<obj {k}>" for k in ids)]) if ids else "no."
+    return dict(answer=answer, text={"what": phrase(*key, many=True)}, targets=ids, kind=kind)
 
 
-def larger(a: Thing, b: Thing) -> str:
-    """Whether the box of a has more volume, by half at least."""
-    ratio = math.prod(a.box[3:].tolist()) / max(math.prod(b.box[3:].tolist()), 1e-9)
-    return "yes" if ratio > 1.5 else "no" if ratio < 1 / 1.5 else ""
+def larger(g, i, j):
+    """Say whether the box of i has more volume than that of j, by half at least."""
+    ratio = g.measures["volume"][0, i] - g.measures["volume"][0, j]  # of logarithms
+    if abs(ratio) <= math.log(1.5):
+        return ""
+    return "yes" if ratio > 0 else "no"
 
 
-def side_of(a: Thing, b: Thing) -> str:
-    """Where a is relative to b along the axis that separates their centres most (by half more than any other, 20 cm at
-    least), for a viewer who looks along +y: x right, y behind (away from the viewer), z above."""
-    apart = (a.box[:3] - b.box[:3]).tolist()
-    second, most = sorted(map(abs, apart))[1:]
-    axis = [abs(v) for v in apart].index(most)
-    return SIDES[axis][apart[axis] > 0] if most >= max(0.2, 1.5 * second) else ""
+def side_of(g, i, j):
+    """Say where i is relative to j along the axis that separates their centers most.
+
+    By half more than any other, 20 cm at least, for a viewer who looks along +y: x right, y behind
+    (away from the viewer), z above.
+    """
+    apart = g.boxes[i, :3] - g.boxes[j, :3]
+    axis = np.abs(apart).argmax()
+    _, second, most = sorted(np.abs(apart))
+    negative, positive = SIDES[axis]
+    if most < max(0.2, 1.5 * second):
+        return ""
+    return positive if apart[axis] > 0 else negative
 
 
-MARKED = {"id_category": (1, lambda o: o.category), "id_colour": (1, lambda o: o.colour), "id_size": (2, larger),
-          "relation": (2, side_of)}  # fmt: skip
+MARKED = {  # task -> how many marked objects, a word about them ("" = unclear)
+    "id_category": (1, lambda g, i: g.things[i].category),
+    "id_colour": (1, lambda g, i: g.things[i].colour),
+    "id_size": (2, larger),
+    "relation": (2, side_of),
+}
 
 
-def marked(scene: Scene, rng: np.random.Generator, task: str) -> Sample | None:
-    """A word about one or two marked things (MARKED)."""
-    things, word = MARKED[task]
-    for chosen in filter(None, (numbered(scene, rng, things) for _ in range(4))):
-        if answer := word(*chosen):
-            return ask(scene, rng, task, answer, dict(zip("ab", map(mark, chosen), strict=False)))
+def marks(g, places):
+    return [mark(g.things[i]) for i in places]
+
+
+@generator(*MARKED)
+def marked(g, rng, task):
+    """Ask for a word of MARKED about one or two objects."""
+    count, word = MARKED[task]
+    for _ in range(4):
+        chosen = draw_numbered(g, rng, count)
+        answer = word(g, *chosen) if chosen else ""
+        if answer:
+            return dict(answer=answer, text=dict(zip("ab", marks(g, chosen), strict=False)))
     return None
 
 
-def coordinate(scene: Scene, rng: np.random.Generator) -> Sample | None:
-    """The centre of a thing's box in metres: "[1.25, -0.80, 0.45]"."""
-    o = numbered(scene, rng)
-    return o and ask(scene, rng, "coordinate", listed(o[0].box[:3].tolist()), {"a": mark(o[0])},
-                     point=o[0].box[:3].copy())  # fmt: skip
-
-
-def chain(a: Iterable[float], b: Iterable[float]) -> tuple[str, float]:
-    """The steps of a distance, per axis both coordinates and their unsigned difference ("x1.25 x0.50 0.75 y-0.80 ..."),
-    and the length that follows from the printed numbers."""
-    parts, total = [], 0.0
-    for axis, p, q in zip("xyz", a, b, strict=True):
-        p, q = round(p, 2) + 0.0, round(q, 2) + 0.0
-        parts.append(f"{axis}{p:.2f} {axis}{q:.2f} {abs(p - q):.2f}")
-        total += (p - q) ** 2
-    return " ".join(parts), math.sqrt(total)
-
-
-def distance(scene: Scene, rng: np.random.Generator, task: str) -> Sample | None:
-    """Metres from centre to centre, by marks (distance_ids) or by description; `value` is exact, `answer` follows from
-    the printed steps: 1.4 cm apart at most. By description the steps first rewrite the question with marks."""
-    a, b = numbered(scene, rng, 2, named=task == "distance") or (None, None)
-    if a is None:
+@generator("coordinate")
+def coordinate(g, rng, task):
+    """Ask for the center of an object's box in meters: "[1.25, -0.80, 0.45]"."""
+    chosen = draw_numbered(g, rng, 1)
+    if not chosen:
         return None
-    p, q = a.box[:3].tolist(), b.box[:3].tolist()
-    steps, length = chain(p, q)
-    text, slots = {"a": mark(a), "b": mark(b)}, None
+    center = g.boxes[chosen[0], :3]
+    return dict(answer=listed(center.tolist()), text={"a": marks(g, chosen)[0]}, point=center.copy())
+
+
+@generator("distance", "distance_ids")
+def distance(g, rng, task):
+    """Ask for meters from center to center, by names or (distance_ids) by marks.
+
+    `value` is exact, the answer follows from the printed steps (`distance_steps`): 1.4 cm apart at
+    most. By names the steps first rewrite the question with marks.
+    """
+    chosen = draw_numbered(g, rng, 2, named=task == "distance")
+    if not chosen:
+        return None
+    a, b = marks(g, chosen)
+    p, q = g.boxes[chosen, :3].tolist()
+    steps, length = distance_steps(p, q)
+
+    # by names, the steps say first which objects are meant
+    text = {"a": a, "b": b}
     if task == "distance":
-        steps = f"{mark(a)} from {mark(b)}? {steps}"
-        text, slots = {"what": describe(scene, a), "other": describe(scene, b)}, {"a": a.category, "b": b.category}
-    return ask(scene, rng, task, metres(length), text, slots, steps=steps + " =", value=math.dist(p, q))
+        steps = f"{a} from {b}? {steps}"
+        text = {"what": g.names[chosen[0]], "other": g.names[chosen[1]]}
+    return dict(answer=metres(length), text=text, steps=steps + " =", value=math.dist(p, q))
 
 
-def drill(scene: Scene, rng: np.random.Generator, task: str) -> Sample | None:
-    """Text only, from two random points inside the bounds (of the centres, where the scene has none). subtract:
-    "x1.25 x0.50 =" -> "0.75"; norm: the nine numbers of a distance's steps -> the length."""
-    centres = facts(scene).boxes[:, :3] if scene.bounds is None else scene.bounds
-    if not len(centres):
-        return None
-    lo, hi = centres.min(0).tolist(), centres.max(0).tolist()
-    numbers, length = chain(*([x + rng.random() * (y - x) for x, y in zip(lo, hi, strict=True)] for _ in range(2)))
-    if task == "subtract":
-        axis = 3 * int(rng.random() * 3)
-        *pair, difference = numbers.split()[axis : axis + 3]
-        numbers, length = " ".join(pair), float(difference)
-    return ask(scene, rng, task, metres(length), {"numbers": numbers}, value=length)
+MEASURES = {  # template -> how many objects, the number in the unit asked for, how it is written
+    "size_height": (1, lambda g, i: g.boxes[i, 5], "{:.2f}"),
+    "size_length": (1, lambda g, i: g.boxes[i, 3:5].max(), "{:.2f}"),
+    "vsi_object_size": (1, lambda g, i: 100 * g.boxes[i, 3:].max(), "{:.0f}"),
+    "vsi_abs_distance": (2, lambda g, i, j: g.measures["distance"][0, i, j], "{:.2f}"),
+    "vsi_room_size": (0, lambda g: g.floor_area, "{:.0f}"),
+}
 
 
-def measure(scene: Scene, rng: np.random.Generator, task: str) -> Sample | None:
-    """A number of MEASURES, at least 0.1; `value` and answer are in the unit asked for: size (height or the longer
-    horizontal side, metres), and for the only things of their category vsi_abs_distance (closest points, metres) and
-    vsi_object_size (longest side, cm); vsi_room_size (floor of the bounds, square metres) is asked of rooms only, since
-    the bounds of a scan are not its walls."""
-    f = facts(scene)
+@generator("size", "vsi_object_size", "vsi_abs_distance", "vsi_room_size")
+def measure(g, rng, task):
+    """Ask for a number of MEASURES, at least 0.1.
+
+    size: height or the longer horizontal side of what has a name, meters. Of the only objects of
+    their category: vsi_abs_distance (closest points, meters), vsi_object_size (longest side,
+    centimeters). vsi_room_size: square meters, asked of rooms only, since the bounds of a scan are
+    not its walls.
+    """
     template = pick(rng, [t for t in MEASURES if t.startswith(task)])
-    things, number, form = MEASURES[template]
-    chosen = several(rng, list(f.names) if task == "size" else f.unique, things)
-    if len(chosen) < things or (not things and (scene.source != "rooms" or scene.bounds is None)):
+    count, number, form = MEASURES[template]
+
+    # a size may be asked of "the red chair", VSI-Bench asks of "the chair" only
+    chosen = several(rng, list(g.names) if task == "size" else g.unique, count)
+    value = float(number(g, *chosen)) if len(chosen) == count else 0.0
+    if value < 0.1:
         return None
-    value = float(number(f, *chosen))
-    text = {k: phrase(*f.names[i]) for k, i in zip(("what", "other"), chosen, strict=False)}
-    slots = {k: f.things[i].category for k, i in zip(("what", "other"), chosen, strict=False)}
-    return ask(scene, rng, task, form.format(value), text, slots, template, value=value,
-               kind=template.removeprefix(task).strip("_")) if value >= 0.1 else None  # fmt: skip
+    text = dict(zip(("what", "other"), (g.names[i] for i in chosen), strict=False))
+    kind = template.removeprefix(task).strip("_")
+    return dict(answer=form.format(value), text=text, template=template, value=value, kind=kind)
 
 
-def lookup(scene: Scene, rng: np.random.Generator, task: str) -> Sample | None:
-    """An answer of LOOKUPS. colour: of the only chair. what: the category of the only red thing, of the only thing on
-    the desk, of the thing nearest to the bed. where: what the only lamp stands or hangs on (`Facts.support`), or in
-    other words what it is near (`Facts.neighbour`)."""
-    f = facts(scene)
-    template = pick(rng, [t for t in LOOKUPS if t.startswith(task)])
-    places, word = LOOKUPS[template]
-    asked = places(f)
-    if template == "where_support":  # the answer is drawn first, or nearly all would be on the floor
-        found = [f.spot(i) for i in asked]
-        answer = pick(rng, list(dict.fromkeys(found)))
-        asked = [i for i, a in zip(asked, found, strict=True) if a == answer]
-    i = pick(rng, asked)
-    answer = "" if i is None else word(f, i)
-    if not answer:
+LOOKUPS = {
+    "colour": ("colour",),
+    "what": ("what_colour", "what_on", "what_near"),
+    "where": ("where_support", "where_near"),
+}
+
+
+def known_answers(g, template):
+    """Answer a template of LOOKUPS about every object it may be asked of: place -> word, "" = unclear."""
+    movable = [i for i in g.unique if g.category(i) not in BUILT]
+
+    # by looking at it
+    if template == "colour":
+        return {i: g.things[i].colour for i in g.unique}
+    if template == "what_colour":
+        return {i: g.category(i) for i in alone(g, "colour")}
+
+    # by what is on it or next to it
+    if template == "what_on":
+        carried = {i: np.flatnonzero(g.support == i) for i in g.unique}
+        return {i: g.category(on[0]) for i, on in carried.items() if len(on) == 1}
+    if template == "what_near":
+        everything = range(len(g.things))
+        return {i: g.category(select(g, "nearest to", everything, i)) for i in g.unique}
+
+    # by where it is
+    if template == "where_support":
+        return {i: support_phrase(g, i) for i in movable}
+    return {i: nearby_phrase(g, i) for i in movable if g.support[i] == FLOOR}
+
+
+@generator(*LOOKUPS)
+def lookup(g, rng, task):
+    """Ask for a word that the scene graph knows.
+
+    colour: of the only chair. what: the category of the only red thing, of the only thing on the
+    desk, of the thing nearest to the bed. where: what the only lamp stands or hangs on, or in other
+    words what it is near.
+    """
+    template = pick(rng, LOOKUPS[task])
+    answers = known_answers(g, template)
+    places = list(answers)
+
+    # the answer is drawn first, or nearly all would be on the floor
+    if template == "where_support":
+        wanted = pick(rng, list(dict.fromkeys(answers.values())))
+        places = [i for i in places if answers[i] == wanted]
+    i = pick(rng, places)
+    if i is None or not answers[i]:
         return None
-    text = f.things[i].colour if template == "what_colour" else f.things[i].category
-    return ask(scene, rng, task, answer, {"what": text}, {"what": text}, template, kind=template.partition("_")[2])
+    what = g.things[i].colour if template == "what_colour" else g.category(i)
+    kind = template.partition("_")[2]
+    return dict(answer=answers[i], text={"what": what}, template=template, kind=kind)
 
 
-def exist(scene: Scene, rng: np.random.Generator) -> Sample | None:
-    """Is there a red chair? The form is drawn before yes or no, so that the form gives nothing away."""
-    f = facts(scene)
-    form, yes = pick(rng, tuple(FORMS) if f.categories else ("colour",)), rng.random() < 0.5
-    key = pick(rng, [key for key in f.groups if FORMS[form](key)]) if yes else absent(f, rng, form)
-    return key and ask(scene, rng, "exist", "yes" if yes else "no", {"what": article(phrase(*key))},
-                       {"form": form, "category": key[0], "colour": key[1]}, kind=form)  # fmt: skip
+@generator("exist")
+def exist(g, rng, task):
+    """Ask whether there is a red chair; the form is drawn before yes or no and gives nothing away."""
+    form = pick(rng, tuple(FORMS) if keys_of(g, "category") else ("colour",))
+    yes = rng.random() < 0.5
+    key = pick(rng, keys_of(g, form)) if yes else absent(g, rng, form)
+    if key is None:
+        return None
+    return dict(answer="yes" if yes else "no", text={"what": article(phrase(*key))}, kind=form)
 
 
-def count(scene: Scene, rng: np.random.Generator, task: str) -> Sample | None:
-    """How many of a category, a colour or both. The number is drawn first, or small ones would win: from 0 up, for
-    vsi_counting a category's from 2 up."""
-    f = facts(scene)
-    vsi = task == "vsi_counting"
-    form = pick(rng, ("category", "colour", "category", "colour", "pair")) if f.categories else "colour"
-    form = "category" if vsi else form
-    keys = defaultdict(list, {} if vsi else {0: []})
-    for key, members in f.groups.items():
-        if FORMS[form](key) and len(members) > vsi:
-            keys[len(members)].append(key)
-    number = pick(rng, list(keys))
-    key = absent(f, rng, form) if number == 0 else number and pick(rng, keys[number])
-    return key and ask(scene, rng, task, str(number), {"what": phrase(*key, many=True)},
-                       {"form": form, "category": key[0], "colour": key[1]}, value=float(number))  # fmt: skip
+@generator("count", "vsi_counting")
+def count(g, rng, task):
+    """Ask how many of a category, a color or both there are (vsi_counting: of a category that has several).
+
+    The number is drawn first, or small ones would win.
+    """
+    form, least, by_number = "colour", 1, {0: []}
+    if keys_of(g, "category"):
+        form = pick(rng, ("category", "colour", "category", "colour", "pair"))
+    if task == "vsi_counting":
+        form, least, by_number = "category", 2, {}
+
+    # the groups by how many they are; what is absent counts 0
+    for key in keys_of(g, form):
+        number = len(g.groups[key])
+        if number >= least:
+            by_number.setdefault(number, []).append(key)
+    number = pick(rng, list(by_number))
+    key = absent(g, rng, form) if number == 0 else pick(rng, by_number.get(number, ()))
+    if key is None:
+        return None
+    return dict(answer=str(number), text={"what": phrase(*key, many=True)}, value=float(number))
 
 
-def caption(scene: Scene, rng: np.random.Generator) -> Sample | None:
-    """What a thing is and where: "this is a red chair near the table."; accepted are paraphrases of the same facts."""
-    f = facts(scene)
-    i = pick(rng, [i for i in f.numbered if f.things[i].category])
+@generator("caption")
+def caption(g, rng, task):
+    """Ask what an object is and where: "this is a red chair near the table."; accept paraphrases."""
+    i = pick(rng, [i for i in g.numbered if g.category(i)])
     if i is None:
         return None
-    o = f.things[i]
-    spot = "" if o.category in BUILT else f.neighbour(i) if f.support[i] == FLOOR else f.spot(i)
-    noun, tail = phrase(o.category, o.colour), f" {spot}." if spot else "."
-    answers = [f"{start}{article(noun)}{tail}" for start in ("this is ", "", "there is ", "it is ")]
-    return ask(scene, rng, "caption", answers[0], {"a": mark(o)}, targets=[o.id],
-               answers=answers + ([f"the {noun} is {spot}."] if spot else []))  # fmt: skip
+    o, where = g.things[i], ""
+    if o.category not in BUILT:
+        where = nearby_phrase(g, i) if g.support[i] == FLOOR else support_phrase(g, i)
+
+    # one wording to write, others to accept
+    noun = phrase(o.category, o.colour)
+    starts = ("this is ", "", "there is ", "it is ")
+    answers = [f"{start}{article(noun)} {where}".strip() + "." for start in starts]
+    if where:
+        answers.append(f"the {noun} is {where}.")
+    return dict(answer=answers[0], text={"a": mark(o)}, targets=[o.id], answers=answers)
 
 
-def walk(f: Facts, rng: np.random.Generator, things: Sequence[int], stops: int = 3) -> list[int]:
-    """Different things, each at least 0.8 m from the one before and from the first on the floor plan; [] = no luck."""
-    chosen = several(rng, things, stops)
-    xy = f.boxes[chosen, :2].tolist()
-    return chosen if all(math.dist(xy[i], xy[j]) >= 0.8 for i in range(1, len(xy)) for j in (0, i - 1)) else []
+@generator("situated", "vsi_rel_direction")
+def heading(g, rng, task):
+    """Ask for the direction of an object for one who stands by another and faces a third (HEADINGS).
 
+    SQA3D's situations, or VSI-Bench's choices among the only objects of their category. The answer
+    is drawn first.
+    """
+    kind = pick(rng, list(HEADINGS[task]))
+    sectors = HEADINGS[task][kind]
+    answer = pick(rng, list(sectors))
+    low, high = sectors[answer]
+    for _ in range(8):
+        # three objects, each at least 0.8 m from the others on the floor plan
+        chosen = several(rng, list(g.names) if task == "situated" else g.unique, 3)
+        xy = g.boxes[chosen, :2].tolist()
+        if not chosen or min(math.dist(p, q) for p, q in itertools.combinations(xy, 2)) < 0.8:
+            continue
 
-def heading(scene: Scene, rng: np.random.Generator, task: str) -> Sample | None:
-    """Direction of a thing for one who stands by another and faces a third (HEADINGS): SQA3D's situations, or
-    VSI-Bench's choices among the only things of their category. The answer is drawn first."""
-    f = facts(scene)
-    vsi = task == "vsi_rel_direction"
-    kind = pick(rng, ("easy", "medium", "hard") if vsi else ("side", "depth", "turn"))
-    answers, edges, margin, label = HEADINGS[kind]
-    wanted = pick(rng, answers)
-    for chosen in filter(None, (walk(f, rng, f.unique if vsi else list(f.names)) for _ in range(8))):
-        angle = bearing(*f.boxes[chosen])
-        clear = min(abs(abs(angle) - edge) for edge in edges) >= margin
-        if clear and label(abs(angle), "left" if angle > 0 else "right") == wanted:
-            at, facing, what = (phrase(*f.names[i]) for i in chosen)
-            note = "back means at least 135 degrees to turn. " if kind == "medium" else ""
-            return ask(scene, rng, task, wanted, {"at": at, "facing": facing, "what": what, "note": note},
-                       {"kind": kind, "what": what}, task if vsi else f"situated_{kind}",
-                       [a for a in answers if a != wanted] if vsi else (), kind=kind)  # fmt: skip
+        # degrees to turn from what is faced to what is asked about, left positive
+        at, facing, what = (complex(*p) for p in xy)
+        turn = math.degrees(cmath.phase((what - at) / (facing - at)))
+        if (turn - low) % 360 <= high - low:
+            text = dict(zip(("at", "facing", "what"), (g.names[i] for i in chosen), strict=True))
+            if task == "situated":
+                return dict(answer=answer, text=text, template=f"situated_{kind}", kind=kind)
+            text["note"] = "back means at least 135 degrees to turn. " if kind == "medium" else ""
+            wrong = [other for other in sectors if other != answer]
+            return dict(answer=answer, text=text, wrong=wrong, kind=kind)
     return None
 
 
-def vsi_rel_distance(scene: Scene, rng: np.random.Generator) -> Sample | None:
-    """Which of four things is nearest to another (`Facts.select`)."""
-    f = facts(scene)
-    for anchor, *four in filter(None, (several(rng, f.unique, 5) for _ in range(4))):
-        best = f.select("nearest to", four, anchor)
+@generator("vsi_rel_distance")
+def vsi_rel_distance(g, rng, task):
+    """Ask which of four objects is nearest to another."""
+    for _ in range(4):
+        chosen = several(rng, g.unique, 5)
+        best = select(g, "nearest to", chosen[1:], *chosen[:1])
         if best is not None:
-            what = f.things[anchor].category
-            return ask(scene, rng, "vsi_rel_distance", f.things[best].category, {"what": what}, {"what": what},
-                       wrong=[f.things[i].category for i in four if i != best])  # fmt: skip
+            wrong = [g.category(i) for i in chosen[1:] if i != best]
+            return dict(answer=g.category(best), text={"what": g.category(chosen[0])}, wrong=wrong)
     return None
 
 
-def vsi_route(scene: Scene, rng: np.random.Generator) -> Sample | None:
-    """The one or two turns missing from a walk over three or four things: left and right are 60 to 120 degrees, back is
-    at least 150."""
-    f = facts(scene)
-    for path in filter(None, (walk(f, rng, f.unique, pick(rng, (3, 4))) for _ in range(8))):
-        turns = []
-        for a, b, c in zip(path, path[1:], path[2:], strict=False):
-            angle = bearing(f.boxes[b], 2 * f.boxes[b] - f.boxes[a], f.boxes[c])
-            side = "left" if angle > 0 else "right"
-            turns.append(side if 60 <= abs(angle) <= 120 else "back" if abs(angle) >= 150 else "")
-        if all(turns):
-            names = [f.things[i].category for i in path]
-            right, *wrong = ("turn " + ", turn ".join(t) for t in (turns, *itertools.product(("left", "right", "back"),
-                             repeat=len(turns))) if t != tuple(turns))  # fmt: skip
-            actions = "go forward to the " + ", then turn (?), then go forward to the ".join(names[1:])
-            return ask(scene, rng, "vsi_route", right, {"at": names[0], "facing": names[1], "what": names[-1],
-                       "actions": actions}, {"turns": len(turns)}, wrong=several(rng, wrong, min(3, len(wrong))),
-                       kind=f"{len(turns)} turns")  # fmt: skip
-    return None
-
-
-def vsi_order(scene: Scene, rng: np.random.Generator) -> Sample | None:
-    """Order in which four things first appear in the frames (`Facts.views`), each in another frame."""
-    f = facts(scene)
-    first = defaultdict(list)
-    for i in f.unique if scene.frames else ():
-        if i in f.views:
-            first[f.views[i][0]].append(f.things[i].category)
-    seen = [pick(rng, first[v]) for v in sorted(several(rng, sorted(first), 4))]
-    if not seen:
-        return None
-    right, *wrong = map(", ".join, itertools.permutations(seen))
-    return ask(scene, rng, "vsi_order", right, {"what": ", ".join(several(rng, seen, 4))}, wrong=several(rng, wrong, 3))
-
-
-TASKS: dict[str, Callable[[Scene, np.random.Generator], Sample | None]] = {
-    "multi": multi, "coordinate": coordinate, "exist": exist, "caption": caption,
-    "vsi_rel_distance": vsi_rel_distance, "vsi_route": vsi_route, "vsi_order": vsi_order,
-    **{task: partial(make, task=task) for make, tasks in (
-        (ground, ("ground", "ground_multiple", "ground_category")), (marked, MARKED),
-        (ground_by, ("ground_relation", "ground_superlative")), (distance, ("distance", "distance_ids")),
-        (drill, ("subtract", "norm")), (lookup, ("colour", "what", "where")), (count, ("count", "vsi_counting")),
-        (measure, ("size", "vsi_object_size", "vsi_abs_distance", "vsi_room_size")),
-        (heading, ("situated", "vsi_rel_direction")),
-    ) for task in tasks},
-}  # fmt: skip
-METRIC = {"coordinate", "distance_ids", "distance", "subtract", "norm", "size", "vsi_abs_distance", "vsi_object_size",
-          "vsi_room_size"}  # fmt: skip
-NEVER_TRAINED = {"vsi_route", "vsi_order"}  # asked in evaluation only, as in the paper
-# what an unlabelled scene can be asked: no category needed, colour where there is one
-GEOMETRY_TASKS = ("coordinate", "distance_ids", "relation", "id_size", "id_colour", "ground_superlative", "distance",
-                  "size")  # fmt: skip
-UNLABELLED = ("ground_superlative", "id_colour", "id_size")  # what stands in there for a question that needs a name
+# -- sets of questions
 
 
 def adopt(paper) -> None:
-    """Take a paper's own question types among the shared ones: its TASKS and, where it has them, its TEMPLATES (their
-    wordings), METRIC and NEVER_TRAINED. Whoever runs that paper calls this; importing it changes nothing."""
-    TASKS.update(paper.TASKS)
-    TEMPLATES.update(getattr(paper, "TEMPLATES", {}))
-    METRIC.update(getattr(paper, "METRIC", ()))
-    NEVER_TRAINED.update(getattr(paper, "NEVER_TRAINED", ()))
-
-
-def refusal(scene: Scene, task: str) -> str | None:
-    """Why a task cannot be asked of a scene at all, in one line; None = it can."""
-    if task in METRIC and not scene.metric:
-        return f"{task}: scene {scene.name} has no metric scale; give poses, depth or a known length"
-    return None
+    """Take a paper's own question types among the shared ones: its TASKS, and TEMPLATES and METRIC if it has them."""
+    own = vars(paper)
+    TASKS.update(own["TASKS"])
+    TEMPLATES.update(own.get("TEMPLATES", {}))
+    METRIC.update(own.get("METRIC", ()))
 
 
 def vocabulary(categories: Iterable[str] = CATEGORIES) -> list[str]:
-    """Every word that a question, its steps or its answer may hold, for a tokenizer that knows only whole words."""
-    parts = [w for wordings in TEMPLATES.values() for w in wordings]
-    parts += [w for c in categories if c for w in (c, plural(c))]
-    parts += [*COLOURS, *SELECT, *itertools.chain(*SIDES, *(row[0] for row in HEADINGS.values())), WORDS]
-    return sorted({w for text in parts for w in re.findall(r"[a-z]+", re.sub(r"\{\w+\}", " ", text))})
+    """List every word that a question, its steps or its answer may hold, for a word-level tokenizer."""
+    texts = [WORDS, *COLOURS, *SELECT, *itertools.chain(*SIDES, *TEMPLATES.values())]
+    for kinds in HEADINGS.values():
+        texts += itertools.chain(*kinds.values())
+    for category in filter(None, categories):
+        texts += [category, plural(category)]
+    return sorted(set(re.findall(r"[a-z]+", " ".join(texts))))
 
 
 def questions(scene: Scene, mix: dict[str, float], count: int, rng: np.random.Generator) -> list[Sample]:
-    """`count` questions, tasks drawn by the weights of `mix`. A draw that the scene cannot give is replaced by another,
-    four per question at most, so a poor scene may give fewer."""
-    names, edges = list(mix), np.cumsum(list(mix.values()))
+    """Draw `count` questions, tasks by the weights of `mix`.
+
+    A draw that the scene cannot give is replaced by another, four per question at most, so a poor
+    scene may give fewer.
+    """
     samples = []
+    names, edges = list(mix), np.cumsum(list(mix.values()))  # a task owns the stretch up to its edge
     for k in np.searchsorted(edges, rng.random(4 * count) * edges[-1], side="right").tolist():
-        sample = TASKS[names[k]](scene, rng) if len(samples) < count else None
+        if len(samples) == count:
+            break
+        sample = TASKS[names[k]](scene, rng)
         if sample is not None:
             sample.id = f"{scene.name}/{sample.task}/{len(samples)}"
             samples.append(sample)
@@ -1448,119 +1737,118 @@ def questions(scene: Scene, mix: dict[str, float], count: int, rng: np.random.Ge
 
 
 def question_set(scenes: Iterable[Scene], tasks: Iterable[str], per_scene: int, seed: int) -> list[Sample]:
-    """The evaluation's questions: per scene and task up to `per_scene` different ones. Every (scene, task) has a random
-    stream of its own, so a subset of scenes or tasks gets the same questions."""
-    samples, tasks = [], list(tasks)
-    for scene in scenes:
-        for task in tasks:
-            rng = np.random.default_rng([seed, zlib.crc32(scene.name.encode()), zlib.crc32(task.encode())])
-            found: dict[str, Sample] = {}
-            for _ in range(8 * per_scene):
-                sample = TASKS[task](scene, rng)
-                if sample and sample.question not in found and len(found) < per_scene:
-                    sample.id = f"{scene.name}/{task}/{len(found)}"
-                    found[sample.question] = sample
-            samples += found.values()
+    """Make an evaluation's questions: per scene and task up to `per_scene` different ones.
+
+    Every (scene, task) has a random stream of its own, so a subset of scenes or tasks gets the same
+    questions.
+    """
+    samples = []
+    for scene, task in itertools.product(scenes, tasks):
+        rng = np.random.default_rng([seed, zlib.crc32(scene.name.encode()), zlib.crc32(task.encode())])
+
+        # of the same question asked twice, the first stays
+        found: dict[str, Sample] = {}
+        for _ in range(8 * per_scene):
+            sample = TASKS[task](scene, rng)
+            if sample and sample.question not in found and len(found) < per_scene:
+                sample.id = f"{scene.name}/{task}/{len(found)}"
+                found[sample.question] = sample
+        samples += found.values()
     return samples
 
 
-# Baselines: what a score must be seen against.
-
-
-def backoff(sample: Sample) -> list[str]:
-    """What a blind guess conditions on, most specific first: the wording, its template with all slots, with fewer and
-    fewer of them, the bare template, the task."""
-    head, *slots = sample.wording.split("|")
-    template = head.split("#")[0]
-    keys = ["|".join([template, *slots[:n]]) for n in range(len(slots), -1, -1)]
-    return list(dict.fromkeys([sample.wording, *keys, sample.task]))
+# -- baselines: what a score must be seen against
 
 
 def blind_content(sample: Sample) -> str:
-    """The answer without what cannot be known blindly: an option's text for its letter, nothing for marks."""
-    chosen = [o.partition(". ")[2] for o in sample.options or () if o.startswith(sample.answer + ".")]
-    return chosen[0] if chosen else MARK.sub("", sample.answer).strip()
+    """Give what can be known blindly of an answer: an option's text for its letter, nothing for marks."""
+    for option in sample.options or ():
+        if option.startswith(sample.answer + ". "):
+            return option[3:]
+    return MARK.sub("", sample.answer).strip()
 
 
 class Blind:
-    """Answers without looking at the scene: the most frequent training answer of the same wording, backing off slot by
-    slot until at least `least` training questions share it; the median of metres, the mean of points and boxes, and
-    for marks an arbitrary object of the scene."""
+    """Answers without looking: the most frequent training answer to the same question, else to its template.
 
-    def __init__(self, samples: Iterable[Sample], least: int = 5):
-        self.least, self.seen, self.cache = least, defaultdict(list), {}
-        for s in samples:
-            for key in backoff(s):
-                self.seen[key].append(s)
+    Of meters the median, of points and boxes the mean, for marks an arbitrary object of the scene.
+    """
+
+    def __init__(self, samples: Iterable[Sample]):
+        self.by_question, self.by_template, self.by_task = (defaultdict(Counter) for _ in range(3))
+        for sample in samples:
+            content = blind_content(sample)
+            self.by_question[sample.task, MARK.sub("", sample.question)][content] += 1
+            self.by_template[sample.task, sample.template][content] += 1
+            self.by_task[sample.task][content] += 1
 
     def answers(self, task: str, most: int = 200) -> list[str]:
-        """Distinct training answers of a task, evenly thinned to `most`: what `chance` draws from."""
-        distinct = sorted({s.answer for s in self.seen.get(task, ())})
-        return distinct[:: -(-len(distinct) // most) or 1]
-
-    def _best(self, key: str) -> tuple[Counter, str]:
-        seen = self.seen[key]  # of the task most common among them: one wording may serve several
-        task = Counter(s.task for s in seen).most_common(1)[0][0]
-        seen = [s for s in seen if s.task == task]
-        counts = Counter(map(blind_content, seen))
-        for place in ("point", "box"):
-            if getattr(seen[0], place) is not None:
-                return counts, listed(np.mean([getattr(s, place) for s in seen], axis=0))
-        if seen[0].task in METRIC:
-            decimals = len(seen[0].answer.partition(".")[2])
-            return counts, f"{np.median([s.value for s in seen]):.{decimals}f}"
-        return counts, min(counts, key=lambda a: (-counts[a], a))
+        """List the training answers of a task, evenly thinned to `most`: what `chance` draws from."""
+        distinct = sorted(self.by_task[task])
+        return distinct[:: max(1, math.ceil(len(distinct) / most))]
 
     def predict(self, sample: Sample, scene: Scene) -> str:
-        """The blind answer; "" where training had no question of the task."""
-        keys = backoff(sample)
-        key = next((k for k in keys if len(self.seen.get(k, ())) >= self.least), keys[-1])
-        if key not in self.seen:
+        """Give the blind answer; "" where training had no question of the template."""
+        seen = self.by_question[sample.task, MARK.sub("", sample.question)]
+        seen = seen or self.by_template[sample.task, sample.template]
+        if not seen:
             return ""
-        counts, text = self.cache.get(key) or self.cache.setdefault(key, self._best(key))
+
+        # the option whose text was right most often; its letter is arbitrary
         if sample.options:
-            return max(sample.options, key=lambda o: counts[o.partition(". ")[2]]).partition(".")[0]
-        if sample.targets is not None and sample.task != "caption" and text != "no." and (n := facts(scene).numbered):
-            return f"{text} {mark(facts(scene).things[n[zlib.crc32(sample.id.encode()) % len(n)]])}".strip()
-        return text
+            return max(sample.options, key=lambda option: seen[option[3:]])[0]
+
+        # what is nearest to all training answers
+        rows = [re.findall(r"-?\d+\.?\d*", answer) for answer in seen.elements()]
+        if sample.task in METRIC and rows[0]:
+            numbers = np.array(rows, float)  # [answers, 1, 3 or 6]
+            return metres(np.median(numbers)) if numbers.shape[1] == 1 else listed(numbers.mean(0))
+
+        # the most frequent answer; a mark is replaced by an object of this scene
+        text = max(seen, key=seen.get)
+        g = scene_graph(scene)
+        if sample.targets is None or sample.task == "caption" or text == "no." or not g.numbered:
+            return text
+        i = g.numbered[zlib.crc32(sample.id.encode()) % len(g.numbered)]
+        return f"{text} {mark(g.things[i])}".strip()
 
 
-PAIRS = ({"yes", "no"}, {"left", "right"}, {"front", "behind"})
+EVEN = {"yes", "no", "left", "right", "front", "behind"}  # answers of which there is one other
 
 
-def chance(sample: Sample, scene: Scene, answers: Sequence[str] = (),
-           score: Callable[[str], float] | None = None) -> float:  # fmt: skip
-    """Expected score of a guess drawn uniformly from what the very question allows: the numbered objects of the scene
-    (for "multi" also "no"; one object against m targets has F1 2 / (1 + m)), the options, the two of a pair such as yes
-    and no, else the task's training `answers` (`Blind.answers`), scored by `score` (default: exact match)."""
-    n = len(facts(scene).numbered)
+def chance(sample: Sample, scene: Scene, answers: Sequence[str], score: Callable[[str], float]) -> float:
+    """Compute the expected score of a guess drawn uniformly from what the very question allows.
+
+    That is the numbered objects of the scene (for "multi" also "no"; one object against m targets
+    has F1 2 / (1 + m)), the options, the two of a pair such as yes and no, else the task's training
+    `answers` (`Blind.answers`), each scored by `score`.
+    """
+    # any object of the scene
+    n = len(scene_graph(scene).numbered)
     if sample.task == "multi":
         m = len(sample.targets)
         return (2 * m / (1 + m) if m else 1.0) / (n + 1)
     if sample.task.startswith("ground"):
         return 1 / n
+
+    # any of the answers that the question names, else any of those seen in training
     if sample.options:
         return 1 / len(sample.options)
-    if any(sample.answer in pair for pair in PAIRS) and sample.task != "relation":
+    if sample.answer in EVEN and sample.task != "relation":
         return 0.5
-    score = score or (lambda text: float(text in (sample.answers or [sample.answer])))
     return sum(map(score, answers)) / len(answers) if answers else 0.0
 
 
 # ---- 5 text ----------------------------------------------------------------------------------------------------------
 
-SCENE, PROMPT = -1, -2  # placeholder ids for scene tokens and for a question's own click or box; never in a vocabulary
+SCENE, PROMPT = -1, -2  # placeholder ids: scene tokens, a question's own click or box
 IGNORE = -100  # label of a position that carries no loss
-NUMBERS = {"x": (-8, 8), "y": (-8, 8), "z": (-1, 4), "w": (0, 8), "d": (0, 8), "h": (0, 4), "l": (0, 16)}  # metres
-BINS = 16  # number tokens per metre: 6.25 cm
+TUPLE = re.compile(r"\[([^\[\]]{1,200})\]")
 PIECE = re.compile(r"<obj\d{3}>|\[[^\[\]]*\]|[xyzwdh][+-]?\d+\.\d+|-?\d+\.\d+|\d+|[a-z]+(?:'[a-z]+)?|[^\sa-z0-9]")
 
 
-TUPLE = re.compile(r"\[([^\[\]]{1,200})\]")
-
-
 def tuples(text: str, size: int) -> list[np.ndarray | None]:
-    """Every bracketed list of `size` entries, [size] float each; None where an entry is not a finite number."""
+    """Find every bracketed list of `size` entries: [size] float, None where one is no finite number."""
     found = []
     for inside in TUPLE.findall(text):
         entries = re.split(r"[,;\s]+", inside.strip())
@@ -1574,82 +1862,62 @@ def tuples(text: str, size: int) -> list[np.ndarray | None]:
 
 
 class TinyText:
-    """Word-level text for models trained from scratch: one token per word, identifier, punctuation mark or number.
+    """Word-level text for models trained from scratch: a token per word, identifier, mark or number.
 
-    Text is lower-cased. Metres become number tokens, one per 1/16 m and axis: a bracketed triple "[1.25, -0.80, 0.45]"
-    is an x, a y and a z token (a six-tuple adds w d h), "x1.25" names its axis, any other decimal is a length. A number
-    outside its axis' range is written as the range's end. A pre-trained model needs none of this: its digits already
-    carry meaning (`HubText`). Words outside the vocabulary become <unk>; `unknown(text)` lists them.
+    Text is lower-cased. Meters become number tokens (section T); a pre-trained model needs none of
+    them, its digits already carry meaning (`HubText`). Words outside the vocabulary become <unk>;
+    `unknown(text)` lists them.
     """
 
-    template = ("", "", "")  # text before the scene tokens, between scene and question, between question and answer
+    template = ("", "", "")  # text before the scene tokens, behind them, between question and answer
 
     def __init__(self, words: Iterable[str]):
         identifiers = [f"<obj{i:03d}>" for i in range(100)]
-        numbers = [f"{a}#{i}" for a, (lo, hi) in NUMBERS.items() for i in range((hi - lo) * BINS + 1)]
-        pieces = ["<pad>", "<eos>", "<unk>", *identifiers, *numbers, *(str(i) for i in range(301)), *".,?!:;=-()"]
-        self.pieces = list(dict.fromkeys([*pieces, *sorted(set(words))]))
+        numbers = {}  # piece -> (axis, meters)
+        for axis, (low, high) in NUMBERS.items():
+            for i in range((high - low) * BINS + 1):
+                numbers[f"{axis}#{i}"] = (axis, low + i / BINS)
+        counts = [str(i) for i in range(301)]
+        self.words = sorted(set(words))
+        pieces = ["<pad>", "<eos>", "<unk>", *identifiers, *numbers, *counts, *".,?!:;=-()", *self.words]
+        self.pieces = list(dict.fromkeys(pieces))
         self.index = {p: i for i, p in enumerate(self.pieces)}
         self.pad, self.eos, self.unk = 0, 1, 2
-        number = lambda p: (p[0], NUMBERS[p[0]][0] + int(p[2:]) / BINS)  # noqa: E731
-        self.number = {i: number(p) for i, p in enumerate(self.pieces) if p[1:2] == "#"}
+        self.number = {self.index[p]: number for p, number in numbers.items()}  # the same by token
 
     @classmethod
     def train(cls, texts: Iterable[str]) -> TinyText:
-        """Vocabulary = every word of the texts."""
-        return cls({p for t in texts for p in PIECE.findall(t.lower()) if p.isalpha() or "'" in p})
+        """Take every word of the texts as the vocabulary."""
+        pieces = [p for text in texts for p in PIECE.findall(text.lower())]
+        return cls(p for p in pieces if p[0].isalpha() and p[-1].isalpha())
 
     def __len__(self) -> int:
         return len(self.pieces)
 
-    def _number(self, axis: str, value: float) -> int:
-        lo, hi = NUMBERS[axis]
-        return self.index[f"{axis}#{min(max(round((value - lo) * BINS), 0), (hi - lo) * BINS)}"]
-
     def encode(self, text: str) -> list[int]:
-        ids = []
-        for p in PIECE.findall(text.lower()):
-            if p in self.index:
-                ids.append(self.index[p])
-            elif p[0] == "[":
-                values = re.findall(r"-?\d+\.?\d*", p)
-                axes = "xyzwdh"[: len(values)] if len(values) in (3, 6) else "l" * len(values)
-                ids += [self._number(a, float(v)) for a, v in zip(axes, values, strict=True)]
-            elif p[-1].isdigit() and "." in p:
-                ids.append(self._number(p[0], float(p[1:])) if p[0] in "xyzwdh" else self._number("l", abs(float(p))))
-            else:
-                ids.append(self.unk)
-        return ids
+        pieces = [p for word in PIECE.findall(text.lower()) for p in number_pieces(word)]
+        return [self.index.get(p, self.unk) for p in pieces]
 
     def unknown(self, text: str) -> list[str]:
         return [p for p in PIECE.findall(text.lower()) if p.isalpha() and p not in self.index]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids up to <eos>; runs of x y z (w d h) tokens come back as a bracketed tuple."""
-        ids = [int(i) for i in ids]
-        ids = [i for i in (ids[: ids.index(self.eos)] if self.eos in ids else ids) if i != self.pad]
-        axes = "".join(self.number[i][0] if i in self.number else "." for i in ids)
-        out, t = [], 0
-        while t < len(ids):
-            run = next((r for r in ("xyzwdh", "xyz") if axes.startswith(r, t)), "")
-            if run:
-                out.append("[" + ", ".join(f"{self.number[i][1]:.2f}" for i in ids[t : t + len(run)]) + "]")
-            elif axes[t] != ".":
-                out.append(("" if axes[t] == "l" else axes[t]) + f"{self.number[ids[t]][1]:.2f}")
-            else:
-                out.append(self.pieces[ids[t]])
-            t += len(run) or 1
-        text = re.sub(r" ([.,?!:;])", r"\1", " ".join(out))
+        """Write the ids up to <eos>: number tokens as meters, identifiers in capitals, as scores read them."""
+        pieces = [self.pieces[int(i)] for i in ids if int(i) != self.pad]
+        text = join_numbers(" ".join(pieces).partition("<eos>")[0].strip())
+        text = re.sub(r" ([.,?!:;])", r"\1", text)
         return re.sub(r"<obj(\d{3})>", r"<OBJ\1>", text)
 
     def state(self) -> dict:
-        return {"kind": "tiny", "words": [p for p in self.pieces if p.isalpha() or "'" in p]}
+        return {"kind": "tiny", "words": self.words}
 
 
 class HubText:
-    """The tokenizer of a pre-trained model (any `AutoTokenizer` name or folder), with its own chat template where it
-    has one, else the plain "### human: ... ### assistant:" form. Numbers stay text, metres with two decimals. Raises
-    DataError where there is no such model."""
+    """The tokenizer of a pre-trained model (any `AutoTokenizer` name or folder), with its own chat template.
+
+    Without one it takes the plain "### human: ... ### assistant:" form. Numbers stay text, meters
+    with two decimals. Raises DataError where there is no such model.
+    """
 
     def __init__(self, name: str):
         from transformers import AutoTokenizer
@@ -1657,18 +1925,21 @@ class HubText:
         try:
             self.name, self.tokenizer = name, AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
-            raise DataError(f"{name}: no pre-trained model there ({str(error).splitlines()[0][:120]}); give its "
-                            "folder, or its name and a network at the first use") from None  # fmt: skip
+            reason = str(error).splitlines()[0][:120]
+            remedy = "give its folder, or its name and a network at the first use"
+            raise DataError(f"{name}: no pre-trained model there ({reason}); {remedy}") from None
         self.eos = self.tokenizer.eos_token_id
         self.pad = self.eos if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+
+        # where in a chat the scene and the question stand
+        chat = "### human: \0scene\0question\0 ### assistant: "
         if self.tokenizer.chat_template:
             message = [{"role": "user", "content": "\0scene\0question\0"}]
             chat = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        else:
-            chat = "### human: \0scene\0question\0 ### assistant: "
         before, _, _, after = chat.split("\0")
-        vision = "<|vision_start|>" in self.tokenizer.get_vocab()
-        self.template = (before + "<|vision_start|>" * vision, "<|vision_end|>" * vision + "\n", after)
+        self.template = (before, "\n", after)
+        if "<|vision_start|>" in self.tokenizer.get_vocab():
+            self.template = (before + "<|vision_start|>", "<|vision_end|>\n", after)
 
     def __len__(self) -> int:
         return len(self.tokenizer)
@@ -1686,49 +1957,9 @@ class HubText:
         return {"kind": "hub", "name": self.name}
 
 
-TEXTS = {"tiny": lambda state: TinyText(state["words"]), "hub": lambda state: HubText(state["name"])}
-
-
 def load_text(state: dict) -> TinyText | HubText:
-    """The tokenizer that `state()` described."""
-    return TEXTS[state["kind"]](state)
-
-
-def start_weights(part: torch.nn.Module) -> None:
-    """Every linear map and convolution from N(0, 1 / inputs), the scale for widths of hundreds; biases zero."""
-    for module in part.modules():
-        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
-            torch.nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-            if module.bias is not None:
-                torch.nn.init.zeros_(module.bias)
-
-
-@torch.no_grad()
-def start_decoder(decoder: torch.nn.Module, heads: int) -> None:
-    """A small decoder (Qwen2 or Llama layers, weights from `start_weights`) begins where pre-training would lead: with
-    keys = queries and output = transposed values every head is "find the token like me and add it unchanged", two
-    heads of the first layer look back, and the last norm keeps logits small."""
-    for layer in decoder.layers:
-        layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
-        layer.self_attn.o_proj.weight.copy_(layer.self_attn.v_proj.weight.T)
-    look_back(decoder.layers[0].self_attn, heads)
-    decoder.norm.weight.fill_(0.1)
-
-
-def look_back(attention: torch.nn.Module, heads: int, gain: float = 2.0) -> None:
-    """Turn the first two heads into "the word before" and "the one before that": constant queries and keys (biases)
-    whose rotary angles agree at that distance, so that a question's end knows its last words."""
-    size = attention.q_proj.out_features // heads
-    theta = 1e6 ** (-torch.arange(size // 2) * 2.0 / size)[:4]  # the four fastest rotary pairs
-    strength = math.sqrt(gain * math.sqrt(size))
-    for head in range(2):
-        rows = slice(head * size, (head + 1) * size)
-        for projection, turn in ((attention.q_proj, 0.0), (attention.k_proj, head + 1.0)):
-            projection.weight[rows] = 0
-            projection.bias[rows][:4] = strength * (turn * theta).cos()
-            projection.bias[rows][size // 2 : size // 2 + 4] = strength * (turn * theta).sin()
-        attention.v_proj.weight[rows] *= 1.5
-        attention.o_proj.weight[:, rows] *= 1.5
+    """Make the tokenizer that `state()` described."""
+    return TinyText(state["words"]) if state["kind"] == "tiny" else HubText(state["name"])
 
 
 # ---- 5b batches ------------------------------------------------------------------------------------------------------
@@ -1769,58 +2000,212 @@ class Stage:
     accumulate: int = 1  # micro-batches per step: memory only, never the result
     until: float | None = None  # leave once the running answer-token accuracy exceeds this
     steps: bool = False  # write Sample.steps before the answer
-    recolour: bool = False  # draw new object colours at every use (symbols only)
+    recolour: bool = False  # draw new object colors at every use (symbols only)
     score: tuple[str, ...] = ()  # benchmarks to ask at the end of this stage, before the next changes the model
     files: dict[str, Source] = field(default_factory=dict)  # official files asked instead, where a run is given them
 
 
-def collate(groups: Sequence[tuple[Scene, Sequence[Sample]]], text: TinyText | HubText, lengths: Sequence[int],
-            steps: bool = False) -> dict:  # fmt: skip
+def collate(
+    groups: Sequence[tuple[Scene, Sequence[Sample]]],
+    text: TinyText | HubText,
+    lengths: Sequence[int],
+    steps: bool = False,
+) -> dict:
     """Pack every scene's questions behind its scene tokens: one row per scene, scene tokens once, all questions.
 
-    A question sees the scene and itself, never its neighbours (`packed_mask`), and its positions restart behind the
-    scene, so a packed row gives every question exactly the logits it would have alone.
+    A question sees the scene and itself, never its neighbors (`packed_mask`), and its positions
+    restart behind the scene, so a packed row gives every question exactly the logits it would have
+    alone. Two questions on 2 scene tokens (S), answered "2" and "no" (- = IGNORE, . = <eos>):
 
-    lengths: scene tokens per scene. Returns ids [S, T] with SCENE and PROMPT placeholders, labels [S, T] (the id that
-    position t must predict, IGNORE elsewhere), positions [S, T], block [S, T] (-1 padding, 0 shared prefix, q >= 1 the
-    question), prompts [P, 6], scenes, samples.
+        ids        S  S  how many chairs ?  2  is there a lamp ?  no
+        labels     -  -  -   -    -      2  .  -  -     - -    no .
+        positions  0  1  2   3    4      5  6  2  3     4 5    6  7
+        block      0  0  1   1    1      1  1  2  2     2 2    2  2
+
+    Args: groups, scenes with questions whose marks are already replaced; lengths, scene tokens per
+    scene; steps, write Sample.steps before the answer.
+    Returns: ids [S, T] with SCENE and PROMPT placeholders, labels [S, T] (what position t must
+    predict), positions [S, T], block [S, T] (-1 padding, 0 shared prefix, q >= 1 the question),
+    prompts [P, 6], scenes, samples.
     """
     before, between, after = (text.encode(t) for t in text.template)
-    rows, prompts = [], []
+    rows = {"ids": [], "labels": [], "positions": [], "block": []}
+    prompts = []
     for (_, samples), K in zip(groups, lengths, strict=True):
+        # what all questions share: all up to the end of the scene
         ids = [*before, *[SCENE] * K, *between]
         shared = len(ids)
         labels, positions, block = [IGNORE] * shared, list(range(shared)), [0] * shared
+
         for q, sample in enumerate(samples, start=1):
-            if sample.prompt is not None:
-                prompts.append(np.resize(np.append(sample.prompt, np.zeros(3)), 6))
-            question = [*[PROMPT] * (sample.prompt is not None), *text.encode(sample.question), *after]
-            reasoning = sample.steps + " " if steps and sample.steps else ""
-            answer = [*text.encode(reasoning + sample.answer), text.eos]
-            ids += question + answer[:-1]
+            question = [*text.encode(sample.question), *after]
+            if sample.prompt is not None:  # a click leaves the box's size at zero
+                question = [PROMPT, *question]
+                prompts.append(np.pad(sample.prompt, (0, 6 - len(sample.prompt))))
+            written = f"{sample.steps} {sample.answer}" if steps and sample.steps else sample.answer
+            answer = [*text.encode(written), text.eos]
+
+            # a position is labeled with the next token, so <eos> is never read and the question's
+            # end predicts
+            own = [*question, *answer[:-1]]
+            ids += own
             labels += [IGNORE] * (len(question) - 1) + answer
-            positions += range(shared, shared + len(question) + len(answer) - 1)
-            block += [q] * (len(question) + len(answer) - 1)
-        rows.append((ids, labels, positions, block))
-    T = max(len(r[0]) for r in rows)
-    pad = [text.pad, IGNORE, 0, -1]
-    ids, labels, positions, block = (
-        torch.tensor([list(r[i]) + [pad[i]] * (T - len(r[i])) for r in rows]) for i in range(4)
-    )
-    return {"ids": ids, "labels": labels, "positions": positions, "block": block,
-            "prompts": torch.tensor(np.array(prompts).reshape(-1, 6), dtype=torch.float32),
-            "scenes": [g[0] for g in groups], "samples": [list(g[1]) for g in groups]}  # fmt: skip
+            positions += range(shared, shared + len(own))
+            block += [q] * len(own)
+        for name, row in zip(rows, (ids, labels, positions, block), strict=True):
+            rows[name].append(torch.tensor(row))
+
+    # rows of one length
+    padding = {"ids": text.pad, "labels": IGNORE, "positions": 0, "block": -1}
+    batch = {name: pad_sequence(rows[name], True, padding[name]) for name in rows}
+    batch["prompts"] = torch.tensor(np.array(prompts).reshape(-1, 6), dtype=torch.float32)
+    batch["scenes"] = [scene for scene, _ in groups]
+    batch["samples"] = [list(samples) for _, samples in groups]
+    return batch
 
 
-def packed_mask(block: torch.Tensor, new: int | None = None) -> torch.Tensor:
-    """[S, 1, N, T] bool, True = may attend, for the last N = `new` positions of T (None: all): causal, in the shared
-    prefix or the own question; padding sees itself."""
-    T = block.shape[1]
-    N = T if new is None else new
-    key, query = torch.arange(T, device=block.device), torch.arange(T - N, T, device=block.device)[:, None]
-    theirs, own = block[:, None, :], block[:, T - N :, None]  # [S, 1, T], [S, N, 1]
-    visible = ((theirs == 0) | (theirs == own)) & (key <= query) & (theirs >= 0)
-    return (visible | (key == query))[:, None]
+def packed_mask(block: torch.Tensor) -> torch.Tensor:
+    """Say who may attend to whom in packed rows: [S, 1, T, T] bool, True = the second may be seen by the first.
+
+    Every position sees the shared prefix and its own question, up to itself. For block = [0, 0, 1,
+    1, 2, -1]:
+
+        scene 0      x . . . . .
+        scene 0      x x . . . .
+        question 1   x x x . . .
+        question 1   x x x x . .
+        question 2   x x . . x .
+        padding -1   x x . . . x      (itself too: an empty row of the softmax is 0 / 0)
+
+    Args: block [S, T] as `collate` gives it.
+    """
+    place = torch.arange(block.shape[1], device=block.device)
+    seen, own = block[:, None, :], block[:, :, None]  # [S, 1, T], [S, T, 1]
+    past, itself = place <= place[:, None], place == place[:, None]  # [T, T]
+    visible = ((seen == 0) | (seen == own)) & (seen >= 0) & past
+    return (visible | itself)[:, None]
+
+
+# ---- T stand-ins for pre-training: tiny preset only, skip on a first reading ----
+#
+# A pre-trained model brings numbers, arithmetic and attention that finds things. The tiny preset
+# gets number tokens, two arithmetic drills, and first weights with which every head is "find the
+# token like me".
+
+# Meters as tokens, one per 1/16 m and axis: a bracketed triple "[1.25, -0.80, 0.45]" is an x, a y
+# and a z token (six numbers add w d h), "x1.25" names its axis, any other decimal is a length l.
+# Outside its axis' range a number becomes the range's end.
+NUMBERS = {"x": (-8, 8), "y": (-8, 8), "z": (-1, 4), "w": (0, 8), "d": (0, 8), "h": (0, 4), "l": (0, 16)}  # meters
+BINS = 16  # number tokens per meter: 6.25 cm
+PLACE = re.compile(r"x#\d+ y#\d+ z#\d+(?: w#\d+ d#\d+ h#\d+)?")
+NUMBER = re.compile(r"([xyzwdhl])#(\d+)")
+
+
+def number_pieces(word: str) -> list[str]:
+    """Split a word of TinyText into number tokens: "[1.25, -0.80, 0.45]" -> "x#148", "y#115", "z#23"."""
+    if word[0] == "[":
+        numbers = re.findall(r"-?\d+\.?\d*", word)
+        axes = "xyzwdh"[: len(numbers)] if len(numbers) in (3, 6) else "l" * len(numbers)
+    elif "." in word and word[0] in "xyzwdh":
+        axes, numbers = word[0], [word[1:]]
+    elif "." in word and word[-1].isdigit():
+        axes, numbers = "l", [word.lstrip("-")]
+    else:
+        return [word]
+    pieces = []
+    for axis, number in zip(axes, numbers, strict=True):
+        low, high = NUMBERS[axis]
+        value = min(max(float(number), low), high)
+        pieces.append(f"{axis}#{round((value - low) * BINS)}")
+    return pieces
+
+
+def join_numbers(text: str) -> str:
+    """Invert `number_pieces` in a text: runs of x y z (w d h) become bracketed tuples, the others keep their axis."""
+
+    def write(found: re.Match) -> str:
+        axis = found[1]
+        return f"{axis}{NUMBERS[axis][0] + int(found[2]) / BINS:.2f}".removeprefix("l")
+
+    text = PLACE.sub(lambda run: "[" + ", ".join(NUMBER.sub(write, p)[1:] for p in run[0].split()) + "]", text)
+    return NUMBER.sub(write, text)
+
+
+def distance_steps(a: Iterable[float], b: Iterable[float]) -> tuple[str, float]:
+    """Write the steps of a distance and compute the length that follows from the printed numbers.
+
+    Per axis both coordinates and their unsigned difference: "x1.25 x0.50 0.75 y-0.80 ...".
+    """
+    parts, total = [], 0.0
+    for axis, p, q in zip("xyz", a, b, strict=True):
+        p, q = round(p, 2) + 0.0, round(q, 2) + 0.0
+        parts.append(f"{axis}{p:.2f} {axis}{q:.2f} {abs(p - q):.2f}")
+        total += (p - q) ** 2
+    return " ".join(parts), math.sqrt(total)
+
+
+TEMPLATES.update(subtract=("{numbers} =",), norm=("{numbers} =",))
+METRIC.update(("subtract", "norm"))
+
+
+@generator("subtract", "norm")
+def drill(g, rng, task):
+    """Ask for arithmetic, text only, on two random points inside the bounds (of the centers, where there are none).
+
+    subtract: "x1.25 x0.50 =" -> "0.75"; norm: the nine numbers of a distance's steps -> the length.
+    """
+    span = g.boxes[:, :3] if g.bounds is None else g.bounds
+    if not len(span):
+        return None
+    low, high = span.min(0), span.max(0)
+    numbers, length = distance_steps(*(low + rng.random((2, 3)) * (high - low)).tolist())
+    if task == "subtract":
+        axis = 3 * int(rng.random() * 3)
+        *pair, difference = numbers.split()[axis : axis + 3]
+        numbers, length = " ".join(pair), float(difference)
+    return dict(answer=metres(length), text={"numbers": numbers}, value=length)
+
+
+def start_weights(part: torch.nn.Module) -> None:
+    """Draw every linear map and convolution from N(0, 1 / inputs), the scale for widths of hundreds; biases zero."""
+    for module in part.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            torch.nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def start_decoder(decoder: torch.nn.Module, heads: int) -> None:
+    """Start a small decoder (Qwen2 or Llama layers, weights from `start_weights`) where pre-training would lead.
+
+    With keys = queries and output = transposed values every head is "find the token like me and add
+    it unchanged", two heads of the first layer look back, and the last norm keeps logits small.
+    """
+    for layer in decoder.layers:
+        layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+        layer.self_attn.o_proj.weight.copy_(layer.self_attn.v_proj.weight.T)
+    look_back(decoder.layers[0].self_attn, heads)
+    decoder.norm.weight.fill_(0.1)
+
+
+def look_back(attention: torch.nn.Module, heads: int, gain: float = 2.0) -> None:
+    """Turn the first two heads into "the word before" and "the one before that".
+
+    Constant queries and keys (biases) whose rotary angles agree at that distance, so that a
+    question's end knows its last words.
+    """
+    size = attention.q_proj.out_features // heads
+    theta = 1e6 ** (-torch.arange(size // 2) * 2.0 / size)[:4]  # the four fastest rotary pairs
+    strength = math.sqrt(gain * math.sqrt(size))
+    for head in range(2):
+        rows = slice(head * size, (head + 1) * size)
+        for projection, turn in ((attention.q_proj, 0.0), (attention.k_proj, head + 1.0)):
+            projection.weight[rows] = 0
+            projection.bias[rows][:4] = strength * (turn * theta).cos()
+            projection.bias[rows][size // 2 : size // 2 + 4] = strength * (turn * theta).sin()
+        attention.v_proj.weight[rows] *= 1.5
+        attention.o_proj.weight[:, rows] *= 1.5
 
 
 # ---- 6 the base model ------------------------------------------------------------------------------------------------
@@ -3206,7 +3591,7 @@ def read_views(path: str | Path, geometry: Callable | None = None, vggt: str = "
 # ---- 9 superpoints and segments --------------------------------------------------------------------------------------
 
 
-def group_mean(values: np.ndarray, label: np.ndarray, count: int) -> np.ndarray:
+def label_mean(values: np.ndarray, label: np.ndarray, count: int) -> np.ndarray:
     """Mean of values [N, C] per label 0..count-1."""
     total = np.stack([np.bincount(label, v, count) for v in values.T], axis=1)
     return total / np.maximum(np.bincount(label, minlength=count), 1)[:, None]
@@ -3217,7 +3602,7 @@ def vertex_normals(points: np.ndarray, faces: np.ndarray) -> np.ndarray:
     p = points.astype(np.float32)[faces]
     normal = np.cross(p[:, 1] - p[:, 0], p[:, 2] - p[:, 0])
     normal, corner = unit(normal * 1e6), faces.ravel()
-    return group_mean(np.repeat(normal, 3, axis=0), corner, len(points)).astype(np.float32)
+    return label_mean(np.repeat(normal, 3, axis=0), corner, len(points)).astype(np.float32)
 
 
 def neighbour_pairs(points: np.ndarray, k: int, reach: float = np.inf) -> tuple[np.ndarray, np.ndarray, float]:
@@ -3338,7 +3723,7 @@ def find_shell(points: np.ndarray, normals: np.ndarray, hue: np.ndarray, superpo
     ceiling, walls), in the plane's own colour (so that a flat rug or a door stays)."""
     shell, reach = np.zeros(len(points), bool), max(0.05, 1.2 * spacing)
     size = np.bincount(superpoints)
-    mean = group_mean(normals, superpoints, len(size))
+    mean = label_mean(normals, superpoints, len(size))
     flatness = np.linalg.norm(mean, axis=1)
     for s in np.flatnonzero((size >= 0.01 * len(points)) & (flatness > 0.9)):
         normal = mean[s] / flatness[s]
@@ -3370,7 +3755,7 @@ def merge_segments(points: np.ndarray, normals: np.ndarray, colours: np.ndarray,
     S = int(piece.max()) + 1
     size = np.bincount(piece).astype(float)
     kept = np.bincount(piece, find_shell(points, normals, hue, superpoints, spacing), S) < 0.5 * size
-    tint = group_mean(hue, piece, S)
+    tint = label_mean(hue, piece, S)
     low, high = np.full((S, 3), np.inf), np.full((S, 3), -np.inf)
     np.minimum.at(low, piece, points)
     np.maximum.at(high, piece, points)

@@ -7,7 +7,7 @@ import data
 
 @pytest.fixture(scope="module", autouse=True)
 def question_types_of_this_file_only():
-    shared = (data.TASKS, data.TEMPLATES, data.METRIC, data.NEVER_TRAINED)
+    shared = (data.TASKS, data.TEMPLATES, data.METRIC)
     before = [type(table)(table) for table in shared]
     yield
     for table, kept in zip(shared, before, strict=True):

@@ -1,4 +1,4 @@
-"""Scenes and geometry that every paper uses (data.py, parts 1 and 2), against slow and obvious versions."""
+"""Scenes and geometry that every paper uses, against slow and obvious versions."""
 
 import itertools
 import math
@@ -10,21 +10,21 @@ import torch
 from data import (
     COLOURS,
     Frames,
+    LazyFrames,
     Scene,
     Thing,
     augment,
     box_iou,
     farthest_point_sampling,
+    fingerprint,
+    group_mean,
     knn,
     number_objects,
+    project,
     room,
     substitute,
     unproject,
 )
-
-
-def boxes(rng, *shape):
-    return np.concatenate([rng.uniform(-1, 1, (*shape, 3)), rng.uniform(0.2, 2, (*shape, 3))], -1)
 
 
 @pytest.fixture(scope="module")
@@ -32,26 +32,27 @@ def scene():
     return room(3, views=2, size=24, points=300)
 
 
-# ---- neighbours ------------------------------------------------------------------------------------------------------
+# ---- neighbors and groups --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [1, 4, 30])
 def test_knn_equals_sorting_all_distances(k):
-    """k = 1 is a case of its own: the tree then returns one axis less."""
+    """k = 1 is a case of its own: a tree then returns one axis less."""
     g = torch.Generator().manual_seed(k)
     queries, points = torch.rand(7, 3, generator=g), torch.rand(30, 3, generator=g)
     distance, index = knn(queries, points, k)
-    assert distance.shape == index.shape == (7, k) and distance.dtype == points.dtype and index.dtype == torch.int64
+    assert distance.shape == index.shape == (7, k)
+    assert distance.dtype == points.dtype and index.dtype == torch.int64
     for q in range(7):
-        every = sorted((math.dist(queries[q].tolist(), p.tolist()), i) for i, p in enumerate(points))[:k]
-        assert index[q].tolist() == [i for _, i in every]
-        assert torch.allclose(distance[q], torch.tensor([d for d, _ in every]), atol=1e-6)
+        every = sorted((math.dist(queries[q].tolist(), p.tolist()), i) for i, p in enumerate(points))
+        assert index[q].tolist() == [i for _, i in every[:k]]
+        assert torch.allclose(distance[q], torch.tensor([d for d, _ in every[:k]]), atol=1e-6)
 
 
 @pytest.mark.parametrize("k", [0, 6])
-def test_knn_refuses_more_neighbours_than_there_are_points(k):
+def test_knn_refuses_more_neighbors_than_there_are_points(k):
     """The tree would fill the rest with infinity and an index that is out of range."""
-    with pytest.raises(ValueError, match=f"k = {k} neighbours of 5 points"):
+    with pytest.raises(ValueError, match=f"k = {k} neighbors of 5 points"):
         knn(torch.rand(2, 3), torch.rand(5, 3), k)
 
 
@@ -59,10 +60,13 @@ def test_knn_refuses_more_neighbours_than_there_are_points(k):
 def test_farthest_point_sampling_equals_a_loop(first):
     """Each point is the farthest from all chosen before it."""
     points = torch.rand(40, 3, generator=torch.Generator().manual_seed(1))
-    centre = points.mean(0)
-    chosen = [max(range(40), key=lambda i: float((points[i] - centre).norm())) if first is None else first]
+    center = points.mean(0)
+    chosen = [first]
+    if first is None:
+        chosen = [max(range(40), key=lambda i: float((points[i] - center).norm()))]
     while len(chosen) < 12:
-        chosen.append(max(range(40), key=lambda i: min(float((points[i] - points[j]).norm()) for j in chosen)))
+        gaps = torch.cdist(points, points[chosen]).min(1).values
+        chosen.append(int(gaps.argmax()))
     assert farthest_point_sampling(points, 12, first).tolist() == chosen
 
 
@@ -72,45 +76,56 @@ def test_farthest_point_sampling_takes_the_lowest_of_equals_and_never_more_than_
     assert farthest_point_sampling(square, 9).tolist() == [0, 3, 1, 2]
 
 
+def test_a_group_mean_equals_a_loop_and_is_zero_where_a_group_is_empty():
+    values = torch.rand(20, 3, generator=torch.Generator().manual_seed(0))
+    index = torch.arange(20) % 4
+    mean, size = group_mean(values, index, 5)
+    for group in range(4):
+        assert torch.allclose(mean[group], values[index == group].mean(0))
+    assert size.tolist() == [5, 5, 5, 5, 0] and (mean[4] == 0).all()
+
+
 # ---- point maps and boxes --------------------------------------------------------------------------------------------
 
 
-def test_unproject_equals_a_loop_over_pixels_and_missing_depth_is_nan():
-    """Pixel centres lie at half-integers, depth runs along the camera's z axis, poses map camera to world."""
+def test_unproject_equals_a_loop_over_pixels_and_project_inverts_it():
+    """Pixel centers lie at half-integers, depth runs along the camera's z axis; missing depth is NaN."""
     rng = np.random.default_rng(0)
     V, H, W = 2, 3, 4
     depth = rng.uniform(1, 3, (V, H, W)).astype(np.float32)
     depth[1, 2, 3] = 0
     K = np.stack([[[5.0 + v, 0, 2.1], [0, 6.0, 1.4], [0, 0, 1]] for v in range(V)])
     poses = np.tile(np.eye(4), (V, 1, 1))
-    poses[:, :3] = np.linalg.qr(rng.normal(size=(V, 3, 3)))[0] @ np.eye(3, 4) + np.pad(
-        rng.normal(size=(V, 3, 1)), ((0, 0), (0, 0), (3, 0))
-    )
+    poses[:, :3, :3] = np.linalg.qr(rng.normal(size=(V, 3, 3)))[0]
+    poses[:, :3, 3] = rng.normal(size=(V, 3))
     points = unproject(depth, K, poses)
     assert points.shape == (V, H, W, 3) and points.dtype == np.float32
     for v, i, j in itertools.product(range(V), range(H), range(W)):
         d = depth[v, i, j]
-        seen = [(j + 0.5 - K[v, 0, 2]) / K[v, 0, 0] * d, (i + 0.5 - K[v, 1, 2]) / K[v, 1, 1] * d, d, 1.0]
-        if d > 0:
-            assert np.allclose(points[v, i, j], (poses[v] @ seen)[:3], atol=1e-5)
-        else:
+        if d == 0:
             assert np.isnan(points[v, i, j]).all()
+            continue
+        x = (j + 0.5 - K[v, 0, 2]) / K[v, 0, 0] * d
+        y = (i + 0.5 - K[v, 1, 2]) / K[v, 1, 1] * d
+        assert np.allclose(points[v, i, j], (poses[v] @ [x, y, d, 1.0])[:3], atol=1e-5)
+        pixel, back = project(points[v, i, j], K[v], poses[v])
+        assert np.allclose([*pixel, back], [j + 0.5, i + 0.5, d], atol=1e-4)
 
 
 def test_iou_of_all_pairs_equals_a_loop_with_any_leading_axes():
     """[S, n, 6] against [S, m, 6] gives [S, n, m]: one call scores all scenes."""
     rng = np.random.default_rng(0)
-    a, b = boxes(rng, 2, 3), boxes(rng, 2, 4)
+    a, b = (np.concatenate([rng.uniform(-1, 1, (2, n, 3)), rng.uniform(0.2, 2, (2, n, 3))], -1) for n in (3, 4))
     iou = box_iou(a, b)
     assert iou.shape == (2, 3, 4) and (iou > 0).any()
     for s, i, j in itertools.product(range(2), range(3), range(4)):
         shared = 1.0
         for k in range(3):
-            lo = max(a[s, i, k] - a[s, i, k + 3] / 2, b[s, j, k] - b[s, j, k + 3] / 2)
-            hi = min(a[s, i, k] + a[s, i, k + 3] / 2, b[s, j, k] + b[s, j, k + 3] / 2)
-            shared *= max(0.0, hi - lo)
-        whole = math.prod(a[s, i, 3:]) + math.prod(b[s, j, 3:]) - shared
-        assert iou[s, i, j] == pytest.approx(shared / whole)
+            low = max(box[k] - box[k + 3] / 2 for box in (a[s, i], b[s, j]))
+            high = min(box[k] + box[k + 3] / 2 for box in (a[s, i], b[s, j]))
+            shared *= max(0.0, high - low)
+        union = math.prod(a[s, i, 3:]) + math.prod(b[s, j, 3:]) - shared
+        assert iou[s, i, j] == pytest.approx(shared / union)
 
 
 def test_iou_of_special_boxes():
@@ -133,55 +148,55 @@ def test_marks_and_nothing_else_are_replaced():
 def test_identifiers_are_different_random_and_belong_to_the_largest_things():
     """An identifier that leaned on the order of objects would be learned instead of looked at."""
     rng = np.random.default_rng(0)
-    things = [Thing(i + 1, "box", "red", np.array([0, 0, 0, 1, 1, 1 + (37 * i) % 130])) for i in range(130)]
+    heights = [1 + (37 * i) % 130 for i in range(130)]
+    things = [Thing(i + 1, "box", "red", np.array([0, 0, 0, 1, 1, h])) for i, h in enumerate(heights)]
     first, second = (number_objects(Scene("s", "rooms", things), rng) for _ in range(2))
     largest = {o.id for o in sorted(things, key=lambda o: -o.box[5])[:100]}
     assert set(first) == set(second) == largest and sorted(first.values()) == list(range(100))
     assert first != second
-    few = number_objects(Scene("s", "rooms", things[:5]), rng)
-    assert len(set(few.values())) == 5 and set(few.values()) <= set(range(100))
-    counts = np.bincount([number_objects(Scene("s", "rooms", things[:1]), rng)[1] for _ in range(3000)], minlength=100)
-    assert counts.min() > 0  # all of 0..99 occur
+    drawn = [number_objects(Scene("s", "rooms", things[:1]), rng)[1] for _ in range(3000)]
+    assert set(drawn) == set(range(100))
 
 
 def test_augmentation_moves_everything_alike(scene):
     """Points stay inside the boxes of their objects, normals stay on their faces, bounds stay bounds, and what a camera
     sees lies, turned by `turn`, in the turned boxes."""
     rng = np.random.default_rng(0)
-    seen = scene.frames.masks > 0
-    world = unproject(scene.frames.depth, scene.frames.intrinsics, scene.frames.poses)[seen]
+    frames = scene.frames
+    seen = frames.masks > 0
+    world = unproject(frames.depth, frames.intrinsics, frames.poses)[seen]
     turns = set()
     for _ in range(30):
         other = augment(scene, rng)
         turns.add(other.turn.tobytes())
         box = {o.id: o.box for o in other.objects}
-        for points, ids in ((other.points, other.instances), (world @ other.turn.T, scene.frames.masks[seen])):
+        for points, ids in ((other.points, other.instances), (world @ other.turn.T, frames.masks[seen])):
             own = np.array([box[i] for i in ids[ids > 0]])
             assert (np.abs(points[ids > 0] - own[:, :3]) <= own[:, 3:] / 2 + 1e-4).all()
         assert np.allclose(other.normals, scene.normals @ other.turn.T) and other.points.dtype == np.float32
-        assert (other.bounds[0] < other.bounds[1]).all()
         assert (other.points >= other.bounds[0] - 1e-4).all() and (other.points <= other.bounds[1] + 1e-4).all()
         assert (other.turn[2] == [0, 0, 1]).all() and np.allclose(other.turn @ other.turn.T, np.eye(3))
     assert len(turns) == 8  # every mirroring and transposition of the floor plan
+    turned = [np.linalg.det(augment(scene, rng, mirror=False).turn) for _ in range(9)]
+    assert np.allclose(turned, 1)
 
 
 def test_augmentation_leaves_the_original_alone_and_can_be_repeated(scene):
     """A copy per use: a scene is shared by all epochs. Twice augmented is augmented by the product of both turns."""
     before = [o.box.copy() for o in scene.objects]
-    once = augment(scene, np.random.default_rng(1))
-    again = augment(once, np.random.default_rng(2))
-    assert all((o.box == b).all() for o, b in zip(scene.objects, before, strict=True)) and not scene.identifiers
-    assert (scene.turn == np.eye(3)).all()
+    again = augment(augment(scene, np.random.default_rng(1)), np.random.default_rng(2))
+    assert all((o.box == b).all() for o, b in zip(scene.objects, before, strict=True))
+    assert not scene.identifiers and (scene.turn == np.eye(3)).all()
     for o, b in zip(again.objects, before, strict=True):
         assert np.allclose(o.box[:3], again.turn @ b[:3]) and np.allclose(o.box[3:], np.abs(again.turn) @ b[3:])
 
 
-def test_new_colours_are_drawn_only_on_request_and_only_where_a_colour_is_known(scene):
-    """Recolouring is for symbols; an object of unknown colour must not get one."""
+def test_new_colors_are_drawn_only_on_request_and_only_where_a_color_is_known(scene):
+    """Recoloring is for symbols; an object of unknown color must not get one."""
     rng = np.random.default_rng(0)
     assert [o.colour for o in augment(scene, rng).objects] == [o.colour for o in scene.objects]
-    drawn = [o.colour for _ in range(20) for o in augment(scene, rng, recolour=True).objects]
-    assert set(drawn) == set(COLOURS)
+    drawn = {o.colour for _ in range(20) for o in augment(scene, rng, recolour=True).objects}
+    assert drawn == set(COLOURS)
     bare = Scene("s", "ply", [Thing(1, "", "", np.array([0, 0, 0, 1, 1, 1.0]))])
     assert augment(bare, rng, recolour=True).objects[0].colour == ""
 
@@ -191,3 +206,23 @@ def test_a_scene_may_lack_everything_but_its_objects():
     frames = Frames(*(np.zeros((1, 2, 2)) for _ in range(5)))
     other = augment(Scene("s", "rgbd", [], frames=frames), np.random.default_rng(0))
     assert other.points is None and other.bounds is None and other.frames is frames and other.identifiers == {}
+
+
+def test_of_frames_on_disk_one_scenes_are_held_at_a_time(scene):
+    """A thousand scans do not fit in memory."""
+    read = []
+
+    def load(name):
+        read.append(name)
+        return scene.frames
+
+    a, b = (LazyFrames(lambda name=name: load(name)) for name in "ab")
+    assert a.depth is scene.frames.depth and a.masks is scene.frames.masks and read == ["a"]
+    assert len(b.poses) == 2 and len(a.poses) == 2 and read == ["a", "b", "a"]
+
+
+def test_a_fingerprint_tells_contents_apart_but_not_turns(scene):
+    """Cached features belong to what a scene is made of, also once it is augmented."""
+    assert fingerprint(scene) == fingerprint(augment(scene, np.random.default_rng(0)))
+    others = [room(3, views=2, size=24, points=301), room(3, views=3, size=24, points=300)]
+    assert len({fingerprint(s) for s in (scene, *others)}) == 3
