@@ -2215,12 +2215,13 @@ INSTALL = {  # optional package -> how to install it
 }
 DEPTH_SCALES = "millimeters 1000, TUM and ICL-NUIM 5000, Replica of NICE-SLAM 6553.5, RealSense L515 4000"
 UP = {f"{sign}{name}": float(f"{sign}1") * np.eye(3)[i] for i, name in enumerate("xyz") for sign in "+-"}
-CONVENTIONS = {  # poses in a file -> signs of the camera's axes, signs of the world's axes, maps world to camera?
-    "opencv": ((1, 1, 1), (1, 1, 1), False),
-    "opengl": ((1, -1, -1), (1, 1, 1), False),
-    "opencv_inverse": ((1, 1, 1), (1, 1, 1), True),
-    "opengl_inverse": ((1, -1, -1), (1, 1, 1), True),
-    "povray": ((1, -1, 1), (1, -1, 1), False),  # both left-handed, y up
+SAME, DOWN, TURNED = np.diag([1.0, 1, 1, 1]), np.diag([1.0, -1, 1, 1]), np.diag([1.0, -1, -1, 1])
+CONVENTIONS = {  # poses in a file -> the camera's axes in OpenCV's, the world's in right-handed ones, world to camera?
+    "opencv": (SAME, SAME, False),
+    "opengl": (TURNED, SAME, False),
+    "opencv_inverse": (SAME, SAME, True),
+    "opengl_inverse": (TURNED, SAME, True),
+    "povray": (DOWN, DOWN, False),  # both left-handed
 }
 
 
@@ -2264,11 +2265,11 @@ def read_words(path):
     return [words for words in lines if words and not words[0].startswith(("#", "timestamp"))]
 
 
-def read_numbers(path, columns, rows=-1):
+def read_numbers(path, columns, rows=None):
     """Read the upper left [rows, columns] of a table of numbers; by default all rows."""
     with reading(path, f"table of {columns} numbers per line"):
         table = [words[:columns] for words in read_words(path)]
-        return np.array(table[: rows % 10**9], float).reshape(rows, columns)
+        return np.array(table[:rows], float).reshape(rows or -1, columns)
 
 
 def need(module, what):
@@ -2297,8 +2298,10 @@ def check_scene(scene: Scene, trusted: bool = False) -> Scene:
     `trusted`, an extent of 0.5 to 30 meters. Raises DataError."""
     arrays = [scene.points, scene.colours, scene.normals, scene.superpoints, scene.instances]
     lengths = {len(a) for a in arrays if a is not None}
-    numbers = np.concatenate([scene.points.ravel(), *(o.box for o in scene.objects)])
-    if len(lengths) > 1 or min(lengths) < 2 or not np.isfinite(numbers).all():
+    with reading(scene.name, "scene of boxes with six numbers"):
+        boxes = np.array([o.box for o in scene.objects], float).reshape(-1, 6)
+    finite = np.isfinite(scene.points).all() and np.isfinite(boxes).all()
+    if len(lengths) > 1 or min(lengths) < 2 or not finite:
         raise DataError(f"{scene.name}: arrays of {lengths} points, or numbers that are not finite; export it again")
     for o in scene.objects:
         o.box[3:] = np.maximum(o.box[3:], 0.001)  # a flat thing's side of 0 has no logarithm in a loss
@@ -2323,7 +2326,7 @@ def check_scene(scene: Scene, trusted: bool = False) -> Scene:
 class FrameFiles(NamedTuple):
     """One frame on disk; what no file holds is None."""
 
-    image: Path | tuple[Path, int]  # or a video and the number of its frame
+    image: Path  # for a frame in a video: its number, below the path of the video
     depth: Path | None = None
     pose: Path | np.ndarray | None = None  # [4, 4] in the layout's convention
     camera: Path | np.ndarray | None = None  # [3, 3] of the image or of the depth
@@ -2333,7 +2336,7 @@ class FrameFiles(NamedTuple):
 def pictures(folder, pattern="*"):
     """List the images in a folder, frame10 after frame9; hidden files are none."""
     files = [file for file in folder.glob(pattern) if file.suffix.lower() in IMAGES and file.name[0] != "."]
-    return sorted(files, key=lambda file: [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", file.name)])
+    return sorted(files, key=lambda file: (len(file.name), file.name))
 
 
 def pinhole(fx, fy, cx, cy):
@@ -2405,11 +2408,11 @@ def tum(mark):
 def arkitscenes(mark):
     """lowres_wide/, lowres_depth/, lowres_wide_intrinsics/ named ID_SECONDS; lines "second rx ry rz x y z"."""
     base, rows = mark.parent, read_numbers(mark, 7)
-    images, cameras = pictures(base / "lowres_wide"), sorted((base / "lowres_wide_intrinsics").glob("*.pincam"))
+    images, files = pictures(base / "lowres_wide"), sorted((base / "lowres_wide_intrinsics").glob("*.pincam"))
     depths = [base / "lowres_depth" / image.name for image in images]
-    cameras = in_time(images, seconds(cameras), cameras)
     poses = in_time(images, rows[:, 0], [rigid(row[4:], row[1:4]) for row in rows], 0.01)
-    yield from map(FrameFiles, images, depths, poses, cameras)
+    cameras = [pinhole(*read_numbers(file, 6)[0, 2:]) for file in files]  # behind width and height
+    yield from map(FrameFiles, images, depths, poses, in_time(images, seconds(files), cameras))
 
 
 def stray_scanner(mark):
@@ -2417,7 +2420,8 @@ def stray_scanner(mark):
     base = mark.parent
     images = {int(image.stem): image for image in pictures(base / "rgb")}
     for _, number, *pose in read_numbers(mark, 9):
-        image, depth = images.get(int(number), (base / "rgb.mp4", int(number))), base / f"depth/{number:06.0f}.png"
+        image = images.get(int(number), base / f"rgb.mp4/{number:.0f}")
+        depth = base / f"depth/{number:06.0f}.png"
         yield FrameFiles(image, depth, rigid(pose[:3], pose[3:]), base / "camera_matrix.csv")
 
 
@@ -2496,9 +2500,9 @@ KNOWN_LAYOUTS = "; ".join(layout.name for layout in LAYOUTS)
 
 
 def existing(part):
-    """Return a part of a FrameFiles, or None where its file is missing."""
-    file = part[0] if isinstance(part, tuple) else part
-    return None if isinstance(file, Path) and not file.exists() else part
+    """Return a part of FrameFiles, or None where its file is missing."""
+    missing = isinstance(part, Path) and not (part.exists() or part.parent.is_file())
+    return None if missing else part
 
 
 def find_frames(folder: Path) -> tuple[Layout | None, list[FrameFiles]]:
@@ -2517,8 +2521,8 @@ def find_frames(folder: Path) -> tuple[Layout | None, list[FrameFiles]]:
 
 def read_image(path, mode=None):
     """Read an image in a mode of PIL ("RGB", "I" = integers), or a frame of a video; its rows as the camera wrote them."""
-    if isinstance(path, tuple):
-        return video_frame(*path)
+    if path.parent.is_file():
+        return video_frame(path.parent, int(path.name))
     with reading(path, "image"), Image.open(path) as image:
         return np.asarray(image.convert(mode) if mode else image)
 
@@ -2537,12 +2541,11 @@ def read_pose(pose, convention):
     camera, world, inverse = choose(CONVENTIONS, convention, "--convention")
     if not np.isfinite(pose).all():
         return None
-    pose = np.linalg.inv(pose) if inverse else pose
-    pose = np.diag([*world, 1]) @ pose @ np.diag([*camera, 1])
 
     # files round their numbers: take the nearest rotation (polar decomposition)
     u, _, vt = np.linalg.svd(pose[:3, :3])
-    pose[:3, :3] = u @ vt
+    pose = np.block([[u @ vt, pose[:3, 3:]], [0, 0, 0, 1]])
+    pose = world @ (np.linalg.inv(pose) if inverse else pose) @ camera
     return pose if np.linalg.det(pose) > 0 else None
 
 
@@ -2552,14 +2555,11 @@ def read_camera(camera, sizes):
     Files do not say whether it is the color's or the depth's: of `sizes` (H, W) take the one whose middle is nearest to
     the principal point. Raises DataError where that is near none.
     """
-    where = camera if isinstance(camera, Path) else "intrinsics"
-    if where is camera:
-        pincam = camera.suffix == ".pincam"  # width height fx fy cx cy
-        camera = pinhole(*read_numbers(camera, 6)[0, 2:]) if pincam else read_numbers(camera, 3, 3)
-    scaled = [np.diag([1 / W, 1 / H, 1]) @ camera for H, W in sizes]
+    K = read_numbers(camera, 3, 3) if isinstance(camera, Path) else camera
+    scaled = [np.diag([1 / W, 1 / H, 1]) @ K for H, W in sizes]
     best = min(scaled, key=lambda K: np.abs(K[:2, 2] - 0.5).max())
     if not (np.abs(best[:2, 2] - 0.5).max() < 0.25 and np.diag(best).min() > 0):
-        raise DataError(f"{where}: {camera.tolist()} belongs to no image of (H, W) = {sizes}; export their own intrinsics")
+        raise DataError(f"intrinsics {K.tolist()} belong to no image of {sizes} (H, W); export those of these images ({camera})")
     return best
 
 
@@ -2584,21 +2584,24 @@ def read_view(view, layout, longest):
             raise DataError(f"{view.depth}: depth and color have different shapes {sizes}; export depth registered to color")
 
     # bring all to one size
-    size = fit_longest(*sizes[0], longest)
-    depth = None if depth is None else resize(depth, size)
-    mask = np.zeros(size, np.int32) if view.mask is None else resize(read_image(view.mask, "I"), size)
+    H, W = fit_longest(*sizes[0], longest)
+    mask = np.zeros((H, W), np.int32)
+    if view.mask is not None:
+        mask = resize(read_image(view.mask, "I"), (H, W))
     if view.camera is not None:
-        K = np.diag([size[1], size[0], 1]) @ read_camera(view.camera, sizes)
-    return resize(color, size), depth, mask, K, pose
+        K = np.diag([W, H, 1]) @ read_camera(view.camera, sizes)
+    return resize(color, (H, W)), depth if depth is None else resize(depth, (H, W)), mask, K, pose
 
 
 def read_frames(where, layout: Layout, views: list[FrameFiles], max_frames: int, longest: float, notes: list[str]) -> Frames:
     """Read at most `max_frames` views, evenly spaced, as Frames; what no file holds is None. Dropped and counted are
     frames that lack a file that others have, whose pose is not finite, or whose depth is empty."""
-    known = [i for i in range(4) if any(view[i] is not None for view in views)]
-    complete = [view for view in views if all(view[i] is not None for i in known)]
-    rows = [read_view(view, layout, longest) for view in evenly(complete, max_frames)]
-    lost = Counter(row for row in rows if isinstance(row, str)) + Counter({"a missing file": len(views) - len(complete)})
+    known = [part for part in range(4) if any(view[part] is not None for view in views)]
+    rows = []
+    for i in np.unique(np.linspace(0, len(views) - 1, min(max_frames, len(views))).round().astype(int)):
+        complete = all(views[i][part] is not None for part in known)
+        rows.append(read_view(views[i], layout, longest) if complete else "a missing file")
+    lost = Counter(row for row in rows if isinstance(row, str))
     rows = [row for row in rows if not isinstance(row, str)]
     notes += [f"dropped {n} of {len(views)} frames with {why}" for why, n in lost.items()]
     notes.append(f"{len(rows)} of {len(views)} frames used; layout {layout.name}")
@@ -2608,13 +2611,14 @@ def read_frames(where, layout: Layout, views: list[FrameFiles], max_frames: int,
 
 
 def agreement(frames: Frames, reach: float = 0.1) -> float:
-    """Share of a frame's depth that the next frame confirms to `reach` meters, of what it does not see hidden."""
+    """Share of some frames' depth that others confirm to `reach` meters, among what these do not see hidden."""
     points = unproject(frames.depth, frames.intrinsics, frames.poses)
-    confirmed, denied = 0, 1
-    for v in range(1, len(points)):
-        before = points[v - 1][frames.depth[v - 1] > 0][::16]
-        _, row, column, z = in_view(before, frames.intrinsics[v], frames.poses[v], frames.depth.shape[1:])
-        beyond = frames.depth[v][row, column] - z
+    some = range(0, len(points), 1 + len(points) // 8)
+    confirmed, denied = 1, 0
+    for v, other in itertools.permutations(some, 2):
+        seen = points[v][frames.depth[v] > 0][::16]
+        _, row, column, z = in_view(seen, frames.intrinsics[other], frames.poses[other], frames.depth.shape[1:])
+        beyond = frames.depth[other][row, column] - z
         confirmed += (np.abs(beyond) <= reach).sum()
         denied += (beyond > reach).sum()
     return confirmed / (confirmed + denied)
@@ -2626,26 +2630,24 @@ def read_views(
     max_frames: int = 32,
     longest: int | None = None,
     vggt: str = "facebook/VGGT-1B",
-    up: str | None = None,
-    convention: str | None = None,
-    depth_scale: float | None = None,
+    **documented,
 ) -> Scene:
     """Read a video, images, or frames in one of LAYOUTS as a scene without objects.
 
-    What no file holds of depth, poses and intrinsics VGGT finds. Its unit becomes meters by the known poses or depth, else
-    by `scale`, true meters per guessed one; without any the scene is not metric. longest: side of the frames in pixels, by
-    default 320, or 640 for VGGT. up (UP or "auto"), convention (CONVENTIONS) and depth_scale stand in place of what the layout
-    documents. Raises DataError.
+    What no file holds of depth, poses and intrinsics VGGT finds. Its unit becomes meters by the known poses or depth; else
+    it is guessed, and the scene not metric. scale: true meters per meter of that. longest: side of the frames in pixels, by
+    default 320, or 640 for VGGT. documented: up (UP or "auto"), convention (CONVENTIONS), depth_scale, in place of those
+    of the layout. Raises DataError.
     """
     path, notes = Path(path), []
     layout, views = find_frames(path) if path.is_dir() else (VIDEO, [])
     if layout is None:
         inside = ", ".join(sorted(file.name for file in path.iterdir())[:8])
         raise DataError(f"{path}: holds no frames, but {inside or 'nothing'}; known layouts: {KNOWN_LAYOUTS}")
-    for name, value in (("up", up), ("convention", convention), ("depth_scale", depth_scale)):
-        layout = layout if value is None else replace(layout, **{name: value})
+    layout = replace(layout, **documented)
     has_depth, has_pose = (any(view[i] is not None for view in views) for i in (1, 2))
-    longest = longest or (320 if has_depth and has_pose else 640)
+    measured = has_depth and has_pose
+    longest = longest or (320 if measured else 640)
 
     # what the files hold; VGGT sees the rest in the images
     if has_depth or has_pose:
@@ -2654,16 +2656,15 @@ def read_views(
         read = read_photographs if views else read_video
         images = read(path, views, max_frames, longest, notes)
         frames = Frames(images, None, np.zeros(images.shape[:3], np.int32), None, None)
-    if any(part is None for part in (frames.depth, frames.intrinsics, frames.poses)):
+    if any(part is None for part in vars(frames).values()):
         frames = fill_in(path, frames, vggt)
     metric = has_depth or (has_pose and layout.metric)
-    if metric and scale is not None:
-        raise DataError(f"--scale: {path} is in meters by its depth or poses; leave it out, or give --depth-scale")
-    if not metric:
-        rescale(frames, GUESS / float(np.median(frames.depth[frames.depth > 0])) * (scale or 1.0))
+    guess = 1.0 if metric else GUESS / float(np.median(frames.depth[frames.depth > 0]))
+    rescale(frames, guess * (scale or 1.0))
 
-    # frames that contradict each other were read with a wrong convention or scale: 0.94 on good poses, else below 0.3
-    if (has_depth or has_pose) and len(frames.depth) > 1 and (share := agreement(frames)) < 0.6:
+    # frames that contradict each other were read with a wrong convention or scale: 0.92 on good poses, else below 0.5
+    share = agreement(frames) if has_depth or has_pose else 1.0
+    if share < 0.6:
         raise DataError(
             f"{path}, read as {layout.name}: only {share:.0%} of the depth fits other frames; name the poses' --convention "
             f"({', '.join(CONVENTIONS)}) or the --depth-scale ({DEPTH_SCALES})"
@@ -2672,15 +2673,9 @@ def read_views(
     world, said = align_to_gravity(points, normals, layout.up, frames.poses)
     frames.poses = world @ frames.poses
     notes += [f"{len(points)} points in voxels of {voxel * 100:.1f} cm", said]
-    source = "rgbd" if has_depth and has_pose else "video"
-    scene = Scene(path.resolve().stem, source, [], colours=colors, frames=frames, notes=notes, **move(points, normals, world))
-    scene.metric = metric or scale is not None
-    return check_scene(scene, trusted=scale is not None or depth_scale is not None)
-
-
-def evenly(rows, count):
-    """Pick at most `count` rows, evenly spaced, first and last among them."""
-    return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
+    scene = Scene(path.resolve().stem, "rgbd" if measured else "video", [], notes=notes, **move(points, normals, world))
+    scene.colours, scene.frames, scene.metric = colors, frames, metric or scale is not None
+    return check_scene(scene, trusted=scale is not None or "depth_scale" in documented)
 
 
 def fit_longest(height, width, longest):
@@ -2734,29 +2729,28 @@ def voxel_downsample(rows, weight, voxel, limit):
     return rows[:, :3].astype(np.float32), rows[:, 3:6].round().astype(np.uint8), unit(rows[:, 6:]), voxel
 
 
-def fuse(frames: Iterable[tuple], limit: int = 100_000, voxel: float | None = None) -> tuple:
+def fuse(frames: Iterable[tuple], limit: int = 100_000) -> tuple:
     """Fuse frames (color [H, W, 3], depth [H, W], intrinsics [3, 3], pose [4, 4]) to one cloud: points [N, 3] f32, colors
-    [N, 3] u8, unit normals [N, 3] f32 towards the cameras, voxel in meters (default: 2.5 cm or a pixel's footprint)."""
+    [N, 3] u8, unit normals [N, 3] f32 towards the cameras, voxel in meters: 2.5 cm, or a pixel's footprint if larger."""
     parts = []
     for color, depth, K, pose in frames:
         if not parts:
             footprint = float(np.median(depth[depth > 0])) / K[0, 0]
-            voxel = voxel or max(0.025, footprint)
+            voxel = max(0.025, footprint)
 
         # normals from differences of the point map: NaN beside missing depth, grazing ones at the edges of things
         points = unproject(depth[None], K[None], pose[None])[0]
         normals = unit(np.cross(np.gradient(points, axis=0), np.gradient(points, axis=1)))
         facing = (normals * unit(pose[:3, 3] - points)).sum(-1)
         seen = np.abs(facing) > 0.1
-        rows = np.concatenate([points[seen], color[seen], normals[seen] * np.sign(facing[seen])[:, None]], axis=1)
-        if len(rows):
-            parts.append(voxel_mean(rows, np.ones(len(rows)), voxel))
-    if not parts:
-        raise DataError("no frame shows a surface; check the depth images and --depth-scale")
+        rows = np.concatenate([points, color, normals * np.sign(facing)[..., None]], axis=-1)[seen]
+        parts.append(voxel_mean(rows, np.ones(len(rows)), voxel))
 
     # voxels with less than a fifth of a single view's samples are flying pixels
     rows, weight = voxel_mean(*map(np.concatenate, zip(*parts, strict=True)), voxel)
     solid = weight >= min(3.0, 0.2 * (voxel / footprint) ** 2)
+    if not solid.any():
+        raise DataError("no frame shows a surface; check the depth images and --depth-scale")
     return voxel_downsample(rows[solid], weight[solid], voxel, limit)
 
 
@@ -2790,14 +2784,17 @@ def load_mesh(path):
             points[faces]  # a face of a vertex that is not there ends here
 
         # what a .ply calls its fields
-        held = mesh.metadata.get("_ply_raw", {"vertex": {"data": {}, "properties": {}}})["vertex"]
-        for names in (("nx", "ny", "nz"), *COLORS):
-            if set(names) <= set(held["properties"]):
-                values = np.stack([np.ravel(held["data"][name]) for name in names], axis=1)
-                if names[0] == "nx":
+        held = mesh.metadata["_ply_raw"]["vertex"] if "_ply_raw" in mesh.metadata else {"data": {}, "length": 1}
+        points[held["length"] - 1]  # a text that is cut off ends here
+        fields = held["data"]
+        names = fields if isinstance(fields, dict) else fields.dtype.names
+        for group in (("nx", "ny", "nz"), *COLORS):
+            if group[0] in names:
+                values = np.stack([np.ravel(fields[name]) for name in group], axis=1)
+                if group[0] == "nx":
                     normals = values
                 else:
-                    colors = eight_bit(0.5 + 0.2821 * values if names[0] == "f_dc_0" else values)
+                    colors = eight_bit(0.5 + 0.2821 * values if group[0] == "f_dc_0" else values)
     return points, colors, normals, faces
 
 
@@ -2815,38 +2812,43 @@ def write_ply(path, points, colours, normals):
     cloud.export(path, file_type="ply", vertex_normal=True)
 
 
-def read_cloud(path: str | Path, up: str = "auto", scale: float | None = None, limit: int = 200_000) -> Scene:
-    """Read a cloud or mesh (CLOUDS) as a scene without objects or frames: at most `limit` points, averaged in voxels; of a
-    mesh of few large faces points are drawn from them. `scale`: meters per unit; `up`: UP or "auto". Raises DataError."""
+def points_of_faces(points, colors, normals, faces, limit):
+    """Draw points, colors, normals from the faces of a mesh, one in 3 x 3 cm, where its corners are much fewer: they alone
+    do not show a wall. Faces that fill the space like no surface are left alone."""
     import trimesh
 
-    path, notes = Path(path), []
+    mesh = trimesh.Trimesh(points, faces, process=False)
+    count = int(min(limit, mesh.area / 0.03**2))
+    if count < 4 * len(points) or mesh.area > 8 * mesh.bounding_box.area:
+        return points, colors, vertex_normals(points, faces) if normals is None else normals
+    drawn, face = trimesh.sample.sample_surface(mesh, count, seed=0)
+    return drawn, None if colors is None else colors[faces[face]].mean(1), mesh.face_normals[face]
+
+
+def read_cloud(path: str | Path, up: str = "auto", scale: float | None = None, limit: int = 200_000) -> Scene:
+    """Read a cloud or mesh (CLOUDS) as a scene without objects or frames, at most `limit` points, averaged in voxels.
+
+    `up`: UP or "auto"; `scale`: meters per unit. Raises DataError.
+    """
+    path = Path(path)
     points, colors, normals, faces = load_mesh(path)
     points = points * (scale or 1.0)
-
-    # corners alone do not show a wall: draw a point per 3 x 3 cm of the faces, unless these fill the space like no surface
+    notes = [f"{len(points)} points" if faces is None else f"{len(points)} corners of {len(faces)} faces"]
     if faces is not None:
-        mesh = trimesh.Trimesh(points, faces, process=False)
-        normals = vertex_normals(points, faces) if normals is None else normals
-        count = int(min(limit, mesh.area / 0.03**2))
-        if count > 4 * len(points) and mesh.area < 8 * mesh.bounding_box.area:
-            notes.append(f"{count} points drawn from {len(faces)} faces of {len(points)} corners")
-            points, face = trimesh.sample.sample_surface(mesh, count, seed=0)
-            normals = mesh.face_normals[face]
-            colors = None if colors is None else colors[faces[face]].mean(1)
+        points, colors, normals = points_of_faces(points, colors, normals, faces, limit)
 
     # without what is not finite, and floaters of a reconstruction
     low, high = np.nanpercentile(points, (1, 99), axis=0)
     near = (np.abs(points - (low + high) / 2) <= 10 * (high - low).max()).all(1)
     if not near.all():
-        notes.append(f"dropped {(~near).sum()} of {len(points)} points that are not finite or far from all others")
+        notes.append(f"dropped {(~near).sum()} points that are not finite or far from all others")
 
-    # close to the origin, where float32 is fine enough; what lies twice at a place is one point
+    # near the origin, where float32 is fine enough; what lies twice at a place is one point
     points = points - (low.round() if np.abs(low).max() > 1000 else 0)
-    color, normal = (np.zeros_like(points) if a is None else a for a in (colors, normals))
+    color, normal = (np.zeros_like(points) if array is None else array for array in (colors, normals))
     rows = np.concatenate([points, color, normal], axis=1)[near]
     points, color, normal, voxel = voxel_downsample(rows, np.ones(len(rows)), 0.005, limit)
-    notes.append(f"{len(points)} points, averaged in voxels of {voxel * 100:.1f} cm")
+    notes.append(f"{len(points)} points averaged in voxels of {voxel * 100:.1f} cm")
     if not (np.square(normal).sum(1) > 0.5).all():
         normal = estimate_normals(points)
     world, said = align_to_gravity(points, normal, up)
@@ -2919,28 +2921,27 @@ def find_up(points, normals, up, poses):
 
 def align_to_gravity(points, normals, up, poses=None):
     """Find the rigid 4x4 that turns a cloud z-up, walls along x and y, floor at z = 0; and a line that says how."""
+    from scipy.spatial.transform import Rotation
+
     up, said = find_up(points, normals, up, poses)
-    side = np.cross(up, np.eye(3)[np.abs(up).argmin()])
-    side /= np.linalg.norm(side)
-    turn = np.stack([np.cross(side, up), side, up])
+    turn = Rotation.align_vectors([[0, 0, 1]], [up])[0]
 
     # walls agree modulo a quarter turn, so as complex numbers their fourth powers do; twice without what stands askew
-    wall = normals @ turn.T
+    wall = turn.apply(normals)
     quarter = (wall[:, 0] + 1j * wall[:, 1])[np.abs(wall[:, 2]) < 0.2] ** 4
     if len(quarter) >= 100 and abs(quarter.mean()) > 0.1:
         for reach in (4.0, 0.6, 0.6):  # radians
-            lean = quarter[np.abs(np.angle(quarter)) < reach].mean() ** 0.25
-            lean /= abs(lean)
-            quarter = quarter / lean**4
-            turn = np.array([[lean.real, lean.imag, 0], [-lean.imag, lean.real, 0], [0, 0, 1]]) @ turn
+            askew = np.angle(quarter[np.abs(np.angle(quarter)) < reach].mean())
+            quarter = quarter * np.exp(-1j * askew)
+            turn = Rotation.from_euler("z", -askew / 4) * turn
 
-    # the floor: the lowest level surface that is no crumb
-    z = points @ turn[2]
-    level = z[np.abs(normals @ turn[2]) > 0.9]
+    # the floor is the lowest level surface that is no crumb
+    z = turn.apply(points)[:, 2]
+    level = z[np.abs(turn.apply(normals)[:, 2]) > 0.9]
     level = level if len(level) else z
     floor = np.median(level[np.abs(level - np.percentile(level, 3)) < 0.08])
     world = np.eye(4)
-    world[:3, :3], world[2, 3] = turn, -floor
+    world[:3, :3], world[2, 3] = turn.as_matrix(), -floor
     return world, f"turned z-up by {said}"
 
 
@@ -2973,17 +2974,12 @@ def read_scannet(root: str | Path, scene_id: str, max_frames: int = 32, longest:
     folder = scan_folder(root, scene_id)
     mesh, segs, aggregation, info = (folder / f"{scene_id}{suffix}" for suffix in SCAN_FILES)
     points, colors, normals, faces = load_mesh(mesh)
-    fields, world = scan_fields(info), np.eye(4)
+    alignment = scan_fields(info).get("axisAlignment", "1 0 0 0 0 1 0 0 0 0 1 0 0 0 0 1")  # a few scans have none
     with reading(info, "axisAlignment of 16 numbers"):
-        if "axisAlignment" in fields:
-            world = np.array(fields["axisAlignment"].split(), float).reshape(4, 4)
-        else:
-            notes.append(f"{info.name} has no axisAlignment: the scan keeps its own axes")
+        world = np.array(alignment.split(), float).reshape(4, 4)
     if normals is None:
         normals = estimate_normals(points) if faces is None else unit(vertex_normals(points, faces))
     scene = Scene(scene_id, "scannet", [], colours=colors, notes=notes, **move(points, normals, world))
-    if "roomBounds" in fields:  # of write_scannet
-        scene.bounds = np.array(fields["roomBounds"].split(), float).reshape(2, 3)
 
     # objects are groups of segments; scans of the test split have neither
     scene.instances = np.zeros(len(points), np.int64)
@@ -2997,9 +2993,8 @@ def read_scannet(root: str | Path, scene_id: str, max_frames: int = 32, longest:
     places = folder, root / "posed_images" / scene_id, root / "frames" / scene_id
     found = [frames for frames in map(find_frames, places) if any(view.depth for view in frames[1])]
     if found and max_frames:
-        files = [part for view in found[0][1] for part in view if isinstance(part, Path)]
         load = partial(scan_frames, scene, world, *found[0], max_frames, longest)
-        scene.frames = LazyFrames(load, file_key([mesh, *files]))
+        scene.frames = LazyFrames(load, file_key([mesh, *(view.image for view in found[0][1] if view.image)]))
     elif max_frames:
         notes.append("no exported frames (color/, depth/, pose/, intrinsic/): points only")
     return check_scene(scene, trusted=True)
@@ -3040,18 +3035,17 @@ def write_scannet(scene: Scene, out: str | Path) -> Path:
     """Write a room as the ScanNet scan <out>/<name>, unaligned as scans are; read_scannet gives it back.
 
     Superpoints are cut at instances, depth is rounded to 1 mm. Color is written as PNG, so that nothing is lost; two extra
-    keys per object (alignedBox, colour) and a line of the .txt (roomBounds) hold what ScanNet has no place for.
+    keys per object (alignedBox, colour) hold what ScanNet has no place for.
     """
     folder = Path(out) / scene.name
     for part in ("color", "depth", "pose", "intrinsic", "instance-filt"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     mesh, segs, aggregation, info = (folder / f"{scene.name}{suffix}" for suffix in SCAN_FILES)
-    world = np.array([[0.8, -0.6, 0, 1.5], [0.6, 0.8, 0, -0.75], [0, 0, 1, 0.25], [0, 0, 0, 1]])
+    world = rigid((1.5, -0.75, 0.25), (0, 0, 0.6435))  # a shift, and a turn about z
     back = np.linalg.inv(world)
     raw = move(scene.points, scene.normals, back)
     write_ply(mesh, raw["points"], scene.colours, raw["normals"])
-    numbers = {"axisAlignment": world, "roomBounds": scene.bounds}
-    info.write_text("".join(f"{key} = {' '.join(map(str, value.ravel().tolist()))}\n" for key, value in numbers.items()))
+    info.write_text(f"axisAlignment = {' '.join(map(str, world.ravel().tolist()))}\n")
 
     # a segment belongs to one object
     pairs, segment = np.unique(np.stack([scene.superpoints, scene.instances]), axis=1, return_inverse=True)
@@ -3115,15 +3109,14 @@ def read_video(path, _, count, longest, notes, tries=8):
             frames = []
             with suppress(av.FFmpegError):
                 for frame in itertools.islice(frames_from(container, stream, begin), tries):
-                    frames += [frame] if frame.time < end else []
+                    frames.append(frame)
+            frames = [frame for frame in frames if frame.time < end]
             if frames:
                 best = max(frames, key=lambda frame: sharpness(frame.to_ndarray(format="gray")))
                 image = np.rot90(best.to_ndarray(format="rgb24"), round(best.rotation / 90))  # the tag of a phone
                 images.append(resize(np.ascontiguousarray(image), fit_longest(*image.shape[:2], longest)))
-        if not images:
-            raise DataError(f"{path}: none of its frames can be decoded; copy or record it again")
         notes.append(f"{len(images)} frames of {length:.1f} s, each the sharpest of up to {tries}")
-        return np.stack(images)
+        return np.stack(images)  # none can be decoded: not a whole video
 
 
 def read_photographs(where, views, count, longest, notes, tries=8):
@@ -3209,7 +3202,7 @@ def fill_in(where, frames: Frames, vggt: str) -> Frames:
         rescale(seen, float(np.median(frames.depth[both] / depth[both])))
     elif frames.poses is not None:
         at = np.stack([frames.poses, poses])[:, :, :3, 3]  # [2, V, 3]
-        known, found = np.median(np.linalg.norm(at - np.median(at, axis=1, keepdims=True), axis=2), axis=1)
+        known, found = np.median(np.linalg.norm(at - at.mean(1, keepdims=True), axis=2), axis=1)
         if known < 0.02:
             raise DataError(f"{where}: the camera hardly moves, so its poses give no scale; leave them out")
         rescale(seen, known / max(found, 1e-9))
@@ -4250,11 +4243,7 @@ def with_files(scene: Scene, _=None) -> Scene:
     return with_tracks(scene, scene.frames.masks)
 
 
-def with_segments(scene: Scene, _=None) -> Scene:
-    return with_own_segments(scene)
-
-
-SEGMENTERS = {"files": with_files, "segments": with_segments, "sam2": with_sam2}
+SEGMENTERS = {"files": with_files, "segments": lambda scene, _: with_own_segments(scene), "sam2": with_sam2}
 FRAME_ARRAYS = ("colour", "depth", "masks", "intrinsics", "poses")
 
 
