@@ -4132,29 +4132,40 @@ def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.n
 SOURCES = ("rooms", "scannet", "rgbd", "ply", "cached")
 
 
+def split_fifths(rows: list) -> dict[str, list]:
+    """Split {"train", "test"}: every fifth row is for testing, and one that is alone for both."""
+    test = rows[4::5] or rows[-1:]
+    return {"train": [row for row in rows if row not in test] or rows, "test": test}
+
+
+def scan_ids(root: Path) -> dict[str, list[str]]:
+    """List the scans below a ScanNet root as {"train", "test"}, by scannetv2_{train,val}.txt where both lie there."""
+    meshes = [file for place in ("", "scans/") for file in root.glob(f"{place}*/*{SCAN_FILES[0]}")]
+    found = sorted(file.parent.name for file in meshes)
+    if not found:
+        raise DataError(f"{root}: no <id>/<id>{SCAN_FILES[0]} here or under scans/; see python data.py check {root}")
+    lists = {split: root / f"scannetv2_{name}.txt" for split, name in (("train", "train"), ("test", "val"))}
+    if not all(file.exists() for file in lists.values()):
+        return split_fifths(found)
+    return {split: [name for name in file.read_text().split() if name in found] for split, file in lists.items()}
+
+
 def load_scenes(
     source: str, split: str, root: Path | None = None, count: int = 800, workers: int = 0, **options
 ) -> list[Scene]:
-    """Load the scenes of a split, "train" or "test", of one of SOURCES: rooms, or what lies below `root`.
+    """Load the scenes of a split, "train" or "test", of one of SOURCES: rooms, scans, or own scenes below `root`.
 
-    For testing are the scans in scannetv2_val.txt, where ScanNet's lists lie there, else every fifth scene; one alone is for
-    both. Scenes without an object are left out, and said. options: of `open_scene`. Raises DataError.
+    Own scenes in which no object is found are left out, and said. options: of `open_scene`. Raises DataError.
     """
     if source == "rooms":
         return rooms(ROOM_SEEDS[split][:count], workers + 1)
     if root is None:
         raise DataError(f"--data {source}: name the folder with --root")
-    root = Path(root)
+    root, scenes = Path(root), []
+    if source == "scannet":
+        return [read_scannet(root, name) for name in scan_ids(root)[split]]
     paths = sorted(root.glob("*.npz")) if source == "cached" else find_scenes(root)
-    listed = root / f"scannetv2_{'train' if split == 'train' else 'val'}.txt"
-    test = paths[4::5] or paths[-1:]
-    if listed.exists():
-        paths = [path for path in paths if path.name in listed.read_text().split()]
-    else:
-        paths = test if split == "test" else [path for path in paths if path not in test] or paths
-
-    scenes = []
-    for path in paths:
+    for path in split_fifths(paths)[split]:
         scene = open_scene(path, **options)
         if scene.objects:
             scenes.append(scene)

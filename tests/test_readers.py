@@ -29,7 +29,9 @@ from data import (
 KITCHEN = Path(__file__).parents[2] / "shared/data/7scenes_redkitchen"
 needs_kitchen = pytest.mark.skipif(not KITCHEN.exists(), reason=f"no real frames at {KITCHEN}")
 Z_UP = np.eye(4)
-Y_UP = np.array([[1, 0, 0, 0.3], [0, 0, 1, 0.2], [0, -1, 0, -1.0], [0, 0, 0, 1]])  # a z-up world in y-up axes, shifted
+Y_UP = np.array(
+    [[1, 0, 0, 0.3], [0, 0, 1, 0.2], [0, -1, 0, -1.0], [0, 0, 0, 1]]
+)  # a z-up world in y-up axes, shifted
 Y_DOWN = np.array([[1, 0, 0, 0.3], [0, 0, -1, 0.2], [0, 1, 0, -1.0], [0, 0, 0, 1]])
 OPENGL = np.diag([1.0, -1, -1, 1])
 
@@ -105,8 +107,13 @@ def write_replica(scene, folder, monkeypatch):
 def write_tum(scene, folder, monkeypatch):
     camera = write_frames(scene, folder, "rgb/130503110{}.175304.png", "depth/130503110{}.168323.png", 5000)
     monkeypatch.setitem(data.TUM_CAMERAS, "", tuple(camera.values()))
-    rows = [[1305031100.17 + i, *pose[:3, 3], *quaternion(pose).as_quat()] for i, pose in enumerate(scene.frames.poses)]
-    (folder / "groundtruth.txt").write_text("# timestamp tx ty tz qx qy qz qw\n" + "\n".join(" ".join(map(repr, map(float, r))) for r in rows))
+    rows = [
+        [1305031100.17 + i, *pose[:3, 3], *quaternion(pose).as_quat()]
+        for i, pose in enumerate(scene.frames.poses)
+    ]
+    (folder / "groundtruth.txt").write_text(
+        "# timestamp tx ty tz qx qy qz qw\n" + "\n".join(" ".join(map(repr, map(float, r))) for r in rows)
+    )
 
 
 def write_icl(scene, folder, monkeypatch):
@@ -122,7 +129,10 @@ def write_arkitscenes(scene, folder, monkeypatch):
     folder = folder / "471_frames"
     camera = write_frames(scene, folder, "lowres_wide/471_66{}.345.png", "lowres_depth/471_66{}.345.png")
     inverse = np.linalg.inv(scene.frames.poses)
-    save(folder / "lowres_wide.traj", np.array([[660.346 + i, *quaternion(p).as_rotvec(), *p[:3, 3]] for i, p in enumerate(inverse)]))
+    save(
+        folder / "lowres_wide.traj",
+        np.array([[660.346 + i, *quaternion(p).as_rotvec(), *p[:3, 3]] for i, p in enumerate(inverse)]),
+    )
     for i in range(8):
         (folder / "lowres_wide_intrinsics").mkdir(exist_ok=True)
         np.savetxt(folder / f"lowres_wide_intrinsics/471_66{i}.344.pincam", [[64, 64, *camera.values()]])
@@ -131,7 +141,10 @@ def write_arkitscenes(scene, folder, monkeypatch):
 def write_stray_scanner(scene, folder, monkeypatch):
     write_frames(scene, folder, "rgb/{:06d}.png", "depth/{:06d}.png")
     save(folder / "camera_matrix.csv", scene.frames.intrinsics[0])
-    rows = [f"{i / 60}, {i:06d}, {', '.join(map(str, [*p[:3, 3], *quaternion(p).as_quat()]))}" for i, p in enumerate(Y_UP @ scene.frames.poses)]
+    rows = [
+        f"{i / 60}, {i:06d}, {', '.join(map(str, [*p[:3, 3], *quaternion(p).as_quat()]))}"
+        for i, p in enumerate(Y_UP @ scene.frames.poses)
+    ]
     (folder / "odometry.csv").write_text("\n".join(["timestamp, frame, x, y, z, qx, qy, qz, qw", *rows]))
 
 
@@ -148,7 +161,13 @@ def write_nerfstudio(scene, folder, monkeypatch):
     camera = write_frames(scene, folder, "images/{}.png", "depths/{}.png")
     frames = [{"file_path": f"images/{i}.png", "depth_file_path": f"depths/{i}.png", "transform_matrix": pose.tolist()}
               for i, pose in enumerate(scene.frames.poses @ OPENGL)]  # fmt: skip
-    held = {"fl_x": camera["fx"], "fl_y": camera["fy"], "cx": camera["cx"], "cy": camera["cy"], "frames": frames}
+    held = {
+        "fl_x": camera["fx"],
+        "fl_y": camera["fy"],
+        "cx": camera["cx"],
+        "cy": camera["cy"],
+        "frames": frames,
+    }
     (folder / "transforms.json").write_text(json.dumps(held))
 
 
@@ -165,7 +184,9 @@ def turn_by_a_quarter(scene):
     f, turned = scene.frames, np.eye(4)
     turned[:3, :3] = [[0, -1, 0], [1, 0, 0], [0, 0, 1]]  # its right is the picture's down
     rows = [np.rot90(a, axes=(1, 2)) for a in (f.colour, f.depth, f.masks)]
-    return data.replace(scene, frames=data.Frames(*map(np.ascontiguousarray, rows), f.intrinsics, f.poses @ turned))
+    return data.replace(
+        scene, frames=data.Frames(*map(np.ascontiguousarray, rows), f.intrinsics, f.poses @ turned)
+    )
 
 
 def assert_same_room(found, truth):
@@ -208,13 +229,17 @@ def test_every_convention_of_poses_gives_the_same_room(small, tmp_path, conventi
     write_rgbd(data.replace(small, frames=frames), tmp_path / "a", world=Z_UP)
     assert_same_room(read_views(tmp_path / "a", convention=convention), small)
     if convention != "opencv":
-        with pytest.raises(DataError, match=r"of the depth fits other frames; name the poses' --convention|mirrored"):
+        with pytest.raises(
+            DataError, match=r"of the depth fits other frames; name the poses' --convention|mirrored"
+        ):
             read_views(tmp_path / "a")
 
 
 def test_depth_of_another_unit_is_refused_with_the_usual_ones(small, tmp_path):
     write_rgbd(small, tmp_path / "a", scale=5000)
-    with pytest.raises(DataError, match=r"--depth-scale \(millimeters 1000, TUM and ICL-NUIM 5000, Replica.* 6553.5"):
+    with pytest.raises(
+        DataError, match=r"--depth-scale \(millimeters 1000, TUM and ICL-NUIM 5000, Replica.* 6553.5"
+    ):
         read_views(tmp_path / "a")
     assert_same_room(read_views(tmp_path / "a", depth_scale=5000.0), small)
 
@@ -321,7 +346,9 @@ def test_cameras_that_look_down_from_one_side_do_not_make_a_wall_of_the_floor(sm
     eyes = np.stack([np.full(6, -1.8), np.linspace(-0.6, 0.6, 6), np.full(6, 2.2)], axis=1)
     forward = np.tile([np.cos(1.0), 0, -np.sin(1.0)], (6, 1))  # 57 degrees down
     poses = np.tile(np.eye(4), (6, 1, 1))
-    poses[:, :3, :3] = np.stack([np.tile([0.0, -1, 0], (6, 1)), np.cross(forward, [0.0, -1, 0]), forward], axis=2)
+    poses[:, :3, :3] = np.stack(
+        [np.tile([0.0, -1, 0], (6, 1)), np.cross(forward, [0.0, -1, 0]), forward], axis=2
+    )
     poses[:, :3, 3] = eyes
     facing = ((eyes.mean(0) - small.points) * small.normals).sum(1) > 0
     tilt = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
@@ -339,7 +366,9 @@ def test_a_cloud_that_lies_on_its_side_is_turned_upright(small, tmp_path, up, no
     write_ply(tmp_path / "a.ply", small.points @ turn.T, small.colours, direction @ turn.T)
     scene = read_cloud(tmp_path / "a.ply")
     share = np.linspace(0, 1, 21)
-    np.testing.assert_allclose(*(np.quantile(p[:, 2], share) for p in (scene.points, small.points)), atol=0.02)
+    np.testing.assert_allclose(
+        *(np.quantile(p[:, 2], share) for p in (scene.points, small.points)), atol=0.02
+    )
     assert up in scene.notes[-2]
 
 
@@ -347,7 +376,9 @@ def test_an_axis_that_fits_worse_is_taken_as_given_and_doubted(small, tmp_path):
     write_ply(tmp_path / "a.ply", small.points, small.colours, small.normals)
     assert "--up=+z fits better" in "".join(read_cloud(tmp_path / "a.ply", up="+y").notes)
     folder = write_rgbd(small, tmp_path / "a")
-    assert "up = +x; if it lies on its side, --up=-y fits better" in "".join(read_views(folder, up="+x").notes)
+    assert "up = +x; if it lies on its side, --up=-y fits better" in "".join(
+        read_views(folder, up="+x").notes
+    )
 
 
 # ---- clouds and meshes
@@ -363,7 +394,10 @@ def ply(fields, rows, more="", tail=""):
 XYZ = ["float x", "float y", "float z"]
 NAMES = {  # how others name and scale colors -> fields, and values from 0 to 1 as they write them
     "8 bits": (["uchar red", "uchar green", "uchar blue"], lambda c: np.round(c * 255)),
-    "diffuse": (["uchar diffuse_red", "uchar diffuse_green", "uchar diffuse_blue"], lambda c: np.round(c * 255)),
+    "diffuse": (
+        ["uchar diffuse_red", "uchar diffuse_green", "uchar diffuse_blue"],
+        lambda c: np.round(c * 255),
+    ),
     "r g b": (["uchar r", "uchar g", "uchar b"], lambda c: np.round(c * 255)),
     "16 bits": (["ushort red", "ushort green", "ushort blue"], lambda c: np.round(c * 65535)),
     "8 of 16 bits": (["ushort red", "ushort green", "ushort blue"], lambda c: np.round(c * 255)),
@@ -385,7 +419,10 @@ def test_colors_are_read_under_all_their_names(small, tmp_path, name):
 FACES = {
     "triangles": ("property list uchar int vertex_indices\n", "3 0 1 2\n3 1 2 3\n"),
     "polygons": ("property list uchar int vertex_indices\n", "4 0 1 2 3\n3 2 3 4\n"),
-    "texture": ("property list uchar int vertex_indices\nproperty list uchar float texcoord\n", "3 0 1 2 6 0 0 0 1 1 1\n3 1 2 3 6 0 0 0 1 1 1\n"),
+    "texture": (
+        "property list uchar int vertex_indices\nproperty list uchar float texcoord\n",
+        "3 0 1 2 6 0 0 0 1 1 1\n3 1 2 3 6 0 0 0 1 1 1\n",
+    ),
 }
 
 
@@ -415,7 +452,9 @@ def test_points_that_are_not_finite_far_away_or_twice_there_are_dropped(small, t
     rows = np.concatenate([small.points, np.zeros((300, 3)), [[500, 0, 0], [np.nan, 0, 0]]])
     (tmp_path / "a.ply").write_text(ply(XYZ, rows))
     scene = read_cloud(tmp_path / "a.ply")
-    assert 5980 < len(scene.points) < 6002 and "dropped 2 points that are not finite or far" in "".join(scene.notes)
+    assert 5980 < len(scene.points) < 6002 and "dropped 2 points that are not finite or far" in "".join(
+        scene.notes
+    )
 
 
 def test_sizes_that_no_room_has_are_refused_and_every_size_is_said(small, tmp_path):
@@ -478,7 +517,9 @@ def test_scans_without_our_extra_keys_get_boxes_from_points_and_rendered_masks(s
     for mask in (scan / "instance-filt").iterdir():
         mask.unlink()
     back = read_scannet(scan.parent, small.name)
-    iou = data.box_iou(np.stack([o.box for o in back.objects]), np.stack([o.box for o in small.objects])).diagonal()
+    iou = data.box_iou(
+        np.stack([o.box for o in back.objects]), np.stack([o.box for o in small.objects])
+    ).diagonal()
     assert np.median(iou) > 0.8
     big = np.isin(small.frames.masks, [o.id for o in small.objects if o.box[3:].min() > 0.3])
     assert (back.frames.masks == small.frames.masks)[big].mean() > 0.8
@@ -495,7 +536,9 @@ def test_color_and_masks_of_another_size_meet_the_depth(small, scan):
 
 def test_posed_images_are_read_like_an_export(small, scan, tmp_path, monkeypatch):
     flat = tmp_path / "posed_images" / small.name
-    world = np.fromstring(data.scan_fields(scan / f"{small.name}.txt")["axisAlignment"], sep=" ").reshape(4, 4)
+    world = np.fromstring(data.scan_fields(scan / f"{small.name}.txt")["axisAlignment"], sep=" ").reshape(
+        4, 4
+    )
     raw = data.replace(small.frames, poses=np.linalg.inv(world) @ small.frames.poses)
     write_posed_images(data.replace(small, frames=raw), flat, monkeypatch)
     for file in (scan / "color").iterdir():
@@ -507,6 +550,7 @@ def test_posed_images_are_read_like_an_export(small, scan, tmp_path, monkeypatch
 
 def test_the_reader_keeps_what_scannet_means(small, scan):
     """Walls are no objects, groups listed twice count once (scene0217_00), and lost poses are dropped and counted."""
+
     def change(held):
         held["segGroups"][0]["label"] = "wall"
         held["segGroups"] += [dict(g, objectId=g["objectId"] + 31) for g in held["segGroups"]]
@@ -523,7 +567,9 @@ def test_the_reader_keeps_what_scannet_means(small, scan):
 def test_frames_stay_on_disk_and_their_key_tells_other_files(small, scan):
     """A cache of what an encoder saw in them must not outlive them."""
     first = read_scannet(scan.parent, small.name)
-    assert not isinstance(first.frames, data.Frames) and data.fingerprint(first) == data.fingerprint(read_scannet(scan, small.name))
+    assert not isinstance(first.frames, data.Frames) and data.fingerprint(first) == data.fingerprint(
+        read_scannet(scan, small.name)
+    )
     Image.new("RGB", (64, 64)).save(scan / "color/3.png")
     assert data.fingerprint(first) != data.fingerprint(read_scannet(scan, small.name))
 
@@ -532,7 +578,9 @@ def test_a_test_scan_has_superpoints_of_ours_and_no_objects(small, scan):
     for suffix in data.SCAN_FILES[1:3]:
         (scan / f"{small.name}{suffix}").unlink()
     back = read_scannet(scan, small.name)
-    assert back.objects == [] and back.superpoints.max() > 10 and any("test scan" in note for note in back.notes)
+    assert (
+        back.objects == [] and back.superpoints.max() > 10 and any("test scan" in note for note in back.notes)
+    )
     assert not back.frames.masks.any()
 
 
@@ -544,9 +592,21 @@ BAD_SCANS = {
     "truncated json": (SEGS, lambda p: p.write_text('{"segIndices": [1'), "not a whole JSON"),
     "other segments": (SEGS, lambda p: edit(p, lambda h: h["segIndices"].pop()), "and the mesh do not fit"),
     "no segIndices": (SEGS, lambda p: edit(p, lambda h: h.clear()), "list of segIndices"),
-    "object without points": (GROUPS, lambda p: edit(p, lambda h: h["segGroups"][2].update(segments=[])), "(objectId 2)"),
-    "group without label": (GROUPS, lambda p: edit(p, lambda h: h["segGroups"][2].pop("label")), "list of segGroups"),
-    "box that is not finite": (GROUPS, lambda p: p.write_text(p.read_text().replace("alignedBox\": [", "alignedBox\": [NaN, ")), "not finite"),
+    "object without points": (
+        GROUPS,
+        lambda p: edit(p, lambda h: h["segGroups"][2].update(segments=[])),
+        "(objectId 2)",
+    ),
+    "group without label": (
+        GROUPS,
+        lambda p: edit(p, lambda h: h["segGroups"][2].pop("label")),
+        "list of segGroups",
+    ),
+    "box that is not finite": (
+        GROUPS,
+        lambda p: p.write_text(p.read_text().replace('alignedBox": [', 'alignedBox": [NaN, ')),
+        "not finite",
+    ),
     "short alignment": (INFO, lambda p: p.write_text("axisAlignment = 1 0 0 0\n"), "16 numbers"),
 }
 
@@ -570,7 +630,9 @@ def test_check_opens_what_is_there_and_says_what_a_root_lacks(small, scan, capsy
     folder = write_rgbd(small, scan.parent / "frames" / "kitchen")
     assert data.main(["check", str(folder)]) == 0
     said = capsys.readouterr().out
-    assert "8 of 8 frames used; layout NAME.color.png" in said and "x 2.60 m" in said and said.count("\n") == 1
+    assert (
+        "8 of 8 frames used; layout NAME.color.png" in said and "x 2.60 m" in said and said.count("\n") == 1
+    )
 
 
 # ---- over-segmentation and own segments
@@ -675,7 +737,11 @@ def test_own_segments_are_the_things_on_a_floor_and_not_the_floor():
     points, normals = (np.concatenate([p[i] for p in parts]) for i in (0, 1))
     colours = np.concatenate([np.tile(np.uint8(c), (len(p), 1)) for p, _, c in parts])
     scene = with_own_segments(Scene("boxes", "ply", [], points=points, normals=normals, colours=colours))
-    truth = [[0.3, 0.3, 0.26, 0.6, 0.6, 0.48], [0.25, 0.25, 0.65, 0.3, 0.3, 0.3], [-0.75, -0.8, 0.21, 0.5, 0.4, 0.38]]
+    truth = [
+        [0.3, 0.3, 0.26, 0.6, 0.6, 0.48],
+        [0.25, 0.25, 0.65, 0.3, 0.3, 0.3],
+        [-0.75, -0.8, 0.21, 0.5, 0.4, 0.38],
+    ]
     iou = box_iou(np.array(truth), np.stack([o.box for o in scene.objects]))
     assert len(scene.objects) == 3 and (iou.max(1) > 0.8).all()
     assert [scene.objects[i].colour for i in iou.argmax(1)] == ["red", "blue", "green"]
@@ -689,7 +755,9 @@ def test_own_segments_of_rooms_follow_their_objects():
         truth = room(seed, points=0)
         scene = with_own_segments(truth, limit=30_000)
         seen = [o for o in truth.objects if (truth.frames.masks == o.id).sum() >= 20]
-        best += box_iou(np.stack([o.box for o in seen]), np.stack([o.box for o in scene.objects])).max(1).tolist()
+        best += (
+            box_iou(np.stack([o.box for o in seen]), np.stack([o.box for o in scene.objects])).max(1).tolist()
+        )
     assert np.mean(best) > 0.6 and np.mean(np.array(best) > 0.5) > 0.7
 
 
@@ -710,5 +778,3 @@ def test_depth_denies_an_object_that_is_not_there():
     moved = scene.points.copy()
     moved[scene.instances == ids[0]] = scene.frames.poses[0, :3, 3] + 0.5 * scene.frames.poses[0, :3, 2]
     assert depth_support(moved, scene.instances, scene.frames)[0][ids[0]] < 0.2
-
-

@@ -16,7 +16,11 @@ from data import DataError, open_scene, read_views, room
 
 av = pytest.importorskip("av", reason='no PyAV, so no video is read: pip install -e ".[video]"')
 
-TURNED = [[0, 1, 0], [-1, 0, 0], [0, 0, 1 << 14]]  # how a phone says that its upright picture lies on its side
+TURNED = [
+    [0, 1, 0],
+    [-1, 0, 0],
+    [0, 0, 1 << 14],
+]  # how a phone says that its upright picture lies on its side
 
 
 def encode(path, images, seconds=None, rotation=None, gop=12):
@@ -59,7 +63,9 @@ def read_video(path, count=32, longest=640, tries=8):
 
 
 def read_folder(folder, count=32, longest=640, notes=None):
-    return data.read_photographs(folder, data.find_frames(folder)[1], count, longest, [] if notes is None else notes)
+    return data.read_photographs(
+        folder, data.find_frames(folder)[1], count, longest, [] if notes is None else notes
+    )
 
 
 # ---- reading a video
@@ -74,7 +80,9 @@ def test_frames_are_evenly_spaced_in_time_not_in_number(tmp_path):
 
 @pytest.mark.parametrize("gop", [1, 12, 1000])
 def test_every_frame_comes_back_once_whatever_the_distance_of_key_frames(tmp_path, gop):
-    assert number(read_video(encode(tmp_path / "a.mp4", numbered(24), gop=gop), count=100), 24) == list(range(24))
+    assert number(read_video(encode(tmp_path / "a.mp4", numbered(24), gop=gop), count=100), 24) == list(
+        range(24)
+    )
 
 
 def test_the_sharpest_frame_of_an_interval_is_taken(tmp_path):
@@ -88,7 +96,9 @@ def test_the_sharpest_frame_of_an_interval_is_taken(tmp_path):
 def test_a_video_held_upright_is_turned_and_shrunk(tmp_path):
     images = read_video(encode(tmp_path / "a.mp4", numbered(3), rotation=TURNED), count=3, longest=32)
     assert images.shape == (3, 32, 24, 3)
-    assert images[0, 2, -2, 0] > 200 > 100 > images[0, 2, 2, 0]  # the red corner moved from the left to the right
+    assert (
+        images[0, 2, -2, 0] > 200 > 100 > images[0, 2, 2, 0]
+    )  # the red corner moved from the left to the right
 
 
 def test_a_recording_that_broke_off_gives_what_it_has(tmp_path):
@@ -111,7 +121,9 @@ def test_missing_packages_are_one_line_that_says_how_to_install_them(tmp_path, m
     path = encode(tmp_path / "a.mp4", numbered(3))
     monkeypatch.setitem(__import__("sys").modules, "vggt.models.vggt", None)
     data.load_vggt.cache_clear()
-    with pytest.raises(DataError, match=r"a.mp4: has no depth, intrinsics, poses; .*: pip install git\+https://github.com/"):
+    with pytest.raises(
+        DataError, match=r"a.mp4: has no depth, intrinsics, poses; .*: pip install git\+https://github.com/"
+    ):
         open_scene(path)
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     with pytest.raises(DataError, match=r'needs the package av .*pip install -e "\.\[video\]"'):
@@ -133,7 +145,11 @@ def test_images_are_read_in_order_upright_and_without_depth_maps(tmp_path):
     (tmp_path / "._IMG_1.JPG").write_bytes(b"what a Mac leaves beside it")
     notes = []
     images = read_folder(tmp_path, count=14, notes=notes)
-    assert images.shape == (12, 64, 48, 3) and "12 of 14 images" in notes[0] and "2 depth or confidence maps" in notes[0]
+    assert (
+        images.shape == (12, 64, 48, 3)
+        and "12 of 14 images" in notes[0]
+        and "2 depth or confidence maps" in notes[0]
+    )
     assert number(np.rot90(images, axes=(1, 2)), 12) == list(range(12))
 
 
@@ -141,7 +157,9 @@ def test_images_are_read_in_order_upright_and_without_depth_maps(tmp_path):
 def test_a_folder_of_maps_alone_is_refused(tmp_path, values):
     for i in range(3):
         save(tmp_path / f"{i}.png", values)
-    with pytest.raises(DataError, match=r"3 depth or confidence maps: no photographs of one size; known: .*rgb/"):
+    with pytest.raises(
+        DataError, match=r"3 depth or confidence maps: no photographs of one size; known: .*rgb/"
+    ):
         open_scene(tmp_path)
 
 
@@ -200,11 +218,16 @@ def write_colmap(scene, folder, unit=2.5):
         save(folder / f"images/{i}.png", f.colour[i])
         inverse = np.linalg.inv(np.block([[pose[:3, :3], pose[:3, 3:] / unit], [0, 0, 0, 1]]))
         x, y, z, w = quaternion(inverse).as_quat()
-        lines += [" ".join(map(str, [i + 1, w, x, y, z, *inverse[:3, 3], 1, f"{i}.png"])), "1.0 2.0 -1 3.0 4.0 7"]
+        lines += [
+            " ".join(map(str, [i + 1, w, x, y, z, *inverse[:3, 3], 1, f"{i}.png"])),
+            "1.0 2.0 -1 3.0 4.0 7",
+        ]
     (folder / "sparse/0").mkdir(parents=True)
     (folder / "sparse/0/images.txt").write_text("\n".join(lines))
     K = f.intrinsics[0]
-    (folder / "sparse/0/cameras.txt").write_text(f"# cameras\n1 SIMPLE_RADIAL 96 96 {K[0, 0]} {K[0, 2]} {K[1, 2]} 0.01\n")
+    (folder / "sparse/0/cameras.txt").write_text(
+        f"# cameras\n1 SIMPLE_RADIAL 96 96 {K[0, 0]} {K[0, 2]} {K[1, 2]} 0.01\n"
+    )
 
 
 def test_what_is_known_makes_a_scene_metric_and_what_is_not_is_guessed(scene, tmp_path, stand_in):
@@ -212,7 +235,11 @@ def test_what_is_known_makes_a_scene_metric_and_what_is_not_is_guessed(scene, tm
     stand_in(oracle(scene.frames))
     whole = write_rgbd(scene, tmp_path / "whole")
     write_colmap(scene, tmp_path / "colmap")
-    for kind, lacks in (("poses", ["depth"]), ("depth", ["pose"]), ("images", ["depth", "pose", "intrinsics"])):
+    for kind, lacks in (
+        ("poses", ["depth"]),
+        ("depth", ["pose"]),
+        ("images", ["depth", "pose", "intrinsics"]),
+    ):
         (tmp_path / kind).mkdir()
         for file in whole.iterdir():
             if not any(word in file.name for word in lacks):
@@ -290,7 +317,9 @@ def test_the_kitchen_as_video_and_as_frames_with_poses(tmp_path, stand_in):
     assert (video.metric, posed.metric, true.metric) == (False, True, True)
     np.testing.assert_allclose(posed.frames.intrinsics, true.frames.intrinsics)
     np.testing.assert_allclose(extent(posed), extent(true), atol=0.35)
-    upright = np.array([found.frames.poses[:, 2, 1] for found in (video, posed, true)])  # how upright each camera is
+    upright = np.array(
+        [found.frames.poses[:, 2, 1] for found in (video, posed, true)]
+    )  # how upright each camera is
     assert np.abs(upright - upright[2]).max() < 0.08
 
 
@@ -383,7 +412,9 @@ def test_scenes_are_kept_once_and_what_failed_is_said_and_tried_again(videos, ca
 
     encode(videos / "in/torn.mp4", room(5, views=4, size=48).frames.colour)  # recorded again
     opened = []
-    monkeypatch.setattr(data, "open_scene", lambda path, **o: opened.append(path.name) or open_scene(path, **o))
+    monkeypatch.setattr(
+        data, "open_scene", lambda path, **o: opened.append(path.name) or open_scene(path, **o)
+    )
     assert data.main(command) == 0 and opened == ["torn.mp4"]
 
 
@@ -418,7 +449,11 @@ def test_kept_scenes_whose_arrays_do_not_belong_together_are_one_line(tmp_path):
     data.save_scene(scene, path)
     held = dict(np.load(path))
     about = np.array(json.dumps(json.loads(str(held["about"])) | {"objects": [[1, "", "red", 0.0]]}))
-    for change in ({"points": held["points"][:9]}, {"frames.poses": held["frames.poses"][:1]}, {"about": about}):
+    for change in (
+        {"points": held["points"][:9]},
+        {"frames.poses": held["frames.poses"][:1]},
+        {"about": about},
+    ):
         np.savez(path, **(held | change))
         with pytest.raises(DataError, match=r"a: |a\.npz: ") as error:
             open_scene(path).frames.load()
@@ -438,9 +473,15 @@ def test_own_scenes_are_trained_on_without_those_in_which_nothing_was_found(tmp_
             write_rgbd(part, tmp_path / f"in/{i}", scale=4000)
         else:
             data.write_ply(tmp_path / f"in{i}.ply", part.points, part.colours, part.normals)
-    options, root = ({"depth_scale": 4000.0, "up": "-y"}, tmp_path / "in") if source == "rgbd" else ({"up": "+z"}, tmp_path)
+    options, root = (
+        ({"depth_scale": 4000.0, "up": "-y"}, tmp_path / "in")
+        if source == "rgbd"
+        else ({"up": "+z"}, tmp_path)
+    )
     if source != "rgbd":
-        data.write_ply(tmp_path / "empty.ply", flat, np.full((900, 3), 120, np.uint8), np.tile([0.0, 0, 1], (900, 1)))
+        data.write_ply(
+            tmp_path / "empty.ply", flat, np.full((900, 3), 120, np.uint8), np.tile([0.0, 0, 1], (900, 1))
+        )
     if source == "cached":
         assert data.cache_scenes(tmp_path, tmp_path / "out", **options) == 0
         options, root = {}, tmp_path / "out"
