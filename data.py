@@ -36,7 +36,6 @@ import os
 import re
 import sys
 import tempfile
-import time
 import warnings
 import zlib
 from collections import Counter, defaultdict
@@ -46,11 +45,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial, wraps
 from pathlib import Path
 from textwrap import wrap
-from typing import NamedTuple, NoReturn
+
 from zipfile import BadZipFile
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
@@ -2587,116 +2588,59 @@ def load_weights(model: torch.nn.Module, run: Path) -> None:
 
 
 # ---- 7 scenes from disk ----------------------------------------------------------------------------------------------
+#
+# A damaged file becomes one line of text in `reading`, and every scene is checked once, in `check_scene`. Frames of all
+# programs pass one reader, `read_views`: a row of LAYOUTS lists a program's files, and VGGT fills in what they lack.
 
-
-FRAME_LAYOUTS = (  # colour files; depth and pose of the same stem; where the depth camera's intrinsics may lie
-    ("*.color.*", "{}.depth.png", "{}.pose.txt", ("camera-intrinsics.txt", "intrinsics.txt")),
-    ("color/*", "depth/{}.png", "pose/{}.txt", ("intrinsic/intrinsic_depth.txt", "intrinsic/intrinsic_color.txt")),
-    ("*.jpg", "{}.png", "{}.txt", ("depth_intrinsic.txt", "intrinsic.txt")),
-)
-CONVENTIONS = {  # of pose files -> (the camera's axes in OpenCV's, whether the file maps world to camera)
-    "opencv": ((1, 1, 1, 1), False), "opengl": ((1, -1, -1, 1), False),
-    "opencv_inverse": ((1, 1, 1, 1), True), "opengl_inverse": ((1, -1, -1, 1), True),
-}  # fmt: skip
-UP = {f"{s}{a}": sign * np.eye(3)[i] for i, a in enumerate("xyz") for s, sign in (("+", 1), ("-", -1))}
-SHELL = ("wall", "floor", "ceiling")  # what ScanNet labels and nobody asks about
+VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
+IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+CLOUDS = (".ply", ".glb", ".obj", ".stl", ".xyz")
 SCAN_FILES = ("_vh_clean_2.ply", "_vh_clean_2.0.010000.segs.json", ".aggregation.json", ".txt")
-
-
-def choose(table: dict, key: str, what: str):
-    """table[key]; an unknown key is an error that names the known ones."""
-    if key not in table:
-        raise DataError(f"{what} {key!r} is unknown: choose one of {', '.join(table)}")
-    return table[key]
+SHELL = ("wall", "floor", "ceiling")  # labels of ScanNet that are no objects
+INSTALL = {  # optional package -> how to install it
+    "av": 'pip install -e ".[video]"',
+    "vggt": "pip install git+https://github.com/facebookresearch/vggt",
+    "sam2": "SAM2_BUILD_CUDA=0 pip install --no-build-isolation sam2",
+}
+DEPTH_SCALES = "millimeters 1000, TUM and ICL-NUIM 5000, Replica of NICE-SLAM 6553.5, RealSense L515 4000"
+UP = {f"{sign}{name}": float(f"{sign}1") * np.eye(3)[i] for i, name in enumerate("xyz") for sign in "+-"}
+SAME, DOWN, TURNED = np.diag([1.0, 1, 1, 1]), np.diag([1.0, -1, 1, 1]), np.diag([1.0, -1, -1, 1])
+CONVENTIONS = {  # poses in a file -> the camera's axes in OpenCV's, the world's in right-handed ones, world to camera?
+    "opencv": (SAME, SAME, False),
+    "opengl": (TURNED, SAME, False),
+    "opencv_inverse": (SAME, SAME, True),
+    "opengl_inverse": (TURNED, SAME, True),
+    "povray": (DOWN, DOWN, False),  # both left-handed
+}
 
 
 @contextmanager
-def reading(path: Path, what: str) -> Iterator[None]:
-    """Turns whatever goes wrong inside into one line: the file is missing, or is not a whole `what`."""
+def reading(path, what):
+    """Turn whatever a missing or damaged file raises, in any library, into a DataError of one line that names it."""
     try:
         yield
     except DataError:
         raise
     except FileNotFoundError:
         raise DataError(f"{path}: {what} missing; `python data.py check DIR` says what is needed") from None
-    except (OSError, EOFError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, BadZipFile) as error:
-        raise DataError(f"{path}: not a whole {what} ({str(error)[:60]}); copy or export it again") from None
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:90]
+        raise DataError(f"{path}: not a whole {what} ({why}); copy or export it again") from None
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns what the system refuses inside (no such place, not allowed, no space) into one line."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror or error}); name another place") from None
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """What to write to in place of `path`, which it becomes on leaving: a reader never sees half a file."""
+def whole(path: Path):
+    """Write to a temporary file that becomes `path` on success, so that nobody ever reads half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     yield part
     os.replace(part, path)
 
 
-def write_npz(path: Path, **arrays: np.ndarray) -> None:
-    """Arrays by their names as one file, `whole`."""
+def write_npz(path: Path, **arrays):
+    """Write named arrays as one file, atomically."""
     with whole(path) as part, open(part, "wb") as file:
         np.savez(file, **arrays)
-
-
-def read_image(path: Path, mode: str | None = None, upright: bool = False) -> np.ndarray:
-    """The pixels of an image; `upright`: turned as its EXIF tag says. Of 16-bit grey a mode keeps the upper 8."""
-    from PIL import Image, ImageOps
-
-    try:
-        with reading(path, "image"), Image.open(path) as image:
-            if upright:
-                image = ImageOps.exif_transpose(image)
-            if mode and image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return np.asarray(image.convert(mode) if mode else image)
-    except Image.DecompressionBombError:
-        raise DataError(f"{path}: too many pixels to be a photograph; make it smaller") from None
-
-
-def read_integers(path: Path) -> np.ndarray:
-    """A depth image or mask [H, W] of integers."""
-    image = read_image(path)
-    if image.ndim != 2 or image.dtype.kind not in "iu":
-        raise DataError(f"{path}: {image.dtype} {image.shape}; export one channel of 16-bit integers")
-    return image
-
-
-def read_matrix(path: Path, rows: int = 4) -> np.ndarray:
-    """The upper left [rows, rows] of a text matrix. Values may be infinite (ScanNet's lost poses)."""
-    with reading(path, f"{rows} x {rows} matrix"):
-        table = [[float(x) for x in line.split()] for line in path.read_text().splitlines() if line.strip()]
-        return np.array(table)[:rows, :rows].reshape(rows, rows)
-
-
-def read_depth(path: Path, scale: float) -> np.ndarray:
-    """A depth image [H, W] in float32 metres, of whole numbers, `scale` a metre; 0 = missing, as 65535 is there."""
-    depth = read_integers(path)
-    return np.where(depth == 65535, 0, depth).astype(np.float32) / np.float32(scale)
-
-
-def read_pose(path: Path, convention: str) -> np.ndarray | None:
-    """The pose [4, 4], camera to world, of a file in one of CONVENTIONS; None where it is not finite."""
-    axes, inverse = choose(CONVENTIONS, convention, "pose convention")
-    if not np.isfinite(pose := read_matrix(path)).all():
-        return None
-    pose = nearest_rigid(pose, path)
-    return (np.linalg.inv(pose) if inverse else pose) @ np.diag(axes)
-
-
-def read_intrinsics(path: Path) -> np.ndarray:
-    K = read_matrix(path, 3)
-    if not (np.isfinite(K).all() and K[0, 0] > 0 and K[1, 1] > 0):
-        raise DataError(f"{path}: no camera matrix (focal lengths {K[0, 0]}, {K[1, 1]}); export the intrinsics again")
-    return K
 
 
 def read_json(path: Path):
@@ -2704,604 +2648,21 @@ def read_json(path: Path):
         return json.loads(path.read_text())
 
 
-def evenly(rows: list, count: int) -> list:
-    """At most `count` of the rows, evenly spaced, first and last among them."""
-    return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
+def read_words(path):
+    """Split the lines of a table at blanks and commas, without remarks and a header that begins with "timestamp"."""
+    lines = [line.replace(",", " ").split() for line in path.read_text().splitlines()]
+    return [words for words in lines if words and not words[0].startswith(("#", "timestamp"))]
 
 
-def nearest_rigid(pose: np.ndarray, where: object = "pose") -> np.ndarray:
-    """The pose [4, 4] with its rotation replaced by the nearest one (polar decomposition)."""
-    if (away := np.abs(pose[:3, 3]).max()) > 1e5:
-        raise DataError(f"{where}: {away:.3g} m from the origin, where float32 is too coarse; move the poses nearer")
-    if np.linalg.det(pose[:3, :3]) <= 0:
-        raise DataError(f"{where}: mirrored (determinant <= 0); make the poses right-handed before reading them")
-    u, _, vt = np.linalg.svd(pose[:3, :3])
-    return np.block([[u @ vt, pose[:3, 3:]], [np.zeros((1, 3)), 1.0]])
+def read_numbers(path, columns, rows=None):
+    """Read the upper left [rows, columns] of a table of numbers; by default all rows."""
+    with reading(path, f"table of {columns} numbers per line"):
+        table = [words[:columns] for words in read_words(path)]
+        return np.array(table[:rows], float).reshape(rows or -1, columns)
 
 
-def find_frames(folder: Path) -> tuple[list[tuple[Path, ...]], Path] | None:
-    """[(colour, depth, pose, mask) paths] and the intrinsics file of the first layout that fits; None: no frames."""
-    for colour, depth, pose, cameras in FRAME_LAYOUTS:
-        files = sorted((p for p in folder.glob(colour) if p.is_file()), key=lambda p: (len(p.name), p.name))
-        if files:
-            others = (depth, pose, "instance-filt/{}.png")
-            rows = [(p, *(folder / o.format(p.name.split(".")[0]) for o in others)) for p in files]
-            return rows, next((folder / c for c in cameras if (folder / c).exists()), folder / cameras[0])
-    return None
-
-
-def read_frames(rows: list, camera: Path, convention: str, depth_scale: float, notes: list[str]) -> Iterator[tuple]:
-    """(colour [H, W, 3] u8, depth [H, W] f32 metres, mask [H, W] i32, intrinsics [3, 3], pose [4, 4]) of every usable
-    frame, at the size of its depth. Frames whose pose is not finite or whose depth is empty are dropped and counted."""
-    intrinsics = read_intrinsics(camera)
-    dropped = {"a pose that is not finite": 0, "no depth": 0}
-    for colour_path, depth_path, pose_path, mask_path in rows:
-        pose, depth = read_pose(pose_path, convention), read_depth(depth_path, depth_scale)
-        if pose is None or not depth.any():
-            dropped["no depth" if pose is not None else "a pose that is not finite"] += 1
-            continue
-        mask = read_integers(mask_path).astype(np.int32) if mask_path.exists() else np.zeros(depth.shape, np.int32)
-        yield resize_frame((read_image(colour_path, "RGB"), depth, mask, intrinsics, pose), depth.shape)
-    notes += [f"dropped {n} of {len(rows)} frames with {what}" for what, n in dropped.items() if n]
-    if sum(dropped.values()) == len(rows):
-        raise DataError(f"{camera.parent}: no usable frame ({'; '.join(notes)}); export the frames again")
-
-
-def nearest_pixels(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """An image [h, w] at (H, W), every pixel the nearest one."""
-    return image[np.ix_(*(((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(size, image.shape, strict=True)))]
-
-
-def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """An image [h, w, 3] uint8 at (H, W), every pixel the mean over its area."""
-    from PIL import Image
-
-    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BOX))
-
-
-def resize_frame(frame: tuple, size: tuple[int, int]) -> tuple:
-    """A frame at (H, W): colour by area, depth and mask by nearest pixel, intrinsics (of the depth) scaled."""
-    colour, depth, mask, intrinsics, pose = frame
-    scale = np.diag([size[1] / depth.shape[1], size[0] / depth.shape[0], 1.0])
-    return resize_image(colour, size), nearest_pixels(depth, size), nearest_pixels(mask, size), scale @ intrinsics, pose
-
-
-def stack_frames(frames: list[tuple], world: np.ndarray | None = None) -> Frames:
-    """Frames of (colour, depth, mask, intrinsics, pose), all of one size, moved by the 4x4 `world`."""
-    *others, poses = (np.stack(arrays) for arrays in zip(*frames, strict=True))
-    return Frames(*others, poses if world is None else world @ poses)
-
-
-def voxel_of(points: np.ndarray, voxel: float) -> np.ndarray:
-    """The occupied voxel [N] int64 of each of points [N, 3], numbered from 0."""
-    cell = np.floor(points / voxel).astype(np.int64)
-    cell -= cell.min(0, initial=np.iinfo(np.int64).max)
-    return np.unique((cell[:, 0] << 42) + (cell[:, 1] << 21) + cell[:, 2], return_inverse=True)[1].reshape(-1)
-
-
-def voxel_mean(points: np.ndarray, values: np.ndarray, weight: np.ndarray, voxel: float) -> tuple[np.ndarray, ...]:
-    """Weighted means of points [N, 3] and values [N, C] in every occupied voxel, and the summed weight."""
-    inverse = voxel_of(points, voxel)
-    total = np.bincount(inverse, weight)
-    means = (np.stack([np.bincount(inverse, weight * c) for c in a.T], axis=1) for a in (points, values))
-    return *(m / total[:, None] for m in means), total
-
-
-def thin(points: np.ndarray, values: np.ndarray, weight: np.ndarray, voxel: float, limit: int) -> tuple:
-    """voxel_mean at the first of voxel, 1.2 voxel, ... that leaves at most `limit` points; colours and normals apart:
-    (points f32, colours u8, unit normals f32, voxel). values [N, 6] = colour, normal."""
-    out = voxel_mean(points, values, weight, voxel)
-    while len(out[0]) > limit:
-        voxel *= 1.2
-        out = voxel_mean(*out, voxel)
-    return out[0].astype(np.float32), out[1][:, :3].round().astype(np.uint8), unit(out[1][:, 3:]), voxel
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors [N, 3] at length 1, float32."""
-    return (vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)).astype(np.float32)
-
-
-def fuse(frames: Iterable[tuple], limit: int = 100_000, voxel: float | None = None) -> tuple:
-    """One cloud from (colour [H, W, 3], depth [H, W], intrinsics [3, 3], pose [4, 4]) frames: points [N, 3] f32,
-    colours [N, 3] u8, unit normals [N, 3] f32 towards the cameras, voxel edge in metres.
-
-    Everything is averaged per voxel, by default 2.5 cm or a pixel's footprint. Normals are cross products of the depth
-    map's differences. Voxels with a fifth of a single view's samples are flying pixels at the edges of things.
-    """
-    parts = []
-    for colour, depth, K, pose in frames:
-        if min(depth.shape) < 2:
-            raise DataError(f"frames of {depth.shape[1]} x {depth.shape[0]} pixels show no surface; give larger ones")
-        step = max(1, round((depth.size / 80_000) ** 0.5))
-        colour, depth, K = colour[::step, ::step], depth[::step, ::step], np.diag([1 / step, 1 / step, 1.0]) @ K
-        K[:2, 2] += 0.5 - 0.5 / step  # a pixel picked by [::step] keeps its own ray
-        if not parts:
-            footprint = float(np.median(depth[depth > 0])) / K[0, 0]
-            voxel = voxel or max(0.025, footprint)
-        points = unproject(depth[None], K[None], pose[None])[0]
-        normals = np.cross(*(np.gradient(points, axis=a) for a in (0, 1)))
-        towards = pose[:3, 3] - points
-        facing = (normals * towards).sum(-1)
-        length = np.linalg.norm(normals, axis=-1) * np.linalg.norm(towards, axis=-1)
-        seen = np.abs(facing) > 0.1 * length  # False where the depth or a neighbour's is missing (NaN)
-        values = np.concatenate([colour[seen], unit(normals[seen] * np.sign(facing[seen])[:, None])], axis=1)
-        if seen.any():
-            parts.append(voxel_mean(points[seen], values, np.ones(len(values)), voxel))
-    if not parts:
-        raise DataError("no frame shows a surface; check the depth images and the depth scale")
-    points, values, weight = voxel_mean(*(np.concatenate(p) for p in zip(*parts, strict=True)), voxel)
-    solid = weight >= min(3.0, 0.2 * (voxel / footprint) ** 2)
-    return thin(points[solid], values[solid], weight[solid], voxel, limit)
-
-
-def estimate_normals(points: np.ndarray, k: int = 24) -> np.ndarray:
-    """Unit normals [N, 3] float32 of a bare cloud: least axis of each point's k neighbours, facing the centroid."""
-    near = points[nearest(points, points, k)[1]].astype(np.float32)
-    near = near - near.mean(1, keepdims=True)
-    normals = np.linalg.eigh(np.einsum("nki,nkj->nij", near, near))[1][..., 0]
-    inward = (normals * (points.mean(0) - points)).sum(1, keepdims=True) >= 0
-    return np.where(inward, normals, -normals).astype(np.float32)
-
-
-def fit_plane(points: np.ndarray, direction: np.ndarray) -> np.ndarray:
-    """Unit normal [3] of the thickest layer of points across `direction`: trimmed least squares."""
-    height = points @ direction
-    counts, edges = np.histogram(height, bins=np.arange(height.min() - 0.1, height.max() + 0.2, 0.05))
-    layer = points[np.abs(height - edges[1:][np.argmax(counts[:-1] + counts[1:])]) < 0.1].astype(np.float64)
-    for _ in range(6):
-        offset = layer - layer.mean(0)
-        normal = np.linalg.eigh(offset.T @ offset)[1][:, 0]
-        away = np.abs(offset @ normal)
-        layer = layer[away < 2 * away.mean() + 0.005]
-    return normal * np.sign(normal @ direction)
-
-
-def upright(points: np.ndarray, normals: np.ndarray, up: str, camera_up: np.ndarray | None) -> tuple[np.ndarray, str]:
-    """The rigid 4x4 that turns a cloud z-up, walls along x and y, floor at z = 0; and a line that says how.
-
-    Gravity ("auto"): of the directions within 35 degrees of the cameras' mean up, the normal shared by most points,
-    fitted to its thickest plane. Walls: the peak of the horizontal normals' angle modulo 90 degrees.
-    """
-    if up == "auto" and camera_up is None:
-        raise DataError("up = auto needs cameras; name the axis of the file that points up, e.g. up = +z")
-    if up == "auto":
-        direction, said = camera_up / np.linalg.norm(camera_up), "the cameras' mean up (no plane agrees with it)"
-        near = normals[np.abs(normals @ direction) > np.cos(np.radians(35))]
-        if len(near) >= 100:
-            near = near * np.sign(near @ direction)[:, None]
-            tries = near[np.linspace(0, len(near) - 1, 500).astype(int)].astype(np.float64)
-            best = tries[((near @ tries.T) > np.cos(np.radians(4))).sum(0).argmax()]
-            plane = fit_plane(points[np.abs(normals @ best) > 0.97], best)
-            angle = np.degrees(np.arccos(np.clip(plane @ direction, -1, 1)))
-            direction, said = plane, f"the dominant plane, {angle:.0f} degrees from the cameras' mean up"
-    else:
-        direction, said = choose(UP, up, "up"), f"up = {up} as given"
-    side = np.eye(3)[np.abs(direction).argmin()]
-    side = side - (side @ direction) * direction
-    side /= np.linalg.norm(side)
-    turn = np.stack([side, np.cross(direction, side), direction])
-    level = normals @ turn.T
-    level = level[np.abs(level[:, 2]) < 0.2]
-    if len(level) >= 100:
-        angle = np.degrees(np.arctan2(level[:, 1], level[:, 0])) % 90
-        counts = np.bincount((angle * 2).astype(int) % 180, minlength=180)
-        smooth = sum(np.roll(counts, s) for s in range(-4, 5))
-        if smooth.max() > 2.5 * smooth.mean():
-            peak = smooth.argmax() / 2
-            off = (angle - peak + 45) % 90 - 45
-            peak = np.radians((peak + off[np.abs(off) < 4].mean() + 45) % 90 - 45)  # the least turn that does it
-            c, s = np.cos(peak), np.sin(peak)
-            turn = np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]]) @ turn
-            said += ", walls along x and y"
-    z = points @ turn[2]
-    floor, where = np.percentile(z, 0.5), "at the lowest points"
-    flat = z[np.abs(normals @ turn[2]) > 0.9]
-    counts, edges = np.histogram(flat, bins=np.arange(z.min() - 0.02, z.max() + 0.06, 0.04))
-    low = edges[np.flatnonzero(counts > 0.02 * len(z))]
-    if len(low) and low[0] < floor + 0.5:  # the lowest level surface that is no crumb
-        floor, where = np.median(flat[np.abs(flat - low[0] - 0.02) < 0.06]), "on the lowest level surface"
-    world = np.eye(4)
-    world[:3, :3], world[2, 3] = turn, -floor
-    return world, f"turned z-up by {said}; z = 0 {where}"
-
-
-def move(points: np.ndarray, normals: np.ndarray, world: np.ndarray) -> dict:
-    """The geometry of a scene, moved by a rigid 4x4: keyword arguments of Scene."""
-    points = (points @ world[:3, :3].T + world[:3, 3]).astype(np.float32)
-    bounds = np.stack([points.min(0), points.max(0)]).astype(np.float64)
-    return {"points": points, "normals": (normals @ world[:3, :3].T).astype(np.float32), "bounds": bounds}
-
-
-def load_rgbd(root: str | Path, size: tuple[int, int] | int | None = (240, 320), max_frames: int = 64,
-              points: int = 100_000, voxel: float | None = None, up: str = "auto", convention: str = "opencv",
-              depth_scale: float = 1000.0, hold_out: int = 0) -> tuple[Scene, Frames | None]:  # fmt: skip
-    """read_rgbd's scene, and every `hold_out`-th frame apart, in the same world but unknown to cloud and gravity."""
-    root, notes = Path(root), []
-    found = find_frames(root)
-    if found is None:
-        known = ", ".join(layout[0] for layout in FRAME_LAYOUTS)
-        raise DataError(f"{root}: no posed frames; expected {known} with depth, pose and intrinsics files")
-    rows, camera = found
-    chosen = evenly(rows, max_frames)
-    kept, held = [], []
-
-    def training() -> Iterator[tuple]:
-        for i, (colour, depth, mask, K, pose) in enumerate(read_frames(chosen, camera, convention, depth_scale, notes)):
-            out = hold_out and i % hold_out == hold_out - 1
-            shape = fit_longest(*depth.shape, size) if isinstance(size, int) else size or depth.shape
-            (held if out else kept).append(resize_frame((colour, depth, mask, K, pose), shape))
-            if not out:
-                yield colour, depth, K, pose
-
-    scene, world = fused_scene(root.resolve().name, "rgbd", training(), kept, notes, points, up, voxel)
-    N = len(scene.points)
-    share, seen = (a[0] for a in depth_support(scene.points, np.zeros(N, np.int64), scene.frames))
-    agree = (share * seen - N) / max(seen - N, 1)  # a point always fits the frame that it came from
-    if seen > 1.05 * N and agree < 0.6:  # 0.94 on good poses, below 0.3 with the wrong convention
-        raise DataError(f"{root}: only {agree:.0%} of the depth fits other frames; name the convention of the poses: "
-                        f"{', '.join(CONVENTIONS)}")  # fmt: skip
-    notes.append(f"{len(kept)} of {len(rows)} frames used, {len(held)} held out")
-    return scene, stack_frames(held, world) if held else None
-
-
-def fused_scene(name: str, source: str, views: Iterable[tuple], kept: list, notes: list[str], points: int, up: str,
-                voxel: float | None = None) -> tuple[Scene, np.ndarray]:  # fmt: skip
-    """The scene of frames turned upright, and the 4x4 that turned it: its cloud is fused from `views` (as `fuse` takes
-    them), its frames are those `kept` (colour, depth, mask, intrinsics, pose), a list that may fill meanwhile."""
-    cloud, colours, normals, voxel = fuse(views, points, voxel)
-    if len(cloud) < 100:
-        raise DataError(f"{name}: the frames give {len(cloud)} points; check the depth images and their unit")
-    if (across := float(np.ptp(cloud, axis=0).max())) > 1000:
-        raise DataError(f"{name}: {across:.4g} m across, hardly a room; check --depth-scale or --scale")
-    world, said = upright(cloud, normals, up, -np.mean([f[4][:3, 1] for f in kept], axis=0))
-    notes += [f"{len(cloud)} points, {voxel * 100:.1f} cm voxels", said]
-    return Scene(name, source, [], colours=colours, frames=stack_frames(kept, world), notes=notes,
-                 **move(cloud, normals, world)), world  # fmt: skip
-
-
-def read_rgbd(root: str | Path, **options) -> Scene:
-    """A folder of posed RGB-D frames (FRAME_LAYOUTS) as a scene without objects (`with_own_segments` finds some).
-
-    Options: size of the frames, (H, W) or the longer side in pixels, None = the depth's; max_frames, evenly spaced;
-    points, the most in the cloud; voxel in metres (None: 0.025 or a pixel's footprint); up "auto" or an axis of the
-    file ("-y"); convention of the poses (CONVENTIONS); depth_scale, units per metre. Depth 0 and 65535 are missing.
-    Raises DataError.
-    """
-    return load_rgbd(root, **options)[0]
-
-
-def read_rgbd_split(root: str | Path, hold_out: int = 4, **options) -> tuple[Scene, Scene]:
-    """Two scenes with the same objects, own segments of the training frames: the first shows the training frames, the
-    second every `hold_out`-th frame, and only objects that the depth of those frames confirms (`depth_support`)."""
-    scene, held = load_rgbd(root, hold_out=hold_out, **options)
-    if held is None:
-        raise DataError(f"{root}: no frame to hold out; lower hold_out ({hold_out}) or add frames")
-    scene = with_own_segments(scene)
-    held = replace(held, masks=render_masks(scene.points, scene.instances, held))
-    agree, seen = depth_support(scene.points, scene.instances, held)
-    sure = [o for o in scene.objects if seen[o.id] >= 10 and agree[o.id] >= 0.5]
-    viewed = seen[1:] >= 10
-    note = (f"{len(sure)} of {viewed.sum()} objects in view of {len(held.depth)} held-out frames are confirmed by "
-            f"their depth, mean agreement {agree[1:][viewed].mean() if viewed.any() else 0:.2f}")  # fmt: skip
-    held.masks[~np.isin(held.masks, [o.id for o in sure])] = 0
-    return scene, replace(scene, name=f"{scene.name}_held_out", frames=held, objects=sure, notes=[*scene.notes, note])
-
-
-PLY_TYPES = {"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4",
-             "double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4",
-             "float32": "f4", "float64": "f8"}  # fmt: skip
-PLY_ORDERS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
-
-
-def load_ply(path: str | Path) -> dict[str, np.ndarray | None]:
-    """points [N, 3] f32 (f64 where the file has those), colours [N, 3] u8, normals [N, 3] f32 unit, faces [F, 3] i64 of
-    a PLY file, ascii or binary; what it lacks is None. Faces are triangles. Raises DataError."""
-    path, elements, held = Path(path), [], {}
-    with reading(path, "PLY file"):
-        head, _, body = path.read_bytes().partition(b"end_header")
-        _, *header = (line.split() for line in head.decode("latin-1").splitlines() if line.strip())
-        order = PLY_ORDERS[dict(words[:2] for words in header)["format"]]
-        for words in header:
-            if words[0] == "element":
-                elements.append((words[1], int(words[2]), []))
-            elif words[:2] == ["property", "list"]:  # a triangle: its count, then three columns
-                elements[-1][2].append(("count", PLY_TYPES[words[2]]))
-                elements[-1][2].extend((f"corner{i}", PLY_TYPES[words[3]]) for i in range(3))
-            elif words[0] == "property":
-                elements[-1][2].append((words[2], PLY_TYPES[words[1]]))
-        body = body[body.index(b"\n") + 1 :]
-        lines = None if order else [line for line in body.decode("ascii").splitlines() if line.strip()]
-        for name, count, fields in elements:
-            dtype = np.dtype([(field, order + code) for field, code in fields])
-            if lines is None:
-                table = np.frombuffer(body, dtype, min(count, len(body) // dtype.itemsize))
-                body = body[table.nbytes :]
-            else:
-                rows, lines = lines[:count], lines[count:]
-                rows = np.loadtxt(rows, usecols=range(len(fields)), ndmin=2) if len(rows) == count > 0 else []
-                table = np.rec.fromarrays(list(np.reshape(rows, (-1, len(fields))).T), dtype=dtype)
-            if len(table) < count:
-                raise DataError(f"{path}: truncated, it ends within the {count} rows of {name}; copy the file again")
-            if "count" in dtype.names and (table["count"] != 3).any():
-                raise DataError(f"{path}: element {name} is not of triangles; triangulate, or export vertices alone")
-            held[name] = table
-        vertex = held["vertex"]
-        known = {"points": ("x", "y", "z"), "colours": ("red", "green", "blue"), "normals": ("nx", "ny", "nz")}
-        out = {k: np.stack([vertex[n] for n in v], 1) if v[0] in vertex.dtype.names else None for k, v in known.items()}
-        if out["points"] is None:
-            raise DataError(f"{path}: not a whole PLY file (its vertices have no x, y and z); export it again")
-        out["points"], out["faces"] = out["points"].astype(np.result_type(out["points"], np.float32)), None
-    if out["colours"] is not None:
-        unitary = out["colours"].dtype.kind == "f" and np.nanmax(out["colours"], initial=0) <= 1
-        full = 65535 if out["colours"].dtype.itemsize == 2 else 1 if unitary else 255
-        out["colours"] = np.nan_to_num(out["colours"] * (255 / full)).round().clip(0, 255).astype(np.uint8)
-    if out["normals"] is not None:
-        out["normals"] = unit(out["normals"])
-    if len(held.get("face", ())):
-        out["faces"] = np.stack([held["face"][f"corner{i}"] for i in range(3)], 1).astype(np.int64)
-        if out["faces"].min() < 0 or out["faces"].max() >= len(vertex):
-            raise DataError(f"{path}: element face names vertices that the file does not hold; export the mesh again")
-    return out
-
-
-def write_ply(path: str | Path, points: np.ndarray, colours: np.ndarray, normals: np.ndarray) -> None:
-    """A binary PLY of points, normals (float32) and colours (uint8), all [N, 3], without faces."""
-    names = ("x", "y", "z", "nx", "ny", "nz", "red", "green", "blue")
-    table = np.empty(len(points), [(n, "u1" if len(n) > 2 else "<f4") for n in names])
-    for name, column in zip(names, [*points.T, *normals.T, *colours.T], strict=True):
-        table[name] = column
-    words = {"f": "float", "u": "uchar"}
-    properties = "".join(f"property {words[table.dtype[n].kind]} {n}\n" for n in table.dtype.names)
-    header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(table)}\n{properties}end_header\n"
-    Path(path).write_bytes(header.encode() + table.tobytes())
-
-
-def read_ply(path: str | Path, points: int = 200_000, up: str = "+z", scale: float = 1.0) -> Scene:
-    """A bare cloud or mesh as a scene without objects or frames. `up` is the axis of the file that points up, `scale`
-    metres per unit; more than `points` are averaged in voxels (before normals are estimated, so that memory stays that
-    of the file), and the mesh dropped. Points at the same place are one; a cloud in a map's coordinates, more than a
-    kilometre away, is moved to the origin. Raises DataError."""
-    held = load_ply(path)
-    finite = np.isfinite(held["points"]).all(1)
-    if finite.sum() < 2:
-        raise DataError(f"{path}: only {finite.sum()} of {len(finite)} points are usable; export the cloud again")
-    notes = [] if finite.all() else [f"dropped {(~finite).sum()} of {len(finite)} points that are not finite"]
-    cloud, faces = held["points"][finite], held["faces"] if finite.all() else None
-    colours, normals = (None if held[k] is None else held[k][finite] for k in ("colours", "normals"))
-    away, across = (float(a.max()) * scale for a in (np.abs(cloud), np.ptp(cloud, axis=0)))
-    if across > 100:
-        raise DataError(f"{path}: {across:.4g} m across, hardly metres; if millimetres, scale = 0.001 (--scale 0.001)")
-    if (step := float(np.spacing(np.abs(cloud).max())) * scale) > 0.005:
-        raise DataError(f"{path}: lies {away:.0f} m from the origin, where its float has steps of {step * 100:.0f} cm; "
-                        "export it as double or moved to the origin")  # fmt: skip
-    if away > 1000:
-        middle = cloud.mean(0).round()
-        cloud, notes = cloud - middle, [*notes, f"moved to the origin by {(-middle).tolist()} of the file's units"]
-    cloud = (cloud * scale).astype(np.float32)
-    if normals is not None and not (np.square(normals).sum(1) > 0.5).all():
-        normals, notes = None, [*notes, "some normals are zero or not finite: all made anew"]
-    if normals is None and faces is not None:
-        normals = unit(vertex_normals(cloud, faces))
-    if len(cloud) > points:
-        colour, normal = (np.zeros_like(cloud) if a is None else a for a in (colours, normals))
-        values = np.concatenate([colour, normal], axis=1, dtype=np.float32)
-        few, mixed, turned, voxel = thin(cloud, values, np.ones(len(cloud)), 0.01, points)
-        notes.append(f"{len(cloud)} points averaged to {len(few)} in voxels of {voxel * 100:.1f} cm")
-        cloud, colours, normals = few, None if colours is None else mixed, None if normals is None else turned
-    first = np.sort(np.unique(cloud, axis=0, return_index=True)[1])
-    if len(first) < 2:
-        raise DataError(f"{path}: all {len(finite)} points are at one place; export the cloud again")
-    if len(first) < len(cloud):
-        notes.append(f"dropped {len(cloud) - len(first)} of {len(cloud)} points that lie on another")
-        cloud, colours, normals = (None if a is None else a[first] for a in (cloud, colours, normals))
-    if normals is None:
-        normals = estimate_normals(cloud)
-    world, said = upright(cloud, normals, up, None)
-    return Scene(Path(path).stem, "ply", [], colours=colours, notes=[*notes, said], **move(cloud, normals, world))
-
-
-def scan_fields(path: Path) -> dict[str, str]:
-    """The `key = value` lines of a scan's .txt."""
-    with reading(path, "scan description"):
-        pairs = [line.split("=", 1) for line in path.read_text().splitlines() if "=" in line]
-        return {key.strip(): value.strip() for key, value in pairs}
-
-
-def scan_folder(root: Path, scene_id: str) -> Path:
-    places = [root / p / scene_id for p in ("", "scans", "scans_test")] + [root] * (root.name == scene_id)
-    for place in places:
-        if (place / f"{scene_id}{SCAN_FILES[0]}").exists():
-            return place
-    raise DataError(f"{root}: no {scene_id}/{scene_id}{SCAN_FILES[0]} or under scans/, scans_test/; see data.py check")
-
-
-def read_scannet(root: str | Path, scene_id: str, size: tuple[int, int] | None = None, max_frames: int = 32) -> Scene:
-    """A ScanNet scan: its own files (mesh, segments, aggregation, axis alignment) and, where a colour/depth/pose export
-    lies beside them or under posed_images/<id> or frames/<id>, at most `max_frames` (0: none) at size (H, W).
-
-    The axis alignment is the only transform. Instance = objectId + 1; wall, floor and ceiling are no objects; boxes are
-    the extent of an object's points. Masks are read from instance-filt/ or else rendered. Raises DataError.
-    """
-    root, notes = Path(root), []
-    folder = scan_folder(root, scene_id)
-    mesh, segs, aggregation, info = (folder / f"{scene_id}{suffix}" for suffix in SCAN_FILES)
-    held = load_ply(mesh)
-    raw, faces, colours, normals = (held[k] for k in ("points", "faces", "colours", "normals"))
-    if len(raw) < 2:
-        raise DataError(f"{mesh}: {len(raw)} vertices; a scan needs a cloud, copy the file again")
-    fields = scan_fields(info)
-    if "axisAlignment" not in fields:
-        notes.append(f"{info.name} has no axisAlignment: the scan keeps its own axes")
-    with reading(info, "axisAlignment of 16 numbers"):
-        world = np.array(fields.get("axisAlignment", "1 0 0 0 0 1 0 0 0 0 1 0 0 0 0 1").split(), float).reshape(4, 4)
-    if normals is None:
-        normals = estimate_normals(raw) if faces is None else unit(vertex_normals(raw, faces))
-    scene = Scene(scene_id, "scannet", [], colours=colours, notes=notes, **move(raw, normals, world))
-    scene.instances = np.zeros(len(raw), np.int64)
-    if "roomBounds" in fields:  # write_scannet's
-        scene.bounds = np.array(fields["roomBounds"].split(), float).reshape(2, 3)
-    if not segs.exists() and not aggregation.exists():
-        notes.append("no segments or labels (a test scan): superpoints are our own, objects unknown")
-        scene.superpoints = over_segment(raw, None if faces is not None else normals, faces)
-    else:
-        with reading(segs, "list of segIndices"):
-            segment = read_json(segs)["segIndices"]
-        if len(segment) != len(raw):
-            raise DataError(f"{segs}: segIndices has {len(segment)} entries, the mesh {len(raw)} vertices; copy both")
-        values, scene.superpoints = np.unique(np.array(segment, np.int64), return_inverse=True)
-        seen, groups = [], read_json(aggregation)
-        with reading(aggregation, "list of segGroups with objectId, label, segments"):
-            groups = [(g["objectId"] + 1, g["label"].replace("_", " "), set(g["segments"]), g)
-                      for g in groups["segGroups"]]  # fmt: skip
-        for id, label, parts, group in groups:
-            if label in SHELL or parts in seen:  # scene0217_00 lists its objects twice
-                continue
-            seen.append(parts)
-            mine = np.isin(values, list(parts))[scene.superpoints]
-            if not mine.any():
-                raise DataError(f"{aggregation}: objectId {id - 1} ({label}) has no points; copy one scan's files")
-            scene.instances[mine] = id
-            box = np.array(group["alignedBox"]) if "alignedBox" in group else extent(scene.points[mine])
-            scene.objects.append(Thing(id, label, group.get("colour") or colour_name(colours, mine), box))
-    if not max_frames:
-        return scene
-    places = [folder, root / "posed_images" / scene_id, root / "frames" / scene_id]
-    found = next(filter(None, map(find_frames, places)), None)
-    if found is None:
-        notes.append("no exported frames (color/ depth/ pose/ intrinsic/): points only")
-        return scene
-    rows, camera = found
-    chosen = evenly(rows, max_frames)
-    frames = [resize_frame(f, size or f[1].shape) for f in read_frames(chosen, camera, "opencv", 1000.0, notes)]
-    scene.frames = stack_frames(frames, world)
-    if scene.objects and not chosen[0][3].exists():
-        scene.frames.masks = render_masks(scene.points, scene.instances, scene.frames)
-        notes.append("masks rendered from the labelled mesh")
-    ids = np.array([0, *(o.id for o in scene.objects)])
-    scene.frames.masks[~np.isin(scene.frames.masks, ids)] = 0
-    return scene
-
-
-def write_scannet(scene: Scene, out: str | Path) -> Path:
-    """Writes a scene with a cloud as the ScanNet scan <out>/<name>, unaligned as scans are; read_scannet gives it back
-    (superpoints cut at instances, depth to 1 mm). Colour is written as PNG, so that nothing is lost; two extra keys per
-    object (alignedBox, colour) and one line of the .txt (roomBounds) keep what ScanNet has no place for."""
-    from PIL import Image
-
-    if scene.points is None:
-        raise DataError(f"{scene.name}: no cloud to write; make the room with points > 0")
-    folder = Path(out) / scene.name
-    world = np.array([[0.8, -0.6, 0, 1.5], [0.6, 0.8, 0, -0.75], [0, 0, 1, 0.25], [0, 0, 0, 1]])
-    back = np.linalg.inv(world)
-    normals = scene.normals if scene.normals is not None else estimate_normals(scene.points)
-    raw = move(scene.points, normals, back)
-    superpoints = over_segment(scene.points, normals) if scene.superpoints is None else scene.superpoints
-    instances = np.zeros(len(scene.points), np.int64) if scene.instances is None else scene.instances
-    colours = np.full((len(scene.points), 3), 128, np.uint8) if scene.colours is None else scene.colours
-    pairs, segment = np.unique(np.stack([superpoints, instances]), axis=1, return_inverse=True)
-    groups = [{"id": i, "objectId": o.id - 1, "label": o.category, "alignedBox": o.box.tolist(), "colour": o.colour,
-               "segments": np.flatnonzero(pairs[1] == o.id).tolist()} for i, o in enumerate(scene.objects)]  # fmt: skip
-    numbers = {"axisAlignment": world} | ({} if scene.bounds is None else {"roomBounds": scene.bounds})
-    folder.mkdir(parents=True, exist_ok=True)
-    mesh, segs, aggregation, info = (folder / f"{scene.name}{suffix}" for suffix in SCAN_FILES)
-    write_ply(mesh, raw["points"], colours, raw["normals"])
-    segs.write_text(json.dumps({"sceneId": scene.name, "segIndices": segment.ravel().tolist()}))
-    aggregation.write_text(json.dumps({"sceneId": scene.name, "segGroups": groups}))
-    info.write_text("".join(f"{k} = {' '.join(map(repr, map(float, v.ravel())))}\n" for k, v in numbers.items()))
-    if scene.frames is None:
-        return folder
-    f = scene.frames
-    if (f.intrinsics != f.intrinsics[0]).any():
-        raise DataError(f"{scene.name}: frames of several cameras; ScanNet's layout holds one, write them apart")
-    for part in ("color", "depth", "pose", "intrinsic", "instance-filt"):
-        (folder / part).mkdir(exist_ok=True)
-    camera = np.eye(4)
-    camera[:3, :3] = f.intrinsics[0]
-    np.savetxt(folder / "intrinsic/intrinsic_depth.txt", camera, "%.17g")
-    for i, pose in enumerate(back @ f.poses):
-        Image.fromarray(f.colour[i]).save(folder / f"color/{i}.png", compress_level=1)
-        Image.fromarray(np.round(f.depth[i] * 1000).astype(np.uint16)).save(folder / f"depth/{i}.png", compress_level=1)
-        Image.fromarray(f.masks[i].astype(np.uint16)).save(folder / f"instance-filt/{i}.png", compress_level=1)
-        np.savetxt(folder / f"pose/{i}.txt", pose, "%.17g")
-    return folder
-
-
-TERMS = {
-    "scans": "scans: ScanNet's Terms of Use form, on its project page (ScanNet/ScanNet on GitHub), signed and mailed; "
-             f"points need four file types, about 10.6 GB: <id>{', <id>'.join(SCAN_FILES)}",
-    "frames": "frames: exported as color/ depth/ pose/ intrinsic/ from the scans' .sens files (1.2 TB, the same form)",
-    "questions": "questions: ScanQA, SQA3D, ScanRefer, Multi3DRefer, Scan2Cap, Nr3D, VSI-Bench: their project pages",
-}  # fmt: skip
-
-
-def found_by_vggt(what: str) -> str:
-    there = "is installed" if importlib.util.find_spec("vggt") else f"is not installed: {INSTALL['vggt']}"
-    return f"{what}: found by VGGT, which {there}"
-
-
-def check(path: str | Path) -> list[str]:
-    """What `path` holds, what it lacks, and where that is had under which terms: the lines of `data.py check DIR`."""
-    path = Path(path)
-    if not path.exists():
-        return [f"{path}: nothing there", *TERMS.values()]
-    if path.suffix.lower() == ".ply":
-        held = load_ply(path)
-        size = np.ptp(held["points"], axis=0) if len(held["points"]) else np.zeros(3)
-        return [f"{path}: {len(held['points'])} points, {' x '.join(f'{s:.2f}' for s in size)} in the file's unit",
-                *(f"has {'no ' * (held[k] is None)}{k}" for k in ("colours", "normals", "faces"))]  # fmt: skip
-    if path.suffix.lower() in VIDEOS:
-        return [f"{path}: {read_video(path)[1][0]}", found_by_vggt("depth and poses")]
-    if path.suffix == ".json":
-        rows = read_json(path)
-        if isinstance(rows, dict):
-            rows = next((rows[k] for k in ("questions", "annotations", "data_list") if k in rows), [rows])
-        scenes = {r["scene_id"] for r in rows if isinstance(r, dict) and "scene_id" in r}
-        return [f"{path}: {len(rows)} rows about {len(scenes)} scenes, fields {', '.join(rows[0]) if rows else 'none'}"]
-    if not path.is_dir():
-        choose_reader(path)
-        return [f"{path}: a kept scene, {len(load_scene(path).points)} points"]
-    places = (path, path / "scans", path / "scans_test")
-    scans = sorted(p for place in places if place.is_dir() for p in place.glob("scene*_*") if p.is_dir())
-    scans = scans or sorted({p.parent for p in path.glob(f"*/*{SCAN_FILES[0]}")})
-    found = find_frames(path)
-    lines = []
-    if found:
-        rows, camera = found
-        absent = [kind for i, kind in ((1, "depth"), (2, "poses")) if not any(row[i].exists() for row in rows)]
-        lacks = [p.name for row in rows for p in row[1:3] if not p.exists()] + [camera.name] * (not camera.exists())
-        lines.append(f"{path}: {len(rows)} RGB-D frames, {len(lacks)} files missing {' '.join(lacks[:3])}".rstrip())
-        if absent:
-            lines = [f"{path}: {len(rows)} images without {' and '.join(absent)}", found_by_vggt(" and ".join(absent))]
-    elif images := [p for p in path.iterdir() if p.suffix.lower() in IMAGES]:
-        lines += [f"{path}: {len(images)} images without depth and poses", found_by_vggt("depth and poses")]
-    if scans:
-        frames = sum(any(map(find_frames, (p, path / "posed_images" / p.name))) for p in scans)
-        lines.append(f"{path}: {len(scans)} scans, {frames} with exported frames")
-        lacks = {s: [p.name for p in scans if not (p / f"{p.name}{s}").exists()] for s in SCAN_FILES}
-        lines += [f"missing <id>{s} of {len(names)} scans, first {names[0]}" for s, names in lacks.items() if names]
-        lines += [TERMS["scans"]] * any(lacks.values()) + [TERMS["frames"]] * (frames < len(scans))
-    for file in sorted(p for p in path.iterdir() if p.suffix.lower() in (".json", ".ply", *VIDEOS)):
-        try:
-            lines += check(file)
-        except DataError as error:
-            lines.append(str(error))
-    return lines or [f"{path}: nothing that a reader knows", *TERMS.values()]
-
-
-# ---- 8 video ---------------------------------------------------------------------------------------------------------
-
-VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
-IMAGES = (".jpg", ".jpeg", ".png", ".webp")
-INSTALL = {  # packages that only some inputs need -> how they are had
-    "av": 'pip install -e ".[video]"',
-    "vggt": "pip install git+https://github.com/facebookresearch/vggt",
-    "sam2": "SAM2_BUILD_CUDA=0 pip install --no-build-isolation sam2",
-}
-
-
-def need(module: str, what: str):
-    """A module of an optional package; where it is missing, one line that says how to install it."""
+def need(module, what):
+    """Import a module of an optional package; without it, raise a DataError that says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -3309,182 +2670,878 @@ def need(module: str, what: str):
         raise DataError(f"{what} needs the package {package} ({error}): {INSTALL[package]}") from None
 
 
-def sharpness(grey: np.ndarray) -> float:
-    """How sharp an image [h, w] is: the variance of its Laplacian (Pech-Pacheco et al., ICPR 2000). Blur lowers it."""
-    g = grey.astype(np.float32)
-    if min(g.shape) < 3:
-        return 0.0
-    return float((4 * g[1:-1, 1:-1] - g[:-2, 1:-1] - g[2:, 1:-1] - g[1:-1, :-2] - g[1:-1, 2:]).var())
+def choose(table: dict, key: str, what: str):
+    """Look up table[key]; an unknown key is a DataError that names the known ones."""
+    if key not in table:
+        raise DataError(f"{what} {key!r} is unknown: choose one of {', '.join(table)}")
+    return table[key]
 
 
-def spread(times: np.ndarray, count: int, tries: int) -> list[np.ndarray]:
-    """Indices of up to `tries` successive frames around the middle of each of `count` equal intervals of time; an
-    interval without a frame is left out. times [n] ascending, in any unit."""
-    step = float(np.median(np.diff(times))) if len(times) > 1 else 1.0
-    edges = np.linspace(times[0] - step / 2, times[-1] + step / 2, count + 1)
-    interval = np.clip(np.searchsorted(edges, times, side="right") - 1, 0, count - 1)
-    groups = [np.flatnonzero(interval == i) for i in range(count)]
-    return [g[max(0, (len(g) - tries) // 2) :][:tries] for g in groups if len(g)]
+def file_key(files):
+    """Name a state of files by their paths, sizes and times of change, without reading them."""
+    return "|".join(f"{file.resolve()}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)
 
 
-def fit_longest(height: int, width: int, longest: int) -> tuple[int, int]:
-    """The size (H, W) at which the longer side is at most `longest` pixels."""
+def check_scene(scene: Scene, trusted: bool = False) -> Scene:
+    """Check what a reader made and note its size: finite points, an attribute for each, boxes, and, unless its unit is
+    `trusted`, an extent of 0.5 to 30 meters. Raises DataError."""
+    arrays = [scene.points, scene.colours, scene.normals, scene.superpoints, scene.instances]
+    lengths = {len(a) for a in arrays if a is not None}
+    with reading(scene.name, "scene of boxes with six numbers"):
+        boxes = np.array([o.box for o in scene.objects], float).reshape(-1, 6)
+    finite = np.isfinite(scene.points).all() and np.isfinite(boxes).all()
+    if len(lengths) > 1 or min(lengths) < 2 or not finite:
+        raise DataError(f"{scene.name}: arrays of {lengths} points, or numbers that are not finite; export it again")
+    for o in scene.objects:
+        o.box[3:] = np.maximum(o.box[3:], 0.001)  # a flat thing's side of 0 has no logarithm in a loss
+
+    size = np.ptp(scene.points, axis=0)
+    said = f"size {size[0]:.2f} x {size[1]:.2f} x {size[2]:.2f} m"
+    if not scene.metric:
+        said += ", guessed: questions in meters are refused; if a length is known, give --scale TRUE/GUESSED"
+    elif not trusted and not 0.5 <= size.max() <= 30:
+        raise DataError(
+            f"{scene.name}: {said} is hardly a room; give --scale (0.001 if in millimeters, 1 if it is right), or of "
+            f"frames --depth-scale ({DEPTH_SCALES})"
+        )
+    if said not in scene.notes:
+        scene.notes.append(said)
+    return scene
+
+
+# ---- 7.1 how programs lay out their frames
+
+
+class FrameFiles(NamedTuple):
+    """One frame on disk; what no file holds is None."""
+
+    image: Path  # for a frame in a video: its number, below the path of the video
+    depth: Path | None = None
+    pose: Path | np.ndarray | None = None  # [4, 4] in the layout's convention
+    camera: Path | np.ndarray | None = None  # [3, 3] of the image or of the depth
+    mask: Path | None = None  # an object id per pixel
+
+
+def pictures(folder, pattern="*"):
+    """List the images in a folder, frame10 after frame9; hidden files are none."""
+    files = [file for file in folder.glob(pattern) if file.suffix.lower() in IMAGES and file.name[0] != "."]
+    return sorted(files, key=lambda file: (len(file.name), file.name))
+
+
+def pinhole(fx, fy, cx, cy):
+    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], float)
+
+
+def json_camera(held, focal="f"):
+    return pinhole(*[held[name] for name in (f"{focal}x", f"{focal}y", "cx", "cy")])
+
+
+def rigid(position, turn):
+    """Build a pose [4, 4] from a position and a quaternion (x, y, z, w) or an axis times its angle."""
+    from scipy.spatial.transform import Rotation
+
+    pose, rotation = np.eye(4), Rotation.from_quat(turn) if len(turn) == 4 else Rotation.from_rotvec(turn)
+    pose[:3, :3], pose[:3, 3] = rotation.as_matrix(), position
+    return pose
+
+
+def seconds(files):
+    """The times in names such as 1305031102.175304.png or ID_66236.345.png."""
+    return [float(file.stem.split("_")[-1]) for file in files]
+
+
+def in_time(images, times, values, within=0.02):
+    """Pick for each image the value of the nearest time (ascending), None beyond `within` seconds."""
+    wanted, times = seconds(images), np.array(times)
+    index = np.searchsorted((times[1:] + times[:-1]) / 2, wanted)
+    return [values[i] if abs(times[i] - t) <= within else None for i, t in zip(index, wanted, strict=True)]
+
+
+def named_views(mark, images, depth, pose, cameras):
+    """Frames whose other files bear the name of their image."""
+    base = mark.parent
+    camera = next((base / name for name in cameras if (base / name).exists()), None)
+    for image in pictures(mark if mark.is_dir() else base, images):
+        name = image.stem.removesuffix(".color")
+        yield FrameFiles(image, base / depth.format(name), base / pose.format(name), camera, base / f"instance-filt/{name}.png")
+
+
+def replica(mark):
+    """results/frame*.jpg and depth*.png; traj.txt has a pose of 16 numbers per line; cam_params.json is here or above."""
+    about = next(base / "cam_params.json" for base in mark.parents if (base / "cam_params.json").exists())
+    camera = json_camera(read_json(about)["camera"])
+    poses = read_numbers(mark, 16).reshape(-1, 4, 4)
+    for image, pose in zip(pictures(mark.parent / "results", "frame*"), poses, strict=False):
+        yield FrameFiles(image, image.with_name(image.stem.replace("frame", "depth") + ".png"), pose, camera)
+
+
+TUM_CAMERAS = {  # part of a sequence's name -> its published camera
+    "freiburg1": (517.3, 516.5, 318.6, 255.3),
+    "freiburg2": (520.9, 521.0, 325.1, 249.7),
+    "freiburg3": (535.4, 539.2, 320.1, 247.6),
+    "traj": (481.2, 480.0, 319.5, 239.5),  # ICL-NUIM
+    "": (525.0, 525.0, 319.5, 239.5),  # TUM's for all others
+}
+
+
+def tum(mark):
+    """rgb/ and depth/ named by seconds; lines "second x y z qx qy qz qw"."""
+    images, depths, rows = pictures(mark.parent / "rgb"), pictures(mark.parent / "depth"), read_numbers(mark, 8)
+    numbers = next(numbers for name, numbers in TUM_CAMERAS.items() if name in mark.parent.resolve().name)
+    depths = in_time(images, seconds(depths), depths)
+    poses = in_time(images, rows[:, 0], [rigid(row[1:4], row[4:]) for row in rows])
+    for view in zip(images, depths, poses, strict=True):
+        yield FrameFiles(*view, pinhole(*numbers))
+
+
+def arkitscenes(mark):
+    """lowres_wide/, lowres_depth/, lowres_wide_intrinsics/ named ID_SECONDS; lines "second rx ry rz x y z"."""
+    base, rows = mark.parent, read_numbers(mark, 7)
+    images, files = pictures(base / "lowres_wide"), sorted((base / "lowres_wide_intrinsics").glob("*.pincam"))
+    depths = [base / "lowres_depth" / image.name for image in images]
+    poses = in_time(images, rows[:, 0], [rigid(row[4:], row[1:4]) for row in rows], 0.01)
+    cameras = [pinhole(*read_numbers(file, 6)[0, 2:]) for file in files]  # behind width and height
+    yield from map(FrameFiles, images, depths, poses, in_time(images, seconds(files), cameras))
+
+
+def stray_scanner(mark):
+    """rgb.mp4 or rgb/NUMBER.png, depth/NUMBER.png; lines "second, number, x, y, z, qx, qy, qz, qw"."""
+    base = mark.parent
+    images = {int(image.stem): image for image in pictures(base / "rgb")}
+    for _, number, *pose in read_numbers(mark, 9):
+        image = images.get(int(number), base / f"rgb.mp4/{number:.0f}")
+        depth = base / f"depth/{number:06.0f}.png"
+        yield FrameFiles(image, depth, rigid(pose[:3], pose[3:]), base / "camera_matrix.csv")
+
+
+def polycam(mark):
+    """keyframes/ with images/, depth/, cameras/; corrected_ ones, where there are any, have the better poses."""
+    kind = "corrected_" if (mark / "corrected_cameras").exists() else ""
+    for file in sorted((mark / f"{kind}cameras").glob("*.json")):
+        held, pose = read_json(file), np.eye(4)
+        pose[:3] = [[held[f"t_{i}{j}"] for j in range(4)] for i in range(3)]
+        yield FrameFiles(mark / f"{kind}images/{file.stem}.jpg", mark / f"depth/{file.stem}.png", pose, json_camera(held))
+
+
+def nerfstudio(mark):
+    """transforms.json: per frame file_path, transform_matrix, perhaps depth_file_path; intrinsics per frame or once."""
+    held = read_json(mark)
+    for frame in held["frames"]:
+        image, depth = (frame.get(name) and mark.parent / frame[name] for name in ("file_path", "depth_file_path"))
+        yield FrameFiles(image, depth, np.array(frame["transform_matrix"], float), json_camera(held | frame, "fl_"))
+
+
+def colmap(mark):
+    """cameras.txt and images.txt of a sparse model; export undistorted images, for lens distortion is not undone."""
+    base = next(folder / "images" for folder in mark.parents if (folder / "images").is_dir())
+    cameras = {}
+    for id, model, _, _, *numbers in read_words(mark.with_name("cameras.txt")):
+        one_focal_length = model in ("SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL")
+        cameras[id] = pinhole(numbers[0], *numbers[:3]) if one_focal_length else pinhole(*numbers[:4])
+    for words in read_words(mark):
+        if len(words) == 10:  # an image; the line behind it lists its points, three words each
+            w, x, y, z, *position = map(float, words[1:8])
+            yield FrameFiles(base / words[9], None, rigid(position, (x, y, z, w)), cameras[words[8]])
+
+
+def photographs(mark):
+    yield from map(FrameFiles, pictures(mark.parent))
+
+
+@dataclass
+class Layout:
+    """How a program lays out its frames, and what it documents about their numbers."""
+
+    name: str
+    marks: tuple[str, ...]  # patterns of the file or folder that tells it
+    views: Callable[[Path], Iterator[FrameFiles]]  # the frames, from what matched
+    depth_scale: float = 1000.0  # units of the depth images per meter
+    up: str = "auto"  # axis of the poses' world that points up
+    convention: str = "opencv"
+    metric: bool = True  # poses are in meters
+
+
+SEVEN_SCENES = partial(named_views, images="*.color.*", depth="{}.depth.png", pose="{}.pose.txt",
+                       cameras=("camera-intrinsics.txt", "intrinsics.txt"))  # fmt: skip
+EXPORTED = partial(named_views, images="*", depth="depth/{}.png", pose="pose/{}.txt",
+                   cameras=("intrinsic/intrinsic_depth.txt", "intrinsics_depth.txt", "intrinsic_depth.txt",
+                            "intrinsic/intrinsic_color.txt", "intrinsics_color.txt"))  # fmt: skip
+POSED_IMAGES = partial(named_views, images="*.jpg", depth="{}.png", pose="{}.txt",
+                       cameras=("depth_intrinsic.txt", "intrinsic.txt"))  # fmt: skip
+LAYOUTS = (  # the first that fits is taken
+    Layout("NAME.color.png, NAME.depth.png, NAME.pose.txt (7-Scenes)", ("*.color.*",), SEVEN_SCENES),
+    Layout("results/, traj.txt (Replica of NICE-SLAM)", ("traj.txt",), replica, 6553.5, "+z"),
+    Layout("rgb/, depth/, groundtruth.txt (TUM RGB-D)", ("groundtruth.txt",), tum, 5000.0, "+z"),
+    Layout("rgb/, depth/, *.gt.freiburg (ICL-NUIM)", ("*.gt.freiburg",), tum, 5000.0, "-y", "povray"),
+    Layout("lowres_wide/ (ARKitScenes)", ("lowres_wide.traj", "*/lowres_wide.traj"), arkitscenes, 1000.0, "+z",
+           "opencv_inverse"),
+    Layout("odometry.csv, depth/ (Stray Scanner)", ("odometry.csv",), stray_scanner, 1000.0, "+y"),
+    Layout("keyframes/ (Polycam)", ("keyframes",), polycam, 1000.0, "+y", "opengl"),
+    Layout("transforms.json (nerfstudio)", ("transforms.json",), nerfstudio, 1000.0, "+z", "opengl", False),
+    Layout("images/, sparse/ (COLMAP text)", ("images.txt", "sparse/**/images.txt"), colmap, 1000.0, "auto",
+           "opencv_inverse", False),
+    Layout("color/, depth/, pose/, intrinsic/ (ScanNet)", ("color", "rgb", "images"), EXPORTED),
+    Layout("NAME.jpg, NAME.png, NAME.txt (EmbodiedScan)", ("depth_intrinsic.txt", "intrinsic.txt"), POSED_IMAGES),
+    Layout("images alone", ("*",), photographs),
+)  # fmt: skip
+VIDEO = Layout("video", (), photographs)
+KNOWN_LAYOUTS = "; ".join(layout.name for layout in LAYOUTS)
+
+
+def existing(part):
+    """Return a part of FrameFiles, or None where its file is missing."""
+    missing = isinstance(part, Path) and not (part.exists() or part.parent.is_file())
+    return None if missing else part
+
+
+def find_frames(folder: Path) -> tuple[Layout | None, list[FrameFiles]]:
+    """Find the layout that fits a folder, and its views, with None for missing files; (None, []) without any image."""
+    for layout in LAYOUTS:
+        for mark in [file for pattern in layout.marks for file in sorted(folder.glob(pattern))[:1]]:
+            with reading(mark, layout.name):
+                views = [FrameFiles(*map(existing, view)) for view in layout.views(mark)]
+            if any(view.image for view in views):
+                return layout, views
+    return None, []
+
+
+# ---- 7.2 frames
+
+
+def read_image(path, mode=None):
+    """Read an image in a mode of PIL ("RGB", "I" = integers), or a frame of a video; its rows as the camera wrote them."""
+    if path.parent.is_file():
+        return video_frame(path.parent, int(path.name))
+    with reading(path, "image"), Image.open(path) as image:
+        return np.asarray(image.convert(mode) if mode else image)
+
+
+def read_depth(path, scale):
+    """Read depth [H, W] in float32 meters; 0 = missing, as 65535 is in the file."""
+    depth = read_image(path)
+    if depth.ndim != 2 or depth.dtype.kind not in "iu" or depth.dtype == np.uint8:
+        raise DataError(f"{path}: {depth.dtype} {depth.shape} is a picture of depth (8 bits end at 255); export 16 bits")
+    return np.where(depth == 65535, 0, depth).astype(np.float32) / np.float32(scale)
+
+
+def read_pose(pose, convention):
+    """Read a pose [4, 4] as camera to world with OpenCV's axes; None where it is not finite, or mirrored."""
+    pose = read_numbers(pose, 4, 4) if isinstance(pose, Path) else pose
+    camera, world, inverse = choose(CONVENTIONS, convention, "--convention")
+    if not np.isfinite(pose).all():
+        return None
+
+    # files round their numbers: take the nearest rotation (polar decomposition)
+    u, _, vt = np.linalg.svd(pose[:3, :3])
+    pose = np.block([[u @ vt, pose[:3, 3:]], [0, 0, 0, 1]])
+    pose = world @ (np.linalg.inv(pose) if inverse else pose) @ camera
+    return pose if np.linalg.det(pose) > 0 else None
+
+
+def read_camera(camera, sizes):
+    """Read a camera matrix [3, 3] for an image of size 1 x 1.
+
+    Files do not say whether it is the color's or the depth's: of `sizes` (H, W) take the one whose middle is nearest to
+    the principal point. Raises DataError where that is near none.
+    """
+    K = read_numbers(camera, 3, 3) if isinstance(camera, Path) else camera
+    scaled = [np.diag([1 / W, 1 / H, 1]) @ K for H, W in sizes]
+    best = min(scaled, key=lambda K: np.abs(K[:2, 2] - 0.5).max())
+    if not (np.abs(best[:2, 2] - 0.5).max() < 0.25 and np.diag(best).min() > 0):
+        raise DataError(f"intrinsics {K.tolist()} belong to no image of {sizes} (H, W); export those of these images ({camera})")
+    return best
+
+
+def read_view(view, layout, longest):
+    """Read a frame at the size of its depth, else of its image, at most `longest` pixels: (color [H, W, 3] u8, depth
+    [H, W] f32 meters, mask [H, W] i32, intrinsics [3, 3], pose [4, 4]), None for what no file holds.
+
+    Returns why not, a string, where the pose is none or the depth empty.
+    """
+    color, depth, K, pose = read_image(view.image, "RGB"), None, None, None
+    sizes = [color.shape[:2]]
+    if view.pose is not None:
+        pose = read_pose(view.pose, layout.convention)
+        if pose is None:
+            return "a pose that is not finite, or mirrored"
+    if view.depth is not None:
+        depth = read_depth(view.depth, layout.depth_scale)
+        sizes.insert(0, depth.shape)
+        if not depth.any():
+            return "no depth"
+        if abs(np.divide(*sizes[0]) / np.divide(*sizes[1]) - 1) > 0.03:
+            raise DataError(f"{view.depth}: depth and color have different shapes {sizes}; export depth registered to color")
+
+    # bring all to one size
+    H, W = fit_longest(*sizes[0], longest)
+    mask = np.zeros((H, W), np.int32)
+    if view.mask is not None:
+        mask = resize(read_image(view.mask, "I"), (H, W))
+    if view.camera is not None:
+        K = np.diag([W, H, 1]) @ read_camera(view.camera, sizes)
+    return resize(color, (H, W)), depth if depth is None else resize(depth, (H, W)), mask, K, pose
+
+
+def read_frames(where, layout: Layout, views: list[FrameFiles], max_frames: int, longest: float, notes: list[str]) -> Frames:
+    """Read at most `max_frames` views, evenly spaced, as Frames; what no file holds is None. Dropped and counted are
+    frames that lack a file that others have, whose pose is not finite, or whose depth is empty."""
+    known = [part for part in range(4) if any(view[part] is not None for view in views)]
+    rows = []
+    for i in np.unique(np.linspace(0, len(views) - 1, min(max_frames, len(views))).round().astype(int)):
+        complete = all(views[i][part] is not None for part in known)
+        rows.append(read_view(views[i], layout, longest) if complete else "a missing file")
+    lost = Counter(row for row in rows if isinstance(row, str))
+    rows = [row for row in rows if not isinstance(row, str)]
+    notes += [f"dropped {n} of {len(views)} frames with {why}" for why, n in lost.items()]
+    notes.append(f"{len(rows)} of {len(views)} frames used; layout {layout.name}")
+    if len({row[0].shape for row in rows}) != 1:
+        raise DataError(f"{where}: {'; '.join(notes)}: none is usable, or their sizes differ; export the frames again")
+    return Frames(*(None if column[0] is None else np.stack(column) for column in zip(*rows, strict=True)))
+
+
+def agreement(frames: Frames, reach: float = 0.1) -> float:
+    """Share of some frames' depth that others confirm to `reach` meters, among what these do not see hidden."""
+    points = unproject(frames.depth, frames.intrinsics, frames.poses)
+    some = range(0, len(points), 1 + len(points) // 8)
+    confirmed, denied = 1, 0
+    for v, other in itertools.permutations(some, 2):
+        seen = points[v][frames.depth[v] > 0][::16]
+        _, row, column, z = in_view(seen, frames.intrinsics[other], frames.poses[other], frames.depth.shape[1:])
+        beyond = frames.depth[other][row, column] - z
+        confirmed += (np.abs(beyond) <= reach).sum()
+        denied += (beyond > reach).sum()
+    return confirmed / (confirmed + denied)
+
+
+def read_views(
+    path: str | Path,
+    scale: float | None = None,
+    max_frames: int = 32,
+    longest: int | None = None,
+    vggt: str = "facebook/VGGT-1B",
+    **documented,
+) -> Scene:
+    """Read a video, images, or frames in one of LAYOUTS as a scene without objects.
+
+    What no file holds of depth, poses and intrinsics VGGT finds. Its unit becomes meters by the known poses or depth; else
+    it is guessed, and the scene not metric. scale: true meters per meter of that. longest: side of the frames in pixels, by
+    default 320, or 640 for VGGT. documented: up (UP or "auto"), convention (CONVENTIONS), depth_scale, in place of those
+    of the layout. Raises DataError.
+    """
+    path, notes = Path(path), []
+    layout, views = find_frames(path) if path.is_dir() else (VIDEO, [])
+    if layout is None:
+        inside = ", ".join(sorted(file.name for file in path.iterdir())[:8])
+        raise DataError(f"{path}: holds no frames, but {inside or 'nothing'}; known layouts: {KNOWN_LAYOUTS}")
+    layout = replace(layout, **documented)
+    has_depth, has_pose = (any(view[i] is not None for view in views) for i in (1, 2))
+    measured = has_depth and has_pose
+    longest = longest or (320 if measured else 640)
+
+    # what the files hold; VGGT sees the rest in the images
+    if has_depth or has_pose:
+        frames = read_frames(path, layout, views, max_frames, longest, notes)
+    else:
+        read = read_photographs if views else read_video
+        images = read(path, views, max_frames, longest, notes)
+        frames = Frames(images, None, np.zeros(images.shape[:3], np.int32), None, None)
+    if any(part is None for part in vars(frames).values()):
+        frames = fill_in(path, frames, vggt)
+    metric = has_depth or (has_pose and layout.metric)
+    guess = 1.0 if metric else GUESS / float(np.median(frames.depth[frames.depth > 0]))
+    rescale(frames, guess * (scale or 1.0))
+
+    # frames that contradict each other were read with a wrong convention or scale: 0.92 on good poses, else below 0.5
+    share = agreement(frames) if has_depth or has_pose else 1.0
+    if share < 0.6:
+        raise DataError(
+            f"{path}, read as {layout.name}: only {share:.0%} of the depth fits other frames; name the poses' --convention "
+            f"({', '.join(CONVENTIONS)}) or the --depth-scale ({DEPTH_SCALES})"
+        )
+    points, colors, normals, voxel = fuse(zip(frames.colour, frames.depth, frames.intrinsics, frames.poses, strict=True))
+    world, said = align_to_gravity(points, normals, layout.up, frames.poses)
+    frames.poses = world @ frames.poses
+    notes += [f"{len(points)} points in voxels of {voxel * 100:.1f} cm", said]
+    scene = Scene(path.resolve().stem, "rgbd" if measured else "video", [], notes=notes, **move(points, normals, world))
+    scene.colours, scene.frames, scene.metric = colors, frames, metric or scale is not None
+    return check_scene(scene, trusted=scale is not None or "depth_scale" in documented)
+
+
+def fit_longest(height, width, longest):
+    """Shrink a size so that its longer side is at most `longest` pixels."""
     scale = min(1.0, longest / max(height, width))
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def read_video(path: str | Path, count: int = 32, longest: int = 640,
-               tries: int = 8) -> tuple[np.ndarray, list[str]]:  # fmt: skip
-    """Up to `count` frames of a video, evenly spaced in time: images [V, H, W, 3] uint8, upright, their longer side at
-    most `longest` pixels; and notes.
+def resize(image, size):
+    """Resize to (H, W): colors [h, w, 3] are averaged over a pixel's area; of depth and ids [h, w] the nearest is taken."""
+    method = Image.Resampling.BOX if image.ndim == 3 else Image.Resampling.NEAREST
+    return np.asarray(Image.fromarray(image).resize(size[::-1], method))
 
-    Time is that of the frames' own stamps, so a variable frame rate does no harm; of each interval the sharpest of up
-    to `tries` successive frames is kept, since hand-held video is often blurred. Only these frames and those before
-    them up to a key frame are decoded: memory does not grow with the length of the video, and time hardly. Frames that
-    cannot be decoded (often the last ones of a recording that broke off) are skipped. Raises DataError.
+
+# ---- 7.3 clouds
+
+
+def unit(vectors):
+    """Scale vectors [..., 3] to length 1, float32."""
+    return (vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-9)).astype(np.float32)
+
+
+def move(points, normals, world):
+    """Move a cloud by a rigid 4x4: points, normals and bounds as keyword arguments of Scene."""
+    points = (points @ world[:3, :3].T + world[:3, 3]).astype(np.float32)
+    bounds = np.stack([points.min(0), points.max(0)]).astype(float)
+    return dict(points=points, normals=(normals @ world[:3, :3].T).astype(np.float32), bounds=bounds)
+
+
+def voxel_of(points, voxel):
+    """Number the occupied voxels from 0: the one of each of points [N, 3], int64 [N]."""
+    cell = np.floor(points / voxel).astype(np.int64)
+    cell -= cell.min(0, initial=np.iinfo(np.int64).max)
+    return np.unique(cell @ [1 << 42, 1 << 21, 1], return_inverse=True)[1].reshape(-1)
+
+
+def voxel_mean(rows, weight, voxel):
+    """Average rows [N, C], whose first columns are x, y, z, in each occupied voxel: rows [n, C] and summed weights [n]."""
+    index = voxel_of(rows[:, :3], voxel)
+    total = np.bincount(index, weight)
+    return np.stack([np.bincount(index, weight * column) for column in rows.T], axis=1) / total[:, None], total
+
+
+def voxel_downsample(rows, weight, voxel, limit):
+    """Average rows [N, 9] of point, color and normal in the least voxels, from `voxel` meters up, that leave at most
+    `limit`: points [n, 3] f32, colors [n, 3] u8, unit normals [n, 3] f32, voxel."""
+    rows, weight = voxel_mean(rows, weight, voxel)
+    while len(rows) > limit:
+        voxel *= 1.2
+        rows, weight = voxel_mean(rows, weight, voxel)
+    return rows[:, :3].astype(np.float32), rows[:, 3:6].round().astype(np.uint8), unit(rows[:, 6:]), voxel
+
+
+def fuse(frames: Iterable[tuple], limit: int = 100_000) -> tuple:
+    """Fuse frames (color [H, W, 3], depth [H, W], intrinsics [3, 3], pose [4, 4]) to one cloud: points [N, 3] f32, colors
+    [N, 3] u8, unit normals [N, 3] f32 towards the cameras, voxel in meters: 2.5 cm, or a pixel's footprint if larger."""
+    parts = []
+    for color, depth, K, pose in frames:
+        if not parts:
+            footprint = float(np.median(depth[depth > 0])) / K[0, 0]
+            voxel = max(0.025, footprint)
+
+        # normals from differences of the point map: NaN beside missing depth, grazing ones at the edges of things
+        points = unproject(depth[None], K[None], pose[None])[0]
+        normals = unit(np.cross(np.gradient(points, axis=0), np.gradient(points, axis=1)))
+        facing = (normals * unit(pose[:3, 3] - points)).sum(-1)
+        seen = np.abs(facing) > 0.1
+        rows = np.concatenate([points, color, normals * np.sign(facing)[..., None]], axis=-1)[seen]
+        parts.append(voxel_mean(rows, np.ones(len(rows)), voxel))
+
+    # voxels with less than a fifth of a single view's samples are flying pixels
+    rows, weight = voxel_mean(*map(np.concatenate, zip(*parts, strict=True)), voxel)
+    solid = weight >= min(3.0, 0.2 * (voxel / footprint) ** 2)
+    if not solid.any():
+        raise DataError("no frame shows a surface; check the depth images and --depth-scale")
+    return voxel_downsample(rows[solid], weight[solid], voxel, limit)
+
+
+def estimate_normals(points, k=24):
+    """Estimate unit normals [N, 3] float32: the least axis of each point's k neighbors, facing the centroid."""
+    near = points[nearest(points, points, k)[1]].astype(np.float32)
+    near = near - near.mean(1, keepdims=True)
+    normals = np.linalg.eigh(np.einsum("nki,nkj->nij", near, near))[1][..., 0]
+    inward = (normals * (points.mean(0) - points)).sum(1, keepdims=True) >= 0
+    return np.where(inward, normals, -normals).astype(np.float32)
+
+
+COLORS = (  # names of three color fields in a .ply; the last ones are Gaussian splats' harmonics of degree 0
+    ("red", "green", "blue"), ("diffuse_red", "diffuse_green", "diffuse_blue"), ("r", "g", "b"),
+    ("f_dc_0", "f_dc_1", "f_dc_2"),
+)  # fmt: skip
+
+
+def load_mesh(path):
+    """Load a cloud or mesh: points [N, 3] f64, colors [N, 3] u8, normals [N, 3], faces [F, 3]; None for what it lacks."""
+    import trimesh
+
+    with reading(path, "cloud or mesh"):
+        mesh = trimesh.load(path, process=False, fix_texture=False)
+        mesh = mesh.to_mesh() if isinstance(mesh, trimesh.Scene) else mesh  # a .glb of several parts
+        visual = mesh.visual.to_color() if mesh.visual.kind == "texture" else mesh.visual
+        points, faces, normals = np.asarray(mesh.vertices, float), None, None
+        colors = visual.vertex_colors[:, :3] if visual.kind and len(visual.vertex_colors) else None
+        if isinstance(mesh, trimesh.Trimesh):
+            faces = np.asarray(mesh.faces)
+            points[faces]  # a face of a vertex that is not there ends here
+
+        # what a .ply calls its fields
+        held = mesh.metadata["_ply_raw"]["vertex"] if "_ply_raw" in mesh.metadata else {"data": {}, "length": 1}
+        points[held["length"] - 1]  # a text that is cut off ends here
+        fields = held["data"]
+        names = fields if isinstance(fields, dict) else fields.dtype.names
+        for group in (("nx", "ny", "nz"), *COLORS):
+            if group[0] in names:
+                values = np.stack([np.ravel(fields[name]) for name in group], axis=1)
+                if group[0] == "nx":
+                    normals = values
+                else:
+                    colors = eight_bit(0.5 + 0.2821 * values if group[0] == "f_dc_0" else values)
+    return points, colors, normals, faces
+
+
+def eight_bit(values):
+    """Colors [N, 3] uint8 from values up to 1, 255 or 65535, whichever they reach."""
+    full = 65535 if values.max() > 255 else 255 if values.dtype.kind in "iu" or values.max() > 4 else 1
+    return np.nan_to_num(values * (255.0 / full)).round().clip(0, 255).astype(np.uint8)
+
+
+def write_ply(path, points, colours, normals):
+    """Write a cloud as a binary .ply: points and normals [N, 3] in float32, colors [N, 3] uint8."""
+    import trimesh
+
+    cloud = trimesh.Trimesh(points, vertex_normals=normals, vertex_colors=colours, process=False)
+    cloud.export(path, file_type="ply", vertex_normal=True)
+
+
+def points_of_faces(points, colors, normals, faces, limit):
+    """Draw points, colors, normals from the faces of a mesh, one in 3 x 3 cm, where its corners are much fewer: they alone
+    do not show a wall. Faces that fill the space like no surface are left alone."""
+    import trimesh
+
+    mesh = trimesh.Trimesh(points, faces, process=False)
+    count = int(min(limit, mesh.area / 0.03**2))
+    if count < 4 * len(points) or mesh.area > 8 * mesh.bounding_box.area:
+        return points, colors, vertex_normals(points, faces) if normals is None else normals
+    drawn, face = trimesh.sample.sample_surface(mesh, count, seed=0)
+    return drawn, None if colors is None else colors[faces[face]].mean(1), mesh.face_normals[face]
+
+
+def read_cloud(path: str | Path, up: str = "auto", scale: float | None = None, limit: int = 200_000) -> Scene:
+    """Read a cloud or mesh (CLOUDS) as a scene without objects or frames, at most `limit` points, averaged in voxels.
+
+    `up`: UP or "auto"; `scale`: meters per unit. Raises DataError.
     """
-    av, path = need("av", "reading a video"), Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such video")
-    best = []
-    try:
-        with av.open(str(path), metadata_errors="replace") as container:
-            if not container.streams.video:
-                raise DataError(f"{path}: has no pictures; give a video")
-            stream = container.streams.best("video")  # not a cover picture
-            stream.thread_type = "AUTO"
-            stamps, keys = time_stamps(av, container, stream)
-            groups = spread(stamps, count, tries) if len(stamps) else []
-            decoder, last = iter(()), None  # the frame decoded last may belong to the next interval
-            for first, end in ((stamps[g[0]], stamps[g[-1]]) for g in groups):
-                key = keys[keys <= first].max(initial=stamps[0])
-                if last is None or not key <= last.pts <= first:
-                    container.seek(int(key), stream=stream)
-                    decoder, last = decode(av, container, stream), None
-                found = []
-                for frame in itertools.chain([last] if last else [], decoder):
-                    last = frame
-                    if frame.pts > end:
-                        break
-                    if frame.pts >= first:
-                        small = frame.reformat(*fit_longest(frame.width, frame.height, 320), "gray")
-                        found.append((sharpness(small.to_ndarray()), -frame.pts, frame))
-                if found:
-                    frame = max(found)[2]
-                    size = fit_longest(frame.width, frame.height, longest)
-                    image = frame.reformat(*size, "rgb24", interpolation="AREA").to_ndarray()
-                    best.append(np.rot90(image, round(frame.rotation / 90)))  # the tag of a phone held upright
-            seconds = float((stamps[-1] - stamps[0]) * stream.time_base) if len(stamps) else 0.0
-    except av.FFmpegError as error:
-        raise DataError(f"{path}: not a whole video ({error.strerror}); copy or record it again") from None
-    if not best:
-        raise DataError(f"{path}: none of its frames can be decoded; copy or record it again")
-    notes = [f"{len(best)} of {len(stamps)} frames in {seconds:.1f} s, each the sharpest of up to {tries}"]
-    if len(best) < len(groups):
-        notes.append(f"{len(groups) - len(best)} of {len(groups)} intervals have no frame that can be decoded")
-    return same_size(best, path), notes
+    path = Path(path)
+    points, colors, normals, faces = load_mesh(path)
+    points = points * (scale or 1.0)
+    notes = [f"{len(points)} points" if faces is None else f"{len(points)} corners of {len(faces)} faces"]
+    if faces is not None:
+        points, colors, normals = points_of_faces(points, colors, normals, faces, limit)
+
+    # without what is not finite, and floaters of a reconstruction
+    low, high = np.nanpercentile(points, (1, 99), axis=0)
+    near = (np.abs(points - (low + high) / 2) <= 10 * (high - low).max()).all(1)
+    if not near.all():
+        notes.append(f"dropped {(~near).sum()} points that are not finite or far from all others")
+
+    # near the origin, where float32 is fine enough; what lies twice at a place is one point
+    points = points - (low.round() if np.abs(low).max() > 1000 else 0)
+    color, normal = (np.zeros_like(points) if array is None else array for array in (colors, normals))
+    rows = np.concatenate([points, color, normal], axis=1)[near]
+    points, color, normal, voxel = voxel_downsample(rows, np.ones(len(rows)), 0.005, limit)
+    notes.append(f"{len(points)} points averaged in voxels of {voxel * 100:.1f} cm")
+    if not (np.square(normal).sum(1) > 0.5).all():
+        normal = estimate_normals(points)
+    world, said = align_to_gravity(points, normal, up)
+    scene = Scene(path.stem, "ply", [], notes=[*notes, said], **move(points, normal, world))
+    scene.colours = None if colors is None else color
+    return check_scene(scene, trusted=scale is not None)
 
 
-def time_stamps(av, container, stream) -> tuple[np.ndarray, np.ndarray]:
-    """Ascending time stamps of all frames and of the key frames, read without decoding. A file that breaks off ends
-    where it does."""
-    packets = []
-    with suppress(av.FFmpegError):
-        for packet in container.demux(stream):
-            if packet.pts is not None and packet.size:
-                packets.append((packet.pts, packet.is_keyframe))
-    return np.array(sorted(t for t, _ in packets)), np.array(sorted(t for t, key in packets if key), np.int64)
+# ---- 7.4 gravity
 
 
-def decode(av, container, stream) -> Iterator:
-    """The frames from here on; damaged ones are left out."""
-    for _ in range(100):  # a failure ends the decoder's own loop: begin again behind it
-        with suppress(av.FFmpegError):
-            yield from (frame for frame in container.decode(stream) if frame.pts is not None)
-            return
+def up_of_cameras(points, normals, poses):
+    """Find gravity's up [3] from cameras [V, 4, 4] and the surfaces they see, whose normals face them."""
+    up, right = -poses[:, :3, 1].mean(0), poses[:, :3, 0].mean(0)
+
+    # a phone held upright writes frames turned by a quarter; floor and tops, seen from above, tell which side is up
+    if np.linalg.norm(right) > 1.5 * np.linalg.norm(up):
+        tilt = normals @ unit(right)
+        up = right * np.sign(tilt[np.abs(tilt) > 0.8].sum())
+
+    # towards the surfaces that face up, however steeply the cameras look down: no wall in front of a camera does
+    up = unit(up)
+    for degrees in (75, 30, 15, 8):
+        tilt = normals @ up
+        level = (tilt if degrees == 75 else np.abs(tilt)) > np.cos(np.radians(degrees))
+        if level.sum() < 100:
+            return up
+        up = unit((normals[level] * np.sign(tilt[level])[:, None]).mean(0))
+
+    # fitted to the thickest layer of their points, without those that stick out
+    floor = points[level].astype(np.float64)
+    height = floor @ up
+    counts, edges = np.histogram(height, bins=np.arange(height.min() - 0.1, height.max() + 0.2, 0.1))
+    floor = floor[np.abs(height - edges[counts.argmax()] - 0.05) < 0.1]
+    for _ in range(6):
+        offset = floor - floor.mean(0)
+        plane = np.linalg.eigh(offset.T @ offset)[1][:, 0]
+        away = np.abs(offset @ plane)
+        floor = floor[away < 2 * away.mean() + 0.005]
+    return plane * np.sign(plane @ up)
 
 
-def natural(name: str) -> list[str | int]:
-    """What names are sorted by so that frame10 comes after frame9."""
-    return [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", name)]
+def up_of_cloud(points, normals):
+    """Weigh for x, y and z what speaks for its pointing up (down, where negative): level surfaces and things lie low, and
+    rooms are 2 to 3.5 meters high."""
+    low, high = np.percentile(points, (1, 99), axis=0)
+    size = np.maximum(high - low, 1e-6)
+    place = (points - low) / size - 0.5  # [N, 3], -0.5 to 0.5
+    things = place[(np.abs(place) < 0.45).all(1)]  # what is not the room's shell
+    surfaces = -(np.sign(place) * (np.abs(normals) > 0.9)).mean(0)
+    lying = -things.mean(0) if len(things) else 0.0
+    return (surfaces + 2 * lying) * np.minimum(1, np.minimum(size / 2, 3.5 / size))
 
 
-def read_images(folder: Path, count: int = 32, longest: int = 640, tries: int = 8) -> tuple[np.ndarray, list[str]]:
-    """As read_video, of a folder of image files in the order of their names (frame10 after frame9), turned upright;
-    hidden files are passed over."""
-    files = [p for p in folder.iterdir() if p.suffix.lower() in IMAGES and p.name[0] != "."]
-    files.sort(key=lambda p: natural(p.name))
-    if not files:
-        raise DataError(f"{folder}: no images ({', '.join(IMAGES)}) and no RGB-D frames; see python data.py check")
-    best = []
-    for group in spread(np.arange(len(files)), count, tries):
-        images = [shrink(read_image(files[i], "RGB", upright=True), longest) for i in group]
-        best.append(max(images, key=lambda image: sharpness(shrink(image, 320).mean(2))))
-    return same_size(best, folder), [f"{len(best)} of {len(files)} images, each the sharpest of up to {tries}"]
+def find_up(points, normals, up, poses):
+    """Find the direction [3] that points up, and why. `up`: an axis that a user or a layout names, or "auto"."""
+    if poses is not None:
+        found, sure = up_of_cameras(points, normals, poses), True
+    else:
+        weight = up_of_cloud(points, normals)
+        found = np.where(np.abs(weight) == np.abs(weight).max(), np.sign(weight), 0)
+        sure = weight @ found > 2.5 * max(weight[2], 0.02)  # clouds are z-up by custom
+    axis = max(UP, key=lambda name: UP[name] @ found)
+    if up == "auto" and sure:
+        return found, f"what is level and lies low, near {axis}"
+    up = "+z" if up == "auto" else up
+    doubt = "" if choose(UP, up, "--up") @ found > 0.8 else f"; if it lies on its side, --up={axis} fits better"
+    return UP[up], f"up = {up}{doubt}"
 
 
-def shrink(image: np.ndarray, longest: int) -> np.ndarray:
-    """An image [H, W, 3] uint8 whose longer side is at most `longest` pixels."""
-    return resize_image(image, fit_longest(*image.shape[:2], longest))
+def align_to_gravity(points, normals, up, poses=None):
+    """Find the rigid 4x4 that turns a cloud z-up, walls along x and y, floor at z = 0; and a line that says how."""
+    from scipy.spatial.transform import Rotation
+
+    up, said = find_up(points, normals, up, poses)
+    turn = Rotation.align_vectors([[0, 0, 1]], [up])[0]
+
+    # walls agree modulo a quarter turn, so as complex numbers their fourth powers do; twice without what stands askew
+    wall = turn.apply(normals)
+    quarter = (wall[:, 0] + 1j * wall[:, 1])[np.abs(wall[:, 2]) < 0.2] ** 4
+    if len(quarter) >= 100 and abs(quarter.mean()) > 0.1:
+        for reach in (4.0, 0.6, 0.6):  # radians
+            askew = np.angle(quarter[np.abs(np.angle(quarter)) < reach].mean())
+            quarter = quarter * np.exp(-1j * askew)
+            turn = Rotation.from_euler("z", -askew / 4) * turn
+
+    # the floor is the lowest level surface that is no crumb
+    z = turn.apply(points)[:, 2]
+    level = z[np.abs(turn.apply(normals)[:, 2]) > 0.9]
+    level = level if len(level) else z
+    floor = np.median(level[np.abs(level - np.percentile(level, 3)) < 0.08])
+    world = np.eye(4)
+    world[:3, :3], world[2, 3] = turn.as_matrix(), -floor
+    return world, f"turned z-up by {said}"
 
 
-def same_size(images: list[np.ndarray], where: object) -> np.ndarray:
-    """Images [V, H, W, 3]. Raises DataError where their sizes differ."""
-    if len(sizes := {image.shape[:2] for image in images}) > 1:
-        raise DataError(f"{where}: frames of {len(sizes)} sizes; those of one camera have one, sort out the others")
+# ---- 7.5 ScanNet
+
+
+def scan_folder(root: Path, scene_id: str) -> Path:
+    """Find the folder of a scan in a ScanNet root, or in what was given as its own folder."""
+    for place in (root / scene_id, root / "scans" / scene_id, root / "scans_test" / scene_id, root):
+        if (place / f"{scene_id}{SCAN_FILES[0]}").exists():
+            return place
+    raise DataError(f"{root}: no {scene_id}/{scene_id}{SCAN_FILES[0]} or under scans/, scans_test/; see data.py check")
+
+
+def scan_fields(path: Path) -> dict[str, str]:
+    """Read the `key = value` lines of a scan's .txt."""
+    with reading(path, "scan description"):
+        pairs = [line.split(" = ") for line in path.read_text().splitlines() if " = " in line]
+        return {key: value for key, value in pairs}
+
+
+def read_scannet(root: str | Path, scene_id: str, max_frames: int = 32, longest: float = math.inf) -> Scene:
+    """Read a ScanNet scan: its own files and, when they are looked at, `max_frames` of the frames exported beside them or
+    below posed_images/<id> or frames/<id>, at most `longest` pixels.
+
+    The axis alignment is the only transform. Instance = objectId + 1; wall, floor and ceiling are no objects; boxes are
+    the extent of an object's points. Masks are read from instance-filt/ or else rendered. Raises DataError.
+    """
+    root, notes = Path(root), []
+    folder = scan_folder(root, scene_id)
+    mesh, segs, aggregation, info = (folder / f"{scene_id}{suffix}" for suffix in SCAN_FILES)
+    points, colors, normals, faces = load_mesh(mesh)
+    alignment = scan_fields(info).get("axisAlignment", "1 0 0 0 0 1 0 0 0 0 1 0 0 0 0 1")  # a few scans have none
+    with reading(info, "axisAlignment of 16 numbers"):
+        world = np.array(alignment.split(), float).reshape(4, 4)
+    if normals is None:
+        normals = estimate_normals(points) if faces is None else unit(vertex_normals(points, faces))
+    scene = Scene(scene_id, "scannet", [], colours=colors, notes=notes, **move(points, normals, world))
+
+    # objects are groups of segments; scans of the test split have neither
+    scene.instances = np.zeros(len(points), np.int64)
+    if segs.exists() or aggregation.exists():
+        add_objects(scene, segs, aggregation)
+    else:
+        notes.append("no segments or labels (a test scan): superpoints are our own, objects unknown")
+        scene.superpoints = over_segment(points, None if faces is not None else normals, faces)
+
+    # a thousand scans do not fit in memory, so frames stay on disk
+    places = folder, root / "posed_images" / scene_id, root / "frames" / scene_id
+    found = [frames for frames in map(find_frames, places) if any(view.depth for view in frames[1])]
+    if found and max_frames:
+        load = partial(scan_frames, scene, world, *found[0], max_frames, longest)
+        scene.frames = LazyFrames(load, file_key([mesh, *(view.image for view in found[0][1] if view.image)]))
+    elif max_frames:
+        notes.append("no exported frames (color/, depth/, pose/, intrinsic/): points only")
+    return check_scene(scene, trusted=True)
+
+
+def add_objects(scene, segs, aggregation):
+    """Give a scan its superpoints, objects and instances."""
+    with reading(segs, "list of segIndices"):
+        values, scene.superpoints = np.unique(np.array(read_json(segs)["segIndices"], np.int64), return_inverse=True)
+    seen = []
+    with reading(aggregation, "list of segGroups with objectId, label, segments"):
+        for group in read_json(aggregation)["segGroups"]:
+            id, label, parts = group["objectId"] + 1, group["label"].replace("_", " "), set(group["segments"])
+            if label in SHELL or parts in seen:  # scene0217_00 lists its objects twice
+                continue
+            seen.append(parts)
+            mine = np.isin(values, list(parts))[scene.superpoints]
+            if not mine.any() or len(mine) != len(scene.points):
+                raise DataError(f"{aggregation}: {label} (objectId {id - 1}) and the mesh do not fit; copy one scan's files")
+            scene.instances[mine] = id
+            box = np.array(group["alignedBox"]) if "alignedBox" in group else extent(scene.points[mine])
+            scene.objects.append(Thing(id, label, group.get("colour") or colour_name(scene.colours, mine), box))
+
+
+def scan_frames(scene, world, layout, views, max_frames, longest) -> Frames:
+    """Read a scan's frames in the aligned axes, with masks of its objects."""
+    notes = []
+    frames = read_frames(scene.name, layout, views, max_frames, longest, notes)
+    scene.notes += [note for note in notes if note not in scene.notes]
+    frames.poses = world @ frames.poses
+    if not any(view.mask for view in views):
+        frames.masks = render_masks(scene.points, scene.instances, frames)
+    frames.masks[~np.isin(frames.masks, [o.id for o in scene.objects])] = 0
+    return frames
+
+
+def write_scannet(scene: Scene, out: str | Path) -> Path:
+    """Write a room as the ScanNet scan <out>/<name>, unaligned as scans are; read_scannet gives it back.
+
+    Superpoints are cut at instances, depth is rounded to 1 mm. Color is written as PNG, so that nothing is lost; two extra
+    keys per object (alignedBox, colour) hold what ScanNet has no place for.
+    """
+    folder = Path(out) / scene.name
+    for part in ("color", "depth", "pose", "intrinsic", "instance-filt"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    mesh, segs, aggregation, info = (folder / f"{scene.name}{suffix}" for suffix in SCAN_FILES)
+    world = rigid((1.5, -0.75, 0.25), (0, 0, 0.6435))  # a shift, and a turn about z
+    back = np.linalg.inv(world)
+    raw = move(scene.points, scene.normals, back)
+    write_ply(mesh, raw["points"], scene.colours, raw["normals"])
+    info.write_text(f"axisAlignment = {' '.join(map(str, world.ravel().tolist()))}\n")
+
+    # a segment belongs to one object
+    pairs, segment = np.unique(np.stack([scene.superpoints, scene.instances]), axis=1, return_inverse=True)
+    segs.write_text(json.dumps({"segIndices": segment.ravel().tolist()}))
+    groups = []
+    for o in scene.objects:
+        segments = np.flatnonzero(pairs[1] == o.id).tolist()
+        groups.append(dict(objectId=o.id - 1, label=o.category, segments=segments, alignedBox=o.box.tolist(), colour=o.colour))
+    aggregation.write_text(json.dumps({"segGroups": groups}))
+
+    frames, camera = scene.frames, np.eye(4)
+    camera[:3, :3] = frames.intrinsics[0]
+    np.savetxt(folder / "intrinsic/intrinsic_depth.txt", camera, "%.17g")
+    for i, pose in enumerate(back @ frames.poses):
+        np.savetxt(folder / f"pose/{i}.txt", pose, "%.17g")
+        images = {"color": frames.colour[i], "depth": frames.depth[i] * 1000, "instance-filt": frames.masks[i]}
+        for part, image in images.items():
+            kind = np.uint8 if part == "color" else np.uint16
+            Image.fromarray(image.round().astype(kind)).save(folder / part / f"{i}.png", compress_level=1)
+    return folder
+
+
+# ---- 8 video ---------------------------------------------------------------------------------------------------------
+
+GUESS = 2.0  # meters: the median depth of frames whose scale nobody knows
+
+
+def sharpness(gray) -> float:
+    """Measure the sharpness of an image [h, w]: the mean squared difference of neighboring pixels, which blur lowers."""
+    gray = np.asarray(gray, np.float32)
+    return float(sum(np.square(np.diff(gray, axis=axis)).mean() for axis in (0, 1)))
+
+
+def frames_from(container, stream, second):
+    """Yield the frames of a video from `second` on, decoded from the key frame before."""
+    container.seek(max(0, int(second / stream.time_base)), stream=stream)
+    yield from (frame for frame in container.decode(stream) if frame.time is not None and frame.time >= second - 1e-6)
+
+
+def video_frame(path, number):
+    """Decode one frame of a video, [H, W, 3] uint8, with the rows as the camera wrote them."""
+    av = need("av", "reading a video")
+    with reading(path, "video"), av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        return next(frames_from(container, stream, (number - 0.5) / stream.average_rate)).to_ndarray(format="rgb24")
+
+
+def read_video(path, _, count, longest, notes, tries=8):
+    """Decode up to `count` frames [V, H, W, 3] uint8 of a video, upright: of each of as many equal intervals of time the
+    sharpest of its first `tries` frames. What cannot be decoded, as the end of a torn recording, is left out."""
+    av = need("av", "reading a video")
+    images = []
+    with reading(path, "video"), av.open(str(path), metadata_errors="replace") as container:
+        if not container.streams.video:
+            raise DataError(f"{path}: has no pictures; give a video")
+        stream = container.streams.best("video")  # not a cover picture
+        stream.thread_type = "AUTO"
+        start, length = ((time or 0) / av.time_base for time in (container.start_time, container.duration))
+        edges = start + np.linspace(0, length, count + 1)
+        for begin, end in itertools.pairwise(edges):
+            frames = []
+            with suppress(av.FFmpegError):
+                for frame in itertools.islice(frames_from(container, stream, begin), tries):
+                    frames.append(frame)
+            frames = [frame for frame in frames if frame.time < end]
+            if frames:
+                best = max(frames, key=lambda frame: sharpness(frame.to_ndarray(format="gray")))
+                image = np.rot90(best.to_ndarray(format="rgb24"), round(best.rotation / 90))  # the tag of a phone
+                images.append(resize(np.ascontiguousarray(image), fit_longest(*image.shape[:2], longest)))
+        notes.append(f"{len(images)} frames of {length:.1f} s, each the sharpest of up to {tries}")
+        return np.stack(images)  # none can be decoded: not a whole video
+
+
+def read_photographs(where, views, count, longest, notes, tries=8):
+    """Read up to `count` images [V, H, W, 3] uint8, upright as their EXIF tags say: of each of as many equal parts of the list
+    the sharpest of its first `tries`. Depth and confidence maps (16 bits, or few values) are left out."""
+    images, maps = [], 0
+    for part in np.array_split(np.arange(len(views)), min(count, len(views))):
+        photos = []
+        for i in part[:tries]:
+            with reading(views[i].image, "image"), Image.open(views[i].image) as image:
+                is_map = image.mode[0] in "IF" or image.getcolors(8)
+                photo = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            maps += bool(is_map)
+            photos += [] if is_map else [resize(photo, fit_longest(*photo.shape[:2], longest))]
+        images += sorted(photos, key=lambda photo: sharpness(photo.mean(2)))[-1:]
+    notes.append(f"{len(images)} of {len(views)} images, each the sharpest of up to {tries}; {maps} depth or confidence maps")
+    if len({image.shape for image in images}) != 1:
+        raise DataError(f"{where}: {notes[-1]}: no photographs of one size; known: {KNOWN_LAYOUTS}")
     return np.stack(images)
 
 
-def read_partial(rows: list, camera: Path, count: int, longest: int, convention: str,
-                 depth_scale: float) -> tuple[np.ndarray, dict, list[str]]:  # fmt: skip
-    """Frames that have depth or poses but not both (rows and camera as of find_frames): images [V, H, W, 3] uint8;
-    {"depth": [V, H, W] metres} or {"poses": [V, 4, 4] camera to world, and, where the folder has them, "intrinsics":
-    [V, 3, 3]}, with "masks" [V, H, W]; notes."""
-    depth, chosen = rows[0][1].exists(), evenly(rows, count)
-    images, values, masks = [], [], []
-    for colour_path, depth_path, pose_path, mask_path in chosen:
-        value = read_depth(depth_path, depth_scale) if depth else read_pose(pose_path, convention)
-        if value is None:
-            continue
-        image = read_image(colour_path, "RGB")
-        size = image.shape[:2]
-        images.append(shrink(image, longest))
-        values.append(nearest_pixels(value, images[-1].shape[:2]) if depth else value)
-        mask = read_integers(mask_path).astype(np.int32) if mask_path.exists() else np.zeros((1, 1), np.int32)
-        masks.append(nearest_pixels(mask, images[-1].shape[:2]))
-    lost = len(chosen) - len(images)
-    if not images:
-        raise DataError(f"{camera.parent}: none of its {lost} poses is finite; export the frames again")
-    images = same_size(images, camera.parent)
-    known = {"depth" if depth else "poses": np.stack(values), "masks": np.stack(masks)}
-    H, W = images.shape[1:3]
-    colour = [c for c in map(camera.with_name, ("intrinsic_color.txt", "intrinsic.txt", camera.name)) if c.exists()]
-    if not depth and colour:  # of the images, where depth has a camera of its own
-        K = np.diag([W / size[1], H / size[0], 1]) @ read_intrinsics(colour[0])
-        known["intrinsics"] = np.tile(K, (len(images), 1, 1))
-    said = f"{len(images)} of {len(rows)} frames used" + f", {lost} poses are not finite" * bool(lost)
-    return images, known, [said]
-
-
 @lru_cache(maxsize=1)
-def load_vggt(name: str = "facebook/VGGT-1B"):
-    """VGGT (Wang et al., CVPR 2025) by its hub name or a folder of its weights, on a GPU where there is one."""
+def load_vggt(name: str):
+    """Load VGGT (Wang et al., CVPR 2025) by its hub name or a folder of its weights, on a GPU where there is one."""
     vggt = need("vggt.models.vggt", "depth and cameras from bare frames")
-    try:
-        model = vggt.VGGT.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise DataError(f"--vggt {name}: its weights cannot be had ({str(error).splitlines()[0][:60]}); download "
-                        "facebook/VGGT-1B and give its folder") from None  # fmt: skip
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    with reading(f"--vggt {name}", "VGGT, whose weights are on the hub as facebook/VGGT-1B"):
+        return vggt.VGGT.from_pretrained(name).eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @torch.no_grad()
-def vggt_geometry(images: np.ndarray, model, longest: int = 518) -> tuple[np.ndarray, ...]:
-    """What VGGT sees in images [V, H, W, 3] uint8: depth [V, H, W] float32 along the cameras' z axis, confidence [V, H,
-    W] float32 >= 1, intrinsics [V, 3, 3] of this size, poses [V, 4, 4] camera to world (the first camera's axes).
+def vggt_geometry(images, model, longest=518):
+    """See depth and cameras in images [V, H, W, 3] uint8: depth [V, H, W], confidence [V, H, W] >= 1, intrinsics [V, 3, 3]
+    of this size, poses [V, 4, 4] camera to world in the first camera's axes, all in VGGT's own unit.
 
     Depth and cameras come from their own heads, whose un-projection VGGT's authors recommend over the point map. The
-    unit is VGGT's own, not metres. The longer side is brought to `longest` pixels, both to whole patches.
+    longer side is brought to `longest` pixels, both to whole patches.
     """
     pose_enc = need("vggt.utils.pose_enc", "depth and cameras from bare frames")
     V, H, W, _ = images.shape
@@ -3494,98 +3551,51 @@ def vggt_geometry(images: np.ndarray, model, longest: int = 518) -> tuple[np.nda
     x = torch.nn.functional.interpolate(x, (h, w), mode="bicubic", antialias=True).clamp(0, 1)[None]  # [1, V, 3, h, w]
     with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
         tokens, first = model.aggregator(x)
-    with torch.autocast("cuda", enabled=False):
-        code = model.camera_head(tokens)[-1]  # [1, V, 9]
-        depth, confidence = model.depth_head(tokens, images=x, patch_start_idx=first)  # [1, V, h, w, 1], [1, V, h, w]
+    code = model.camera_head(tokens)[-1]  # [1, V, 9]
+    depth, confidence = model.depth_head(tokens, images=x, patch_start_idx=first)  # [1, V, h, w, 1], [1, V, h, w]
     camera, K = pose_enc.pose_encoding_to_extri_intri(code, (h, w))  # [1, V, 3, 4] world to camera, [1, V, 3, 3]
-    poses, scale = np.tile(np.eye(4), (V, 1, 1)), np.diag([W / w, H / h, 1.0])
+
+    # arrays of the images' size
+    maps = torch.stack([depth[0, ..., 0], confidence[0]]).float()  # [2, V, h, w]
+    maps = torch.nn.functional.interpolate(maps, (H, W), mode="nearest-exact").cpu().numpy()  # [2, V, H, W]
+    poses = np.tile(np.eye(4), (V, 1, 1))
     poses[:, :3] = camera[0].double().cpu().numpy()
-    full = lambda a: np.stack([nearest_pixels(m, (H, W)) for m in a.reshape(V, h, w).float().cpu().numpy()])  # noqa: E731
-    return full(depth), full(confidence), scale @ K[0].double().cpu().numpy(), np.linalg.inv(poses)
+    return *maps, np.diag([W / w, H / h, 1]) @ K[0].double().cpu().numpy(), np.linalg.inv(poses)
 
 
-def similarity(found: np.ndarray, known: np.ndarray, where: object) -> tuple[float, float]:
-    """Metres per unit of cameras that were found in a unit and a frame of their own, from the known ones; and the
-    median distance in metres of the centres once they are aligned. found, known [V, 4, 4] camera to world.
+def rescale(frames: Frames, unit: float) -> None:
+    """Multiply depth and camera positions by `unit`, in place."""
+    frames.depth *= np.float32(unit)
+    frames.poses[:, :3, 3] *= unit
 
-    The rotation between the frames is the mean over the cameras, so cameras along a line will do; the scale is that of
-    least squares (Umeyama 1991). Raises DataError where the cameras stand still, or where the two disagree.
+
+def fill_in(where, frames: Frames, vggt: str) -> Frames:
+    """Put VGGT's depth, intrinsics and poses in place of those that are None, in the unit of those that are known.
+
+    The unit is the median ratio of known to found depth, else of the cameras' distances from their middle. A fifth of the
+    found depth, the least certain, is dropped. Raises DataError.
     """
-    both = np.einsum("vij,vkj->ik", known[:, :3, :3], found[:, :3, :3])
-    u, _, vt = np.linalg.svd(both)
-    turn = u @ np.diag([1, 1, np.linalg.det(u @ vt)]) @ vt
-    a, b = found[:, :3, 3] @ turn.T, known[:, :3, 3]
-    a, b = a - a.mean(0), b - b.mean(0)
-    reach = float(np.linalg.norm(b, axis=1).max())
-    if reach < 0.05:
-        raise DataError(f"{where}: the camera moves less than 10 cm, which gives no scale; leave out the poses")
-    scale = float((a * b).sum() / max(np.square(a).sum(), 1e-12))
-    off = float(np.median(np.linalg.norm(scale * a - b, axis=1)))
-    trace = np.einsum("vij,ik,vkj->v", known[:, :3, :3], turn, found[:, :3, :3])
-    angle = float(np.degrees(np.median(np.arccos(np.clip((trace - 1) / 2, -1, 1)))))
-    if scale <= 0 or off > 0.3 * reach or angle > 25:
-        raise DataError(f"{where}: its poses and its images disagree by {angle:.0f} degrees and {off:.2f} m; name the "
-                        f"convention of the poses: {', '.join(CONVENTIONS)}")  # fmt: skip
-    return scale, off
+    try:
+        depth, confidence, K, poses = vggt_geometry(frames.colour, load_vggt(vggt))
+    except DataError as error:
+        lacking = [name for name, array in vars(frames).items() if array is None]
+        raise DataError(f"{where}: has no {', '.join(lacking)}; {error}") from None
+    sure = (depth > 0) & (confidence >= np.quantile(confidence, 0.2))
+    if not (sure.any() and all(np.isfinite(a).all() for a in (depth, K, poses))):
+        raise DataError(f"{where}: no depth and cameras were found in its frames; record it again, slowly and in light")
+    seen = Frames(frames.colour, np.where(sure, depth, 0), frames.masks, K, poses)
 
-
-GUESS = 2.0  # metres: the median depth of a video whose scale nobody knows
-
-
-def metres_per_unit(depth: np.ndarray, poses: np.ndarray, sure: np.ndarray, known: dict, scale: float | None,
-                    where: object) -> tuple[float, list[str]]:  # fmt: skip
-    """Metres per unit of depth [V, H, W] and poses [V, 4, 4] that were found, sure [V, H, W] bool; and a line that says
-    how: by the known poses (`similarity`) or depth [V, H, W] (median ratio), else by a guess times `scale`."""
-    if "poses" in known:
-        factor, off = similarity(poses, known["poses"], where)
-        return factor, [f"depth as seen in the images, its scale from {len(poses)} poses, which fit to {off:.2f} m"]
-    if "depth" in known:
-        both = sure & (known["depth"] > 0)
-        if not both.any():
-            raise DataError(f"{where}: its depth images are empty; export them again")
-        factor = float(np.median(known["depth"][both] / depth[both]))
-        return factor, ["poses as seen in the images, their scale from the depth"]
-    return GUESS / float(np.median(depth[sure])) * (scale or 1.0), []
-
-
-def read_views(path: str | Path, geometry: Callable | None = None, vggt: str = "facebook/VGGT-1B", max_frames: int = 32,
-               longest: int = 640, scale: float | None = None, up: str = "auto", convention: str = "opencv",
-               depth_scale: float = 1000.0, points: int = 100_000) -> Scene:  # fmt: skip
-    """A video, a folder of images, or a folder of frames that lacks depth or poses, as a scene without objects.
-
-    What is missing comes from geometry(images) -> depth, confidence, intrinsics, poses as of `vggt_geometry` (the
-    default). Its unit becomes metres by the folder's poses or depth, or by `scale`, true metres per guessed one, where
-    the guess puts half of what is seen within GUESS metres. Without any of them the scene is not metric, and questions
-    in metres are refused. A fifth of the depth, the least certain, is dropped; known depth, poses and intrinsics
-    replace what was found. Raises DataError.
-    """
-    path, known = Path(path), {}
-    rows, camera = (find_frames(path) if path.is_dir() else None) or ([], None)
-    if any(p.exists() for row in rows for p in row[1:3]):
-        images, known, notes = read_partial(rows, camera, max_frames, longest, convention, depth_scale)
-    else:
-        images, notes = (read_images if path.is_dir() else read_video)(path, max_frames, longest)
-    if scale is not None and known:
-        raise DataError(f"--scale: {path} has {next(iter(known))} in metres; leave it out")
-    found, confidence, K, cameras = (geometry or (lambda x: vggt_geometry(x, load_vggt(vggt))))(images)
-    sure = (found > 0) & (confidence >= np.quantile(confidence, 0.2))
-    if not (sure.any() and all(np.isfinite(a).all() for a in (found, K, cameras))):
-        raise DataError(f"{path}: no depth and cameras were found in its frames; record it again, slowly and in light")
-    factor, said = metres_per_unit(found, cameras, sure, known, scale, path)
-    notes += said
-    cameras = cameras * [1, 1, 1, factor]  # the last column: where they stand
-    cameras[:, 3, 3] = 1
-    depth = known.get("depth", np.where(sure, found * np.float32(factor), 0).astype(np.float32))
-    masks = known.get("masks", np.zeros(depth.shape, np.int32))
-    arrays = (images, depth, masks, known.get("intrinsics", K), known.get("poses", cameras))
-    kept = list(zip(*arrays, strict=True))
-    scene, _ = fused_scene(path.stem, "video", ((c, d, k, p) for c, d, _, k, p in kept), kept, notes, points, up)
-    if known or scale is not None:
-        return scene
-    size = " x ".join(f"{s:.1f}" for s in np.ptp(scene.bounds, axis=0))
-    notes.append(f"no poses, depth or --scale: sizes are guessed ({size} m) and metric questions refused; if you know "
-                 "a length, give --scale TRUE/GUESSED")  # fmt: skip
-    return replace(scene, metric=False)
+    # known poses have other axes than the found ones, but the same distances
+    if frames.depth is not None:
+        both = sure & (frames.depth > 0)
+        rescale(seen, float(np.median(frames.depth[both] / depth[both])))
+    elif frames.poses is not None:
+        at = np.stack([frames.poses, poses])[:, :, :3, 3]  # [2, V, 3]
+        known, found = np.median(np.linalg.norm(at - at.mean(1, keepdims=True), axis=2), axis=1)
+        if known < 0.02:
+            raise DataError(f"{where}: the camera hardly moves, so its poses give no scale; leave them out")
+        rescale(seen, known / max(found, 1e-9))
+    return replace(seen, **{name: array for name, array in vars(frames).items() if array is not None})
 
 
 # ---- 9 superpoints and segments --------------------------------------------------------------------------------------
@@ -4508,168 +4518,117 @@ def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.n
 
 # ---- 11 scenes of one's own, command line ----------------------------------------------------------------------------
 
+SOURCES = ("rooms", "scannet", "rgbd", "ply", "cached")
+
+
+def split_fifths(rows: list) -> dict[str, list]:
+    """Split {"train", "test"}: every fifth row is for testing, and one that is alone for both."""
+    test = rows[4::5] or rows[-1:]
+    return {"train": [row for row in rows if row not in test] or rows, "test": test}
+
 
 def scan_ids(root: Path) -> dict[str, list[str]]:
-    """The scans below a ScanNet root as {"train", "test"}: by scannetv2_{train,val}.txt where those lists lie there,
-    else every fifth scan is a test scan."""
-    found = sorted({p.parent.name for place in ("", "scans") for p in (root / place).glob(f"*/*{SCAN_FILES[0]}")})
+    """List the scans below a ScanNet root as {"train", "test"}, by scannetv2_{train,val}.txt where both lie there."""
+    meshes = [file for place in ("", "scans/") for file in root.glob(f"{place}*/*{SCAN_FILES[0]}")]
+    found = sorted(file.parent.name for file in meshes)
     if not found:
         raise DataError(f"{root}: no <id>/<id>{SCAN_FILES[0]} here or under scans/; see python data.py check {root}")
     lists = {split: root / f"scannetv2_{name}.txt" for split, name in (("train", "train"), ("test", "val"))}
-    if all(path.exists() for path in lists.values()):
-        return {split: [i for i in path.read_text().split() if i in found] for split, path in lists.items()}
-    return {"train": [i for n, i in enumerate(found) if n % 5 != 4], "test": found[4::5] or found[-1:]}
+    if not all(file.exists() for file in lists.values()):
+        return split_fifths(found)
+    return {split: [name for name in file.read_text().split() if name in found] for split, file in lists.items()}
 
 
-def load_scenes(source: str, split: str, root: Path | None = None, count: int = 800, workers: int = 0,
-                **options) -> list[Scene]:  # fmt: skip
-    """The scenes of a split, "train" or "test", of a source: rooms, scannet, or own scenes (rgbd, ply, cached).
+def load_scenes(
+    source: str, split: str, root: Path | None = None, count: int = 800, workers: int = 0, **options
+) -> list[Scene]:
+    """Load the scenes of a split, "train" or "test", of one of SOURCES: rooms, scans, or own scenes below `root`.
 
-    Own scenes are all that lie below `root`, every fifth of them for testing; one alone is both. Raises DataError.
+    Own scenes in which no object is found are left out, and said. options: of `open_scene`. Raises DataError.
     """
     if source == "rooms":
         return rooms(ROOM_SEEDS[split][:count], workers + 1)
     if root is None:
         raise DataError(f"--data {source}: name the folder with --root")
+    root, scenes = Path(root), []
     if source == "scannet":
-        return [open_scan(root, name) for name in scan_ids(Path(root))[split]]
-    paths = sorted(Path(root).glob("*.npz")) if source == "cached" else find_scenes(Path(root))
-    if not paths:
-        raise DataError(f"--root {root}: no scenes there; see python data.py check {root}")
-    test = paths[4::5] or paths[-1:]
-    chosen = test if split == "test" else [p for p in paths if p not in test] or paths
-    return [open_scene(path, **options) for path in chosen]
+        return [read_scannet(root, name) for name in scan_ids(root)[split]]
+    paths = sorted(root.glob("*.npz")) if source == "cached" else find_scenes(root)
+    for path in split_fifths(paths)[split]:
+        scene = open_scene(path, **options)
+        if scene.objects:
+            scenes.append(scene)
+        else:
+            print(f"{path}: no object was found, so nothing can be asked; left out")
+    if not scenes:
+        raise DataError(f"--root {root}: no scenes with objects for the {split} split; see python data.py check {root}")
+    return scenes
 
 
-SOURCES = ("rooms", "scannet", "rgbd", "ply", "cached")
-
-
-def open_scan(root: Path, scene_id: str, **options) -> Scene:
-    """A ScanNet scan whose frames stay on disk until they are looked at."""
-    scene = read_scannet(root, scene_id, **options)
-    if scene.frames is not None:
-        scene.frames = LazyFrames(lambda: read_scannet(root, scene_id, **options).frames)
-    return scene
-
-
-class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes, and those of its sub-commands, are a DataError and so one line, which names the
-    known flags where one is unknown; `--up -y` and `--at -1,0,2` are values, not flags."""
-
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise DataError(message)
-
-    def parse_known_args(self, args=None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
-        found, strange = super().parse_known_args(args, namespace)
-        if strange:
-            known = ", ".join(re.findall(r"--[a-z][\w-]*", self.format_usage()))
-            self.error(f"unrecognized arguments: {' '.join(strange)}; known: {known or 'none'}")
-        return found, strange
-
-    def parse_args(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
-        words = []
-        for word in sys.argv[1:] if arguments is None else arguments:
-            if words and words[-1] in ("--up", "--at"):
-                words[-1] += f"={word}"
-            else:
-                words.append(word)
-        return super().parse_args(words)
-
-
-def bounded(kind: type, least: float, text: str) -> float:
-    """A number as a flag gives it: a whole one of at least `least`, or a finite one above it."""
-    try:
-        value = kind(text)
-    except ValueError:
-        value = -math.inf
-    if not (value >= least if kind is int else least < value < math.inf):
-        wanted = "a whole number of at least" if kind is int else "a number above"
-        raise argparse.ArgumentTypeError(f"{text} is not {wanted} {least}")
-    return value
-
-
-def one_of(table: Iterable[str], text: str) -> str:
-    """A key of `table`, as a flag gives it."""
-    if text not in table:
-        raise argparse.ArgumentTypeError(f"{text!r} is unknown: choose one of {', '.join(table)}")
-    return text
-
-
-positive, counted = partial(bounded, float, 0), partial(bounded, int, 1)
-
-SCENE_OPTIONS = {  # flags of a scene of one's own -> (type, help)
-    "scale": (positive, "metres per unit of a cloud; true metres per guessed one of a video"),
-    "up": (partial(one_of, ("auto", *UP)),
-           "axis of the files that points up, such as -y (default: found; +z for a cloud)"),
-    "convention": (partial(one_of, CONVENTIONS), f"of the poses: {', '.join(CONVENTIONS)}"),
-    "depth_scale": (positive, "units of the depth images per metre (default: 1000)"),
-    "max_frames": (counted, "frames to use at most (default: 64 with depth and poses, else 32)"),
-    "longest": (partial(bounded, int, 64),
-                "longer side of the frames in pixels (default: 320 with depth and poses, else 640)"),
-    "vggt": (str, "name or folder of VGGT's weights, for frames without depth or poses"),
-    "masks": (str, "where objects come from: files (instance-filt/, the default where it lies), segments of the cloud "
-              "(else the default) or sam2"),
-    "sam2": (str, f"name or checkpoint of SAM 2's weights (default: {SAM2})"),
+SCENE_OPTIONS = {  # flags of a scene of one's own -> arguments of argparse
+    "scale": dict(type=float, help="meters per unit of a cloud; true meters per guessed one of a video"),
+    "up": dict(choices=("auto", *UP), help="axis of the files that points up, as --up=-y (default: found)"),
+    "convention": dict(choices=CONVENTIONS, help="of the poses (default: the layout's)"),
+    "depth_scale": dict(type=float, help=f"units of the depth images per meter (default: the layout's; {DEPTH_SCALES})"),
+    "max_frames": dict(type=int, help="frames to use at most (default: 32)"),
+    "longest": dict(type=int, help="longer side of the frames in pixels (default: 320; 640 for VGGT)"),
+    "vggt": dict(help="name or folder of VGGT's weights, for frames without depth or poses"),
+    "masks": dict(choices=("files", "segments", "sam2"), help="where objects come from: instance-filt/ beside the "
+                  "frames (the default where it lies), segments of the cloud (else the default), SAM 2"),
+    "sam2": dict(help=f"name or checkpoint of SAM 2's weights (default: {SAM2})"),
 }  # fmt: skip
 
 
 def add_scene_options(parser: argparse.ArgumentParser) -> None:
-    for name, (kind, said) in SCENE_OPTIONS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=said)
+    for name, arguments in SCENE_OPTIONS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **arguments)
 
 
-def scene_options(a: argparse.Namespace) -> dict:
-    """Those of SCENE_OPTIONS that were given."""
-    return {name: value for name in SCENE_OPTIONS if (value := getattr(a, name)) is not None}
+def scene_options(args: argparse.Namespace) -> dict:
+    """Pick those of SCENE_OPTIONS that were given."""
+    return {name: value for name, value in vars(args).items() if name in SCENE_OPTIONS and value is not None}
+
+
+def read_scan(path: Path, **options) -> Scene:
+    return read_scannet(path.parent, path.name, **options)
 
 
 def choose_reader(path: Path) -> tuple[Callable, set[str]]:
-    """Who reads a scene of one's own, and which of SCENE_OPTIONS it takes."""
-    if path.suffix.lower() == ".npz":
+    """Choose who reads a scene of one's own, and the options it takes. Raises DataError."""
+    kind = path.suffix.lower()
+    if kind == ".npz":
         return load_scene, set()
-    if path.suffix.lower() == ".ply":
-        return read_ply, {"up", "scale"}
-    if path.is_file() and path.suffix.lower() not in VIDEOS:
-        raise DataError(f"{path}: no kind of scene; give a .ply, a video ({', '.join(VIDEOS)}) or a folder of frames")
     if (path / f"{path.name}{SCAN_FILES[0]}").exists():
-        return lambda scan, **options: read_scannet(scan.parent, scan.name, **options), {"max_frames"}
-    rows = (find_frames(path) or [[]])[0] if path.is_dir() else []
-    depth, poses = (any(row[i].exists() for row in rows) for i in (1, 2))
-    takes = {"up", "max_frames", "longest", "masks", "sam2", *["depth_scale"] * depth, *["convention"] * poses}
-    if depth and poses:
-        return lambda folder, longest=320, **options: read_rgbd(folder, size=longest, **options), takes
-    return read_views, takes | {"vggt", *["scale"] * (not depth and not poses)}
+        return read_scan, {"max_frames", "longest"}
+    if path.is_dir() or kind in VIDEOS:
+        return read_views, set(SCENE_OPTIONS)
+    if kind in CLOUDS:
+        return read_cloud, {"up", "scale"}
+    raise DataError(f"{path}: no scene; give {', '.join((*CLOUDS, *VIDEOS))}, a scan, or a folder of frames")
 
 
-def open_scene(path: str | Path, **options) -> Scene:
-    """A scene of one's own: a video, a folder of frames with or without depth and poses, a .ply cloud, a ScanNet-layout
-    scan, or a scene kept by `data.py cache`. Where nothing is labelled the objects are its own segments, or with
-    masks = "sam2" SAM 2's tracks, or where frames come with masks those. Options: SCENE_OPTIONS; one that has no part
-    in this kind of scene is a DataError."""
+def open_scene(path: str | Path, masks: str | None = None, sam2: str | None = None, **options) -> Scene:
+    """Read a scene of one's own, and find objects where none are labelled.
+
+    masks: "files" (beside its frames, the default where they lie), "segments" of its cloud, "sam2" (tracks; sam2 names the
+    weights), or "none". Options: those of its reader; another one is a DataError.
+    """
     path = Path(path)
     if not path.exists():
-        raise DataError(f"{path}: no such scene; give a video, a folder of frames, a .ply or a scan's folder")
+        raise DataError(f"{path}: no such scene; give a video, a folder of frames, a cloud or a scan's folder")
     reader, takes = choose_reader(path)
     if strange := sorted(set(options) - takes):
-        raise DataError(f"--{strange[0].replace('_', '-')}: has no part in reading {path}; "
-                        f"known here: {', '.join(sorted(takes)) or 'none'}")  # fmt: skip
-    masks, sam2 = options.pop("masks", None), options.pop("sam2", None)
-    if masks is not None:
-        choose(SEGMENTERS, masks, "--masks")
-    if sam2 is not None and masks != "sam2":
-        raise DataError("--sam2: names the weights for --masks sam2; add that, or leave it out")
+        raise DataError(f"--{strange[0].replace('_', '-')}: has no part in {path}; known here: {', '.join(sorted(takes))}")
     scene = reader(path, **options)
-    if scene.objects or reader is load_scene:
+    if scene.objects or reader is load_scene or masks == "none":
         return scene
-    given = scene.frames is not None and scene.frames.masks.any()
-    return SEGMENTERS[masks or ("files" if given else "segments")](scene, sam2)
+    labelled = scene.frames is not None and scene.frames.masks.any()
+    how = choose(SEGMENTERS, masks or ("files" if labelled else "segments"), "--masks")
+    return check_scene(how(scene, sam2), trusted=True)
 
 
 def with_sam2(scene: Scene, name: str | None = None) -> Scene:
-    """The scene with SAM 2's tracks through its frames, merged in 3D, for objects."""
+    """Take SAM 2's tracks through the frames, merged in 3D, for objects."""
     f = scene.frames
     if f is None:
         raise DataError(f"--masks sam2: {scene.name} has no frames; leave it out")
@@ -4677,150 +4636,116 @@ def with_sam2(scene: Scene, name: str | None = None) -> Scene:
     return with_tracks(scene, merge_tracks(tracks, unproject(f.depth, f.intrinsics, f.poses)))
 
 
-def with_files(scene: Scene, _: object = None) -> Scene:
-    """The scene with the masks that lie beside its frames for objects."""
+def with_files(scene: Scene, _=None) -> Scene:
+    """Take the masks that lie beside the frames for objects."""
     if scene.frames is None or not scene.frames.masks.any():
         raise DataError(f"--masks files: {scene.name} has no instance-filt/ with masks; leave it out")
     return with_tracks(scene, scene.frames.masks)
 
 
-SEGMENTERS = {"segments": lambda scene, _: with_own_segments(scene), "sam2": with_sam2, "files": with_files}
-
-# What SCENE_ARRAYS and FRAME_ARRAYS name is all of a scene but its objects and notes, which go as JSON.
-SCENE_ARRAYS = ("points", "colours", "normals", "superpoints", "instances", "bounds")
+SEGMENTERS = {"files": with_files, "segments": lambda scene, _: with_own_segments(scene), "sam2": with_sam2}
 FRAME_ARRAYS = ("colour", "depth", "masks", "intrinsics", "poses")
 
 
 def save_scene(scene: Scene, path: Path) -> None:
-    """A scene as one .npz file, without pickle: `load_scene` gives it back."""
-    arrays = {k: getattr(scene, k) for k in SCENE_ARRAYS}
+    """Write a scene as one .npz file, without pickle; objects and notes go as JSON."""
+    arrays = {name: array for name, array in vars(scene).items() if isinstance(array, np.ndarray)}
     if scene.frames is not None:
-        arrays |= {f"frames.{k}": getattr(scene.frames, k) for k in FRAME_ARRAYS}
-    about = {"name": scene.name, "source": scene.source, "metric": scene.metric, "notes": scene.notes,
-             "objects": [[o.id, o.category, o.colour, *map(float, o.box)] for o in scene.objects]}  # fmt: skip
-    with writing(path):
-        write_npz(path, about=np.array(json.dumps(about)), **{k: v for k, v in arrays.items() if v is not None})
+        arrays |= {f"frames.{name}": getattr(scene.frames, name) for name in FRAME_ARRAYS}
+    objects = [[o.id, o.category, o.colour, *map(float, o.box)] for o in scene.objects]
+    about = dict(name=scene.name, source=scene.source, metric=scene.metric, notes=scene.notes, objects=objects)
+    write_npz(path, about=np.array(json.dumps(about)), **arrays)
 
 
-def load_scene(path: str | Path) -> Scene:
-    """The scene that save_scene wrote; its frames are read when they are looked at. Raises DataError."""
-    path = Path(path)
+def load_scene(path: Path) -> Scene:
+    """Load the scene that save_scene wrote; its frames are read when they are looked at. Raises DataError."""
     with reading(path, "kept scene"), np.load(path, allow_pickle=False) as held:
-        about = json.loads(str(held["about"]))
-        objects = [Thing(i, category, colour, np.array(box)) for i, category, colour, *box in about.pop("objects")]
-        arrays = {k: held[k] for k in SCENE_ARRAYS if k in held}
-        there = [name for name in FRAME_ARRAYS if f"frames.{name}" in held]
-        if there not in ([], list(FRAME_ARRAYS)) or len({len(a) for k, a in arrays.items() if k != "bounds"}) > 1:
-            raise DataError(f"{path}: its arrays do not belong together; make it again with python data.py cache")
-        frames = LazyFrames(lambda: Frames(**read_arrays(path, "frames."))) if there else None
-        return Scene(objects=objects, frames=frames, **about, **arrays)
+        about = json.loads(str(held["about"])) | {"name": path.stem}
+        objects = [Thing(i, category, color, np.array(box)) for i, category, color, *box in about.pop("objects")]
+        arrays = {name: held[name] for name in held if name != "about" and "." not in name}
+        scene = Scene(objects=objects, **about, **arrays)
+        if "frames.masks" in held:
+            scene.frames = LazyFrames(partial(load_frames, path), file_key([path]))
+        return check_scene(scene, trusted=True)
 
 
-def read_arrays(path: Path, prefix: str) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file whose names begin with `prefix`, without it."""
+def load_frames(path: Path) -> Frames:
+    """Load the frames that save_scene wrote."""
     with reading(path, "kept scene"), np.load(path, allow_pickle=False) as held:
-        return {k.removeprefix(prefix): held[k] for k in held if k.startswith(prefix)}
+        frames = Frames(*(held[f"frames.{name}"] for name in FRAME_ARRAYS))
+    V, H, W = frames.masks.shape
+    if [a.shape for a in vars(frames).values()] != [(V, H, W, 3), (V, H, W), (V, H, W), (V, 3, 3), (V, 4, 4)]:
+        raise DataError(f"{path}: its frames do not belong together; make it again with python data.py cache")
+    return frames
 
 
 def is_scene(path: Path) -> bool:
     """Whether `path` is a video, a cloud, a scan's folder, or one of frames or images."""
-    if not path.is_dir():
-        return path.suffix.lower() in (*VIDEOS, ".ply")
-    images = (p.suffix.lower() in IMAGES for p in path.iterdir())
-    return (path / f"{path.name}{SCAN_FILES[0]}").exists() or bool(find_frames(path)) or any(images)
+    if path.is_dir():
+        return (path / f"{path.name}{SCAN_FILES[0]}").exists() or bool(find_frames(path)[1])
+    return path.suffix.lower() in (*VIDEOS, *CLOUDS) and path.name[0] != "."
 
 
 def find_scenes(path: Path) -> list[Path]:
-    """The scene that `path` is, or all that lie in it or in the folders in it (scans/, videos/)."""
+    """Find all scenes that lie in a folder, or else in the folders in it; what is a scene itself, or holds none, is alone."""
     if not path.is_dir() or is_scene(path):
         return [path]
-    inside = sorted(path.iterdir())
-    below = [p for folder in inside if folder.is_dir() for p in sorted(folder.iterdir())]
-    return [p for p in inside if is_scene(p)] or [p for p in below if is_scene(p)]
+    return sorted(filter(is_scene, path.glob("*"))) or sorted(filter(is_scene, path.glob("*/*"))) or [path]
 
 
-def keep_scene(source: Path, file: Path, options: dict) -> dict:
-    """Open a scene and write it to `file`, unless that was done before: its row of the manifest."""
-    start = time.monotonic()
-    try:
-        if not file.exists():
-            save_scene(replace(open_scene(source, **options), name=file.stem), file)
-        scene = load_scene(file)
-    except DataError as error:
-        return {"source": str(source), "error": str(error)}
-    return {"source": str(source), "file": file.name, "bytes": file.stat().st_size, "points": len(scene.points),
-            "frames": 0 if scene.frames is None else len(scene.frames.depth), "objects": len(scene.objects),
-            "metric": scene.metric, "notes": scene.notes, "seconds": round(time.monotonic() - start, 1)}  # fmt: skip
+def cache_scenes(path: Path, out: Path, **options) -> int:
+    """Write every scene of `path`, through its frozen encoders (VGGT, SAM 2, segments), once as out/<name>.npz.
 
-
-def share_machine(number, workers: int) -> None:
-    """A worker takes the next GPU, and its share of the cores."""
-    with number.get_lock():
-        mine, number.value = number.value, number.value + 1
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(mine % torch.cuda.device_count())
-
-
-def cache_scenes(path: Path, out: Path, workers: int = 1, **options) -> dict[str, dict]:
-    """Every scene of `path` through its frozen encoders (VGGT, SAM 2, own segments), once: out/<name>.npz of each
-    (`load_scene`), and out/manifest.json: the options, and per scene what its file holds or why there is none.
-
-    Done again it goes on where it stopped: what was written stays, what failed is tried again. `workers` processes
-    share the scenes, the cores and the GPUs. Returns the manifest's scenes. Raises DataError.
+    Under torchrun a process takes every world-th scene and its own GPU. What is there already stays, so done again it goes
+    on where it stopped. Prints failures and returns their number.
     """
     from tqdm import tqdm
 
-    scenes, manifest = find_scenes(path), out / "manifest.json"
-    if not path.exists() or not scenes:
-        raise DataError(f"{path}: no scenes; give a video, a .ply, or a folder of them, of frames or of scans")
-    parts = {s: s.relative_to(path).parts or (s.resolve().name,) for s in scenes}
-    names = {"_".join((*p[:-1], p[-1] if s.is_dir() else Path(p[-1]).stem)): s for s, p in parts.items()}
-    if len(names) < len(scenes):
-        alike = next(s for s, p in parts.items() if s not in names.values())
-        raise DataError(f"{path}: {len(scenes)} scenes have {len(names)} different names; rename {alike} or what "
-                        "it is like")  # fmt: skip
-    if not manifest.exists():
-        if any(out.glob("*.npz")):
-            raise DataError(f"{out}: holds scenes but no manifest of their options; name another folder")
-        write_manifest(manifest, options, {})
-    held = read_json(manifest)
-    with reading(manifest, "manifest"):
-        rows = {n: row for n, row in held["scenes"].items() if "error" not in row and (out / row["file"]).exists()}
-    if held["options"] != options:
-        raise DataError(f"{out}: was made with the options {held['options']}, not {options}; name another folder")
-    jobs = [(s, out / f"{name}.npz", options) for name, s in names.items() if name not in rows]
-    with tqdm(total=len(names), initial=len(names) - len(jobs), unit="scene") as bar:
-        for (_, file, _), row in zip(jobs, work(jobs, workers), strict=True):
-            rows[file.stem] = row
-            write_manifest(manifest, options, rows)
-            bar.update()
-    return rows
+    rank, world, failed = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), 0
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    files = {}
+    for scene in find_scenes(path):
+        name = "_".join(scene.relative_to(path).parts) or path.resolve().name
+        files[out / f"{safe_name(name.removesuffix(scene.suffix))}.npz"] = scene
+    for file, scene in tqdm(list(files.items())[rank::world], unit="scene"):
+        try:
+            if not file.exists():
+                save_scene(open_scene(scene, **options), file)
+        except DataError as error:
+            print(error, file=sys.stderr)
+            failed += 1
+    return failed
 
 
-def write_manifest(path: Path, options: dict, rows: dict) -> None:
-    with writing(path), whole(path) as part:
-        part.write_text(json.dumps({"options": options, "scenes": dict(sorted(rows.items()))}, indent=1))
+SCANNET_TERMS = (
+    "ScanNet is had by its Terms of Use form (ScanNet/ScanNet on GitHub): four files per scan, 10.6 GB; frames are "
+    "exported from the .sens files (1.2 TB) as color/, depth/, pose/, intrinsic/"
+)
 
 
-def work(jobs: list[tuple], workers: int) -> Iterator[dict]:
-    """keep_scene of all jobs in their order, by so many processes."""
-    from concurrent.futures import ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
-
-    if workers < 2 or not jobs:
-        yield from itertools.starmap(keep_scene, jobs)
-        return
-    spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    try:
-        with ProcessPoolExecutor(workers, spawn, share_machine, (spawn.Value("i", 0), workers)) as pool:
-            yield from pool.map(keep_scene, *zip(*jobs, strict=True))
-    except BrokenProcessPool:
-        raise DataError("a worker died, perhaps of memory; what was written stays: go on with fewer workers") from None
+def check(path: Path, **options) -> list[str]:
+    """Describe what lies at `path`: the lines of `data.py check DIR`. Scenes are opened, but no objects looked for."""
+    places = [file for folder in ("", "scans/", "scans_test/") for file in sorted(path.glob(f"{folder}scene*_*"))]
+    scans = [place for place in places if place.is_dir()]
+    if scans:
+        lines = [f"{path}: {len(scans)} scans, {sum(any(find_frames(scan)[1]) for scan in scans)} with frames beside them"]
+        for suffix in SCAN_FILES:
+            lacking = [scan.name for scan in scans if not (scan / f"{scan.name}{suffix}").exists()]
+            lines += [f"missing <id>{suffix} of {len(lacking)} scans, first {lacking[0]}; {SCANNET_TERMS}"] if lacking else []
+        return lines
+    lines = []
+    for place in find_scenes(path):
+        try:
+            scene = open_scene(place, masks="none", **options)
+            lines.append(f"{place}: {len(scene.points)} points, {len(scene.objects)} objects; {'; '.join(scene.notes)}")
+        except DataError as error:
+            lines.append(str(error))
+    return lines
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
-    """A `main` that returns its exit status: its own or 0; where something is wrong 2, and one line says what."""
+    """Make `main` return its exit status: its own or 0; 2 where something is wrong, which one line says."""
 
     @wraps(main)
     def status(*arguments) -> int:
@@ -4833,42 +4758,32 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
     return status
 
 
-def write_rooms(out: Path, count: int, objects: int | None, first: int) -> None:
-    """Procedural rooms in ScanNet's own layout, below OUT/scans."""
-    for seed in range(first, first + count):
-        scene = replace(room(seed, objects, size=240, views=16, points=20_000), name=f"scene{seed % 10_000:04d}_00")
-        with writing(out):
-            print(write_scannet(scene, out / "scans"))
-
-
 @command
 def main(arguments: Sequence[str] | None = None) -> int | None:
-    """Looks at data or makes some; the status is 2 also where a scene could not be kept."""
-    parser = Parser(description="Look at data, or make some.")
+    """Look at data or make some; the status is 2 also where a scene could not be kept."""
+    parser = argparse.ArgumentParser(description="Look at data, or make some.")
     commands = parser.add_subparsers(dest="command", required=True)
     look = commands.add_parser("check", help="what is there, what is missing, and where it is had")
     look.add_argument("path", type=Path)
     make = commands.add_parser("rooms", help="procedural rooms in ScanNet's file layout")
     make.add_argument("out", type=Path)
-    make.add_argument("--count", type=counted, default=10)
+    make.add_argument("--count", type=int, default=10)
     make.add_argument("--objects", type=int, help="objects per room (default: 8 to 16)")
-    make.add_argument("--seed", type=partial(bounded, int, 0), default=0, help="of the first room")
+    make.add_argument("--seed", type=int, default=0, help="of the first room")
     keep = commands.add_parser("cache", help="scenes of one's own through VGGT, SAM 2 and segmentation, once")
-    keep.add_argument("path", type=Path, help="a video, a .ply, or a folder of them, of frames or of scans")
+    keep.add_argument("path", type=Path, help="a scene, or a folder of scenes")
     keep.add_argument("out", type=Path)
-    keep.add_argument("--workers", type=counted, default=1, help="processes (default: 1)")
+    add_scene_options(look)
     add_scene_options(keep)
-    a = parser.parse_args(arguments)
-    if a.command == "check":
-        print("\n".join(check(a.path)))
-    elif a.command == "rooms":
-        write_rooms(a.out, a.count, a.objects, a.seed)
-    else:
-        rows = cache_scenes(a.path, a.out, a.workers, **scene_options(a))
-        failed = [f"{name}: {row['error']}" for name, row in rows.items() if "error" in row]
-        kept = f"{len(rows) - len(failed)} of {len(rows)} scenes kept, see {a.out / 'manifest.json'}"
-        print("\n".join([*failed, f"{a.out}: {kept}"]))
-        return 2 if failed else 0
+    args = parser.parse_args(arguments)
+    if args.command == "check":
+        print("\n".join(check(args.path, **scene_options(args))))
+    elif args.command == "rooms":
+        for seed in range(args.seed, args.seed + args.count):
+            scene = room(seed, args.objects, size=240, views=16, points=20_000)
+            print(write_scannet(replace(scene, name=f"scene{seed % 10_000:04d}_00"), args.out / "scans"))
+    elif cache_scenes(args.path, args.out, **scene_options(args)):
+        return 2
 
 
 if __name__ == "__main__":
