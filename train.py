@@ -5,26 +5,21 @@
     torchrun train.py ... --data scannet --root DIR --annotations FILES     # official questions in place of generated
     torchrun train.py ... --resume                           # goes on exactly where the run stopped; python works too
 
-A paper module offers `Config` (with the presets as class methods), `STAGES`, `TASKS` and `Model(config, text)`:
-  begin(stage)      what trains and what is seen; all that it leaves trainable takes part in every forward of the stage
-  prepare(scenes, cache, rank, world, progress)    frozen work, once per scene: a rank leaves its share in the folder
-                    `cache`, where `batch` finds everyone's (it must not run the model: weights may be sharded by then)
-  batch(groups)     groups = [(scene, samples)]; CPU only, as loader processes call it; what is random in it follows
-                    from the scene's own draw (`scene.identifiers`)
-  forward(batch)    {"loss": sum over its terms, "weight": how many terms; optional "correct", "count": right answer
-                    tokens of how many, "tokens": seen, for the speed}
-  optional: borrowed (names of frozen weights that Config loads from elsewhere: no checkpoint holds them),
-  _no_split_modules (names of blocks, for --shard), gradient_checkpointing_enable() (for --recompute); of the module:
-  for scenes without categories, GEOMETRY_TASKS (those of its TASKS that need none) and UNLABELLED (what stands in)
+A paper module offers `Config` (with the presets as class methods), `STAGES`, `TASKS`, `recipe(config, stages)` and
+`build(config, text)`, which gives a `data.SceneLanguageModel`: every method that is called here stands there with its
+default. What a forward returns: {"loss": sum over its terms, "weight": how many terms, "correct": right answer tokens;
+optional "count": of how many, "tokens": seen, for the speed}. All that a stage leaves trainable takes part in every
+forward of that stage.
 
 A step is a pure function of (seed, stage, step): which scenes, how they are turned, what is asked. Each process takes
-every world-th scene of that list; losses are summed, then divided by the *global* number of terms, so neither the
-number of processes nor accumulation changes the result. Random states need no saving: a step seeds them from its
-position. The learning rate belongs to the global batch and is never rescaled.
+every world-th scene of a step; losses are summed, then divided by the *global* number of terms, so neither the number
+of processes nor accumulation changes the result. Random states need no saving: a step seeds them from its position.
+The learning rate belongs to the global batch and is never rescaled.
 
-A run folder holds config.json, log.jsonl, loss.png, cache/ and checkpoint/; metrics.json, predictions/ and report.html
-once it is scored. state.json commits a checkpoint: it names the weight files and is replaced in one stroke once they
-are on disk; a kill at any instant leaves the old or the new.
+A run folder holds config.json, log.jsonl, loss.png, cache/ and checkpoint/; metrics.json, predictions/, pictures/ and
+report.html once it is scored. state.json commits a checkpoint: it holds a digest of each weight file and is replaced
+in one stroke once they are on disk; a kill at any instant leaves the old or the new. SIGTERM and Ctrl-C let the step
+in hand end and save.
 
 log.jsonl, a line per step, numbers over all processes:
   stage, step, total  stage, steps done in it, steps done in all    loss         mean per term (answer token)
@@ -33,31 +28,37 @@ log.jsonl, a line per step, numbers over all processes:
   speed               tokens per second                             wait         share of the step waiting for data
   memory              peak GB of the first GPU, null on a CPU       skipped      steps not finite so far
   seconds             of training so far, before a resume too
+
+Contents: 1 command line · 2 processes and devices · 3 what a step asks · 4 one step · 5 checkpoints · 6 the run folder
+· 7 the run
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import ctypes
-import difflib
+import fcntl
 import importlib
-import importlib.util
 import itertools
 import json
 import math
 import os
 import random
-import shutil
 import signal
 import sys
 import time
-import types
-import typing
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
+
+# Two OpenMP threads wait for each other at every barrier. Beside a busy core a short spin is 15 times faster than the
+# default and no slower on a quiet machine; it must be set before torch is loaded, and changes no result.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
@@ -69,12 +70,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 import data
 import evaluate
-from data import DataError, Scene, Stage, load_weights, named_weights, read_state, read_tensors
+from data import DataError, Sample, Scene, Stage
 
-MODELS = [m for m in ("proxy3d", "fase3d", "spatial3dllm") if importlib.util.find_spec(m)]
+MODELS = ["proxy3d", "fase3d", "spatial3dllm"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SCHEDULES = {  # share of the way from final_lr up to lr, at progress 0..1 after the warm-up
     "constant": lambda p: 1.0,
@@ -85,335 +87,346 @@ SCHEDULES = {  # share of the way from final_lr up to lr, at progress 0..1 after
 
 # ---- 1 command line --------------------------------------------------------------------------------------------------
 
-FLAGS = {
-    "model": dict(required=True, help=f"paper: {', '.join(MODELS)}"),
-    "data": dict(default="rooms", help="source of scenes: rooms, scannet, rgbd, cached"),
-    "root": dict(help="folder of the scenes (not for rooms)"),
-    "annotations": dict(help="folder of official files: stages that name such sources ask from them"),
-    "preset": dict(default="tiny", help="tiny: from nothing, on a CPU; paper: the paper's numbers"),
-    "llm": dict(help="name or folder of a pre-trained language model"),
-    "steps": dict(type=int, help="scale the stages to this many steps in all"),
-    "seed": dict(type=int, default=0),
-    "set": dict(nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="a Config field, or STAGE.FIELD"),
-    "stages": dict(help="run only these, comma-separated"),
-    "init": dict(help="folder of another run of this model, whose weights to start from"),
-    "train-scenes": dict(type=int, default=800, help="rooms to train in"),
-    "test-scenes": dict(type=int, default=150, help="rooms to score in, never trained in"),
-    # the flags above make the run what it is: --resume must repeat them
-    "out": dict(type=Path, help="run folder (default runs/<model>)"),
-    "resume": dict(action="store_true", help="go on from the run folder's checkpoint"),
-    "overwrite": dict(action="store_true", help="replace the run in the run folder"),
-    "save-every": dict(type=int, default=500, help="steps between checkpoints, besides those at a stage's end"),
-    "shard": dict(action="store_true", help="FSDP2: spread weights, gradients and Adam over the processes"),
-    "recompute": dict(action="store_true", help="gradient checkpointing: less memory, more time"),
-    "dtype": dict(choices=list(DTYPES), help="of the arithmetic (default bfloat16 on a GPU, float32 on a CPU)"),
-    "workers": dict(type=int, help="loader processes (default: cores to spare, at most 4)"),
-    "tensorboard": dict(action="store_true"),
-    "no-eval": dict(action="store_true", help="train only"),
-}
-SAME = [name.replace("-", "_") for name in list(FLAGS)[: list(FLAGS).index("test-scenes") + 1]]
 
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the flags; `args.command` holds those that make the run what it is, which --resume must repeat."""
+    command = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add = command.add_argument
+    add("--model", required=True, choices=MODELS, help="paper")
+    add("--data", default="rooms", choices=data.SOURCES, help="source of scenes (default: rooms)")
+    add("--root", help="folder of the scenes (not for rooms)")
+    add("--annotations", help="folder of official files: stages that name such sources ask from them")
+    add("--preset", default="tiny", choices=["tiny", "paper"], help="from nothing, or the paper's numbers")
+    add("--llm", help="name or folder of a pre-trained language model")
+    add("--steps", type=int, help="scale the stages to this many steps in all")
+    add("--seed", type=int, default=0)
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="a Config field, or STAGE.FIELD")
+    add("--stages", dest="only", help="run only these, comma-separated")
+    add("--init", help="folder of another run of this model, whose weights to start from")
+    add("--train-scenes", type=int, default=800, help="rooms to train in")
+    add("--test-scenes", type=int, default=150, help="rooms to score in, never trained in")
+    data.add_scene_options(command)
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, about in FLAGS.items():
-        p.add_argument(f"--{name}", **about)
-    args, unknown = argparse.ArgumentParser.parse_known_args(p, argv)
-    if unknown:  # named with the nearest, as all that a run chooses by name
-        pick(unknown[0], [f"--{name}" for name in FLAGS], "argument")
+    # the rest may differ between the parts of a run
+    about = __doc__.partition("\n")[0]
+    parser = argparse.ArgumentParser(parents=[command], description=about, allow_abbrev=False)
+    add = parser.add_argument
+    add("--out", type=Path, help="run folder (default runs/<model>)")
+    add("--resume", action="store_true", help="go on from the run folder's checkpoint")
+    add("--overwrite", action="store_true", help="replace the run in the run folder")
+    add("--save-every", type=int, default=500, help="steps between checkpoints, besides those at a stage's end")
+    add("--shard", action="store_true", help="FSDP2: spread weights, gradients and Adam over the processes")
+    add("--recompute", action="store_true", help="gradient checkpointing: less memory, more time")
+    add("--dtype", choices=DTYPES, help="of the arithmetic (default bfloat16 on a GPU, float32 on a CPU)")
+    add("--workers", type=int, help="loader processes (default: cores to spare, at most 4)")
+    add("--tensorboard", action="store_true")
+    add("--no-eval", action="store_true", help="train only")
+
+    args = parser.parse_args(argv)
+    args.command = vars(command.parse_known_args(argv)[0])
     args.out = args.out or Path("runs") / args.model
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if args.workers is None:
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
         args.workers = max(0, min(4, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
     return args
 
 
-def pick(name: str, known: typing.Iterable[str], what: str) -> str:
-    """`name` if it is known, else a DataError that names the known ones and the nearest."""
-    known = list(known)
-    if name in known:
-        return name
-    near = "".join(f", did you mean {n}?" for n in difflib.get_close_matches(name, known, 1))
-    raise DataError(f"unknown {what} {name}{near or ';'} known: {', '.join(known)}")
+def known(name: str, names: Iterable[str], what: str) -> str:
+    """Return `name` if it is among `names`, else raise a DataError that lists them."""
+    if name not in names:
+        raise DataError(f"unknown {what} {name}; known: {', '.join(names)}")
+    return name
 
 
-def typed(key: str, text: str, hint) -> object:
-    """The text as a value of a field's type: int, float, bool, str, a tuple of one of them (16,21), None if allowed."""
-    args = typing.get_args(hint)
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        other = next(a for a in args if a is not type(None))
-        return None if text.lower() == "none" else typed(key, text, other)
-    if typing.get_origin(hint) is tuple:
-        return tuple(typed(key, part.strip(), args[0]) for part in text.strip("()").split(","))
-    read = {bool: {"true": True, "false": False}.__getitem__, int: int, float: float, str: str}
+def override(target, key: str, text: str, what: str):
+    """Copy a dataclass with one field read from text as Python writes it: 3, 1e-4, (16, 21), true, none, or a word."""
+    kinds = {field.name: field.type for field in fields(target) if field.name != "name"}
+    kind = kinds[known(key, kinds, what)]
     try:
-        return read[hint](text)
-    except (KeyError, ValueError):
-        raise DataError(f"--set {key}={text}: expected {getattr(hint, '__name__', hint)}, got {text!r}") from None
+        value = ast.literal_eval(text.title() if text.lower() in ("true", "false", "none") else text)
+    except (ValueError, SyntaxError):
+        value = text
+    if type(value) is int and kind.startswith("float"):
+        value = float(value)
+
+    # an annotation such as "int | None" or "tuple[int, ...]" says which types a field takes
+    found = "None" if value is None else type(value).__name__
+    if found not in kind.partition("[")[0].split(" | "):
+        raise DataError(f"--set {key}={text}: expected {kind}, got {found}")
+    return replace(target, **{key: value})
 
 
-def changed(target, changes: dict[str, str], what: str):
-    """A copy of a dataclass with fields set from text."""
-    hints = typing.get_type_hints(type(target))
-    return replace(target, **{k: typed(k, v, hints[pick(k, hints, what)]) for k, v in changes.items()})
+LEAST = {"steps": 1, "train_scenes": 1, "batch": 1, "per_scene": 1, "accumulate": 1, "iterations": 1, "samples": 1}
+MOST = {"warmup": 1.0, "until": 1.0}
+
+
+def check_numbers(settings: dict, what: str) -> None:
+    """Refuse numbers that are negative, not finite, or outside LEAST and MOST."""
+    for name, value in settings.items():
+        least, most = LEAST.get(name, 0), MOST.get(name, 1e12)
+        for number in value if isinstance(value, tuple) else (value,):
+            if type(number) in (int, float) and not least <= number <= most:
+                raise DataError(f"{what} {name} = {value}: give a number from {least} to {most:g}")
 
 
 def configure(args: argparse.Namespace, paper) -> tuple[object, list[Stage]]:
-    """The paper's preset with --llm, --set and --stages applied: (Config, stages)."""
-    preset = pick(args.preset, paper.STAGES, "preset")
-    stages = {s.name: s for s in paper.STAGES[preset]}
-    changes = {"llm": args.llm} if args.llm else {}
-    for item in args.set:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise DataError(f"--set {item}: write KEY=VALUE")
+    """Apply --llm, --set and --stages to the paper's preset: (Config, stages)."""
+    config = getattr(paper.Config, args.preset)()
+    stages = {stage.name: stage for stage in paper.STAGES[args.preset]}
+    if args.llm:
+        config = override(config, "llm", args.llm, "field of Config")
+    for setting in args.set:
+        key, equals, value = setting.partition("=")
         name, dot, field = key.rpartition(".")
+        if not equals:
+            raise DataError(f"--set {setting}: write KEY=VALUE")
         if dot:
-            stages[name] = changed(stages[pick(name, stages, "stage")], {field: value}, f"field of stage {name}")
+            stage = stages[known(name, stages, "stage")]
+            stages[name] = override(stage, field, value, f"field of stage {name}")
         else:
-            changes[key] = value
-    config = changed(getattr(paper.Config, preset)(), changes, f"key of {args.model}'s Config")
-    if hasattr(paper, "recipe"):  # a setting may add or drop stages
-        stages = {s.name: s for s in paper.recipe(config, list(stages.values()))}
-    names = args.stages.split(",") if args.stages else stages
-    return config, [stages[pick(n.strip(), stages, "stage")] for n in names]
+            config = override(config, key, value, "field of Config")
+
+    # a setting may add or drop stages
+    stages = {stage.name: stage for stage in paper.recipe(config, list(stages.values()))}
+    names = args.only.split(",") if args.only else stages
+    chosen = [stages[known(name.strip(), stages, "stage")] for name in names]
+
+    # whatever set a number, it has a range
+    check_numbers(vars(args), "command line:")
+    check_numbers(vars(config), "Config:")
+    for stage in chosen:
+        check_numbers(vars(stage), f"stage {stage.name}:")
+        known(stage.schedule, SCHEDULES, f"schedule of stage {stage.name}")
+        if (stage.iterations is None) == (stage.epochs is None):
+            raise DataError(f"stage {stage.name}: give either iterations or epochs")
+    return config, chosen
 
 
 def stage_steps(stages: list[Stage], scenes: int, total: int | None = None) -> list[int]:
-    """Optimizer steps of every stage; with `total` scaled so that they sum to it, at least one each."""
+    """Count every stage's optimizer steps; with `total` scaled so that they sum to it, at least one each."""
     steps = []
-    for s in stages:
-        if (s.iterations is None) == (s.epochs is None):
-            raise DataError(f"stage {s.name}: give either iterations or epochs")
-        pick(s.schedule, SCHEDULES, f"schedule of stage {s.name}")
-        samples = s.samples or scenes * (s.per_scene if s.tasks else 1)
-        steps.append(s.iterations or math.ceil(s.epochs * samples / s.batch))
+    for stage in stages:
+        samples = stage.samples or scenes * (stage.per_scene if stage.tasks else 1)
+        steps.append(stage.iterations or math.ceil(stage.epochs * samples / stage.batch))
     if total is None:
         return steps
     if total < len(steps):
-        raise DataError(f"--steps {total}: each of the {len(steps)} stages needs a step; give at least {len(steps)}")
+        raise DataError(f"--steps {total}: each of the {len(steps)} stages needs a step")
     ends = np.cumsum([0, *steps]) / sum(steps) * (total - len(steps))
     return [int(n) + 1 for n in np.diff(np.round(ends))]
 
 
-# ---- 2 processes, seeds, devices -------------------------------------------------------------------------------------
+# ---- 2 processes and devices -----------------------------------------------------------------------------------------
 
 
-@dataclass
-class Ranks:
-    """This process among its fellows."""
+class Distributed:
+    """This process among those that torchrun started: its rank among `world`, and its device."""
 
-    rank: int
-    world: int
-    device: torch.device
+    def __init__(self):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
 
-    def say(self, text: str) -> None:
+    def join(self, shard: bool) -> None:
+        """Meet the other processes; sharding needs a group even of one."""
+        backend = "gloo" if self.device.type == "cpu" else "nccl"
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group(backend, timeout=timedelta(hours=2))
+        elif shard and not dist.is_initialized():
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        self.barrier()
+
+    def print0(self, text: str) -> None:
+        """Print once for all processes, above a progress bar."""
         if self.rank == 0:
-            print(text, flush=True)
+            with tqdm.external_write_mode():
+                print(text, flush=True)
 
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
 
 
-def start_processes(shard: bool = False) -> Ranks:
-    """Join the processes that torchrun announces in the environment; alone without them."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(local)
-    if (world > 1 or shard) and not dist.is_initialized():
-        alone = {} if world > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2), **alone)
-    return Ranks(rank, world, torch.device("cuda", local) if cuda else torch.device("cpu"))
-
-
 def seed_everything(*numbers: int) -> None:
-    """Python, numpy and torch on every device, from whole numbers >= 0."""
+    """Seed Python, numpy and torch on every device from whole numbers >= 0."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 (libraries draw from it)
     torch.manual_seed(seed)
 
 
-def wrap(model: nn.Module, ranks: Ranks, dtype: torch.dtype, shard: bool) -> nn.Module:
-    """DDP around the model, or the model itself sharded in place: block by block, then what is left."""
-    if shard and not isinstance(model, FSDPModule):
-        mesh = init_device_mesh(ranks.device.type, (ranks.world,))
-        low = None if dtype == torch.float32 else dtype
-        policy = MixedPrecisionPolicy(low, torch.float32, cast_forward_inputs=False)  # metres stay float32
-        names = {n for m in model.modules() for n in getattr(m, "_no_split_modules", None) or ()}
-        for module in [*(m for m in model.modules() if type(m).__name__ in names), model]:
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-        for method in {"cache_features", "generate"} & set(dir(model)):
-            register_fsdp_forward_method(model, method)
-    return DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks.world > 1 and not shard else model
+def shard_model(model: nn.Module, distributed: Distributed, dtype: torch.dtype) -> None:
+    """Shard in place with FSDP2: block by block, then what is left."""
+    mesh = init_device_mesh(distributed.device.type, (distributed.world,))
+
+    # on a CPU autocast leaves some operations in the weights' own type, so those stay as they are
+    low = dtype if distributed.device.type == "cuda" else None
+    policy = MixedPrecisionPolicy(low, torch.float32, cast_forward_inputs=False)  # meters stay float32
+    blocks = {name for m in model.modules() for name in getattr(m, "_no_split_modules", None) or ()}
+    for module in [*(m for m in model.modules() if type(m).__name__ in blocks), model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    for method in ("cache_features", "generate"):
+        register_fsdp_forward_method(model, method)
 
 
 @contextlib.contextmanager
-def gathered(model: nn.Module):
-    """Whole weights on every rank, so that ranks may run different numbers of forwards: frozen work, generation. Inside
-    another `gathered` it does nothing: the outer one would find its weights sharded again."""
-    sharded = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    if not sharded or getattr(model, "is_gathered", False):
-        yield
-        return
-    model.is_gathered = True
-    for m in sharded:
-        m.set_reshard_after_forward(False, recurse=False)
-        m.unshard()
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """Hold whole weights on every rank, so that ranks may run different numbers of forwards."""
+    modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
     yield
-    for m in sharded:
-        m.reshard()
-        m.set_reshard_after_forward(m is not model, recurse=False)
-    model.is_gathered = False
-
-
-def keep_precise(model: nn.Module, stages: list[Stage]) -> None:
-    """Whatever trains in some stage becomes float32: steps of 5e-6 would vanish in bfloat16."""
-    for stage in stages:
-        model.configure_stage(stage)
-        for p in model.parameters():
-            p.data = p.data.float() if p.requires_grad else p.data
+    for module in modules:
+        module.reshard()
+        module.set_reshard_after_forward(module is not model, recurse=False)
 
 
 def memory_line(model: nn.Module, shards: int) -> str:
-    """What trains, and what a device must hold before activations: weights, gradients, Adam's two moments."""
-    count = lambda ts: sum(t.numel() for t in ts) / 1e6  # noqa: E731
-    size = lambda ts: sum(t.numel() * t.element_size() for t in ts) / shards / 2**20  # noqa: E731
+    """Say what trains, and what a device holds before activations: weights, gradients, Adam's two moments."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    parts = [size([*model.parameters(), *model.buffers()]), size(trained), 2 * size(trained)]
-    return (f"{count(trained):.2f} of {count(model.parameters()):.2f} M parameters train; {sum(parts):,.1f} MB per "
-            "device before activations ({:,.1f} weights, {:,.1f} gradients, {:,.1f} Adam)".format(*parts))  # fmt: skip
+    millions = sum(p.numel() for p in trained) / 1e6
+    weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()]) / shards / 2**20
+    gradients = sum(p.nbytes for p in trained) / shards / 2**20
+    return (
+        f"{millions:.2f} M parameters train; {weights + 3 * gradients:,.1f} MB per device before activations "
+        f"({weights:,.1f} weights, {gradients:,.1f} gradients, {2 * gradients:,.1f} Adam)"
+    )
 
 
-# ---- 3 scenes, and what a step asks about them -----------------------------------------------------------------------
+# ---- 3 what a step asks ----------------------------------------------------------------------------------------------
 
 
-def askable(stages: list[Stage], scenes: list[Scene], paper, say: typing.Callable) -> list[Stage]:
-    """The stages as they are; on scenes without categories, with geometry and colour in place of names."""
-    if any(o.category for s in scenes for o in s.objects):
-        return stages
-    say("the objects have no categories: questions are about colour, size and place only, also in the first stage")
-    swaps = getattr(paper, "UNLABELLED", data.UNLABELLED)
-    kept = {*data.GEOMETRY_TASKS, *getattr(paper, "GEOMETRY_TASKS", ()), *swaps, "subtract", "norm"}
-    out = []
+def ask_without_names(stages: list[Stage], paper) -> list[Stage]:
+    """Mix in questions about geometry and color, where objects have no categories and others cannot be drawn."""
+    instead = getattr(paper, "UNLABELLED", data.UNLABELLED)
+    changed = []
     for stage in stages:
-        mix = {t: w for t, w in stage.tasks.items() if t in kept}
-        rest = sum(stage.tasks.values()) - sum(mix.values())
-        mix |= {t: mix.get(t, 0.0) + rest / len(swaps) for t in swaps if rest > 0}
-        out.append(replace(stage, tasks=mix))
-    return out
+        weight = sum(stage.tasks.values()) / len(instead)
+        more = dict.fromkeys(instead, weight) if stage.tasks else {}
+        changed.append(replace(stage, tasks=stage.tasks | more))
+    return changed
 
 
-@lru_cache(maxsize=8)
-def scene_order(count: int, seed: int, index: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([0, seed, index, epoch]).permutation(count)
+class QuestionDataset(torch.utils.data.Dataset):
+    """The micro-batches of one stage for one rank, each a pure function of (seed, stage, step).
 
+    A step has slots: one scene each, with its questions. Slot s belongs to rank s % world; a rank's slots are dealt
+    to its micro-batches in the same way. Item i is micro-batch i % accumulate of step i // accumulate.
+    """
 
-def plan(stage: Stage, index: int, step: int, scenes: int, seed: int) -> list[tuple[int, int]]:
-    """(scene, number of questions) for every slot of a step; the scenes come in a new order each epoch."""
-    full, rest = divmod(stage.batch, stage.per_scene if stage.tasks else 1)
-    asked = [stage.per_scene if stage.tasks else 0] * full + [rest] * (rest > 0)
-    places = [divmod(step * len(asked) + i, scenes) for i in range(len(asked))]
-    return [(int(scene_order(scenes, seed, index, e)[i]), n) for (e, i), n in zip(places, asked, strict=True)]
+    def __init__(self, model, scenes: list[Scene], stage: Stage, index: int, seed: int, rank: int = 0, world: int = 1):
+        self.model, self.scenes, self.stage = model, scenes, stage
+        self.key = (seed, index)
+        self.rank, self.world = rank, world
+        self.by_name = {scene.name: scene for scene in scenes}
+        self.shuffled = lru_cache(maxsize=3)(self.shuffle)
 
+    def shuffle(self, epoch: int) -> list:
+        """Order an epoch's scenes."""
+        return np.random.default_rng([0, *self.key, epoch]).permutation(len(self.scenes)).tolist()
 
-def shuffled(listed: dict[str, list], names: list[str], per_scene: int, seed: int, index: int,
-             epoch: int) -> list[tuple[int, data.Sample]]:  # fmt: skip
-    """An epoch over listed questions, as (scene, question): every one once, `per_scene` of a scene in a row, so that a
-    batch holds few scenes."""
-    rng = np.random.default_rng([2, seed, index, epoch])
-    runs = []
-    for which, name in enumerate(names):
-        own = listed.get(name, [])
-        order = rng.permutation(len(own)).tolist()
-        runs += [[(which, own[i]) for i in order[k : k + per_scene]] for k in range(0, len(own), per_scene)]
-    return [pair for r in rng.permutation(len(runs)).tolist() for pair in runs[r]]
+    def take(self, step: int, count: int) -> list:
+        """Take a step's `count` items out of shuffled epochs that follow one another without end."""
+        size = len(self.shuffled(0))
+        places = [divmod(place, size) for place in range(step * count, (step + 1) * count)]
+        return [self.shuffled(epoch)[i] for epoch, i in places]
 
-
-HELD = ("frames", "colours", "superpoints", "instances")  # arrays that turning a scene leaves as they are
-
-
-@dataclass
-class Draws(torch.utils.data.Dataset):
-    """Micro-batch i of a stage for one rank: {"batch", "questions", "share"}. A rank without questions of its own
-    repeats a scene with share 0, so that every rank runs every module and no collective waits for it."""
-
-    model: nn.Module
-    scenes: list[Scene]
-    stage: Stage
-    index: int
-    seed: int
-    rank: int = 0
-    world: int = 1
-    listed: dict[str, list] | None = None  # questions by scene to be asked in place of generated ones
-    epoch: tuple = (None, None)  # the one in use: (its number, its questions in order)
-
-    def plan(self, step: int) -> list[tuple[int, typing.Any]]:
-        """(scene, how many questions are to be drawn, or the questions themselves) for every slot of a step."""
+    def slots(self, step: int) -> list[tuple]:
+        """Choose the (scene, number of questions) of a step; a stage without questions has a scene per slot."""
         stage = self.stage
-        if self.listed is None:
-            return plan(stage, self.index, step, len(self.scenes), self.seed)
-        size, asked = sum(map(len, self.listed.values())), []
-        for place in range(step * stage.batch, (step + 1) * stage.batch):
-            epoch, i = divmod(place, size)
-            if self.epoch[0] != epoch:
-                names = [s.name for s in self.scenes]
-                self.epoch = epoch, shuffled(self.listed, names, stage.per_scene, self.seed, self.index, epoch)
-            asked.append(self.epoch[1][i])
-        return [(which, [s for _, s in pairs]) for which, pairs in itertools.groupby(asked, key=lambda pair: pair[0])]
+        per_scene = stage.per_scene if stage.tasks else 1
+        counts = [min(per_scene, stage.batch - begun) for begun in range(0, stage.batch, per_scene)]
+        return list(zip(self.take(step, len(counts)), counts, strict=True))
 
-    def ask(self, step: int, slots: typing.Iterable[int] | None = None) -> list[tuple[Scene, list]]:
-        """The scenes of some slots (default: all) of a step, turned and numbered anew, with their questions."""
-        stage, groups = self.stage, []
-        for slot, (which, count) in enumerate(self.plan(step)):
-            if slots is not None and slot not in slots:
-                continue
-            rng = np.random.default_rng([1, self.seed, self.index, step, slot])
-            if self.listed is not None:
-                groups.append((data.augment(self.scenes[which], rng, mirror=False), count))
-                continue
-            for base in self.scenes[which:] + self.scenes[:which]:
-                scene = data.augment(base, rng, stage.recolour)
-                samples = data.questions(scene, stage.tasks, count, rng) if stage.tasks else []
-                if samples or not stage.tasks:  # else: a scene that allows no question gives way to the next
-                    break
-            else:
-                raise DataError(f"stage {stage.name}: no scene allows any question of {', '.join(stage.tasks)}")
-            groups.append((scene, samples))
-        return groups
+    def ask(self, rng: np.random.Generator, which: int, count: int) -> tuple[Scene, list[Sample]]:
+        """Turn a scene, number its objects anew and draw questions; a scene that allows none gives way to the next."""
+        stage = self.stage
+        for scene in self.scenes[which:] + self.scenes[:which]:
+            scene = data.augment(scene, rng, stage.recolour)
+            samples = data.questions(scene, stage.tasks, count, rng) if stage.tasks else []
+            if samples or not stage.tasks:
+                return scene, samples
+        raise DataError(f"stage {stage.name}: no scene allows any question of {', '.join(stage.tasks)}")
 
     def __getitem__(self, i: int) -> dict:
         step, part = divmod(i, self.stage.accumulate)
-        own = self.ask(step, range(self.rank + self.world * part, 10**9, self.world * self.stage.accumulate))
-        batch = self.model.batch(own or self.ask(step, [0]))
-        batch.pop("samples", None)  # for scoring only
-        if torch.utils.data.get_worker_info():  # scenes travel without the arrays that the trainer holds anyway
-            batch["scenes"] = [replace(s, **dict.fromkeys(HELD)) for s in batch.get("scenes", [])]
-        asked = sum(len(samples) if self.stage.tasks else 1 for _, samples in own)
-        return {"batch": batch, "share": float(bool(own)), "questions": asked}
+        slots = list(enumerate(self.slots(step)))
+        own = slots[self.rank + self.world * part :: self.world * self.stage.accumulate]
+
+        # a rank without a slot repeats the first with weight 0: every rank runs every module, no collective waits
+        groups = []
+        for slot, chosen in own or slots[:1]:
+            rng = np.random.default_rng([1, *self.key, step, slot])
+            groups.append(self.ask(rng, *chosen))
+        questions = sum(len(samples) if self.stage.tasks else 1 for _, samples in groups)
+
+        # between processes only what the draw changed of a scene travels: its frames stay where they are
+        batch = self.model.batch(groups)
+        del batch["samples"]
+        batch["scenes"] = [self.changes(scene) for scene in batch["scenes"]]
+        return {"batch": batch, "questions": questions, "weight": float(bool(own))}
+
+    def changes(self, scene: Scene) -> tuple[str, dict]:
+        """Tell what the draw changed of a scene: (its name, the fields that differ)."""
+        base, names = self.by_name[scene.name], [field.name for field in fields(Scene)]
+        return scene.name, {k: getattr(scene, k) for k in names if getattr(scene, k) is not getattr(base, k)}
 
 
-def die_with_parent(worker: int) -> None:
-    """A killed trainer would otherwise leave its loader processes behind, with its memory and its port."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
+class OfficialQuestions(QuestionDataset):
+    """Questions of official files, every one once an epoch, in place of generated ones.
+
+    `listed` holds them by scene name. `per_scene` of a scene follow each other, so that a batch has few scenes.
+    """
+
+    def __init__(self, listed: dict[str, list[Sample]], *args):
+        super().__init__(*args)
+        self.listed = listed
+
+    def shuffle(self, epoch: int) -> list[tuple[int, Sample]]:
+        """Order an epoch's questions, each with its scene."""
+        rng, per_scene, runs = np.random.default_rng([2, *self.key, epoch]), self.stage.per_scene, []
+        for which, scene in enumerate(self.scenes):
+            own = [(which, sample) for sample in self.listed.get(scene.name, [])]
+            rng.shuffle(own)
+            runs += [own[begun : begun + per_scene] for begun in range(0, len(own), per_scene)]
+        rng.shuffle(runs)
+        return list(itertools.chain(*runs))
+
+    def slots(self, step: int) -> list[tuple]:
+        """Choose the (scene, questions) of a step: exactly as many questions as its batch."""
+        taken = self.take(step, self.stage.batch)
+        by_scene = itertools.groupby(taken, key=lambda pair: pair[0])
+        return [(which, [sample for _, sample in pairs]) for which, pairs in by_scene]
+
+    def ask(self, rng: np.random.Generator, which: int, samples: list[Sample]) -> tuple[Scene, list[Sample]]:
+        """Turn a scene; it is not mirrored, since people wrote left and right."""
+        return data.augment(self.scenes[which], rng, mirror=False), samples
 
 
-def load(draws: Draws, steps: range, workers: int, device: torch.device) -> typing.Iterator[list[dict]]:
-    """The micro-batches of each step, on the device, drawn ahead by loader processes."""
-    base, n, parts = {s.name: s for s in draws.scenes}, draws.stage.accumulate, []
-    how = {"sampler": range(steps.start * n, steps.stop * n), "num_workers": workers, "collate_fn": lambda draw: draw}
-    if workers and sys.platform == "linux":  # forked, they have the model and its caches for nothing
-        how |= {"multiprocessing_context": "fork", "worker_init_fn": die_with_parent}
-    loader = torch.utils.data.DataLoader(draws, batch_size=None, **how)
-    for draw in loader:
-        batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in draw["batch"].items()}
-        batch["scenes"] = [replace(s, **{k: getattr(base[s.name], k) for k in HELD}) for s in batch.get("scenes", [])]
-        parts.append({**draw, "batch": batch})
-        if len(parts) == n:
-            yield parts
-            parts = []
+def start_worker(worker: int) -> None:
+    """Let a loader process outlive a signal to the group, whose step must end, but not its parent."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
+
+
+def load_steps(dataset: QuestionDataset, steps: range, workers: int) -> Iterator[list[dict]]:
+    """Yield the micro-batches of each step, drawn ahead by loader processes."""
+    n = dataset.stage.accumulate
+    forked = {"multiprocessing_context": "fork", "worker_init_fn": start_worker} if workers else {}
+    items = range(steps.start * n, steps.stop * n)
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=n, sampler=items, collate_fn=list, num_workers=workers, **forked
+    )
+    for micro_batches in loader:
+        for micro_batch in micro_batches:
+            batch = micro_batch["batch"]
+            batch["scenes"] = [replace(dataset.by_name[name], **changes) for name, changes in batch["scenes"]]
+        yield micro_batches
 
 
 # ---- 4 one step ------------------------------------------------------------------------------------------------------
@@ -431,178 +444,190 @@ def learning_rate(stage: Stage, step: int, steps: int) -> float:
 def make_optimizer(model: nn.Module, stage: Stage) -> torch.optim.AdamW:
     """AdamW over what the stage trains; weight decay on matrices only."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if (p.ndim > 1) == matrix], "weight_decay": stage.weight_decay * matrix}
-              for matrix in (True, False)]  # fmt: skip
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=stage.lr, betas=stage.betas)
+    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": stage.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=stage.lr, betas=stage.betas)
 
 
-def gradients(net: nn.Module, draws: list[dict], clip: float, ranks: Ranks, dtype: torch.dtype) -> dict:
+def compute_gradients(net: nn.Module, micro_batches: list[dict], clip: float, distributed: Distributed,
+                      dtype: torch.dtype, stop: int) -> dict:  # fmt: skip
     """Leave in the parameters the gradient of the loss per term, over all ranks and micro-batches; return numbers.
 
     Raw sums go backward; DDP and FSDP average them over ranks, so world / (global number of terms) is what is missing.
+    `stop` > 0 on one rank comes back as true on all.
     """
-    totals = torch.zeros(6, dtype=torch.float64, device=ranks.device)
-    for i, draw in enumerate(draws):
+    device = distributed.device
+    totals = torch.zeros(7, dtype=torch.float64, device=device)
+    for i, micro_batch in enumerate(micro_batches):
+        # with DDP gradients meet once a step
         if isinstance(net, DistributedDataParallel):
-            net.require_backward_grad_sync = i == len(draws) - 1
-        with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
-            out = net(draw["batch"])
-        (out["loss"] * draw["share"]).backward()
-        count = out.get("count", out["weight"] if "correct" in out else 0)
-        numbers = (out["loss"].detach(), out["weight"], out.get("correct", 0), count, draw["questions"],
-                   out.get("tokens", out["weight"]))  # fmt: skip
-        numbers = [torch.as_tensor(n, dtype=torch.float64, device=ranks.device) for n in numbers]
-        totals += draw["share"] * torch.stack(numbers)
-    if ranks.world > 1:
+            net.require_backward_grad_sync = i == len(micro_batches) - 1
+
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            out = net(micro_batch["batch"])
+        (out["loss"] * micro_batch["weight"]).backward()
+
+        # numbers stay on the device: a copy would wait for it
+        terms = out["weight"]
+        counts = [terms, out["correct"], out.get("count", terms), out.get("tokens", terms), micro_batch["questions"]]
+        numbers = [torch.as_tensor(n, dtype=torch.float64, device=device) for n in [out["loss"].detach(), *counts]]
+        totals[:6] += micro_batch["weight"] * torch.stack(numbers)
+
+    # every rank needs the global numbers
+    totals[6] = stop
+    if distributed.world > 1:
         dist.all_reduce(totals)
-    loss, terms, correct, count, questions, tokens = totals.tolist()
-    trained = {n: p for n, p in net.named_parameters() if p.requires_grad}
-    if idle := [n for n, p in trained.items() if p.grad is None]:
-        raise ValueError(f"{len(idle)} trainable parameters have no part in the loss, such as {idle[0]}: begin(stage) "
-                         "must freeze what a stage does not use, forward must use the rest in every batch")  # fmt: skip
+    loss, terms, correct, count, tokens, questions, stop = totals.tolist()
+
+    # an idle parameter would make DDP wait for ever, so one process does not accept it either
+    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    if idle := [name for name, p in trained.items() if p.grad is None]:
+        raise ValueError(
+            f"{len(idle)} trainable parameters have no part in the loss, such as {idle[0]}: configure_stage must "
+            "freeze what a stage does not use, forward must use the rest in every batch"
+        )
+
+    per_term = 1 / terms if terms else math.nan
     for p in trained.values():
-        p.grad.mul_(ranks.world / terms if terms else math.nan)
+        p.grad.mul_(distributed.world * per_term)
     norm = nn.utils.clip_grad_norm_(trained.values(), clip or math.inf)
-    return {"loss": loss / terms if terms else math.nan, "accuracy": correct / count if count else None, "terms": terms,
-            "norm": float(norm.full_tensor() if isinstance(norm, DTensor) else norm), "questions": questions,
-            "tokens": tokens}  # fmt: skip
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    accuracy = correct / count if count else None
+    return {
+        "loss": loss * per_term,
+        "accuracy": accuracy,
+        "terms": terms,
+        "questions": questions,
+        "norm": norm,
+        "tokens": tokens,
+        "stop": stop > 0,
+    }
 
 
 # ---- 5 checkpoints ---------------------------------------------------------------------------------------------------
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path, rank: int) -> None:
-    """Whole tensors to a safetensors file, on disk when this returns; every rank must call it, the first writes."""
-    whole = {}
-    for name, t in tensors.items():
-        t = t.detach().full_tensor() if isinstance(t, DTensor) else t.detach()
-        if rank == 0:
-            whole[name] = t.cpu().contiguous()
-    if rank == 0:
-        save_file(whole, path)
-        sync(path)
-
-
 def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
 
 
-def save(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, state: dict, rank: int = 0) -> None:
-    """Write a checkpoint: weights, Adam's moments, and `state`. Replacing state.json is what commits it."""
-    folder = out / "checkpoint"
-    weights = named_weights(model)
-    moments = {f"{key}/{name}": value for name, p in weights.items() if optimizer and p in optimizer.state
-               for key, value in optimizer.state[p].items()}  # fmt: skip
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        number = read_state(out)["number"] + 1 if (folder / "state.json").exists() else 1
-        tensors = {"weights": weights} | ({"optimizer": moments} if moments else {})
-        files = {kind: f"{kind}-{number}.safetensors" for kind in tensors}
-        for kind, file in files.items():
-            write_tensors(tensors[kind], folder / file, rank)
+def write_tensors(path: Path, tensors: dict[str, Tensor], rank: int) -> str | None:
+    """Write whole tensors to a safetensors file and return its digest; every rank takes part, the first writes."""
+    whole = {}
+    for name, t in tensors.items():
+        t = t.detach().full_tensor() if isinstance(t, DTensor) else t.detach()
         if rank == 0:
-            new = folder / "state.json.new"
-            new.write_text(json.dumps({"number": number, "files": files, **state}, indent=1))
-            sync(new)
-            os.replace(new, folder / "state.json")
-            sync(folder)
-            for stale in {p.name for p in folder.iterdir()} - {"state.json", *files.values()}:
-                (folder / stale).unlink()
+            whole[name] = t.cpu().contiguous()
+    if rank > 0:
+        return None
+
+    if broken := [name for name, t in whole.items() if not t.isfinite().all()]:
+        raise DataError(f"{path}: not written, as {broken[0]} is not finite; lower lr, then --resume from before")
+    save_file(whole, path)
+    sync(path)
+    return data.file_digest(path)
+
+
+def save_checkpoint(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, state: dict,
+                    rank: int = 0) -> None:  # fmt: skip
+    """Write weights, Adam's moments and `state`; every rank takes part. Replacing state.json commits them."""
+    folder, number = out / "checkpoint", state["position"]["total"]
+    weights = data.named_weights(model)
+    tensors = {"weights": weights}
+    if optimizer:
+        moments = [(name, optimizer.state.get(p, {})) for name, p in weights.items()]
+        tensors["optimizer"] = {f"{name}/{key}": value for name, own in moments for key, value in own.items()}
+    paths = {kind: folder / f"{kind}-{number}.safetensors" for kind in tensors}
+
+    try:
+        digests = {kind: write_tensors(path, tensors[kind], rank) for kind, path in paths.items()}
+        if rank > 0:
+            return
+        new = folder / "state.json.new"
+        new.write_text(json.dumps({**state, "sha256": digests}, indent=1))
+        sync(new)
+        os.replace(new, folder / "state.json")
+
+        # only now is the checkpoint before of no use
+        sync(folder)
+        for stale in {*folder.glob("*.safetensors")} - {*paths.values()}:
+            stale.unlink()
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{folder}: saving failed ({error}); the checkpoint before is whole: make room, then --resume"
-                        ) from None  # fmt: skip
+        raise DataError(f"{folder}: saving failed ({error}); make room, then --resume from the one before") from None
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, run: Path) -> None:
-    """Adam's moments, spread over the ranks like the parameters they belong to."""
-    saved = read_tensors(run, "optimizer")
-    names = {id(p): name for name, p in named_weights(model).items()}
-    state = {}
-    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        own = {key: saved[f"{key}/{names[id(p)]}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-        if isinstance(p, DTensor):
-            own |= {k: distribute_tensor(t, p.device_mesh, p.placements) for k, t in own.items() if k != "step"}
-        state[i] = own
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    """Read Adam's moments, spread over the ranks like the parameters they belong to."""
+    weights = data.named_weights(model)
+    for entry, value in data.read_tensors(run, "optimizer").items():
+        name, key = entry.rsplit("/", 1)
+        p = weights[name]
+        if key != "step":
+            value = value.to(p.device)
+            value = distribute_tensor(value, p.device_mesh, p.placements) if isinstance(p, DTensor) else value
+        optimizer.state[p][key] = value
 
 
-# ---- 6 run folder, log, progress and picture -------------------------------------------------------------------------
+# ---- 6 the run folder ------------------------------------------------------------------------------------------------
+
+RESULTS = ("checkpoint/*", "predictions/*", "log.jsonl", "loss.png", "metrics.json", "report.html")
 
 
-def check_run(args: argparse.Namespace) -> dict | None:
-    """Refuse to mix this command with what the run folder holds; the position to go on from, if any."""
-    out, held = args.out, (args.out / "checkpoint" / "state.json").exists()
-    state = read_state(out) if args.resume or held else None
-    for key in SAME if args.resume else ():
-        then, now = state["run"].get(key), getattr(args, key)
-        if then != now:
-            raise DataError(f"{out} holds a run with {key} {then!r}, not {now!r}: repeat the command that began it, or "
-                            "choose another --out")  # fmt: skip
-    if held and not args.resume and not args.overwrite:
-        raise DataError("{} holds a run of {model} (preset {preset}, seed {seed}): --resume continues it, --overwrite "
-                        "replaces it, --out DIR keeps it".format(out, **state["run"]))  # fmt: skip
-    return state["position"] if args.resume else None
+def open_run(args: argparse.Namespace, rank: int) -> tuple[object, dict | None]:
+    """Lock the run folder, prove that it can be written, and read the state to go on from: (lock, state or None)."""
+    out, state = args.out, None
+    if args.resume:
+        state = data.read_state(out)
+        for key, now in args.command.items():
+            then = state["run"].get(key)
+            if then != now:
+                raise DataError(f"{out} holds a run with {key} {then!r}, not {now!r}: repeat its command or use --out")
+    elif (out / "checkpoint" / "state.json").exists() and not args.overwrite:
+        raise DataError(f"{out} holds a run: --resume continues it, --overwrite replaces it, --out DIR keeps it")
+
+    for folder in (out, out / "cache", out / "checkpoint"):
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = (out / "lock").open("w")
+    if rank == 0:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # dies with this process
+        except OSError:
+            raise DataError(f"{out}: another run is writing there; wait for it, or choose another --out") from None
+    return lock, state
 
 
-def open_run(out: Path, record: dict, position: dict | None) -> None:
-    """An empty run folder, or one whose log ends where the checkpoint does."""
-    out.mkdir(parents=True, exist_ok=True)
+def begin_log(out: Path, record: dict, total: int) -> None:
+    """Write config.json, and end the log where the checkpoint does: later steps will be done again."""
+    if total == 0:
+        for pattern in RESULTS:
+            for path in out.glob(pattern):
+                path.unlink()
     log = out / "log.jsonl"
-    if position is None:
-        for name in ("checkpoint", "predictions", "pictures"):
-            shutil.rmtree(out / name, ignore_errors=True)
-        for name in ("log.jsonl", "nonfinite.jsonl", "loss.png", "metrics.json", "report.html"):
-            (out / name).unlink(missing_ok=True)
-        for path in evaluate.side_scores(out):
-            path.unlink()
-    elif log.exists():  # steps after the checkpoint will be done again
-        lines = [x for x in log.read_text().splitlines(True) if x.endswith("\n")]
-        log.write_text("".join(x for x in lines if json.loads(x)["total"] <= position["total"]))
+    if log.exists():
+        lines = [line for line in log.read_text().splitlines(True) if line.endswith("\n")]
+        log.write_text("".join(line for line in lines if json.loads(line)["total"] <= total))
     (out / "config.json").write_text(json.dumps(record, indent=1))
 
 
-def append(path: Path, line: dict) -> None:
-    with path.open("a") as f:
-        f.write(json.dumps(line) + "\n")
-
-
 def draw_loss(out: Path) -> None:
-    """loss.png from log.jsonl: loss and accuracy per answer token against steps, a colour per stage."""
+    """Draw loss.png from log.jsonl: loss and accuracy per answer token against steps, a color per stage."""
     from matplotlib.figure import Figure
 
-    lines = [json.loads(x) for x in (out / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.subplots(2, 1, sharex=True)
-    for stage in dict.fromkeys(x["stage"] for x in lines):
-        own = [x for x in lines if x["stage"] == stage]
-        for axis, key in zip(axes, ("loss", "accuracy"), strict=True):
-            heights = [math.nan if x[key] is None else x[key] for x in own]
-            axis.plot([x["total"] for x in own], heights, lw=1, label=stage)
-    axes[0].set(ylabel="loss per answer token", yscale="log")
-    axes[1].set(ylabel="right answer tokens", xlabel="step", ylim=(0, 1))
-    axes[0].legend()
+    loss, accuracy = figure.subplots(2, 1, sharex=True)
+    for axis, key in ((loss, "loss"), (accuracy, "accuracy")):
+        for stage, own in itertools.groupby(lines, key=lambda line: line["stage"]):
+            points = [(line["total"], line[key]) for line in own if line[key] is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), lw=1, label=stage)
+    loss.set(ylabel="loss per answer token", yscale="log")
+    accuracy.set(ylabel="right answer tokens", xlabel="step", ylim=(0, 1))
+    loss.legend()
     figure.savefig(out / "loss.png", dpi=100)
-
-
-def bar(text: str, done: int, total: int, ranks: Ranks) -> None:
-    """Progress: one changing line on a terminal; elsewhere a line every 5 %."""
-    if ranks.rank == 0 and sys.stdout.isatty():
-        print(f"\r{text}\033[K", end="\n" * (done == total), flush=True)
-    elif done == total or done * 20 // total > (done - 1) * 20 // total:
-        ranks.say(text)
-
-
-def progress(ranks: Ranks):
-    """What `prepare` reports with: progress(items, what) gives the items back."""
-
-    def iterate(items, what: str):
-        for i, item in enumerate(items, start=1):
-            yield item
-            bar(f"{what} {i}/{len(items)}", i, len(items), ranks)
-
-    return iterate
 
 
 def tensorboard(out: Path):
@@ -616,256 +641,288 @@ def tensorboard(out: Path):
 # ---- 7 the run -------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Run:
-    """What stays the same from the first step to the last."""
-
-    args: argparse.Namespace
-    ranks: Ranks
-    model: nn.Module
-    text: data.TinyText | data.HubText
-    train: list[Scene]
-    test: list[Scene]
-    stages: list[Stage]
-    steps: list[int]
-    record: dict  # config.json
-    dtype: torch.dtype
-    listed: dict[str, dict]  # stage -> scene -> questions of official files
-    board: object = None  # TensorBoard's writer
-
-    def save(self, position: dict, optimizer: torch.optim.Optimizer | None = None) -> None:
-        state = {"position": position, "run": self.record, "processes": self.ranks.world}
-        save(self.args.out, self.model, optimizer, state, self.ranks.rank)
-        if self.ranks.rank == 0 and (self.args.out / "log.jsonl").exists():
-            draw_loss(self.args.out)
-        self.ranks.barrier()
-
-    def prepare(self, scenes: list[Scene]) -> None:
-        with gathered(self.model), torch.no_grad():
-            self.model.cache_features(scenes, self.args.out / "cache", self.ranks.rank, self.ranks.world)
-        self.ranks.barrier()
+def load_scenes(args: argparse.Namespace) -> list[list[Scene]]:
+    """Read or make the scenes to train in and those to score in."""
+    scenes = []
+    for split, count in (("train", args.train_scenes), ("test", args.test_scenes)):
+        options = data.scene_options(args)
+        scenes.append(data.load_scenes(args.data, split, args.root, count, args.workers, **options))
+    train, test = map(len, scenes)
+    if train == 0 or (test == 0 and not args.no_eval):
+        raise DataError(f"--data {args.data}: {train} scenes to train in, {test} to score in; or --no-eval")
+    return scenes
 
 
-def train_stage(run: Run, index: int, position: dict) -> None:
-    """One stage from position["step"] on; the position moves along, at the end to the start of the next stage."""
-    args, ranks, stage, steps = run.args, run.ranks, run.stages[index], run.steps[index]
-    seed_everything(args.seed, index)
-    run.model.configure_stage(stage)
-    run.model.train()
-    run.prepare(run.train)
-    net, optimizer = wrap(run.model, ranks, run.dtype, args.shard), make_optimizer(run.model, stage)
-    if position["adam"]:
-        load_optimizer(optimizer, run.model, args.out)
-    ranks.say(f"stage {stage.name} ({index + 1} of {len(run.stages)}): {steps} steps of {stage.batch}")
-    draws = Draws(run.model, run.train, stage, index, args.seed, ranks.rank, ranks.world, run.listed.get(stage.name))
-    first, before, began, tokens = position["step"], position["seconds"], time.monotonic(), 0.0
-    ended = began
-    for parts in load(draws, range(first, steps), args.workers, ranks.device):
-        step, arrived = position["step"], time.monotonic()
-        seed_everything(args.seed, index, step, ranks.rank)
-        numbers = gradients(net, parts, stage.clip, ranks, run.dtype)
-        numbers["lr"] = learning_rate(stage, step, steps)
-        update(optimizer, numbers, position, run, draws)
-        now = time.monotonic()
-        numbers |= {"speed": numbers["tokens"] / (now - ended), "wait": (arrived - ended) / (now - ended)}
-        position.update(step=step + 1, total=position["total"] + 1, seconds=before + now - began)
-        ended, tokens, pace = now, tokens + numbers["tokens"], (now - began) / (step + 1 - first)
-        report(run, stage, position, numbers)
-        bar(f"{stage.name} {step + 1}/{steps}  loss {numbers['loss']:.4f}  accuracy {position['running']:.3f}  "
-            f"{tokens / (now - began):,.0f} tok/s  {timedelta(seconds=round(pace * (steps - step - 1)))} left",
-            step + 1, steps, ranks)  # fmt: skip
-        if stage.until is not None and position["running"] > stage.until:
-            ranks.say(f"\nstage {stage.name}: left after {step + 1} steps, running accuracy above {stage.until}")
-            break
-        if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
-            run.save({**position, "adam": bool(optimizer.state)}, optimizer)
-    position.update(stage=index + 1, step=0, running=0.0, adam=False)
-    run.save(position)
-    possible = {t for scene in run.test for t in data.TASKS if not data.refusal(scene, t)}  # metres need a scale
-    scored = tuple(name for name in stage.score if possible & set(evaluate.BENCHMARKS[name].tasks))
-    if scored and not args.no_eval:
-        ranks.say(f"after stage {stage.name}:")
-        evaluate_run(run, stage, scored, args.out / f"after {stage.name}")
-
-
-def update(optimizer: torch.optim.Optimizer, numbers: dict, position: dict, run: Run, draws: Draws) -> None:
-    """The optimizer's step, if all is finite; else count it and note what was asked. Five in a row end the run."""
-    if math.isfinite(numbers["loss"]) and math.isfinite(numbers["norm"]):
-        for group in optimizer.param_groups:
-            group["lr"] = numbers["lr"]
-        optimizer.step()
-        position["in_a_row"] = 0
-        position["running"] += 0.03 * ((numbers["accuracy"] or 0.0) - position["running"])
-    else:
-        position.update(skipped=position["skipped"] + 1, in_a_row=position["in_a_row"] + 1)
-        where = f"stage {draws.stage.name}, step {position['step'] + 1}"
-        if run.ranks.rank == 0:
-            asked = [[scene.name, *(q.question for q in samples)] for scene, samples in draws.ask(position["step"])]
-            append(run.args.out / "nonfinite.jsonl", {"where": where, "scenes and questions": asked})
-        run.ranks.say(f"\n{where}: loss or gradient is not finite, skipped ({position['skipped']} so far)")
-        if position["in_a_row"] == 5:
-            raise DataError(f"{where}: the fifth step in a row that is not finite; {run.args.out}/nonfinite.jsonl has "
-                            "their questions; lower the stage's lr or clip, or use --dtype float32")  # fmt: skip
-    optimizer.zero_grad(set_to_none=True)
-
-
-def report(run: Run, stage: Stage, position: dict, numbers: dict) -> None:
-    """One line of log.jsonl (names: see the top of this file), and TensorBoard where asked."""
-    if run.ranks.rank:
-        return
-    peak = torch.cuda.max_memory_allocated() / 2**30 if run.ranks.device.type == "cuda" else None
-    line = {k: v for k, v in {**position, **numbers, "memory": peak}.items() if k not in ("adam", "in_a_row", "tokens")}
-    brief = lambda v: float(f"{v:.9g}") if math.isfinite(v) else None  # noqa: E731 (JSON knows no NaN)
-    line = {k: brief(v) if isinstance(v, float) else v for k, v in line.items()} | {"stage": stage.name}
-    append(run.args.out / "log.jsonl", line)
-    for key in ("loss", "accuracy", "lr", "norm", "speed") if run.board else ():
-        if line[key] is not None:
-            run.board.add_scalar(key, line[key], line["total"])
+def read_official(args: argparse.Namespace, stages: list[Stage], scenes: list[list[Scene]]) -> tuple[dict, dict]:
+    """Read the official files that stages name: (questions, what was found), each by stage."""
+    listed, found = {}, {}
+    named = [stage for stage in stages if stage.files and args.annotations]
+    if args.annotations and not named:
+        raise DataError(f"--annotations: no stage of {args.model} that runs names official files; leave it out")
+    for stage in named:
+        folder, root = Path(args.annotations), Path(args.root or args.annotations)
+        listed[stage.name], found[stage.name] = evaluate.mixture(stage.files, folder, root, *scenes, args.seed)
+    return listed, found
 
 
 def make_text(config, scenes: list[Scene], listed: dict[str, dict]) -> data.TinyText | data.HubText:
-    """The pre-trained model's own tokenizer, else one word-level vocabulary of all questions about such scenes."""
-    if getattr(config, "llm", None):
+    """Take the pre-trained model's own tokenizer, else one word-level vocabulary of all that may be asked."""
+    if config.llm:
         return data.HubText(config.llm)
     words = data.vocabulary({*data.CATEGORIES, *(o.category for s in scenes for o in s.objects)})
-    samples = (s for by_scene in listed.values() for own in by_scene.values() for s in own)
-    read = data.TinyText.train(t for s in samples for t in (s.question, s.answer))
+    samples = [s for by_scene in listed.values() for own in by_scene.values() for s in own]
+    read = data.TinyText.train(text for s in samples for text in (s.question, s.answer))
     return data.TinyText({*words, *read.state()["words"]})
 
 
-def read_listed(args: argparse.Namespace, stages: list[Stage], train: list[Scene],
-                test: list[Scene]) -> tuple[dict[str, dict], dict[str, list]]:  # fmt: skip
-    """(questions of official files, counts per source), both by stage, for the stages that name sources."""
-    named = [s for s in stages if s.files]
-    if args.annotations and not named:
-        raise DataError(f"--annotations: no stage of {args.model} that runs names official files; leave it out")
-    folder, root = Path(args.annotations or ""), Path(args.root or args.annotations or "")
-    found = {s.name: evaluate.mixture(s.files, folder, root, train, test, args.seed)
-             for s in named if args.annotations}  # fmt: skip
-    return {name: listed for name, (listed, _) in found.items()}, {name: report for name, (_, report) in found.items()}
+class Trainer:
+    """A run. Its position, and a checkpoint of model and optimizer, are all that a resume needs."""
 
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.out = args, args.out
+        self.signal, self.in_step, self.bad_in_a_row = 0, False, 0
+        self.distributed = Distributed()
+        self.rank, self.world, print0 = self.distributed.rank, self.distributed.world, self.distributed.print0
+        device = self.distributed.device
+        dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+        self.dtype = DTYPES[dtype]
+        paper = importlib.import_module(args.model)
+        data.adopt(paper)
+        config, stages = configure(args, paper)
 
-def build(args: argparse.Namespace, ranks: Ranks, paper=None, scenes: tuple | None = None,
-          text: dict | None = None) -> Run:  # fmt: skip
-    """Scenes, tokenizer and a fresh model for a command. `paper`, `scenes` (train, test) and `text` (a tokenizer's
-    state) replace what the command names."""
-    paper = paper or importlib.import_module(pick(args.model, MODELS, "model"))
-    data.adopt(paper)
-    config, stages = configure(args, paper)
-    if scenes is None:
-        pick(args.data, data.SOURCES, "source of data")
-        counts = {"train": args.train_scenes, "test": args.test_scenes}
-        scenes = tuple(data.load_scenes(args.data, s, args.root, n, args.workers) for s, n in counts.items())
-        if not scenes[0] or not (scenes[1] or args.no_eval):
-            counts = "{} scenes to train in, {} to score in".format(*map(len, scenes))
-            raise DataError(f"--data {args.data}: {counts}; give one of each at least (--train-scenes, --test-scenes, "
-                            "scans of both splits), or --no-eval")  # fmt: skip
-    train, test = scenes
-    for note in dict.fromkeys(n for s in (*train, *test) for n in s.notes) if len(train) == 1 else ():
-        ranks.say(f"note: {note}")
-    if len(train) == 1:
-        ranks.say("note: one scene shows that everything works; it cannot show learning")
-    stages = askable(stages, train, paper, ranks.say)
-    listed, reports = read_listed(args, stages, train, test)
-    for name, report in reports.items():
-        ranks.say(f"stage {name} asks from official files:\n{evaluate.describe_mixture(report)}")
-    sizes = {name: sum(map(len, by_scene.values())) for name, by_scene in listed.items()}
-    stages = [replace(s, samples=sizes.get(s.name, s.samples)) for s in stages]
-    steps = stage_steps(stages, len(train), args.steps)
-    text = data.load_text(text) if text else make_text(config, train, listed)
-    seed_everything(args.seed)
-    model = paper.Model(config, text)
-    record = {**{k: getattr(args, k) for k in SAME}, "config": asdict(config), "text": text.state(),
-              "scenes": {"train": [s.name for s in train], "test": [s.name for s in test]}, "mixtures": reports,
-              "revision": evaluate.revision(), "torch": torch.__version__}  # fmt: skip
-    dtype = DTYPES[args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32")]
-    return Run(args, ranks, model, text, train, test, stages, steps, record, dtype, listed)
+        # what is wrong with the folder must not show after minutes of work
+        self.lock, state = open_run(args, self.rank)
+        start = {"stage": 0, "step": 0, "total": 0, "running": 0.0, "skipped": 0, "seconds": 0.0}
+        self.position = state["position"] if state else start
 
+        # scenes, and what stages ask about them
+        scenes = self.train_scenes, self.test_scenes = load_scenes(args)
+        if len(self.train_scenes) == 1:
+            notes = [*self.train_scenes[0].notes, "one scene shows that everything works; it cannot show learning"]
+            print0("\n".join(f"note: {note}" for note in notes))
+        if not any(o.category for scene in self.train_scenes for o in scene.objects):
+            print0("the objects have no categories: questions are about color, size and place only")
+            stages = ask_without_names(stages, paper)
+        self.listed, found = read_official(args, stages, scenes)
+        for name, counts in found.items():
+            print0(f"stage {name} asks from official files:\n{evaluate.describe_mixture(counts)}")
+        sizes = {name: sum(map(len, by_scene.values())) for name, by_scene in self.listed.items()}
+        self.stages = [replace(stage, samples=sizes.get(stage.name, stage.samples)) for stage in stages]
+        self.steps = stage_steps(self.stages, len(self.train_scenes), args.steps)
 
-def load_run(folder: Path, paper=None, scenes: tuple | None = None) -> Run:
-    """A finished run's model with its weights, tokenizer, scenes and stages, at its last stage."""
-    record = read_state(folder)["run"]
-    args = parse([f"--model={record['model']}", f"--out={folder}"])
-    vars(args).update({k: record[k] for k in SAME if k in record} | {"annotations": None})  # nothing is trained on
-    run = build(args, start_processes(), paper, scenes, record["text"])
-    load_weights(run.model, folder)
-    run.model.to(run.ranks.device).eval()
-    run.model.configure_stage(run.stages[-1])
-    return run
+        # every rank draws the same first weights
+        text = make_text(config, self.train_scenes, self.listed)
+        seed_everything(args.seed)
+        self.model = model = paper.build(config, text)
+        model.keep_trained_precise(self.stages)
+        if args.resume or args.init:
+            data.load_weights(model, self.out if args.resume else Path(args.init))
+        if args.recompute:
+            model.gradient_checkpointing_enable()
 
+        # from here on the processes know each other
+        self.distributed.join(args.shard)
+        print0(f"{self.out}: seed {args.seed}, processes {self.world}, {device.type}, {dtype}")
+        if state and state["processes"] != self.world:
+            print0(f"note: the run began on {state['processes']} processes; results agree to rounding")
+        for stage, steps in zip(self.stages, self.steps, strict=True):
+            model.configure_stage(stage)
+            print0(f"  {stage.name}: {steps} steps; {memory_line(model, self.world if args.shard else 1)}")
+        if args.shard:
+            shard_model(model, self.distributed, self.dtype)  # moves to the device block by block
+        else:
+            model.to(device)
 
-def run(args: argparse.Namespace, paper=None, scenes: tuple | None = None) -> Run:
-    """Train all stages and score the result."""
-    started = time.monotonic()
-    begun = check_run(args)
-    ranks = start_processes(args.shard)
-    whole = build(args, ranks, paper, scenes)
-    model, stages = whole.model, whole.stages
-    ranks.say(f"{args.out}: seed {args.seed}, processes {ranks.world}, {ranks.device.type}, {whole.dtype}")
-    keep_precise(model, stages)
-    for stage, steps in zip(stages, whole.steps, strict=True):
+        # all that scoring needs to know of the run
+        self.record = {
+            **args.command,
+            "config": asdict(config),
+            "stages": [asdict(stage) for stage in self.stages],
+            "text": text.state(),
+            "scenes": {"train": [s.name for s in self.train_scenes], "test": [s.name for s in self.test_scenes]},
+            "scene_counts": {"train": args.train_scenes, "test": args.test_scenes},
+            "scene_options": data.scene_options(args),
+            "mixtures": found,
+            "dtype": dtype,
+            "revision": evaluate.revision(),
+            "torch": torch.__version__,
+        }
+        self.board = None
+        if self.rank == 0:
+            begin_log(self.out, self.record, self.position["total"])
+            self.board = tensorboard(self.out) if args.tensorboard else None
+
+    def train(self) -> None:
+        """Train all stages and score the result."""
+        started = time.monotonic()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.on_signal)
+
+        for index in range(self.position["stage"], len(self.stages)):
+            self.train_stage(index)
+            stage = self.stages[index]
+            if stage.score:
+                self.score(stage, self.out / f"after {stage.name}", stage.score)
+        self.score(self.stages[-1], self.out)
+
+        # a process that ends before the first is done drawing looks like one that failed
+        with unsharded(self.model), torch.no_grad():
+            if self.rank == 0 and not self.args.no_eval:
+                self.model.pictures(self.test_scenes, self.out / "pictures")
+                evaluate.write_report(self.out)
+        self.distributed.barrier()
+        self.distributed.print0(f"{self.out}: done in {(time.monotonic() - started) / 60:.1f} minutes")
+
+    def on_signal(self, number: int, frame) -> None:
+        """Let the step in hand end; outside of steps nothing is lost."""
+        self.signal = number
+        if not self.in_step:
+            raise KeyboardInterrupt(number)
+
+    def train_stage(self, index: int) -> None:
+        """Train one stage from the position on; at the end the position is the start of the next."""
+        args, model, position = self.args, self.model, self.position
+        stage, steps = self.stages[index], self.steps[index]
+        seed_everything(args.seed, index)
         model.configure_stage(stage)
-        ranks.say(f"  {stage.name}: {steps} steps; {memory_line(model, ranks.world if args.shard else 1)}")
-    if args.resume or args.init:
-        load_weights(model, args.out if args.resume else Path(args.init))
-    if args.recompute:
-        if not hasattr(model, "gradient_checkpointing_enable"):
-            raise DataError(f"--recompute: {args.model} offers no gradient checkpointing; leave it out")
-        model.gradient_checkpointing_enable()
-    if args.shard:
-        wrap(model, ranks, whole.dtype, shard=True)  # moves to the device block by block
-    else:
-        model.to(ranks.device)
-    ranks.barrier()  # all have read what the folder holds
-    if ranks.rank == 0:
-        open_run(args.out, whole.record, begun)
-        whole.board = tensorboard(args.out) if args.tensorboard else None
-        for name, found in whole.listed.items():
-            evaluate.draw_mixture(found, whole.record["mixtures"][name], args.out / f"mixture {name}.png")
-    position = begun or {"stage": 0, "step": 0, "total": 0, "running": 0.0, "skipped": 0, "in_a_row": 0, "seconds": 0.0,
-                         "adam": False}  # fmt: skip
-    for index in range(position["stage"], len(stages)):
-        train_stage(whole, index, position)
-    if not args.no_eval:
-        evaluate_run(whole, stages[-1])
-        draw_pictures(whole)
-        evaluate.write_report(args.out, args.out, whole.test)
-        ranks.barrier()  # a process that ends before the first is done drawing looks like one that failed
-    ranks.say(f"{args.out}: done in {(time.monotonic() - started) / 60:.1f} minutes")
-    return whole
+        model.train()
+
+        # frozen work, once per scene
+        with unsharded(model), torch.no_grad():
+            model.cache_features(self.train_scenes, self.out / "cache", self.rank, self.world)
+        self.distributed.barrier()
+
+        # the optimizer, and what it was when the run stopped
+        optimizer = make_optimizer(model, stage)
+        if position["step"] > 0:
+            load_optimizer(optimizer, model, self.out)
+        parallel = self.world > 1 and not args.shard
+        net = DistributedDataParallel(model, gradient_as_bucket_view=True) if parallel else model
+
+        # the questions, drawn ahead by loader processes
+        what = (model, self.train_scenes, stage, index, args.seed, self.rank, self.world)
+        listed = self.listed.get(stage.name)
+        dataset = OfficialQuestions(listed, *what) if listed else QuestionDataset(*what)
+        todo = range(position["step"], steps)
+        name = f"{stage.name} ({index + 1} of {len(self.stages)})"
+        bar = tqdm(total=steps, initial=todo.start, desc=name, disable=self.rank > 0, mininterval=2)
+
+        self.in_step, ended = True, time.monotonic()
+        for micro_batches in load_steps(dataset, todo, args.workers):
+            # a step seeds all that is random in it, so that a resumed run draws what this one would have drawn
+            step, arrived = position["step"], time.monotonic()
+            seed_everything(args.seed, index, step, self.rank)
+            numbers = compute_gradients(net, micro_batches, stage.clip, self.distributed, self.dtype, self.signal)
+            numbers["lr"] = learning_rate(stage, step, steps)
+            tokens, stop = numbers.pop("tokens"), numbers.pop("stop")
+            self.update(optimizer, numbers)
+
+            seconds = time.monotonic() - ended
+            position["step"] += 1
+            position["total"] += 1
+            position["seconds"] += seconds
+            numbers["speed"], numbers["wait"] = tokens / seconds, (arrived - ended) / seconds
+            ended += seconds
+            self.log(stage, numbers)
+            bar.set_postfix(loss=numbers["loss"], accuracy=position["running"], refresh=False)
+            bar.update()
+
+            # the next stage starts with new moments
+            last = position["step"] == steps or (stage.until is not None and position["running"] > stage.until)
+            due = args.save_every and position["step"] % args.save_every == 0
+            if last:
+                position |= {"stage": index + 1, "step": 0, "running": 0.0}
+                self.save(None)
+            elif due or stop:
+                self.save(optimizer)
+            if stop:
+                raise KeyboardInterrupt(self.signal or signal.SIGTERM)
+            if last:
+                break
+        self.in_step = False
+        bar.close()
+
+    def update(self, optimizer: torch.optim.Optimizer, numbers: dict) -> None:
+        """Take the optimizer's step if all is finite, else count it; five skipped in a row end the run."""
+        position = self.position
+        if math.isfinite(numbers["loss"]) and math.isfinite(numbers["norm"]):
+            for group in optimizer.param_groups:
+                group["lr"] = numbers["lr"]
+            optimizer.step()
+            position["running"] += 0.03 * ((numbers["accuracy"] or 0.0) - position["running"])
+            self.bad_in_a_row = 0
+        else:
+            numbers |= {"loss": None, "norm": None}  # JSON knows no NaN
+            position["skipped"] += 1
+            self.bad_in_a_row += 1
+            where = f"stage {self.stages[position['stage']].name}, step {position['step'] + 1}"
+            self.distributed.print0(f"{where}: loss or gradient is not finite, skipped")
+            if self.bad_in_a_row == 5:
+                raise DataError(f"{where}: the fifth step in a row that is not finite; lower the stage's lr or clip")
+        optimizer.zero_grad(set_to_none=True)
+
+    def save(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Write a checkpoint and the picture of the loss; every rank takes part."""
+        state = {"position": self.position, "run": self.record, "processes": self.world}
+        save_checkpoint(self.out, self.model, optimizer, state, self.rank)
+        if self.rank == 0:
+            draw_loss(self.out)
+        self.distributed.barrier()
+
+    def log(self, stage: Stage, numbers: dict) -> None:
+        """Append a line to log.jsonl (names: see the top of this file), and to TensorBoard where asked."""
+        if self.rank > 0:
+            return
+        cuda = self.distributed.device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+        line = {**self.position, **numbers, "memory": memory, "stage": stage.name}
+        with (self.out / "log.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        for key in ("loss", "accuracy", "lr", "norm", "speed"):
+            if self.board and line[key] is not None:
+                self.board.add_scalar(key, line[key], line["total"])
+
+    def score(self, stage: Stage, out: Path, names: Iterable[str] = ()) -> None:
+        """Score the model, as that stage sees, in scenes that it never saw; every rank takes part."""
+        if self.args.no_eval:
+            return
+        with unsharded(self.model), torch.no_grad():
+            evaluate.evaluate_scenes(self.model, self.test_scenes, stage, out, record=self.record, names=names,
+                                     blind_scenes=self.train_scenes[:300])  # fmt: skip
 
 
-def evaluate_run(run: Run, stage: Stage, names: tuple[str, ...] = (), out: Path | None = None) -> None:
-    """Score the model, as that stage sees, in scenes it never saw, and print the table; every rank takes part."""
-    run.model.configure_stage(stage)
-    run.model.eval()
-    run.prepare(run.test)
-    with gathered(run.model), torch.no_grad():
-        evaluate.evaluate_run(run, names, out=out, stage=stage)
+LOST = {  # what PyTorch says when another process is gone -> what the user should know
+    "DataLoader worker": "a loader process died, likely for want of memory: --resume with fewer --workers",
+    "gloo": "another process of this run ended; --resume goes on",
+    "NCCL": "another process of this run ended; --resume goes on",
+}
 
 
-def draw_pictures(run: Run) -> None:
-    """Some test scenes as the model sees them, where it can show that."""
-    found = [run.args.out / "loss.png"]
-    with gathered(run.model):
-        if run.ranks.rank == 0 and hasattr(run.model, "pictures"):
-            found += run.model.pictures(run.test, run.args.out / "pictures")
-    run.ranks.say("\n".join(f"picture: {path}" for path in found))
-
-
-def main(argv: list[str] | None = None, paper=None, scenes: tuple | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
+    """Run a command: status 0, 2 and one line for what the user can mend, 128 + n after signal n."""
+    args = parse_args(argv)
+    status, message = 0, ""
     try:
-        run(parse(argv), paper, scenes)
-    except (DataError, OSError) as error:  # OSError: what cannot be written
+        Trainer(args).train()
+    except KeyboardInterrupt as stopped:
+        status = 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
+        message = "stopped; the same command with --resume goes on from the last checkpoint"
+    except (DataError, OSError) as error:
         # a loader process puts its traceback in front: the last line is the message
-        print(f"train.py: {str(error).strip().splitlines()[-1].removeprefix('data.DataError: ')}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; --resume goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        status, message = 2, str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")
+    except RuntimeError as error:
+        lost = [line for sign, line in LOST.items() if sign in str(error)]
+        if not lost:
+            raise
+        status, message = 1, lost[0]
+
+    # before the processes meet, what is wrong is wrong on all of them
+    first = int(os.environ.get("RANK", 0)) == 0
+    if message and (first or (dist.is_initialized() and status < 128)):
+        print(f"train.py: {message}", file=sys.stderr)
     if dist.is_initialized():
         dist.destroy_process_group()
-    return 0
+    return status
 
 
 if __name__ == "__main__":
