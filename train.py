@@ -220,9 +220,10 @@ def stage_steps(stages: list[Stage], scenes: int, total: int | None = None) -> l
 
 
 class Distributed:
-    """This process among those that torchrun started: its rank among `world`, and its device."""
+    """This process among those that torchrun started: its rank among `world`, its device, and a signal to end."""
 
     def __init__(self):
+        self.signal, self.in_step = 0, False
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
@@ -247,6 +248,12 @@ class Distributed:
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+    def on_signal(self, number: int, frame) -> None:
+        """Let the step in hand end, which then saves; outside of steps nothing is lost."""
+        self.signal = number
+        if not self.in_step:
+            raise KeyboardInterrupt(number)
 
 
 def seed_everything(*numbers: int) -> None:
@@ -450,11 +457,11 @@ def make_optimizer(model: nn.Module, stage: Stage) -> torch.optim.AdamW:
 
 
 def compute_gradients(net: nn.Module, micro_batches: list[dict], clip: float, distributed: Distributed,
-                      dtype: torch.dtype, stop: int) -> dict:  # fmt: skip
+                      dtype: torch.dtype) -> dict:  # fmt: skip
     """Leave in the parameters the gradient of the loss per term, over all ranks and micro-batches; return numbers.
 
     Raw sums go backward; DDP and FSDP average them over ranks, so world / (global number of terms) is what is missing.
-    `stop` > 0 on one rank comes back as true on all.
+    A signal to one rank is "stop" on all.
     """
     device = distributed.device
     totals = torch.zeros(7, dtype=torch.float64, device=device)
@@ -474,7 +481,7 @@ def compute_gradients(net: nn.Module, micro_batches: list[dict], clip: float, di
         totals[:6] += micro_batch["weight"] * torch.stack(numbers)
 
     # every rank needs the global numbers
-    totals[6] = stop
+    totals[6] = distributed.signal
     if distributed.world > 1:
         dist.all_reduce(totals)
     loss, terms, correct, count, tokens, questions, stop = totals.tolist()
@@ -680,7 +687,7 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.out = args, args.out
-        self.signal, self.in_step, self.bad_in_a_row = 0, False, 0
+        self.bad_in_a_row = 0
         self.distributed = Distributed()
         self.rank, self.world, print0 = self.distributed.rank, self.distributed.world, self.distributed.print0
         device = self.distributed.device
@@ -756,7 +763,7 @@ class Trainer:
         """Train all stages and score the result."""
         started = time.monotonic()
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.on_signal)
+            signal.signal(number, self.distributed.on_signal)
 
         for index in range(self.position["stage"], len(self.stages)):
             self.train_stage(index)
@@ -772,12 +779,6 @@ class Trainer:
                 evaluate.write_report(self.out)
         self.distributed.barrier()
         self.distributed.print0(f"{self.out}: done in {(time.monotonic() - started) / 60:.1f} minutes")
-
-    def on_signal(self, number: int, frame) -> None:
-        """Let the step in hand end; outside of steps nothing is lost."""
-        self.signal = number
-        if not self.in_step:
-            raise KeyboardInterrupt(number)
 
     def train_stage(self, index: int) -> None:
         """Train one stage from the position on; at the end the position is the start of the next."""
@@ -807,12 +808,12 @@ class Trainer:
         name = f"{stage.name} ({index + 1} of {len(self.stages)})"
         bar = tqdm(total=steps, initial=todo.start, desc=name, disable=self.rank > 0, mininterval=2)
 
-        self.in_step, ended = True, time.monotonic()
+        self.distributed.in_step, ended = True, time.monotonic()
         for micro_batches in load_steps(dataset, todo, args.workers):
             # a step seeds all that is random in it, so that a resumed run draws what this one would have drawn
             step, arrived = position["step"], time.monotonic()
             seed_everything(args.seed, index, step, self.rank)
-            numbers = compute_gradients(net, micro_batches, stage.clip, self.distributed, self.dtype, self.signal)
+            numbers = compute_gradients(net, micro_batches, stage.clip, self.distributed, self.dtype)
             numbers["lr"] = learning_rate(stage, step, steps)
             tokens, stop = numbers.pop("tokens"), numbers.pop("stop")
             self.update(optimizer, numbers)
@@ -836,10 +837,10 @@ class Trainer:
             elif due or stop:
                 self.save(optimizer)
             if stop:
-                raise KeyboardInterrupt(self.signal or signal.SIGTERM)
+                raise KeyboardInterrupt(self.distributed.signal or signal.SIGTERM)
             if last:
                 break
-        self.in_step = False
+        self.distributed.in_step = False
         bar.close()
 
     def update(self, optimizer: torch.optim.Optimizer, numbers: dict) -> None:
