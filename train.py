@@ -45,7 +45,6 @@ import itertools
 import json
 import math
 import os
-import random
 import signal
 import sys
 import time
@@ -66,7 +65,6 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -77,6 +75,7 @@ import evaluate
 from data import DataError, Sample, Scene, Stage
 
 MODELS = ["proxy3d", "fase3d", "spatial3dllm"]
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SCHEDULES = {  # share of the way from final_lr up to lr, at progress 0..1 after the warm-up
     "constant": lambda p: 1.0,
@@ -108,8 +107,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_scene_options(command)
 
     # the rest may differ between the parts of a run
-    about = __doc__.partition("\n")[0]
-    parser = argparse.ArgumentParser(parents=[command], description=about, allow_abbrev=False)
+    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if sys.platform == "linux" else 1
+    parser = argparse.ArgumentParser(parents=[command], allow_abbrev=False, description="Train one of the papers.")
     add = parser.add_argument
     add("--out", type=Path, help="run folder (default runs/<model>)")
     add("--resume", action="store_true", help="go on from the run folder's checkpoint")
@@ -118,16 +117,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--shard", action="store_true", help="FSDP2: spread weights, gradients and Adam over the processes")
     add("--recompute", action="store_true", help="gradient checkpointing: less memory, more time")
     add("--dtype", choices=DTYPES, help="of the arithmetic (default bfloat16 on a GPU, float32 on a CPU)")
-    add("--workers", type=int, help="loader processes (default: cores to spare, at most 4)")
+    add("--workers", type=int, default=max(0, min(4, cores - 1)), help="loader processes (default: spare cores)")
     add("--tensorboard", action="store_true")
     add("--no-eval", action="store_true", help="train only")
 
     args = parser.parse_args(argv)
     args.command = vars(command.parse_known_args(argv)[0])
     args.out = args.out or Path("runs") / args.model
-    if args.workers is None:
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
-        args.workers = max(0, min(4, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
     return args
 
 
@@ -138,10 +134,10 @@ def known(name: str, names: Iterable[str], what: str) -> str:
     return name
 
 
-def override(target, key: str, text: str, what: str):
+def override(target, key: str, text: str):
     """Copy a dataclass with one field read from text as Python writes it: 3, 1e-4, (16, 21), true, none, or a word."""
     kinds = {field.name: field.type for field in fields(target) if field.name != "name"}
-    kind = kinds[known(key, kinds, what)]
+    kind = kinds[known(key, kinds, f"field of {type(target).__name__}")]
     try:
         value = ast.literal_eval(text.title() if text.lower() in ("true", "false", "none") else text)
     except (ValueError, SyntaxError):
@@ -173,18 +169,14 @@ def configure(args: argparse.Namespace, paper) -> tuple[object, list[Stage]]:
     """Apply --llm, --set and --stages to the paper's preset: (Config, stages)."""
     config = getattr(paper.Config, args.preset)()
     stages = {stage.name: stage for stage in paper.STAGES[args.preset]}
-    if args.llm:
-        config = override(config, "llm", args.llm, "field of Config")
-    for setting in args.set:
-        key, equals, value = setting.partition("=")
+    settings = [f"llm={args.llm}", *args.set] if args.llm else args.set
+    for setting in settings:
+        key, _, text = setting.partition("=")
         name, dot, field = key.rpartition(".")
-        if not equals:
-            raise DataError(f"--set {setting}: write KEY=VALUE")
         if dot:
-            stage = stages[known(name, stages, "stage")]
-            stages[name] = override(stage, field, value, f"field of stage {name}")
+            stages[name] = override(stages[known(name, stages, "stage")], field, text)
         else:
-            config = override(config, key, value, "field of Config")
+            config = override(config, key, text)
 
     # a setting may add or drop stages
     stages = {stage.name: stage for stage in paper.recipe(config, list(stages.values()))}
@@ -230,13 +222,10 @@ class Distributed:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
 
-    def join(self, shard: bool) -> None:
-        """Meet the other processes; sharding needs a group even of one."""
-        backend = "gloo" if self.device.type == "cpu" else "nccl"
+    def join(self) -> None:
+        """Meet the other processes."""
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group(backend, timeout=timedelta(hours=2))
-        elif shard and not dist.is_initialized():
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group("gloo" if self.device.type == "cpu" else "nccl", timeout=timedelta(hours=2))
         self.barrier()
 
     def print0(self, text: str) -> None:
@@ -256,36 +245,32 @@ class Distributed:
             raise KeyboardInterrupt(number)
 
 
-def seed_everything(*numbers: int) -> None:
-    """Seed Python, numpy and torch on every device from whole numbers >= 0."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 (libraries draw from it)
-    torch.manual_seed(seed)
+def seed(*numbers: int) -> None:
+    """Seed torch on every device from whole numbers >= 0; numpy's generators are made where they are used."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
-def shard_model(model: nn.Module, distributed: Distributed, dtype: torch.dtype) -> None:
+def shard_model(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Shard in place with FSDP2: block by block, then what is left."""
-    mesh = init_device_mesh(distributed.device.type, (distributed.world,))
-
     # on a CPU autocast leaves some operations in the weights' own type, so those stay as they are
-    low = dtype if distributed.device.type == "cuda" else None
+    low = dtype if device.type == "cuda" else None
     policy = MixedPrecisionPolicy(low, torch.float32, cast_forward_inputs=False)  # meters stay float32
     blocks = {name for m in model.modules() for name in getattr(m, "_no_split_modules", None) or ()}
     for module in [*(m for m in model.modules() if type(m).__name__ in blocks), model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mp_policy=policy)
     for method in ("cache_features", "generate"):
         register_fsdp_forward_method(model, method)
 
 
 @contextlib.contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Hold whole weights on every rank, so that ranks may run different numbers of forwards."""
+    """Hold whole weights on every rank, without gradients, so that ranks may run different numbers of forwards."""
     modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
-    yield
+    with torch.no_grad():
+        yield
     for module in modules:
         module.reshard()
         module.set_reshard_after_forward(module is not model, recurse=False)
@@ -306,28 +291,25 @@ def memory_line(model: nn.Module, shards: int) -> str:
 # ---- 3 what a step asks ----------------------------------------------------------------------------------------------
 
 
-def ask_without_names(stages: list[Stage], paper) -> list[Stage]:
+def ask_without_names(stage: Stage, paper) -> Stage:
     """Mix in questions about geometry and color, where objects have no categories and others cannot be drawn."""
     instead = getattr(paper, "UNLABELLED", data.UNLABELLED)
-    changed = []
-    for stage in stages:
-        weight = sum(stage.tasks.values()) / len(instead)
-        more = dict.fromkeys(instead, weight) if stage.tasks else {}
-        changed.append(replace(stage, tasks=stage.tasks | more))
-    return changed
+    weight = sum(stage.tasks.values()) / len(instead)
+    return replace(stage, tasks=stage.tasks | dict.fromkeys(instead, weight)) if stage.tasks else stage
 
 
 class QuestionDataset(torch.utils.data.Dataset):
     """The micro-batches of one stage for one rank, each a pure function of (seed, stage, step).
 
     A step has slots: one scene each, with its questions. Slot s belongs to rank s % world; a rank's slots are dealt
-    to its micro-batches in the same way. Item i is micro-batch i % accumulate of step i // accumulate.
+    to its micro-batches in the same way. Item i is micro-batch i % accumulate of step i // accumulate. `key` is
+    (seed, number of the stage).
     """
 
-    def __init__(self, model, scenes: list[Scene], stage: Stage, index: int, seed: int, rank: int = 0, world: int = 1):
-        self.model, self.scenes, self.stage = model, scenes, stage
-        self.key = (seed, index)
-        self.rank, self.world = rank, world
+    def __init__(self, model, scenes: list[Scene], stage: Stage, key: tuple[int, int], rank: int = 0, world: int = 1,
+                 listed: dict[str, list[Sample]] | None = None):  # fmt: skip
+        self.model, self.scenes, self.stage, self.listed = model, scenes, stage, listed
+        self.key, self.rank, self.world = key, rank, world
         self.by_name = {scene.name: scene for scene in scenes}
         self.shuffled = lru_cache(maxsize=3)(self.shuffle)
 
@@ -368,7 +350,7 @@ class QuestionDataset(torch.utils.data.Dataset):
         for slot, chosen in own or slots[:1]:
             rng = np.random.default_rng([1, *self.key, step, slot])
             groups.append(self.ask(rng, *chosen))
-        questions = sum(len(samples) if self.stage.tasks else 1 for _, samples in groups)
+        questions = sum(len(samples) or 1 for _, samples in groups)
 
         # between processes only what the draw changed of a scene travels: its frames stay where they are
         batch = self.model.batch(groups)
@@ -387,10 +369,6 @@ class OfficialQuestions(QuestionDataset):
 
     `listed` holds them by scene name. `per_scene` of a scene follow each other, so that a batch has few scenes.
     """
-
-    def __init__(self, listed: dict[str, list[Sample]], *args):
-        super().__init__(*args)
-        self.listed = listed
 
     def shuffle(self, epoch: int) -> list[tuple[int, Sample]]:
         """Order an epoch's questions, each with its scene."""
@@ -415,8 +393,8 @@ class OfficialQuestions(QuestionDataset):
 
 def start_worker(worker: int) -> None:
     """Let a loader process outlive a signal to the group, whose step must end, but not its parent."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
 
@@ -457,11 +435,11 @@ def make_optimizer(model: nn.Module, stage: Stage) -> torch.optim.AdamW:
 
 
 def compute_gradients(net: nn.Module, micro_batches: list[dict], clip: float, distributed: Distributed,
-                      dtype: torch.dtype) -> dict:  # fmt: skip
-    """Leave in the parameters the gradient of the loss per term, over all ranks and micro-batches; return numbers.
+                      dtype: torch.dtype) -> tuple[dict, float, bool]:  # fmt: skip
+    """Leave in the parameters the gradient of the loss per term, over all ranks and micro-batches.
 
     Raw sums go backward; DDP and FSDP average them over ranks, so world / (global number of terms) is what is missing.
-    A signal to one rank is "stop" on all.
+    Returns: numbers for the log, tokens read, and whether a signal reached any rank.
     """
     device = distributed.device
     totals = torch.zeros(7, dtype=torch.float64, device=device)
@@ -500,15 +478,8 @@ def compute_gradients(net: nn.Module, micro_batches: list[dict], clip: float, di
     norm = nn.utils.clip_grad_norm_(trained.values(), clip or math.inf)
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     accuracy = correct / count if count else None
-    return {
-        "loss": loss * per_term,
-        "accuracy": accuracy,
-        "terms": terms,
-        "questions": questions,
-        "norm": norm,
-        "tokens": tokens,
-        "stop": stop > 0,
-    }
+    logged = {"loss": loss * per_term, "accuracy": accuracy, "terms": terms, "questions": questions, "norm": norm}
+    return logged, tokens, stop > 0
 
 
 # ---- 5 checkpoints ---------------------------------------------------------------------------------------------------
@@ -521,47 +492,46 @@ def sync(path: Path) -> None:
     os.close(handle)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], rank: int) -> str | None:
-    """Write whole tensors to a safetensors file and return its digest; every rank takes part, the first writes."""
+def gather(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """Copy whole tensors to the CPU of the first rank; every rank takes part. What is not finite is refused."""
     whole = {}
     for name, t in tensors.items():
         t = t.detach().full_tensor() if isinstance(t, DTensor) else t.detach()
         if rank == 0:
             whole[name] = t.cpu().contiguous()
-    if rank > 0:
-        return None
-
-    if broken := [name for name, t in whole.items() if not t.isfinite().all()]:
-        raise DataError(f"{path}: not written, as {broken[0]} is not finite; lower lr, then --resume from before")
-    save_file(whole, path)
-    sync(path)
-    return data.file_digest(path)
+            if not whole[name].isfinite().all():
+                raise DataError(f"{name} is not finite, so nothing was saved: lower the lr and start anew")
+    return whole
 
 
 def save_checkpoint(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, state: dict,
                     rank: int = 0) -> None:  # fmt: skip
     """Write weights, Adam's moments and `state`; every rank takes part. Replacing state.json commits them."""
-    folder, number = out / "checkpoint", state["position"]["total"]
     weights = data.named_weights(model)
-    tensors = {"weights": weights}
+    tensors = {"weights": gather(weights, rank)}
     if optimizer:
         moments = [(name, optimizer.state.get(p, {})) for name, p in weights.items()]
-        tensors["optimizer"] = {f"{name}/{key}": value for name, own in moments for key, value in own.items()}
-    paths = {kind: folder / f"{kind}-{number}.safetensors" for kind in tensors}
+        moments = {f"{name}/{key}": value for name, own in moments for key, value in own.items()}
+        tensors["optimizer"] = gather(moments, rank)
+    if rank > 0:
+        return
 
+    # state.json comes last, when all that it names is on the disk
+    folder, number, digests = out / "checkpoint", state["position"]["total"], {}
     try:
-        digests = {kind: write_tensors(path, tensors[kind], rank) for kind, path in paths.items()}
-        if rank > 0:
-            return
+        for kind, whole in tensors.items():
+            path = folder / f"{kind}-{number}.safetensors"
+            save_file(whole, path)
+            sync(path)
+            digests[kind] = data.file_digest(path)
         new = folder / "state.json.new"
         new.write_text(json.dumps({**state, "sha256": digests}, indent=1))
         sync(new)
         os.replace(new, folder / "state.json")
-
-        # only now is the checkpoint before of no use
         sync(folder)
-        for stale in {*folder.glob("*.safetensors")} - {*paths.values()}:
-            stale.unlink()
+        for path in folder.glob("*.safetensors"):
+            if not path.stem.endswith(f"-{number}"):
+                path.unlink()
     except (OSError, SafetensorError) as error:
         raise DataError(f"{folder}: saving failed ({error}); make room, then --resume from the one before") from None
 
@@ -606,70 +576,52 @@ def open_run(args: argparse.Namespace, rank: int) -> tuple[object, dict | None]:
     return lock, state
 
 
-def begin_log(out: Path, record: dict, total: int) -> None:
-    """Write config.json, and end the log where the checkpoint does: later steps will be done again."""
-    if total == 0:
-        for pattern in RESULTS:
-            for path in out.glob(pattern):
+class Log:
+    """config.json, log.jsonl (names: see the top of this file), and TensorBoard where asked."""
+
+    def __init__(self, args: argparse.Namespace, record: dict, total: int):
+        self.path = args.out / "log.jsonl"
+        if total == 0:
+            for path in itertools.chain(*(args.out.glob(pattern) for pattern in RESULTS)):
                 path.unlink()
-    log = out / "log.jsonl"
-    if log.exists():
-        lines = [line for line in log.read_text().splitlines(True) if line.endswith("\n")]
-        log.write_text("".join(line for line in lines if json.loads(line)["total"] <= total))
-    (out / "config.json").write_text(json.dumps(record, indent=1))
+
+        # steps after the checkpoint will be done again
+        if self.path.exists():
+            lines = [line for line in self.path.read_text().splitlines(True) if line.endswith("\n")]
+            self.path.write_text("".join(line for line in lines if json.loads(line)["total"] <= total))
+        (args.out / "config.json").write_text(json.dumps(record, indent=1))
+        self.board = None
+        if args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(args.out / "tensorboard")
+
+    def write(self, line: dict) -> None:
+        """Append a line, with the peak memory of the GPU."""
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        with self.path.open("a") as file:
+            file.write(json.dumps({**line, "memory": peak or None}) + "\n")
+        if self.board:
+            for key in ("loss", "accuracy", "lr", "norm", "speed"):
+                self.board.add_scalar(key, line[key] or 0.0, line["total"])
 
 
 def draw_loss(out: Path) -> None:
-    """Draw loss.png from log.jsonl: loss and accuracy per answer token against steps, a color per stage."""
+    """Draw loss.png from log.jsonl: the loss per answer token against steps, a color per stage."""
     from matplotlib.figure import Figure
 
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    loss, accuracy = figure.subplots(2, 1, sharex=True)
-    for axis, key in ((loss, "loss"), (accuracy, "accuracy")):
-        for stage, own in itertools.groupby(lines, key=lambda line: line["stage"]):
-            points = [(line["total"], line[key]) for line in own if line[key] is not None]
-            if points:
-                axis.plot(*zip(*points, strict=True), lw=1, label=stage)
-    loss.set(ylabel="loss per answer token", yscale="log")
-    accuracy.set(ylabel="right answer tokens", xlabel="step", ylim=(0, 1))
-    loss.legend()
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axis = figure.subplots()
+    for stage, own in itertools.groupby(lines, key=lambda line: line["stage"]):
+        points = [(line["total"], line["loss"] or math.nan) for line in own]
+        axis.plot(*zip(*points, strict=True), lw=1, label=stage)
+    axis.set(xlabel="step", ylabel="loss per answer token", yscale="log")
+    axis.legend()
     figure.savefig(out / "loss.png", dpi=100)
 
 
-def tensorboard(out: Path):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise DataError("--tensorboard: its package is missing; pip install tensorboard") from None
-    return SummaryWriter(out / "tensorboard")
-
-
 # ---- 7 the run -------------------------------------------------------------------------------------------------------
-
-
-def load_scenes(args: argparse.Namespace) -> list[list[Scene]]:
-    """Read or make the scenes to train in and those to score in."""
-    scenes = []
-    for split, count in (("train", args.train_scenes), ("test", args.test_scenes)):
-        options = data.scene_options(args)
-        scenes.append(data.load_scenes(args.data, split, args.root, count, args.workers, **options))
-    train, test = map(len, scenes)
-    if train == 0 or (test == 0 and not args.no_eval):
-        raise DataError(f"--data {args.data}: {train} scenes to train in, {test} to score in; or --no-eval")
-    return scenes
-
-
-def read_official(args: argparse.Namespace, stages: list[Stage], scenes: list[list[Scene]]) -> tuple[dict, dict]:
-    """Read the official files that stages name: (questions, what was found), each by stage."""
-    listed, found = {}, {}
-    named = [stage for stage in stages if stage.files and args.annotations]
-    if args.annotations and not named:
-        raise DataError(f"--annotations: no stage of {args.model} that runs names official files; leave it out")
-    for stage in named:
-        folder, root = Path(args.annotations), Path(args.root or args.annotations)
-        listed[stage.name], found[stage.name] = evaluate.mixture(stage.files, folder, root, *scenes, args.seed)
-    return listed, found
 
 
 def make_text(config, scenes: list[Scene], listed: dict[str, dict]) -> data.TinyText | data.HubText:
@@ -677,226 +629,197 @@ def make_text(config, scenes: list[Scene], listed: dict[str, dict]) -> data.Tiny
     if config.llm:
         return data.HubText(config.llm)
     words = data.vocabulary({*data.CATEGORIES, *(o.category for s in scenes for o in s.objects)})
-    samples = [s for by_scene in listed.values() for own in by_scene.values() for s in own]
-    read = data.TinyText.train(text for s in samples for text in (s.question, s.answer))
+    official = [s for by_scene in listed.values() for own in by_scene.values() for s in own]
+    read = data.TinyText.train(text for s in official for text in (s.question, s.answer))
     return data.TinyText({*words, *read.state()["words"]})
 
 
-class Trainer:
-    """A run. Its position, and a checkpoint of model and optimizer, are all that a resume needs."""
+def update(optimizer: torch.optim.Optimizer, numbers: dict, position: dict) -> bool:
+    """Take the optimizer's step if all is finite, else count it as skipped."""
+    finite = math.isfinite(numbers["loss"]) and math.isfinite(numbers["norm"])
+    if finite:
+        for group in optimizer.param_groups:
+            group["lr"] = numbers["lr"]
+        optimizer.step()
+        position["running"] += 0.03 * ((numbers["accuracy"] or 0.0) - position["running"])
+    else:
+        numbers |= {"loss": None, "norm": None}  # JSON knows no NaN
+        position["skipped"] += 1
+    optimizer.zero_grad(set_to_none=True)
+    return finite
 
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.out = args, args.out
-        self.bad_in_a_row = 0
-        self.distributed = Distributed()
-        self.rank, self.world, print0 = self.distributed.rank, self.distributed.world, self.distributed.print0
-        device = self.distributed.device
-        dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-        self.dtype = DTYPES[dtype]
-        paper = importlib.import_module(args.model)
-        data.adopt(paper)
-        config, stages = configure(args, paper)
 
-        # what is wrong with the folder must not show after minutes of work
-        self.lock, state = open_run(args, self.rank)
-        start = {"stage": 0, "step": 0, "total": 0, "running": 0.0, "skipped": 0, "seconds": 0.0}
-        self.position = state["position"] if state else start
+def train(args: argparse.Namespace) -> nn.Module:
+    """Train all stages of a paper, score the result, and return the model.
 
-        # scenes, and what stages ask about them
-        scenes = self.train_scenes, self.test_scenes = load_scenes(args)
-        if len(self.train_scenes) == 1:
-            notes = [*self.train_scenes[0].notes, "one scene shows that everything works; it cannot show learning"]
-            print0("\n".join(f"note: {note}" for note in notes))
-        if not any(o.category for scene in self.train_scenes for o in scene.objects):
-            print0("the objects have no categories: questions are about color, size and place only")
-            stages = ask_without_names(stages, paper)
-        self.listed, found = read_official(args, stages, scenes)
-        for name, counts in found.items():
-            print0(f"stage {name} asks from official files:\n{evaluate.describe_mixture(counts)}")
-        sizes = {name: sum(map(len, by_scene.values())) for name, by_scene in self.listed.items()}
-        self.stages = [replace(stage, samples=sizes.get(stage.name, stage.samples)) for stage in stages]
-        self.steps = stage_steps(self.stages, len(self.train_scenes), args.steps)
+    Its position, and a checkpoint of model and optimizer, are all that a resume needs.
+    """
+    distributed = Distributed()
+    rank, world, device, print0 = distributed.rank, distributed.world, distributed.device, distributed.print0
+    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    shard = args.shard and world > 1
+    paper = importlib.import_module(args.model)
+    data.adopt(paper)
+    config, stages = configure(args, paper)
 
-        # every rank draws the same first weights
-        text = make_text(config, self.train_scenes, self.listed)
-        seed_everything(args.seed)
-        self.model = model = paper.build(config, text)
-        model.keep_trained_precise(self.stages)
-        if args.resume or args.init:
-            data.load_weights(model, self.out if args.resume else Path(args.init))
-        if args.recompute:
-            model.gradient_checkpointing_enable()
+    # what is wrong with the folder must not show after minutes of work
+    _lock, state = open_run(args, rank)  # held until this function ends
+    start = {"stage": 0, "step": 0, "total": 0, "running": 0.0, "skipped": 0, "seconds": 0.0}
+    position = state["position"] if state else start
 
-        # from here on the processes know each other
-        self.distributed.join(args.shard)
-        print0(f"{self.out}: seed {args.seed}, processes {self.world}, {device.type}, {dtype}")
-        if state and state["processes"] != self.world:
-            print0(f"note: the run began on {state['processes']} processes; results agree to rounding")
-        for stage, steps in zip(self.stages, self.steps, strict=True):
-            model.configure_stage(stage)
-            print0(f"  {stage.name}: {steps} steps; {memory_line(model, self.world if args.shard else 1)}")
-        if args.shard:
-            shard_model(model, self.distributed, self.dtype)  # moves to the device block by block
-        else:
-            model.to(device)
+    # scenes to train in, and scenes to score in
+    counts, options = {"train": args.train_scenes, "test": args.test_scenes}, data.scene_options(args)
+    scenes = [data.load_scenes(args.data, s, args.root, n, args.workers, **options) for s, n in counts.items()]
+    train_scenes, test_scenes = scenes
+    if not train_scenes or not (test_scenes or args.no_eval):
+        raise DataError(f"--data {args.data}: needs a scene to train in and one to score in, or --no-eval")
+    if len(train_scenes) == 1:
+        print0("\n".join(["note: one scene cannot show learning", *train_scenes[0].notes]))
 
-        # all that scoring needs to know of the run
-        self.record = {
-            **args.command,
-            "config": asdict(config),
-            "stages": [asdict(stage) for stage in self.stages],
-            "text": text.state(),
-            "scenes": {"train": [s.name for s in self.train_scenes], "test": [s.name for s in self.test_scenes]},
-            "scene_counts": {"train": args.train_scenes, "test": args.test_scenes},
-            "scene_options": data.scene_options(args),
-            "mixtures": found,
-            "dtype": dtype,
-            "revision": evaluate.revision(),
-            "torch": torch.__version__,
-        }
-        self.board = None
-        if self.rank == 0:
-            begin_log(self.out, self.record, self.position["total"])
-            self.board = tensorboard(self.out) if args.tensorboard else None
+    # what stages ask about them: generated questions, or those of official files
+    if not any(o.category for scene in train_scenes for o in scene.objects):
+        print0("the objects have no categories: questions are about color, size and place only")
+        stages = [ask_without_names(stage, paper) for stage in stages]
+    listed, found = {}, {}
+    for i, stage in enumerate(stages):
+        if args.annotations and stage.files:
+            folders = Path(args.annotations), Path(args.root or args.annotations)
+            listed[stage.name], found[stage.name] = evaluate.mixture(stage.files, *folders, *scenes, args.seed)
+            described = evaluate.describe_mixture(found[stage.name])
+            print0(f"stage {stage.name} asks from official files:\n{described}")
+            stages[i] = replace(stage, samples=sum(map(len, listed[stage.name].values())))
+    if args.annotations and not listed:
+        raise DataError(f"--annotations: no stage of {args.model} that runs names official files; leave it out")
+    steps = stage_steps(stages, len(train_scenes), args.steps)
 
-    def train(self) -> None:
-        """Train all stages and score the result."""
-        started = time.monotonic()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.distributed.on_signal)
+    # every rank draws the same first weights
+    text = make_text(config, train_scenes, listed)
+    seed(args.seed)
+    model = paper.build(config, text)
+    model.keep_trained_precise(stages)
+    if args.resume or args.init:
+        data.load_weights(model, args.out if args.resume else Path(args.init))
+    if args.recompute:
+        model.gradient_checkpointing_enable()
 
-        for index in range(self.position["stage"], len(self.stages)):
-            self.train_stage(index)
-            stage = self.stages[index]
-            if stage.score:
-                self.score(stage, self.out / f"after {stage.name}", stage.score)
-        self.score(self.stages[-1], self.out)
+    # from here on the processes know each other
+    distributed.join()
+    print0(f"{args.out}: seed {args.seed}, processes {world}, {device.type}, {dtype}")
+    if state and state["processes"] != world:
+        print0(f"note: the run began on {state['processes']} processes; results agree to rounding")
+    for stage, n in zip(stages, steps, strict=True):
+        model.configure_stage(stage)
+        print0(f"  {stage.name}: {n} steps; {memory_line(model, world if shard else 1)}")
+    if shard:
+        shard_model(model, device, DTYPES[dtype])  # moves to the device block by block
+    else:
+        model.to(device)
 
-        # a process that ends before the first is done drawing looks like one that failed
-        with unsharded(self.model), torch.no_grad():
-            if self.rank == 0 and not self.args.no_eval:
-                self.model.pictures(self.test_scenes, self.out / "pictures")
-                evaluate.write_report(self.out)
-        self.distributed.barrier()
-        self.distributed.print0(f"{self.out}: done in {(time.monotonic() - started) / 60:.1f} minutes")
+    # all that scoring needs to know of the run
+    record = {
+        **args.command,
+        "config": asdict(config),
+        "stages": [asdict(stage) for stage in stages],
+        "text": text.state(),
+        "scenes": {split: [s.name for s in own] for split, own in zip(counts, scenes, strict=True)},
+        "scene_counts": counts,
+        "scene_options": options,
+        "mixtures": found,
+        "dtype": dtype,
+        "revision": evaluate.revision(),
+        "torch": torch.__version__,
+    }
+    log = Log(args, record, position["total"]) if rank == 0 else None
 
-    def train_stage(self, index: int) -> None:
-        """Train one stage from the position on; at the end the position is the start of the next."""
-        args, model, position = self.args, self.model, self.position
-        stage, steps = self.stages[index], self.steps[index]
-        seed_everything(args.seed, index)
+    def save(optimizer: torch.optim.Optimizer | None) -> None:
+        state = {"position": position, "run": record, "processes": world}
+        save_checkpoint(args.out, model, optimizer, state, rank)
+        if rank == 0:
+            draw_loss(args.out)
+        distributed.barrier()
+
+    def score(stage: Stage, out: Path, names: Iterable[str] = ()) -> None:
+        if args.no_eval:
+            return
+        with unsharded(model):
+            evaluate.evaluate_scenes(model, test_scenes, stage, out, record=record, names=names,
+                                     blind_scenes=train_scenes[:300])  # fmt: skip
+
+    for number in SIGNALS:
+        signal.signal(number, distributed.on_signal)
+    for index in range(position["stage"], len(stages)):
+        # frozen work, once per scene
+        stage = stages[index]
+        seed(args.seed, index)
         model.configure_stage(stage)
         model.train()
-
-        # frozen work, once per scene
-        with unsharded(model), torch.no_grad():
-            model.cache_features(self.train_scenes, self.out / "cache", self.rank, self.world)
-        self.distributed.barrier()
+        with unsharded(model):
+            model.cache_features(train_scenes, args.out / "cache", rank, world)
+        distributed.barrier()
 
         # the optimizer, and what it was when the run stopped
         optimizer = make_optimizer(model, stage)
         if position["step"] > 0:
-            load_optimizer(optimizer, model, self.out)
-        parallel = self.world > 1 and not args.shard
-        net = DistributedDataParallel(model, gradient_as_bucket_view=True) if parallel else model
+            load_optimizer(optimizer, model, args.out)
+        net = model
+        if world > 1 and not shard:
+            net = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
         # the questions, drawn ahead by loader processes
-        what = (model, self.train_scenes, stage, index, args.seed, self.rank, self.world)
-        listed = self.listed.get(stage.name)
-        dataset = OfficialQuestions(listed, *what) if listed else QuestionDataset(*what)
-        todo = range(position["step"], steps)
-        name = f"{stage.name} ({index + 1} of {len(self.stages)})"
-        bar = tqdm(total=steps, initial=todo.start, desc=name, disable=self.rank > 0, mininterval=2)
+        kind = OfficialQuestions if stage.name in listed else QuestionDataset
+        dataset = kind(model, train_scenes, stage, (args.seed, index), rank, world, listed.get(stage.name))
+        todo = range(position["step"], steps[index])
+        name = f"{stage.name} ({index + 1} of {len(stages)})"
+        bar = tqdm(total=todo.stop, initial=todo.start, desc=name, disable=rank > 0, mininterval=2)
 
-        self.distributed.in_step, ended = True, time.monotonic()
+        distributed.in_step, bad, ended = True, 0, time.monotonic()
         for micro_batches in load_steps(dataset, todo, args.workers):
-            # a step seeds all that is random in it, so that a resumed run draws what this one would have drawn
+            # a step seeds all that is random in it, so a resumed run draws what this one would have drawn
             step, arrived = position["step"], time.monotonic()
-            seed_everything(args.seed, index, step, self.rank)
-            numbers = compute_gradients(net, micro_batches, stage.clip, self.distributed, self.dtype)
-            numbers["lr"] = learning_rate(stage, step, steps)
-            tokens, stop = numbers.pop("tokens"), numbers.pop("stop")
-            self.update(optimizer, numbers)
+            seed(args.seed, index, step, rank)
+            numbers, tokens, stop = compute_gradients(net, micro_batches, stage.clip, distributed, DTYPES[dtype])
+            numbers["lr"] = learning_rate(stage, step, todo.stop)
+            bad = 0 if update(optimizer, numbers, position) else bad + 1
+            if bad > 0:
+                print0(f"stage {stage.name}, step {step + 1}: loss or gradient is not finite, skipped")
+            if bad == 5:
+                raise DataError(f"stage {stage.name}: five such steps in a row; lower its lr or clip")
 
+            # the position moves on, and the log with it
             seconds = time.monotonic() - ended
-            position["step"] += 1
-            position["total"] += 1
-            position["seconds"] += seconds
-            numbers["speed"], numbers["wait"] = tokens / seconds, (arrived - ended) / seconds
+            position |= {"step": step + 1, "total": position["total"] + 1, "seconds": position["seconds"] + seconds}
+            numbers |= {"speed": tokens / seconds, "wait": (arrived - ended) / seconds}
             ended += seconds
-            self.log(stage, numbers)
+            if rank == 0:
+                log.write({**position, **numbers, "stage": stage.name})
             bar.set_postfix(loss=numbers["loss"], accuracy=position["running"], refresh=False)
             bar.update()
 
             # the next stage starts with new moments
-            last = position["step"] == steps or (stage.until is not None and position["running"] > stage.until)
-            due = args.save_every and position["step"] % args.save_every == 0
+            last = step + 1 == todo.stop or (stage.until is not None and position["running"] > stage.until)
             if last:
                 position |= {"stage": index + 1, "step": 0, "running": 0.0}
-                self.save(None)
-            elif due or stop:
-                self.save(optimizer)
+                save(None)
+            elif stop or (args.save_every and (step + 1) % args.save_every == 0):
+                save(optimizer)
             if stop:
-                raise KeyboardInterrupt(self.distributed.signal or signal.SIGTERM)
+                raise KeyboardInterrupt(distributed.signal or signal.SIGTERM)
             if last:
                 break
-        self.distributed.in_step = False
+        distributed.in_step = False
         bar.close()
+        if stage.score:
+            score(stage, args.out / f"after {stage.name}", stage.score)
 
-    def update(self, optimizer: torch.optim.Optimizer, numbers: dict) -> None:
-        """Take the optimizer's step if all is finite, else count it; five skipped in a row end the run."""
-        position = self.position
-        if math.isfinite(numbers["loss"]) and math.isfinite(numbers["norm"]):
-            for group in optimizer.param_groups:
-                group["lr"] = numbers["lr"]
-            optimizer.step()
-            position["running"] += 0.03 * ((numbers["accuracy"] or 0.0) - position["running"])
-            self.bad_in_a_row = 0
-        else:
-            numbers |= {"loss": None, "norm": None}  # JSON knows no NaN
-            position["skipped"] += 1
-            self.bad_in_a_row += 1
-            where = f"stage {self.stages[position['stage']].name}, step {position['step'] + 1}"
-            self.distributed.print0(f"{where}: loss or gradient is not finite, skipped")
-            if self.bad_in_a_row == 5:
-                raise DataError(f"{where}: the fifth step in a row that is not finite; lower the stage's lr or clip")
-        optimizer.zero_grad(set_to_none=True)
-
-    def save(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """Write a checkpoint and the picture of the loss; every rank takes part."""
-        state = {"position": self.position, "run": self.record, "processes": self.world}
-        save_checkpoint(self.out, self.model, optimizer, state, self.rank)
-        if self.rank == 0:
-            draw_loss(self.out)
-        self.distributed.barrier()
-
-    def log(self, stage: Stage, numbers: dict) -> None:
-        """Append a line to log.jsonl (names: see the top of this file), and to TensorBoard where asked."""
-        if self.rank > 0:
-            return
-        cuda = self.distributed.device.type == "cuda"
-        memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
-        line = {**self.position, **numbers, "memory": memory, "stage": stage.name}
-        with (self.out / "log.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        for key in ("loss", "accuracy", "lr", "norm", "speed"):
-            if self.board and line[key] is not None:
-                self.board.add_scalar(key, line[key], line["total"])
-
-    def score(self, stage: Stage, out: Path, names: Iterable[str] = ()) -> None:
-        """Score the model, as that stage sees, in scenes that it never saw; every rank takes part."""
-        if self.args.no_eval:
-            return
-        with unsharded(self.model), torch.no_grad():
-            evaluate.evaluate_scenes(self.model, self.test_scenes, stage, out, record=self.record, names=names,
-                                     blind_scenes=self.train_scenes[:300])  # fmt: skip
-
-
-LOST = {  # what PyTorch says when another process is gone -> what the user should know
-    "DataLoader worker": "a loader process died, likely for want of memory: --resume with fewer --workers",
-    "gloo": "another process of this run ended; --resume goes on",
-    "NCCL": "another process of this run ended; --resume goes on",
-}
+    # the whole model, some pictures of what it sees, and a report
+    score(stages[-1], args.out)
+    with unsharded(model):
+        if rank == 0 and not args.no_eval:
+            model.pictures(test_scenes, args.out / "pictures")
+            evaluate.write_report(args.out)
+    distributed.barrier()  # a process that ends before the first looks like one that failed
+    print0(f"{args.out}: done, {position['seconds'] / 60:.1f} minutes of training")
+    return model
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -904,18 +827,20 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     status, message = 0, ""
     try:
-        Trainer(args).train()
+        train(args)
     except KeyboardInterrupt as stopped:
         status = 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
         message = "stopped; the same command with --resume goes on from the last checkpoint"
-    except (DataError, OSError) as error:
+    except (DataError, OSError, ModuleNotFoundError) as error:
         # a loader process puts its traceback in front: the last line is the message
         status, message = 2, str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")
     except RuntimeError as error:
-        lost = [line for sign, line in LOST.items() if sign in str(error)]
-        if not lost:
+        if "DataLoader worker" in str(error):
+            status, message = 1, "a loader process died, likely for want of memory: --resume with fewer --workers"
+        elif "gloo" in str(error) or "NCCL" in str(error):
+            status, message = 1, "another process of this run ended; --resume goes on"
+        else:
             raise
-        status, message = 1, lost[0]
 
     # before the processes meet, what is wrong is wrong on all of them
     first = int(os.environ.get("RANK", 0)) == 0

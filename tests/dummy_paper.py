@@ -95,6 +95,7 @@ class Block(nn.Module):
 class Model(data.SceneLanguageModel):
     _no_split_modules = ("Block",)
     scene_inputs = ("boxes",)
+    left, signal = -1, None  # training forwards before a signal, and which
 
     def __init__(self, config: Config, text):
         super().__init__(config, text)
@@ -105,7 +106,6 @@ class Model(data.SceneLanguageModel):
         self.head.weight = self.table.weight  # tied, as in many language models
         self.dropout = nn.Dropout(config.dropout)
         self.register_buffer("calls", torch.zeros(1))
-        self.left, self.signal = -1, None  # training forwards before a signal
 
     def parts(self):
         return {"encoder": [self.encoder], "lm": [self.table, self.blocks, self.head]}
@@ -162,20 +162,20 @@ def load_scenes(source: str, split: str, *_, **options) -> list[data.Scene]:
     return SCENES[split]
 
 
-def command(*flags: str) -> train.Trainer:
-    """Train on the scenes above, without a picture of the loss."""
-    signals = [f for f in flags if f[:5] in ("stop=", "kill=")]
-    args = train.parse_args(["--model=dummy_paper", "--no-eval", "--workers=0", *[f for f in flags if f not in signals]])
-    trainer = train.Trainer(args)
-    for flag in signals:
-        trainer.model.left, trainer.model.signal = int(flag[5:]), SIGNALS[flag[:4]]
-    trainer.train()
-    return trainer
+def command(*flags: str) -> Model:
+    """Train on the scenes above."""
+    plan = [f for f in flags if f[:5] in ("stop=", "kill=")]
+    Model.left = int(plan[0][5:]) if plan else -1
+    Model.signal = SIGNALS[plan[0][:4]] if plan else None
+    args = ["--model=dummy_paper", "--no-eval", "--workers=0", *[f for f in flags if f not in plan]]
+    return train.train(train.parse_args(args))
 
 
 train.MODELS.append("dummy_paper")
 
 if __name__ == "__main__":
+    from dummy_paper import command  # the module that the trainer imports, not this program
+
     torch.set_num_threads(1)
     train.draw_loss = lambda out: None
     data.load_scenes = load_scenes
