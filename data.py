@@ -2153,7 +2153,7 @@ def overfit_demo(model: SceneLanguageModel, scene: Scene, samples: Sequence[Samp
 
 
 def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Name the parameters and persistent buffers that a checkpoint holds: tied ones once, borrowed ones not at all."""
+    """Name the tensors that a checkpoint holds: tied ones once, those loaded from elsewhere not at all."""
     first = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name not in model.frozen_pretrained_names:
@@ -2168,10 +2168,10 @@ def file_digest(path: Path) -> str:
 
 
 def read_state(run: Path) -> dict:
-    """Read state.json of a run's checkpoint: {"position", "run" (its config.json), "processes", "sha256"}."""
+    """Read a checkpoint's state.json: {"position", "run" (its config.json), "processes", "sha256"}."""
     path = run / "checkpoint" / "state.json"
     if not path.exists():
-        raise DataError(f"{path}: missing, so there is no trained model here; train one, or name another folder")
+        raise DataError(f"{path}: missing, so there is no trained model here; train one first")
     try:
         state = json.loads(path.read_text())
     except ValueError:
@@ -2182,7 +2182,7 @@ def read_state(run: Path) -> dict:
 
 
 def read_tensors(run: Path, kind: str) -> dict[str, torch.Tensor]:
-    """Read the tensors of a run's checkpoint by their names; kind: "weights" or "optimizer". Raises DataError."""
+    """Read a checkpoint's tensors by their names; kind: "weights" or "optimizer". Raises DataError."""
     state = read_state(run)
     path = run / "checkpoint" / f"{kind}-{state['position']['total']:d}.safetensors"
     if not path.exists() or file_digest(path) != state["sha256"][kind]:
@@ -2197,8 +2197,7 @@ def load_weights(model: torch.nn.Module, run: Path) -> None:
         there, here = (tuple(t[name].shape) if name in t else "missing" for t in (saved, own))
         if there != here:
             raise DataError(
-                f"{run}/checkpoint: {name} is {there} there, {here} in this model; {run}/config.json says which model "
-                "and settings it belongs to"
+                f"{run}/checkpoint: {name} is {there} there, {here} in this model; see {run}/config.json"
             )
     with torch.no_grad():
         for name, tensor in own.items():
@@ -2206,10 +2205,11 @@ def load_weights(model: torch.nn.Module, run: Path) -> None:
 
 
 def from_json(kind: type, values: dict):
-    """Make a dataclass again of what `asdict` and JSON left of it, where tuples became lists."""
+    """Make a dataclass again of what `asdict` and JSON left of it: tuples became lists."""
     if strange := values.keys() - {f.name for f in fields(kind)}:
-        raise DataError(f"{kind.__name__} has no {', '.join(strange)}: the run was made by other code; train it again")
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        raise DataError(f"{kind.__name__} has no {', '.join(strange)}: other code made this run; train it again")
+    whole = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return kind(**whole)
 
 
 def stage_of(values: dict) -> Stage:

@@ -1,36 +1,41 @@
-"""Train one of the papers: one trainer that knows none of them, and gives the same numbers on any number of processes.
+"""Train a paper: one trainer that knows none of them, with the same numbers on any number of processes.
 
-    torchrun train.py --model proxy3d                        # rooms, tiny preset; a CPU is enough
-    torchrun --nproc_per_node 8 train.py --model proxy3d --data scannet --root DIR --preset paper --shard
-    torchrun train.py ... --data scannet --root DIR --annotations FILES     # official questions in place of generated
-    torchrun train.py ... --resume                           # goes on exactly where the run stopped; python works too
+    torchrun train.py --model proxy3d                  # rooms, tiny preset; a CPU is enough
+    torchrun --nproc_per_node 8 train.py --model proxy3d --data scannet --root DIR --preset paper
+    torchrun train.py ... --annotations FILES          # official questions in place of generated ones
+    torchrun train.py ... --shard                      # FSDP2, for models that do not fit one GPU
+    torchrun train.py ... --resume                     # goes on exactly where the run stopped
 
-A paper module offers `Config` (with the presets as class methods), `STAGES`, `TASKS`, `recipe(config, stages)` and
-`build(config, text)`, which gives a `data.SceneLanguageModel`: every method that is called here stands there with its
-default. What a forward returns: {"loss": sum over its terms, "weight": how many terms, "correct": right answer tokens;
-optional "count": of how many, "tokens": seen, for the speed}. All that a stage leaves trainable takes part in every
-forward of that stage.
+A paper module offers `Config` (with the presets as class methods), `STAGES`, `TASKS`, `recipe(config,
+stages)` and `build(config, text)`, which gives a `data.SceneLanguageModel`: every method that is called
+here stands there with its default. A forward returns {"loss": sum over its terms, "weight": how many
+terms, "correct": right answer tokens; optional "count": of how many, "tokens": read, for the speed}. All
+that a stage leaves trainable takes part in every forward of that stage.
 
-A step is a pure function of (seed, stage, step): which scenes, how they are turned, what is asked. Each process takes
-every world-th scene of a step; losses are summed, then divided by the *global* number of terms, so neither the number
-of processes nor accumulation changes the result. Random states need no saving: a step seeds them from its position.
-The learning rate belongs to the global batch and is never rescaled.
+A step is a pure function of (seed, stage, step): which scenes, how they are turned, what is asked. Each
+process takes every world-th scene of a step; losses are summed, then divided by the *global* number of
+terms, so neither the number of processes nor accumulation changes the result. Random states need no
+saving: a step seeds them from its position. The learning rate belongs to the global batch and is never
+rescaled.
 
-A run folder holds config.json, log.jsonl, loss.png, cache/ and checkpoint/; metrics.json, predictions/, pictures/ and
-report.html once it is scored. state.json commits a checkpoint: it holds a digest of each weight file and is replaced
-in one stroke once they are on disk; a kill at any instant leaves the old or the new. SIGTERM and Ctrl-C let the step
-in hand end and save.
+A run folder holds config.json, log.jsonl, loss.png, cache/ and checkpoint/; metrics.json, predictions/,
+pictures/ and report.html once it is scored. state.json commits a checkpoint: it holds a digest of each
+weight file and is replaced in one stroke once they are on disk; a kill at any instant leaves the old or
+the new. SIGTERM and Ctrl-C let the step in hand end and save.
 
 log.jsonl, a line per step, numbers over all processes:
-  stage, step, total  stage, steps done in it, steps done in all    loss         mean per term (answer token)
-  accuracy, running   right answer tokens: now, moving average      terms        answer tokens (terms of the loss)
-  questions           asked (scenes in an encoder stage)            lr, norm     learning rate; gradient before clipping
-  speed               tokens per second                             wait         share of the step waiting for data
-  memory              peak GB of the first GPU, null on a CPU       skipped      steps not finite so far
-  seconds             of training so far, before a resume too
+  stage, step, total   name of the stage, steps done in it, steps done in all
+  loss, terms          mean per term, number of terms (answer tokens)
+  accuracy, running    share of right answer tokens: now, moving average
+  questions            asked (scenes in a stage without questions)
+  lr, norm             learning rate, norm of the gradient before clipping
+  speed, wait          tokens per second, share of the step spent waiting for data
+  memory               peak GB of the first GPU, null on a CPU
+  skipped              steps so far whose loss or gradient was not finite
+  seconds              of training so far, before a resume too
 
-Contents: 1 command line · 2 processes and devices · 3 what a step asks · 4 one step · 5 checkpoints · 6 the run folder
-· 7 the run
+Contents: 1 command line · 2 processes and devices · 3 what a step asks · 4 one step · 5 checkpoints
+· 6 the run folder · 7 the run
 """
 
 from __future__ import annotations
@@ -54,8 +59,8 @@ from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
-# Two OpenMP threads wait for each other at every barrier. Beside a busy core a short spin is 15 times faster than the
-# default and no slower on a quiet machine; it must be set before torch is loaded, and changes no result.
+# OpenMP threads wait for each other at every barrier, by default spinning for long. Beside a busy core a
+# short spin is 15 times faster, on a quiet machine no slower; it must be set before torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -65,7 +70,12 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -84,22 +94,22 @@ SCHEDULES = {  # share of the way from final_lr up to lr, at progress 0..1 after
     "trapezoid": lambda p: min(1.0, 4 * (1 - p)),  # flat, then linear over the last quarter
 }
 
-# ---- 1 command line --------------------------------------------------------------------------------------------------
+# ---- 1 command line ------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the flags; `args.command` holds those that make the run what it is, which --resume must repeat."""
+    """Read the flags; `args.command` holds those that say what the run is, which --resume must repeat."""
     command = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add = command.add_argument
     add("--model", required=True, choices=MODELS, help="paper")
     add("--data", default="rooms", choices=data.SOURCES, help="source of scenes (default: rooms)")
     add("--root", help="folder of the scenes (not for rooms)")
-    add("--annotations", help="folder of official files: stages that name such sources ask from them")
-    add("--preset", default="tiny", choices=["tiny", "paper"], help="from nothing, or the paper's numbers")
+    add("--annotations", help="folder of official files, for stages that name such sources")
+    add("--preset", default="tiny", choices=["tiny", "paper"], help="from nothing, or the paper's size")
     add("--llm", help="name or folder of a pre-trained language model")
     add("--steps", type=int, help="scale the stages to this many steps in all")
     add("--seed", type=int, default=0)
-    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="a Config field, or STAGE.FIELD")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="field, or STAGE.FIELD")
     add("--stages", dest="only", help="run only these, comma-separated")
     add("--init", help="folder of another run of this model, whose weights to start from")
     add("--train-scenes", type=int, default=800, help="rooms to train in")
@@ -107,23 +117,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_scene_options(command)
 
     # the rest may differ between the parts of a run
-    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if sys.platform == "linux" else 1
-    parser = argparse.ArgumentParser(parents=[command], allow_abbrev=False, description="Train one of the papers.")
+    parser = argparse.ArgumentParser(parents=[command], allow_abbrev=False, description="Train a paper.")
     add = parser.add_argument
     add("--out", type=Path, help="run folder (default runs/<model>)")
     add("--resume", action="store_true", help="go on from the run folder's checkpoint")
     add("--overwrite", action="store_true", help="replace the run in the run folder")
-    add("--save-every", type=int, default=500, help="steps between checkpoints, besides those at a stage's end")
-    add("--shard", action="store_true", help="FSDP2: spread weights, gradients and Adam over the processes")
+    add("--save-every", type=int, default=500, help="steps between checkpoints within a stage")
+    add("--shard", action="store_true", help="FSDP2: spread weights, gradients, Adam over processes")
     add("--recompute", action="store_true", help="gradient checkpointing: less memory, more time")
-    add("--dtype", choices=DTYPES, help="of the arithmetic (default bfloat16 on a GPU, float32 on a CPU)")
-    add("--workers", type=int, default=max(0, min(4, cores - 1)), help="loader processes (default: spare cores)")
+    add("--dtype", choices=DTYPES, help="of the arithmetic (default: bfloat16 on a GPU, else float32)")
+    add("--workers", type=int, help="loader processes (default: cores to spare, at most 4)")
     add("--tensorboard", action="store_true")
     add("--no-eval", action="store_true", help="train only")
 
+    # what the defaults are depends on the others
     args = parser.parse_args(argv)
     args.command = vars(command.parse_known_args(argv)[0])
     args.out = args.out or Path("runs") / args.model
+    if args.workers is None:
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.workers = max(0, min(4, cores - 1))
     return args
 
 
@@ -135,11 +148,15 @@ def known(name: str, names: Iterable[str], what: str) -> str:
 
 
 def override(target, key: str, text: str):
-    """Copy a dataclass with one field read from text as Python writes it: 3, 1e-4, (16, 21), true, none, or a word."""
+    """Copy a dataclass with one field read from text.
+
+    Values are written as in Python, 3, 1e-4, (16, 21), true, none; what is none of these is a word.
+    """
     kinds = {field.name: field.type for field in fields(target) if field.name != "name"}
     kind = kinds[known(key, kinds, f"field of {type(target).__name__}")]
+    python = text.title() if text.lower() in ("true", "false", "none") else text
     try:
-        value = ast.literal_eval(text.title() if text.lower() in ("true", "false", "none") else text)
+        value = ast.literal_eval(python)
     except (ValueError, SyntaxError):
         value = text
     if type(value) is int and kind.startswith("float"):
@@ -152,14 +169,15 @@ def override(target, key: str, text: str):
     return replace(target, **{key: value})
 
 
-LEAST = {"steps": 1, "train_scenes": 1, "batch": 1, "per_scene": 1, "accumulate": 1, "iterations": 1, "samples": 1}
-MOST = {"warmup": 1.0, "until": 1.0}
+# of numbers that a flag, a Config or a Stage may hold; all others are 0 or more
+AT_LEAST_1 = ("steps", "train_scenes", "batch", "per_scene", "accumulate", "iterations", "samples")
+AT_MOST_1 = ("warmup", "until")
 
 
 def check_numbers(settings: dict, what: str) -> None:
-    """Refuse numbers that are negative, not finite, or outside LEAST and MOST."""
+    """Refuse numbers that are negative, not finite, or of no meaning for their setting."""
     for name, value in settings.items():
-        least, most = LEAST.get(name, 0), MOST.get(name, 1e12)
+        least, most = int(name in AT_LEAST_1), 1.0 if name in AT_MOST_1 else 1e12
         for number in value if isinstance(value, tuple) else (value,):
             if type(number) in (int, float) and not least <= number <= most:
                 raise DataError(f"{what} {name} = {value}: give a number from {least} to {most:g}")
@@ -195,7 +213,7 @@ def configure(args: argparse.Namespace, paper) -> tuple[object, list[Stage]]:
 
 
 def stage_steps(stages: list[Stage], scenes: int, total: int | None = None) -> list[int]:
-    """Count every stage's optimizer steps; with `total` scaled so that they sum to it, at least one each."""
+    """Count every stage's optimizer steps; with `total` scaled to sum to it, at least one each."""
     steps = []
     for stage in stages:
         samples = stage.samples or scenes * (stage.per_scene if stage.tasks else 1)
@@ -208,11 +226,11 @@ def stage_steps(stages: list[Stage], scenes: int, total: int | None = None) -> l
     return [int(n) + 1 for n in np.diff(np.round(ends))]
 
 
-# ---- 2 processes and devices -----------------------------------------------------------------------------------------
+# ---- 2 processes and devices ---------------------------------------------------------------------
 
 
 class Distributed:
-    """This process among those that torchrun started: its rank among `world`, its device, and a signal to end."""
+    """This process among those that torchrun started: its rank, its device, and a signal to end."""
 
     def __init__(self):
         self.signal, self.in_step = 0, False
@@ -224,8 +242,9 @@ class Distributed:
 
     def join(self) -> None:
         """Meet the other processes."""
+        backend = "gloo" if self.device.type == "cpu" else "nccl"
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("gloo" if self.device.type == "cpu" else "nccl", timeout=timedelta(hours=2))
+            dist.init_process_group(backend, timeout=timedelta(hours=2))
         self.barrier()
 
     def print0(self, text: str) -> None:
@@ -239,14 +258,14 @@ class Distributed:
             dist.barrier()
 
     def on_signal(self, number: int, frame) -> None:
-        """Let the step in hand end, which then saves; outside of steps nothing is lost."""
+        """Let the step in hand end, which then saves; outside of steps end at once."""
         self.signal = number
         if not self.in_step:
             raise KeyboardInterrupt(number)
 
 
 def seed(*numbers: int) -> None:
-    """Seed torch on every device from whole numbers >= 0; numpy's generators are made where they are used."""
+    """Seed torch on every device; numpy's generators are made where they are used."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
@@ -264,7 +283,7 @@ def shard_model(model: nn.Module, device: torch.device, dtype: torch.dtype) -> N
 
 @contextlib.contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Hold whole weights on every rank, without gradients, so that ranks may run different numbers of forwards."""
+    """Hold whole weights on every rank, without gradients: ranks may run different forwards."""
     modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
@@ -277,7 +296,7 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 
 
 def memory_line(model: nn.Module, shards: int) -> str:
-    """Say what trains, and what a device holds before activations: weights, gradients, Adam's two moments."""
+    """Say what trains, and what a device holds of weights, gradients and Adam's two moments."""
     trained = [p for p in model.parameters() if p.requires_grad]
     millions = sum(p.numel() for p in trained) / 1e6
     weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()]) / shards / 2**20
@@ -288,26 +307,27 @@ def memory_line(model: nn.Module, shards: int) -> str:
     )
 
 
-# ---- 3 what a step asks ----------------------------------------------------------------------------------------------
+# ---- 3 what a step asks --------------------------------------------------------------------------
 
 
 def ask_without_names(stage: Stage, paper) -> Stage:
-    """Mix in questions about geometry and color, where objects have no categories and others cannot be drawn."""
+    """Mix in questions about geometry and color; where objects have no names others cannot be drawn."""
     instead = getattr(paper, "UNLABELLED", data.UNLABELLED)
     weight = sum(stage.tasks.values()) / len(instead)
-    return replace(stage, tasks=stage.tasks | dict.fromkeys(instead, weight)) if stage.tasks else stage
+    more = dict.fromkeys(instead, weight) if stage.tasks else {}
+    return replace(stage, tasks=stage.tasks | more)
 
 
 class QuestionDataset(torch.utils.data.Dataset):
     """The micro-batches of one stage for one rank, each a pure function of (seed, stage, step).
 
-    A step has slots: one scene each, with its questions. Slot s belongs to rank s % world; a rank's slots are dealt
-    to its micro-batches in the same way. Item i is micro-batch i % accumulate of step i // accumulate. `key` is
-    (seed, number of the stage).
+    A step has slots: one scene each, with its questions. Slot s belongs to rank s % world; a rank's slots
+    are dealt to its micro-batches in the same way. Item i is micro-batch i % accumulate of step
+    i // accumulate. `key` is (seed, number of the stage); `listed` holds official questions by scene.
     """
 
-    def __init__(self, model, scenes: list[Scene], stage: Stage, key: tuple[int, int], rank: int = 0, world: int = 1,
-                 listed: dict[str, list[Sample]] | None = None):  # fmt: skip
+    def __init__(self, model, scenes: list[Scene], stage: Stage, key: tuple[int, int],
+                 rank: int = 0, world: int = 1, listed: dict[str, list[Sample]] | None = None):  # fmt: skip
         self.model, self.scenes, self.stage, self.listed = model, scenes, stage, listed
         self.key, self.rank, self.world = key, rank, world
         self.by_name = {scene.name: scene for scene in scenes}
@@ -324,35 +344,35 @@ class QuestionDataset(torch.utils.data.Dataset):
         return [self.shuffled(epoch)[i] for epoch, i in places]
 
     def slots(self, step: int) -> list[tuple]:
-        """Choose the (scene, number of questions) of a step; a stage without questions has a scene per slot."""
+        """Choose a step's (scene, number of questions); without questions a slot is a scene."""
         stage = self.stage
         per_scene = stage.per_scene if stage.tasks else 1
         counts = [min(per_scene, stage.batch - begun) for begun in range(0, stage.batch, per_scene)]
         return list(zip(self.take(step, len(counts)), counts, strict=True))
 
     def ask(self, rng: np.random.Generator, which: int, count: int) -> tuple[Scene, list[Sample]]:
-        """Turn a scene, number its objects anew and draw questions; a scene that allows none gives way to the next."""
+        """Turn a scene, number its objects anew, and draw questions about it."""
         stage = self.stage
         for scene in self.scenes[which:] + self.scenes[:which]:
             scene = data.augment(scene, rng, stage.recolour)
             samples = data.questions(scene, stage.tasks, count, rng) if stage.tasks else []
-            if samples or not stage.tasks:
+            if samples or not stage.tasks:  # a scene that allows no question gives way to the next
                 return scene, samples
-        raise DataError(f"stage {stage.name}: no scene allows any question of {', '.join(stage.tasks)}")
+        raise DataError(f"stage {stage.name}: no scene allows any of {', '.join(stage.tasks)}")
 
     def __getitem__(self, i: int) -> dict:
         step, part = divmod(i, self.stage.accumulate)
         slots = list(enumerate(self.slots(step)))
         own = slots[self.rank + self.world * part :: self.world * self.stage.accumulate]
 
-        # a rank without a slot repeats the first with weight 0: every rank runs every module, no collective waits
+        # a rank without a slot repeats the first with weight 0: no collective waits for it
         groups = []
         for slot, chosen in own or slots[:1]:
             rng = np.random.default_rng([1, *self.key, step, slot])
             groups.append(self.ask(rng, *chosen))
         questions = sum(len(samples) or 1 for _, samples in groups)
 
-        # between processes only what the draw changed of a scene travels: its frames stay where they are
+        # of a scene only what the draw changed travels between processes: frames stay where they are
         batch = self.model.batch(groups)
         del batch["samples"]
         batch["scenes"] = [self.changes(scene) for scene in batch["scenes"]]
@@ -360,33 +380,37 @@ class QuestionDataset(torch.utils.data.Dataset):
 
     def changes(self, scene: Scene) -> tuple[str, dict]:
         """Tell what the draw changed of a scene: (its name, the fields that differ)."""
-        base, names = self.by_name[scene.name], [field.name for field in fields(Scene)]
-        return scene.name, {k: getattr(scene, k) for k in names if getattr(scene, k) is not getattr(base, k)}
+        base, changed = self.by_name[scene.name], {}
+        for field in fields(Scene):
+            value = getattr(scene, field.name)
+            if value is not getattr(base, field.name):
+                changed[field.name] = value
+        return scene.name, changed
 
 
 class OfficialQuestions(QuestionDataset):
-    """Questions of official files, every one once an epoch, in place of generated ones.
-
-    `listed` holds them by scene name. `per_scene` of a scene follow each other, so that a batch has few scenes.
-    """
+    """Questions of official files, every one once an epoch, in place of generated ones."""
 
     def shuffle(self, epoch: int) -> list[tuple[int, Sample]]:
         """Order an epoch's questions, each with its scene."""
-        rng, per_scene, runs = np.random.default_rng([2, *self.key, epoch]), self.stage.per_scene, []
+        rng, runs = np.random.default_rng([2, *self.key, epoch]), []
         for which, scene in enumerate(self.scenes):
             own = [(which, sample) for sample in self.listed.get(scene.name, [])]
             rng.shuffle(own)
-            runs += [own[begun : begun + per_scene] for begun in range(0, len(own), per_scene)]
+
+            # a few questions of a scene in a row, so that a batch has few scenes to encode
+            for begun in range(0, len(own), self.stage.per_scene):
+                runs.append(own[begun : begun + self.stage.per_scene])
         rng.shuffle(runs)
         return list(itertools.chain(*runs))
 
     def slots(self, step: int) -> list[tuple]:
-        """Choose the (scene, questions) of a step: exactly as many questions as its batch."""
+        """Choose a step's (scene, questions): exactly as many questions as its batch."""
         taken = self.take(step, self.stage.batch)
         by_scene = itertools.groupby(taken, key=lambda pair: pair[0])
         return [(which, [sample for _, sample in pairs]) for which, pairs in by_scene]
 
-    def ask(self, rng: np.random.Generator, which: int, samples: list[Sample]) -> tuple[Scene, list[Sample]]:
+    def ask(self, rng: np.random.Generator, which: int, samples: list[Sample]) -> tuple:
         """Turn a scene; it is not mirrored, since people wrote left and right."""
         return data.augment(self.scenes[which], rng, mirror=False), samples
 
@@ -402,23 +426,21 @@ def start_worker(worker: int) -> None:
 def load_steps(dataset: QuestionDataset, steps: range, workers: int) -> Iterator[list[dict]]:
     """Yield the micro-batches of each step, drawn ahead by loader processes."""
     n = dataset.stage.accumulate
-    forked = {"multiprocessing_context": "fork", "worker_init_fn": start_worker} if workers else {}
     items = range(steps.start * n, steps.stop * n)
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_size=n, sampler=items, collate_fn=list, num_workers=workers, **forked
-    )
-    for micro_batches in loader:
+    options = {"multiprocessing_context": "fork", "worker_init_fn": start_worker} if workers else {}
+    options |= {"batch_size": n, "sampler": items, "collate_fn": list, "num_workers": workers}
+    for micro_batches in torch.utils.data.DataLoader(dataset, **options):
         for micro_batch in micro_batches:
-            batch = micro_batch["batch"]
-            batch["scenes"] = [replace(dataset.by_name[name], **changes) for name, changes in batch["scenes"]]
+            batch, by_name = micro_batch["batch"], dataset.by_name
+            batch["scenes"] = [replace(by_name[name], **changed) for name, changed in batch["scenes"]]
         yield micro_batches
 
 
-# ---- 4 one step ------------------------------------------------------------------------------------------------------
+# ---- 4 one step ----------------------------------------------------------------------------------
 
 
 def learning_rate(stage: Stage, step: int, steps: int) -> float:
-    """Rate of step 0, 1, ...: linear warm-up over the first share of the steps, then the stage's schedule."""
+    """Rate of step 0, 1, ...: a linear warm-up, then the stage's schedule."""
     warm = round(stage.warmup * steps)
     if step < warm:
         return stage.lr * (step + 1) / warm
@@ -430,16 +452,19 @@ def make_optimizer(model: nn.Module, stage: Stage) -> torch.optim.AdamW:
     """AdamW over what the stage trains; weight decay on matrices only."""
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": stage.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": stage.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=stage.lr, betas=stage.betas)
 
 
-def compute_gradients(net: nn.Module, micro_batches: list[dict], clip: float, distributed: Distributed,
-                      dtype: torch.dtype) -> tuple[dict, float, bool]:  # fmt: skip
+def compute_gradients(net: nn.Module, micro_batches: list[dict], clip: float, dtype: torch.dtype,
+                      distributed: Distributed) -> tuple[dict, float, bool]:  # fmt: skip
     """Leave in the parameters the gradient of the loss per term, over all ranks and micro-batches.
 
-    Raw sums go backward; DDP and FSDP average them over ranks, so world / (global number of terms) is what is missing.
-    Returns: numbers for the log, tokens read, and whether a signal reached any rank.
+    Raw sums go backward; DDP and FSDP average them over ranks, so world / (global number of terms) is what
+    is missing. Returns: numbers for the log, tokens read, and whether a signal reached any rank.
     """
     device = distributed.device
     totals = torch.zeros(7, dtype=torch.float64, device=device)
@@ -448,17 +473,18 @@ def compute_gradients(net: nn.Module, micro_batches: list[dict], clip: float, di
         if isinstance(net, DistributedDataParallel):
             net.require_backward_grad_sync = i == len(micro_batches) - 1
 
+        weight = micro_batch["weight"]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             out = net(micro_batch["batch"])
-        (out["loss"] * micro_batch["weight"]).backward()
+        (out["loss"] * weight).backward()
 
-        # numbers stay on the device: a copy would wait for it
+        # numbers stay on the device: reading one would wait for it
         terms = out["weight"]
-        counts = [terms, out["correct"], out.get("count", terms), out.get("tokens", terms), micro_batch["questions"]]
-        numbers = [torch.as_tensor(n, dtype=torch.float64, device=device) for n in [out["loss"].detach(), *counts]]
-        totals[:6] += micro_batch["weight"] * torch.stack(numbers)
+        counts = [terms, out["correct"], out.get("count", terms), out.get("tokens", terms)]
+        for k, number in enumerate([out["loss"].detach(), *counts, micro_batch["questions"]]):
+            totals[k] += weight * number
 
-    # every rank needs the global numbers
+    # every rank needs the global numbers, and a signal to one must stop all
     totals[6] = distributed.signal
     if distributed.world > 1:
         dist.all_reduce(totals)
@@ -468,170 +494,19 @@ def compute_gradients(net: nn.Module, micro_batches: list[dict], clip: float, di
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
     if idle := [name for name, p in trained.items() if p.grad is None]:
         raise ValueError(
-            f"{len(idle)} trainable parameters have no part in the loss, such as {idle[0]}: configure_stage must "
-            "freeze what a stage does not use, forward must use the rest in every batch"
+            f"{len(idle)} trainable parameters have no part in the loss, such as {idle[0]}: "
+            "configure_stage must freeze what a stage does not use, forward must use the rest"
         )
 
+    # from sums to means; a step without terms has no gradient, and is skipped as not finite
     per_term = 1 / terms if terms else math.nan
     for p in trained.values():
         p.grad.mul_(distributed.world * per_term)
     norm = nn.utils.clip_grad_norm_(trained.values(), clip or math.inf)
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     accuracy = correct / count if count else None
-    logged = {"loss": loss * per_term, "accuracy": accuracy, "terms": terms, "questions": questions, "norm": norm}
-    return logged, tokens, stop > 0
-
-
-# ---- 5 checkpoints ---------------------------------------------------------------------------------------------------
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def gather(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """Copy whole tensors to the CPU of the first rank; every rank takes part. What is not finite is refused."""
-    whole = {}
-    for name, t in tensors.items():
-        t = t.detach().full_tensor() if isinstance(t, DTensor) else t.detach()
-        if rank == 0:
-            whole[name] = t.cpu().contiguous()
-            if not whole[name].isfinite().all():
-                raise DataError(f"{name} is not finite, so nothing was saved: lower the lr and start anew")
-    return whole
-
-
-def save_checkpoint(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, state: dict,
-                    rank: int = 0) -> None:  # fmt: skip
-    """Write weights, Adam's moments and `state`; every rank takes part. Replacing state.json commits them."""
-    weights = data.named_weights(model)
-    tensors = {"weights": gather(weights, rank)}
-    if optimizer:
-        moments = [(name, optimizer.state.get(p, {})) for name, p in weights.items()]
-        moments = {f"{name}/{key}": value for name, own in moments for key, value in own.items()}
-        tensors["optimizer"] = gather(moments, rank)
-    if rank > 0:
-        return
-
-    # state.json comes last, when all that it names is on the disk
-    folder, number, digests = out / "checkpoint", state["position"]["total"], {}
-    try:
-        for kind, whole in tensors.items():
-            path = folder / f"{kind}-{number}.safetensors"
-            save_file(whole, path)
-            sync(path)
-            digests[kind] = data.file_digest(path)
-        new = folder / "state.json.new"
-        new.write_text(json.dumps({**state, "sha256": digests}, indent=1))
-        sync(new)
-        os.replace(new, folder / "state.json")
-        sync(folder)
-        for path in folder.glob("*.safetensors"):
-            if not path.stem.endswith(f"-{number}"):
-                path.unlink()
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{folder}: saving failed ({error}); make room, then --resume from the one before") from None
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, run: Path) -> None:
-    """Read Adam's moments, spread over the ranks like the parameters they belong to."""
-    weights = data.named_weights(model)
-    for entry, value in data.read_tensors(run, "optimizer").items():
-        name, key = entry.rsplit("/", 1)
-        p = weights[name]
-        if key != "step":
-            value = value.to(p.device)
-            value = distribute_tensor(value, p.device_mesh, p.placements) if isinstance(p, DTensor) else value
-        optimizer.state[p][key] = value
-
-
-# ---- 6 the run folder ------------------------------------------------------------------------------------------------
-
-RESULTS = ("checkpoint/*", "predictions/*", "log.jsonl", "loss.png", "metrics.json", "report.html")
-
-
-def open_run(args: argparse.Namespace, rank: int) -> tuple[object, dict | None]:
-    """Lock the run folder, prove that it can be written, and read the state to go on from: (lock, state or None)."""
-    out, state = args.out, None
-    if args.resume:
-        state = data.read_state(out)
-        for key, now in args.command.items():
-            then = state["run"].get(key)
-            if then != now:
-                raise DataError(f"{out} holds a run with {key} {then!r}, not {now!r}: repeat its command or use --out")
-    elif (out / "checkpoint" / "state.json").exists() and not args.overwrite:
-        raise DataError(f"{out} holds a run: --resume continues it, --overwrite replaces it, --out DIR keeps it")
-
-    for folder in (out, out / "cache", out / "checkpoint"):
-        folder.mkdir(parents=True, exist_ok=True)
-    lock = (out / "lock").open("w")
-    if rank == 0:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # dies with this process
-        except OSError:
-            raise DataError(f"{out}: another run is writing there; wait for it, or choose another --out") from None
-    return lock, state
-
-
-class Log:
-    """config.json, log.jsonl (names: see the top of this file), and TensorBoard where asked."""
-
-    def __init__(self, args: argparse.Namespace, record: dict, total: int):
-        self.path = args.out / "log.jsonl"
-        if total == 0:
-            for path in itertools.chain(*(args.out.glob(pattern) for pattern in RESULTS)):
-                path.unlink()
-
-        # steps after the checkpoint will be done again
-        if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines(True) if line.endswith("\n")]
-            self.path.write_text("".join(line for line in lines if json.loads(line)["total"] <= total))
-        (args.out / "config.json").write_text(json.dumps(record, indent=1))
-        self.board = None
-        if args.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(args.out / "tensorboard")
-
-    def write(self, line: dict) -> None:
-        """Append a line, with the peak memory of the GPU."""
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        with self.path.open("a") as file:
-            file.write(json.dumps({**line, "memory": peak or None}) + "\n")
-        if self.board:
-            for key in ("loss", "accuracy", "lr", "norm", "speed"):
-                self.board.add_scalar(key, line[key] or 0.0, line["total"])
-
-
-def draw_loss(out: Path) -> None:
-    """Draw loss.png from log.jsonl: the loss per answer token against steps, a color per stage."""
-    from matplotlib.figure import Figure
-
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axis = figure.subplots()
-    for stage, own in itertools.groupby(lines, key=lambda line: line["stage"]):
-        points = [(line["total"], line["loss"] or math.nan) for line in own]
-        axis.plot(*zip(*points, strict=True), lw=1, label=stage)
-    axis.set(xlabel="step", ylabel="loss per answer token", yscale="log")
-    axis.legend()
-    figure.savefig(out / "loss.png", dpi=100)
-
-
-# ---- 7 the run -------------------------------------------------------------------------------------------------------
-
-
-def make_text(config, scenes: list[Scene], listed: dict[str, dict]) -> data.TinyText | data.HubText:
-    """Take the pre-trained model's own tokenizer, else one word-level vocabulary of all that may be asked."""
-    if config.llm:
-        return data.HubText(config.llm)
-    words = data.vocabulary({*data.CATEGORIES, *(o.category for s in scenes for o in s.objects)})
-    official = [s for by_scene in listed.values() for own in by_scene.values() for s in own]
-    read = data.TinyText.train(text for s in official for text in (s.question, s.answer))
-    return data.TinyText({*words, *read.state()["words"]})
+    numbers = {"loss": loss * per_term, "accuracy": accuracy, "terms": terms, "questions": questions}
+    return numbers | {"norm": norm}, tokens, stop > 0
 
 
 def update(optimizer: torch.optim.Optimizer, numbers: dict, position: dict) -> bool:
@@ -649,13 +524,178 @@ def update(optimizer: torch.optim.Optimizer, numbers: dict, position: dict) -> b
     return finite
 
 
+# ---- 5 checkpoints -------------------------------------------------------------------------------
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def gather(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """Copy whole tensors to the CPU of the first rank; every rank takes part."""
+    whole = {}
+    for name, t in tensors.items():
+        t = t.detach().full_tensor() if isinstance(t, DTensor) else t.detach()
+        if rank == 0:
+            whole[name] = t.cpu().contiguous()
+            if not whole[name].isfinite().all():
+                raise DataError(f"{name} is not finite: nothing was saved, the checkpoint before is whole")
+    return whole
+
+
+def save_checkpoint(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, state: dict,
+                    rank: int = 0) -> None:  # fmt: skip
+    """Write weights, Adam's moments and `state`; every rank takes part.
+
+    Replacing state.json, when all that it names is on the disk, is what commits them.
+    """
+    weights = data.named_weights(model)
+    tensors = {"weights": gather(weights, rank)}
+    if optimizer:
+        moments = [(name, optimizer.state.get(p, {})) for name, p in weights.items()]
+        moments = {f"{name}/{key}": value for name, own in moments for key, value in own.items()}
+        tensors["optimizer"] = gather(moments, rank)
+    if rank > 0:
+        return
+
+    folder, number, digests = out / "checkpoint", state["position"]["total"], {}
+    try:
+        # new files beside the old ones
+        for kind, whole in tensors.items():
+            path = folder / f"{kind}-{number}.safetensors"
+            save_file(whole, path)
+            sync(path)
+            digests[kind] = data.file_digest(path)
+
+        # the stroke that makes them count
+        new = folder / "state.json.new"
+        new.write_text(json.dumps({**state, "sha256": digests}, indent=1))
+        sync(new)
+        os.replace(new, folder / "state.json")
+        sync(folder)
+
+        # only now are the old ones of no use
+        for path in folder.glob("*.safetensors"):
+            if not path.stem.endswith(f"-{number}"):
+                path.unlink()
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{folder}: saving failed ({error}); make room, then --resume") from None
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, run: Path) -> None:
+    """Read Adam's moments, spread over the ranks like the parameters they belong to."""
+    weights = data.named_weights(model)
+    for entry, value in data.read_tensors(run, "optimizer").items():
+        name, key = entry.rsplit("/", 1)
+        p = weights[name]
+        if key != "step":
+            value = value.to(p.device)
+        if key != "step" and isinstance(p, DTensor):
+            value = distribute_tensor(value, p.device_mesh, p.placements)
+        optimizer.state[p][key] = value
+
+
+# ---- 6 the run folder ----------------------------------------------------------------------------
+
+RESULTS = ("checkpoint/*", "predictions/*", "log.jsonl", "loss.png", "metrics.json", "report.html")
+
+
+def open_run(args: argparse.Namespace, rank: int) -> tuple[object, dict | None]:
+    """Lock the run folder and read the state to go on from: (lock, state or None)."""
+    out, state = args.out, None
+    if args.resume:
+        state = data.read_state(out)
+        for key, now in args.command.items():
+            then = state["run"].get(key)
+            if then != now:
+                raise DataError(f"{out} holds a run with {key} {then!r}, not {now!r}: choose another --out")
+    elif (out / "checkpoint" / "state.json").exists() and not args.overwrite:
+        raise DataError(f"{out} holds a run: --resume it, --overwrite it, or choose another --out")
+
+    # what cannot be written shows here, not when it is first needed
+    for folder in (out, out / "cache", out / "checkpoint"):
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = (out / "lock").open("w")
+    if rank == 0:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # dies with this process
+        except OSError:
+            raise DataError(f"{out}: another run is writing there; choose another --out") from None
+    return lock, state
+
+
+class Log:
+    """config.json, log.jsonl (names: see the top of this file), and TensorBoard where asked."""
+
+    def __init__(self, args: argparse.Namespace, record: dict, total: int):
+        # a new run starts from an empty folder
+        self.path = args.out / "log.jsonl"
+        if total == 0:
+            for path in itertools.chain(*(args.out.glob(pattern) for pattern in RESULTS)):
+                path.unlink()
+
+        # steps after the checkpoint will be done again
+        if self.path.exists():
+            lines = [line for line in self.path.read_text().splitlines(True) if line.endswith("\n")]
+            kept = [line for line in lines if json.loads(line)["total"] <= total]
+            self.path.write_text("".join(kept))
+
+        (args.out / "config.json").write_text(json.dumps(record, indent=1))
+        self.board = None
+        if args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(args.out / "tensorboard")
+
+    def write(self, line: dict) -> None:
+        """Append a line, with the peak memory of the GPU."""
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        with self.path.open("a") as file:
+            file.write(json.dumps({**line, "memory": peak or None}) + "\n")
+        for key in ("loss", "accuracy", "lr", "norm", "speed"):
+            if self.board and line[key] is not None:
+                self.board.add_scalar(key, line[key], line["total"])
+
+
+def draw_loss(out: Path) -> None:
+    """Draw loss.png from log.jsonl: the loss per answer token against steps, a color per stage."""
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axis = figure.subplots()
+    for stage, own in itertools.groupby(lines, key=lambda line: line["stage"]):
+        points = [(line["total"], line["loss"] or math.nan) for line in own]
+        axis.plot(*zip(*points, strict=True), lw=1, label=stage)
+    axis.set(xlabel="step", ylabel="loss per answer token", yscale="log")
+    axis.legend()
+    figure.savefig(out / "loss.png", dpi=100)
+
+
+# ---- 7 the run -----------------------------------------------------------------------------------
+
+
+def make_text(config, scenes: list[Scene], listed: dict[str, dict]) -> data.TinyText | data.HubText:
+    """Take the pre-trained model's own tokenizer, else one of all words that may be asked."""
+    if config.llm:
+        return data.HubText(config.llm)
+    words = data.vocabulary({*data.CATEGORIES, *(o.category for s in scenes for o in s.objects)})
+    official = [s for by_scene in listed.values() for own in by_scene.values() for s in own]
+    read = data.TinyText.train(text for s in official for text in (s.question, s.answer))
+    return data.TinyText({*words, *read.state()["words"]})
+
+
 def train(args: argparse.Namespace) -> nn.Module:
     """Train all stages of a paper, score the result, and return the model.
 
     Its position, and a checkpoint of model and optimizer, are all that a resume needs.
     """
     distributed = Distributed()
-    rank, world, device, print0 = distributed.rank, distributed.world, distributed.device, distributed.print0
+    rank, world, device = distributed.rank, distributed.world, distributed.device
+    print0 = distributed.print0
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     shard = args.shard and world > 1
     paper = importlib.import_module(args.model)
@@ -668,11 +708,13 @@ def train(args: argparse.Namespace) -> nn.Module:
     position = state["position"] if state else start
 
     # scenes to train in, and scenes to score in
-    counts, options = {"train": args.train_scenes, "test": args.test_scenes}, data.scene_options(args)
-    scenes = [data.load_scenes(args.data, s, args.root, n, args.workers, **options) for s, n in counts.items()]
-    train_scenes, test_scenes = scenes
+    scenes, options = {}, data.scene_options(args)
+    counts = {"train": args.train_scenes, "test": args.test_scenes}
+    for split, count in counts.items():
+        scenes[split] = data.load_scenes(args.data, split, args.root, count, args.workers, **options)
+    train_scenes, test_scenes = scenes["train"], scenes["test"]
     if not train_scenes or not (test_scenes or args.no_eval):
-        raise DataError(f"--data {args.data}: needs a scene to train in and one to score in, or --no-eval")
+        raise DataError(f"--data {args.data}: give a scene to train in and one to score in, or --no-eval")
     if len(train_scenes) == 1:
         print0("\n".join(["note: one scene cannot show learning", *train_scenes[0].notes]))
 
@@ -680,16 +722,16 @@ def train(args: argparse.Namespace) -> nn.Module:
     if not any(o.category for scene in train_scenes for o in scene.objects):
         print0("the objects have no categories: questions are about color, size and place only")
         stages = [ask_without_names(stage, paper) for stage in stages]
-    listed, found = {}, {}
+    listed, mixtures = {}, {}
     for i, stage in enumerate(stages):
         if args.annotations and stage.files:
             folders = Path(args.annotations), Path(args.root or args.annotations)
-            listed[stage.name], found[stage.name] = evaluate.mixture(stage.files, *folders, *scenes, args.seed)
-            described = evaluate.describe_mixture(found[stage.name])
-            print0(f"stage {stage.name} asks from official files:\n{described}")
-            stages[i] = replace(stage, samples=sum(map(len, listed[stage.name].values())))
+            own, counted = evaluate.mixture(stage.files, *folders, *scenes.values(), args.seed)
+            print0(f"stage {stage.name} asks from official files:\n{evaluate.describe_mixture(counted)}")
+            stages[i] = replace(stage, samples=sum(map(len, own.values())))
+            listed[stage.name], mixtures[stage.name] = own, counted
     if args.annotations and not listed:
-        raise DataError(f"--annotations: no stage of {args.model} that runs names official files; leave it out")
+        raise DataError(f"--annotations: no stage of {args.model} that runs takes official files")
     steps = stage_steps(stages, len(train_scenes), args.steps)
 
     # every rank draws the same first weights
@@ -721,10 +763,10 @@ def train(args: argparse.Namespace) -> nn.Module:
         "config": asdict(config),
         "stages": [asdict(stage) for stage in stages],
         "text": text.state(),
-        "scenes": {split: [s.name for s in own] for split, own in zip(counts, scenes, strict=True)},
+        "scenes": {split: [scene.name for scene in own] for split, own in scenes.items()},
         "scene_counts": counts,
         "scene_options": options,
-        "mixtures": found,
+        "mixtures": mixtures,
         "dtype": dtype,
         "revision": evaluate.revision(),
         "torch": torch.__version__,
@@ -732,6 +774,7 @@ def train(args: argparse.Namespace) -> nn.Module:
     log = Log(args, record, position["total"]) if rank == 0 else None
 
     def save(optimizer: torch.optim.Optimizer | None) -> None:
+        """Write a checkpoint; every rank takes part."""
         state = {"position": position, "run": record, "processes": world}
         save_checkpoint(args.out, model, optimizer, state, rank)
         if rank == 0:
@@ -739,11 +782,10 @@ def train(args: argparse.Namespace) -> nn.Module:
         distributed.barrier()
 
     def score(stage: Stage, out: Path, names: Iterable[str] = ()) -> None:
-        if args.no_eval:
-            return
+        """Score the model, as that stage sees, in scenes it never saw; every rank takes part."""
+        seen = {"record": record, "blind_scenes": train_scenes[:300]}
         with unsharded(model):
-            evaluate.evaluate_scenes(model, test_scenes, stage, out, record=record, names=names,
-                                     blind_scenes=train_scenes[:300])  # fmt: skip
+            evaluate.evaluate_scenes(model, test_scenes, stage, out, names=names, **seen)
 
     for number in SIGNALS:
         signal.signal(number, distributed.on_signal)
@@ -767,18 +809,22 @@ def train(args: argparse.Namespace) -> nn.Module:
 
         # the questions, drawn ahead by loader processes
         kind = OfficialQuestions if stage.name in listed else QuestionDataset
-        dataset = kind(model, train_scenes, stage, (args.seed, index), rank, world, listed.get(stage.name))
+        key, own = (args.seed, index), listed.get(stage.name)
+        dataset = kind(model, train_scenes, stage, key, rank, world, own)
         todo = range(position["step"], steps[index])
         name = f"{stage.name} ({index + 1} of {len(stages)})"
         bar = tqdm(total=todo.stop, initial=todo.start, desc=name, disable=rank > 0, mininterval=2)
 
         distributed.in_step, bad, ended = True, 0, time.monotonic()
         for micro_batches in load_steps(dataset, todo, args.workers):
-            # a step seeds all that is random in it, so a resumed run draws what this one would have drawn
+            # a step seeds all that is random in it: a resumed run draws what this one would have drawn
             step, arrived = position["step"], time.monotonic()
             seed(args.seed, index, step, rank)
-            numbers, tokens, stop = compute_gradients(net, micro_batches, stage.clip, distributed, DTYPES[dtype])
+            gradients = compute_gradients(net, micro_batches, stage.clip, DTYPES[dtype], distributed)
+            numbers, tokens, stop = gradients
             numbers["lr"] = learning_rate(stage, step, todo.stop)
+
+            # one bad batch may happen; five in a row will not mend
             bad = 0 if update(optimizer, numbers, position) else bad + 1
             if bad > 0:
                 print0(f"stage {stage.name}, step {step + 1}: loss or gradient is not finite, skipped")
@@ -787,7 +833,8 @@ def train(args: argparse.Namespace) -> nn.Module:
 
             # the position moves on, and the log with it
             seconds = time.monotonic() - ended
-            position |= {"step": step + 1, "total": position["total"] + 1, "seconds": position["seconds"] + seconds}
+            position["step"], position["total"] = step + 1, position["total"] + 1
+            position["seconds"] += seconds
             numbers |= {"speed": tokens / seconds, "wait": (arrived - ended) / seconds}
             ended += seconds
             if rank == 0:
@@ -795,8 +842,9 @@ def train(args: argparse.Namespace) -> nn.Module:
             bar.set_postfix(loss=numbers["loss"], accuracy=position["running"], refresh=False)
             bar.update()
 
-            # the next stage starts with new moments
-            last = step + 1 == todo.stop or (stage.until is not None and position["running"] > stage.until)
+            # the next stage starts with new moments, so the last checkpoint of this one has none
+            enough = stage.until is not None and position["running"] > stage.until
+            last = enough or step + 1 == todo.stop
             if last:
                 position |= {"stage": index + 1, "step": 0, "running": 0.0}
                 save(None)
@@ -808,16 +856,17 @@ def train(args: argparse.Namespace) -> nn.Module:
                 break
         distributed.in_step = False
         bar.close()
-        if stage.score:
+        if stage.score and not args.no_eval:
             score(stage, args.out / f"after {stage.name}", stage.score)
 
-    # the whole model, some pictures of what it sees, and a report
-    score(stages[-1], args.out)
-    with unsharded(model):
-        if rank == 0 and not args.no_eval:
-            model.pictures(test_scenes, args.out / "pictures")
-            evaluate.write_report(args.out)
-    distributed.barrier()  # a process that ends before the first looks like one that failed
+    # the finished model: its scores, some pictures of what it sees, and a report
+    if not args.no_eval:
+        score(stages[-1], args.out)
+        with unsharded(model):
+            if rank == 0:
+                model.pictures(test_scenes, args.out / "pictures")
+                evaluate.write_report(args.out)
+        distributed.barrier()  # a process that ends before the first looks like one that failed
     print0(f"{args.out}: done, {position['seconds'] / 60:.1f} minutes of training")
     return model
 
@@ -835,11 +884,10 @@ def main(argv: list[str] | None = None) -> int:
         # a loader process puts its traceback in front: the last line is the message
         status, message = 2, str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")
     except RuntimeError as error:
+        status, message = 1, "another process of this run ended; --resume goes on"
         if "DataLoader worker" in str(error):
-            status, message = 1, "a loader process died, likely for want of memory: --resume with fewer --workers"
-        elif "gloo" in str(error) or "NCCL" in str(error):
-            status, message = 1, "another process of this run ended; --resume goes on"
-        else:
+            message = "a loader process died, likely for want of memory: --resume with fewer --workers"
+        elif not ("gloo" in str(error) or "NCCL" in str(error)):
             raise
 
     # before the processes meet, what is wrong is wrong on all of them

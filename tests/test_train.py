@@ -325,7 +325,7 @@ def test_loader_processes_change_nothing_and_scenes_keep_their_frames():
 
 def test_an_impossible_mix_is_an_error_and_not_an_endless_search():
     dataset = train.QuestionDataset(None, [SCENES[0]], ANSWERS, (0, 1))
-    with pytest.raises(DataError, match="stage answers: no scene allows any question of width"):
+    with pytest.raises(DataError, match="stage answers: no scene allows any of width"):
         dataset[0]
 
 
