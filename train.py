@@ -701,6 +701,8 @@ def train(args: argparse.Namespace) -> nn.Module:
     paper = importlib.import_module(args.model)
     data.adopt(paper)
     config, stages = configure(args, paper)
+    if not args.no_eval:
+        evaluate.adopt(paper)
 
     # what is wrong with the folder must not show after minutes of work
     _lock, state = open_run(args, rank)  # held until this function ends
@@ -856,8 +858,12 @@ def train(args: argparse.Namespace) -> nn.Module:
                 break
         distributed.in_step = False
         bar.close()
-        if stage.score and not args.no_eval:
-            score(stage, args.out / f"after {stage.name}", stage.score)
+
+        # some skills are scored before the next stage changes the model; meters need scenes of known scale
+        metric = any(scene.metric for scene in test_scenes)
+        names = [n for n in stage.score if metric or set(evaluate.BENCHMARKS[n].tasks) - data.METRIC]
+        if names and not args.no_eval:
+            score(stage, args.out / f"after {stage.name}", names)
 
     # the finished model: its scores, some pictures of what it sees, and a report
     if not args.no_eval:

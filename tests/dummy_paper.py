@@ -46,7 +46,9 @@ def width(scene: data.Scene, rng: np.random.Generator) -> data.Sample | None:
         return None
     thing = scene.objects[rng.integers(len(scene.objects))]
     answer = " ".join([thing.colour] * (1 + thing.id % 3))
-    return data.Sample("", scene.name, "width", f"what is {thing.id + 10 * (int(scene.name[5:]) % 9)} ?", answer)
+    return data.Sample(
+        "", scene.name, "width", f"what is {thing.id + 10 * (int(scene.name[5:]) % 9)} ?", answer
+    )
 
 
 TASKS = {"width": width}
@@ -124,7 +126,11 @@ class Model(data.SceneLanguageModel):
         found = {"scenes": [scene for scene, _ in groups], "samples": [samples for _, samples in groups]}
         if not self.stage.tasks:
             return found
-        rows = [(self.text.encode(q.question), self.text.encode(q.answer)) for _, samples in groups for q in samples]
+        rows = [
+            (self.text.encode(q.question), self.text.encode(q.answer))
+            for _, samples in groups
+            for q in samples
+        ]
         labels = torch.tensor([a + [data.IGNORE] * (3 - len(a)) for _, a in rows])
         features = torch.stack([self.load_features(s)["mean"] for s, samples in groups for _ in samples])
         ids = torch.tensor([q for q, _ in rows])

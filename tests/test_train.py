@@ -89,7 +89,11 @@ def launched(tmp_path_factory) -> tuple[Path, list[subprocess.Popen]]:
         ["--out=alone", "--shard", "stop=5"],
         ["--out=cut", "--shard", "--resume"],
     ]
-    flags = [f.replace("=", f"={folder}/", 1) if f.startswith("--out") else f for c in commands for f in ["then", *c]]
+    flags = [
+        f.replace("=", f"={folder}/", 1) if f.startswith("--out") else f
+        for c in commands
+        for f in ["then", *c]
+    ]
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
@@ -128,16 +132,17 @@ class Killed(BaseException):
     pass
 
 
-def save(out: Path, value: float) -> None:
-    """A checkpoint whose tensors and position are all `value`."""
+def save(out: Path, total: int, weight: float | None = None) -> None:
+    """A checkpoint whose tensors and position are all `total`, but for the weights."""
     model = torch.nn.Linear(2, 2)
     model.frozen_pretrained_names = ()
     optimizer = torch.optim.AdamW(model.parameters())
     for p in model.parameters():
-        p.data.fill_(value)
-        optimizer.state[p] = {"step": torch.tensor(value), "exp_avg": p.data.clone(), "exp_avg_sq": p.data.clone()}
+        moment = torch.full_like(p, total)
+        optimizer.state[p] = {"step": torch.tensor(float(total)), "exp_avg": moment, "exp_avg_sq": moment + 0}
+        p.data.fill_(weight or total)
     (out / "checkpoint").mkdir(exist_ok=True)
-    train.save_checkpoint(out, model, optimizer, {"position": {"total": int(value)}, "run": {}, "processes": 1})
+    train.save_checkpoint(out, model, optimizer, {"position": {"total": total}, "run": {}, "processes": 1})
 
 
 def held(out: Path) -> set[float]:
@@ -159,7 +164,9 @@ def test_a_kill_at_any_instant_of_a_save_leaves_a_whole_checkpoint(tmp_path, mon
                 if name in ("save_file", "write_text"):
                     path.write_bytes(b'{"half')
                 raise Killed
-            return None if name == "fsync" else real(*args, **kw)  # a real one costs time and shows nothing here
+            return (
+                None if name == "fsync" else real(*args, **kw)
+            )  # a real one costs time and shows nothing here
 
         return call
 
@@ -178,7 +185,9 @@ def test_a_kill_at_any_instant_of_a_save_leaves_a_whole_checkpoint(tmp_path, mon
             assert held(tmp_path) in ({step - 1.0}, {float(step)})
             seen.append(held(tmp_path) == {float(step)})
             save(tmp_path, step)
-            assert held(tmp_path) == {float(step)}, "a later save must not stumble over what the kill left behind"
+            assert held(tmp_path) == {float(step)}, (
+                "a later save must not stumble over what the kill left behind"
+            )
         else:
             break
     assert seen == sorted(seen) and set(seen) == {False, True} and len(seen) > 8
@@ -190,9 +199,7 @@ def test_a_kill_at_any_instant_of_a_save_leaves_a_whole_checkpoint(tmp_path, mon
 def test_a_failed_save_and_numbers_that_are_not_finite_keep_the_checkpoint_before(tmp_path, monkeypatch):
     save(tmp_path, 1)
     with pytest.raises(DataError, match="weight is not finite"):
-        with monkeypatch.context() as patch:
-            patch.setattr(train.data, "named_weights", lambda model: {"weight": torch.tensor([1.0, torch.nan])})
-            save(tmp_path, 2)
+        save(tmp_path, 2, torch.nan)
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -233,8 +240,8 @@ def test_a_trained_run_is_not_overwritten_by_accident(tmp_path, capsys):
     flags = [f"--out={tmp_path}", "--steps=2"]
     dummy_paper.command(*flags)
     assert "--resume" in refusal(capsys, *flags)
-    assert "widht" in refusal(capsys, *flags, "--overwrite", "--set", "widht=3"), "a wrong command deletes nothing"
-    assert len(log(tmp_path)) == 2
+    assert "widht" in refusal(capsys, *flags, "--overwrite", "--set", "widht=3")
+    assert len(log(tmp_path)) == 2, "a wrong command deletes nothing"
     dummy_paper.command(*flags, "--overwrite")
     dummy_paper.command(*flags, "--resume")  # a finished run has nothing left to do
     assert len(log(tmp_path)) == 2
@@ -249,12 +256,10 @@ def test_another_run_starts_from_a_finished_ones_weights(tmp_path):
     assert torch.equal(weights(tmp_path / "b")["table.weight"], weights(tmp_path / "a")["table.weight"])
 
 
-def test_a_stage_comes_back_from_config_json():
-    stage = replace(ANSWERS, files={"ScanQA": data.Source("scanqa", 26_000)}, score=("rooms/qa",))
-    row = json.loads(json.dumps(asdict(stage)))
-    assert data.stage_of(row) == stage
+def test_a_stage_of_other_code_is_refused():
+    """Dropping what this code does not know would make another stage of it."""
     with pytest.raises(DataError, match="Stage has no color_of_the_sky"):
-        data.stage_of(row | {"color_of_the_sky": "blue"})
+        data.stage_of(asdict(ANSWERS) | {"color_of_the_sky": "blue"})
 
 
 # ---- what a step does ------------------------------------------------------------------------------------------------
@@ -285,15 +290,17 @@ def test_an_epoch_visits_every_scene_once_and_a_step_asks_exactly_the_batch():
     steps = [dataset.slots(step) for step in range(3)]
     assert [n for _, n in steps[0]] == [4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 2]
     assert Counter(which for step in steps[:2] for which, _ in step) == Counter(range(22))
-    assert [which for which, _ in steps[2]] != [which for which, _ in steps[0]], "the next epoch has an order of its own"
+    assert steps[2] != steps[0], "the next epoch has an order of its own"
 
 
 def test_official_questions_are_asked_once_an_epoch_few_scenes_at_a_time():
     listed = {s.name: [data.Sample(f"{s.name}/{i}", s.name, "qa", "?", "") for i in range(9)] for s in SCENES}
     dataset = train.OfficialQuestions(None, SCENES, replace(ANSWERS, batch=33), (3, 0), listed=listed)
     steps = [dataset.slots(step) for step in range(6)]
-    asked = [[(SCENES[which].name, sample.id) for which, samples in slots for sample in samples] for slots in steps]
-    assert {len(step) for step in asked} == {33} and len(set(sum(asked[:3], []))) == 99
+    asked = [
+        [(SCENES[which].name, sample.id) for which, samples in slots for sample in samples] for slots in steps
+    ]
+    assert {len(step) for step in asked} == {33} and len({*asked[0], *asked[1], *asked[2]}) == 99
     assert asked[0] != asked[3] and max(map(len, steps)) < 16
     assert all(id.startswith(name + "/") for step in asked for name, id in step)
 
@@ -307,7 +314,9 @@ def test_the_ranks_and_micro_batches_partition_a_step(world, accumulate, tmp_pat
     ranks = [train.QuestionDataset(model, SCENES, stage, (0, 1), rank, world) for rank in range(world)]
     parts = [dataset[accumulate * step + part] for dataset in ranks for part in range(accumulate)]
     shares = [part for part in parts if part["weight"]]
-    rows = [Counter(str(ids) for p in some for ids in p["batch"]["ids"].tolist()) for some in (shares, [whole])]
+    rows = [
+        Counter(str(ids) for p in some for ids in p["batch"]["ids"].tolist()) for some in (shares, [whole])
+    ]
     assert rows[0] == rows[1] and sum(p["questions"] for p in shares) == whole["questions"]
     assert (len(shares) < len(parts)) == (world * accumulate > 7)
 
@@ -348,31 +357,25 @@ def test_every_schedule_warms_up_to_lr_and_ends_at_or_above_final_lr(schedule):
     assert rates[55] == pytest.approx(middle[schedule])
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
-    """The second of three answer steps has an infinite loss."""
-    run = dummy_paper.command(f"--out={tmp_path}", "--set", "poison=2,2", "answers.iterations=3")
-    lines = log(tmp_path)[3:]
-    assert [x["loss"] is not None for x in lines] == [True, False, True]
-    assert [x["skipped"] for x in lines] == [0, 1, 1]
-    assert all(p.isfinite().all() for p in run.parameters())
-
-
-def test_five_bad_steps_in_a_row_end_the_run(tmp_path, capsys):
-    said = refusal(capsys, f"--out={tmp_path}", "--set", "poison=1,99", "answers.iterations=9")
-    assert "stage answers: five such steps in a row" in said
+def test_a_step_that_is_not_finite_is_skipped_and_counted_and_five_in_a_row_end_the_run(tmp_path, capsys):
+    """The second of three answer steps has an infinite loss, then all have."""
+    flags = [f"--out={tmp_path}", "--overwrite", "--set"]
+    model = dummy_paper.command(*flags, "poison=2,2", "answers.iterations=3")
+    assert [loss is not None for loss in losses(tmp_path)[3:]] == [True, False, True]
+    assert losses(tmp_path, "skipped")[3:] == [0, 1, 1]
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert "five such steps in a row" in refusal(capsys, *flags, "poison=1,99", "answers.iterations=9")
 
 
 def test_a_parameter_without_a_part_in_the_loss_is_named(tmp_path, monkeypatch):
     """With several processes it would be a hang; so it is an error with one process too, at the first step."""
 
     class Idle(dummy_paper.Model):
-        def __init__(self, *args):
-            super().__init__(*args)
-            self.encoder.idle = torch.nn.Identity()
-            self.encoder.idle.weight = torch.nn.Parameter(torch.zeros(1))
+        def parts(self):
+            return super().parts() | {"encoder": [self.encoder, self.head]}
 
     monkeypatch.setattr(dummy_paper, "Model", Idle)
-    with pytest.raises(ValueError, match="1 trainable parameters have no part in the loss, such as encoder.idle"):
+    with pytest.raises(ValueError, match="1 trainable parameters have no part in the loss"):
         dummy_paper.command(f"--out={tmp_path}")
 
 
@@ -399,21 +402,17 @@ def test_steps_scales_every_stage_and_the_sum_is_exact():
 
 @pytest.mark.parametrize(("flags", "says"), [
     (["--set", "widht=3"], "unknown field of Config widht; known: llm, width, dropout"),
-    (["--set", "answers.lrr=3"], "unknown field of Stage lrr"),
     (["--set", "answers.name=../x"], "unknown field of Stage name"),
     (["--set", "answer.lr=3"], "unknown stage answer; known: encoder, answers"),
     (["--set", "width=many"], "--set width=many: expected int, got str"),
     (["--set", "width"], "--set width=: expected int"),
     (["--set", "answers.schedule=cosin"], "known: constant, linear, cosine, trapezoid"),
-    (["--stages=encoder,answer"], "unknown stage answer"),
     (["--steps=1"], "each of the 2 stages needs a step"),
     (["--set", "answers.epochs=2"], "either iterations or epochs"),
     (["--set", "answers.batch=-4"], "stage answers: batch = -4: give a number from 1"),
-    (["--set", "answers.accumulate=0"], "accumulate = 0"),
     (["--set", "answers.lr=1e999"], "lr = inf"),
     (["--set", "answers.warmup=5"], "warmup = 5.0: give a number from 0 to 1"),
     (["--set", "dropout=-1"], "Config: dropout = -1.0"),
-    (["--seed=-1"], "seed = -1"),
     (["--train-scenes=-5"], "train_scenes = -5"),
 ])  # fmt: skip
 def test_a_wrong_setting_gets_one_line_that_names_what_is_known(flags, says, tmp_path, capsys):
@@ -424,9 +423,6 @@ def test_a_wrong_setting_gets_one_line_that_names_what_is_known(flags, says, tmp
     (["--modle=x"], "unrecognized arguments: --modle=x"),
     (["--model=proxy"], "proxy3d"),
     (["--data=room"], "scannet"),
-    (["--preset=tin"], "paper"),
-    (["--dtype=float16"], "bfloat16"),
-    (["--seed=a"], "invalid int value"),
 ])  # fmt: skip
 def test_a_wrong_flag_ends_with_status_2_and_the_known_ones(flags, says, capsys):
     with pytest.raises(SystemExit, match="2"):
@@ -445,7 +441,9 @@ def test_set_reads_a_value_by_the_type_of_its_field():
 
 
 @pytest.mark.parametrize("taken", ["", "cache", "checkpoint", "lock"])
-def test_a_run_folder_that_cannot_be_written_is_refused_before_scenes_are_made(taken, tmp_path, capsys, monkeypatch):
+def test_a_run_folder_that_cannot_be_written_is_refused_before_scenes_are_made(
+    taken, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(data, "load_scenes", None)
     path = tmp_path / "run" / taken
     path.parent.mkdir(exist_ok=True)
@@ -465,12 +463,10 @@ def test_a_run_folder_belongs_to_one_run(tmp_path, capsys):
 
 
 def test_the_memory_estimate_is_weights_gradients_and_two_moments():
-    model = torch.nn.Sequential(torch.nn.Linear(512, 512, bias=False), torch.nn.Linear(512, 1024, bias=False)).half()
-    model[0].float().requires_grad_(False)
-    model[1].float()
+    model = torch.nn.Sequential(torch.nn.Linear(512, 511), torch.nn.Linear(512, 1023))
+    model[0].requires_grad_(False)
     line = train.memory_line(model, shards=2)
-    assert line.startswith("0.52 M parameters train; 4.5 MB per device"), line
-    assert "(1.5 weights, 1.0 gradients, 2.0 Adam)" in line
+    assert "0.52 M parameters train; 4.5 MB" in line and "(1.5 weights, 1.0 gradients, 2.0 Adam)" in line
 
 
 def test_every_number_in_the_log_is_explained(one, tmp_path):
@@ -479,7 +475,11 @@ def test_every_number_in_the_log_is_explained(one, tmp_path):
     for line in log(one / "ddp"):
         assert not [key for key in line if not re.search(rf"\b{key}\b", glossary)]
     assert losses(one / "ddp", "total") == list(range(1, 11))
-    assert json.loads((one / "ddp" / "config.json").read_text())["scenes"]["test"] == ["scene50", "scene51", "scene52"]
+    assert json.loads((one / "ddp" / "config.json").read_text())["scenes"]["test"] == [
+        "scene50",
+        "scene51",
+        "scene52",
+    ]
     (tmp_path / "log.jsonl").write_text((one / "ddp" / "log.jsonl").read_text())
     DRAW(tmp_path)
     assert (tmp_path / "loss.png").stat().st_size > 5000
@@ -540,16 +540,22 @@ def test_a_sharded_checkpoint_goes_on_in_one_process(one, two, capsys):
     assert losses(two / "alone") == pytest.approx(losses(one / "ddp"), rel=1e-5)
 
 
-def test_a_run_killed_or_stopped_and_resumed_equals_an_undisturbed_one_bit_for_bit(launched, tmp_path, capsys):
+def test_a_run_killed_or_stopped_and_resumed_equals_an_undisturbed_one_bit_for_bit(
+    launched, tmp_path, capsys
+):
     """With dropout, so that random states matter; the killed run had got to step 6, whose log line is dropped. Its
     loader process dies with it, though nobody reads its pipe: `communicate` waits for all who hold the output."""
     folder, (*_, killed) = launched
     killed.communicate(timeout=60)
     assert killed.returncode == -signal.SIGKILL
-    assert data.read_state(folder / "killed")["position"]["total"] == 5 and len(losses(folder / "killed")) == 6
+    assert (
+        data.read_state(folder / "killed")["position"]["total"] == 5 and len(losses(folder / "killed")) == 6
+    )
     with pytest.raises(KeyboardInterrupt):
         dummy_paper.command(f"--out={tmp_path}/stopped", *DROPOUT, "stop=5")
-    assert data.read_state(tmp_path / "stopped")["position"]["total"] == len(losses(tmp_path / "stopped")) == 6
+    assert (
+        data.read_state(tmp_path / "stopped")["position"]["total"] == len(losses(tmp_path / "stopped")) == 6
+    )
 
     dummy_paper.command(f"--out={tmp_path}/whole", *DROPOUT)
     for out in (folder / "killed", tmp_path / "stopped"):
@@ -558,9 +564,13 @@ def test_a_run_killed_or_stopped_and_resumed_equals_an_undisturbed_one_bit_for_b
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_run_with_a_checkpoint_one_line_and_its_status(number, status, tmp_path, capsys, monkeypatch):
+def test_a_signal_ends_the_run_with_a_checkpoint_one_line_and_its_status(
+    number, status, tmp_path, capsys, monkeypatch
+):
     forward = dummy_paper.Model.forward
-    monkeypatch.setattr(dummy_paper.Model, "forward", lambda *args: os.kill(os.getpid(), number) or forward(*args))
+    monkeypatch.setattr(
+        dummy_paper.Model, "forward", lambda *args: os.kill(os.getpid(), number) or forward(*args)
+    )
     assert "--resume" in refusal(capsys, f"--out={tmp_path}", status=status)
     assert data.read_state(tmp_path)["position"]["total"] == 1
 
