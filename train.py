@@ -152,8 +152,11 @@ def override(target, key: str, text: str):
 
     Values are written as in Python, 3, 1e-4, (16, 21), true, none; what is none of these is a word.
     """
+    # a stage's name is also that of a folder
     kinds = {field.name: field.type for field in fields(target) if field.name != "name"}
     kind = kinds[known(key, kinds, f"field of {type(target).__name__}")]
+
+    # Python's own words begin with a capital
     python = text.title() if text.lower() in ("true", "false", "none") else text
     try:
         value = ast.literal_eval(python)
@@ -222,6 +225,8 @@ def stage_steps(stages: list[Stage], scenes: int, total: int | None = None) -> l
         return steps
     if total < len(steps):
         raise DataError(f"--steps {total}: each of the {len(steps)} stages needs a step")
+
+    # rounding where stages end, not their lengths, keeps the sum exact
     ends = np.cumsum([0, *steps]) / sum(steps) * (total - len(steps))
     return [int(n) + 1 for n in np.diff(np.round(ends))]
 
@@ -326,8 +331,16 @@ class QuestionDataset(torch.utils.data.Dataset):
     i // accumulate. `key` is (seed, number of the stage); `listed` holds official questions by scene.
     """
 
-    def __init__(self, model, scenes: list[Scene], stage: Stage, key: tuple[int, int],
-                 rank: int = 0, world: int = 1, listed: dict[str, list[Sample]] | None = None):  # fmt: skip
+    def __init__(
+        self,
+        model: data.SceneLanguageModel | None,
+        scenes: list[Scene],
+        stage: Stage,
+        key: tuple[int, int],
+        rank: int = 0,
+        world: int = 1,
+        listed: dict[str, list[Sample]] | None = None,
+    ):
         self.model, self.scenes, self.stage, self.listed = model, scenes, stage, listed
         self.key, self.rank, self.world = key, rank, world
         self.by_name = {scene.name: scene for scene in scenes}
@@ -459,8 +472,13 @@ def make_optimizer(model: nn.Module, stage: Stage) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=stage.lr, betas=stage.betas)
 
 
-def compute_gradients(net: nn.Module, micro_batches: list[dict], clip: float, dtype: torch.dtype,
-                      distributed: Distributed) -> tuple[dict, float, bool]:  # fmt: skip
+def compute_gradients(
+    net: nn.Module,
+    micro_batches: list[dict],
+    clip: float,
+    dtype: torch.dtype,
+    distributed: Distributed,
+) -> tuple[dict, float, bool]:
     """Leave in the parameters the gradient of the loss per term, over all ranks and micro-batches.
 
     Raw sums go backward; DDP and FSDP average them over ranks, so world / (global number of terms) is what
@@ -546,8 +564,13 @@ def gather(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
     return whole
 
 
-def save_checkpoint(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, state: dict,
-                    rank: int = 0) -> None:  # fmt: skip
+def save_checkpoint(
+    out: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    state: dict,
+    rank: int = 0,
+) -> None:
     """Write weights, Adam's moments and `state`; every rank takes part.
 
     Replacing state.json, when all that it names is on the disk, is what commits them.
@@ -591,6 +614,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, run: Path
     for entry, value in data.read_tensors(run, "optimizer").items():
         name, key = entry.rsplit("/", 1)
         p = weights[name]
+
+        # the count of steps is one number, kept on the CPU
         if key != "step":
             value = value.to(p.device)
         if key != "step" and isinstance(p, DTensor):
@@ -667,6 +692,8 @@ def draw_loss(out: Path) -> None:
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     figure = Figure(figsize=(9, 4), layout="constrained")
     axis = figure.subplots()
+
+    # a skipped step is a gap
     for stage, own in itertools.groupby(lines, key=lambda line: line["stage"]):
         points = [(line["total"], line["loss"] or math.nan) for line in own]
         axis.plot(*zip(*points, strict=True), lw=1, label=stage)
@@ -785,9 +812,11 @@ def train(args: argparse.Namespace) -> nn.Module:
 
     def score(stage: Stage, out: Path, names: Iterable[str] = ()) -> None:
         """Score the model, as that stage sees, in scenes it never saw; every rank takes part."""
-        seen = {"record": record, "blind_scenes": train_scenes[:300]}
+        blind = train_scenes[:300]  # whose answers the blind baseline knows
         with unsharded(model):
-            evaluate.evaluate_scenes(model, test_scenes, stage, out, names=names, **seen)
+            evaluate.evaluate_scenes(
+                model, test_scenes, stage, out, record=record, names=names, blind_scenes=blind
+            )
 
     for number in SIGNALS:
         signal.signal(number, distributed.on_signal)
