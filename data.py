@@ -41,7 +41,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial, wraps
 from pathlib import Path
 from textwrap import wrap
@@ -2542,36 +2542,41 @@ def overfit_demo(model: SceneLanguageModel, scene: Scene, samples: Sequence[Samp
 
 
 def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers, the tensors themselves, tied ones once; without those that the model names in
-    `borrowed`: frozen ones that its Config loads from elsewhere."""
-    first, borrowed = {}, set(model.frozen_pretrained_names)
+    """Name the tensors that a checkpoint holds: tied ones once, those loaded from elsewhere not at all."""
+    first = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name not in borrowed:
+        if name not in model.frozen_pretrained_names:
             first.setdefault(id(tensor), (name, tensor))
     return dict(first.values())
 
 
+def file_digest(path: Path) -> str:
+    """Hash a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_state(run: Path) -> dict:
-    """state.json of a run's checkpoint: {"number", "files", "position", "run", ...}."""
+    """Read a checkpoint's state.json: {"position", "run" (its config.json), "processes", "sha256"}."""
     path = run / "checkpoint" / "state.json"
     if not path.exists():
-        raise DataError(f"{path}: missing, so there is no trained model here; train one, or name another folder")
+        raise DataError(f"{path}: missing, so there is no trained model here; train one first")
     try:
         state = json.loads(path.read_text())
     except ValueError:
         state = None
-    if not isinstance(state, dict) or {"number", "files", "position", "run"} - set(state):
+    if not isinstance(state, dict) or {"position", "run", "processes", "sha256"} - set(state):
         raise DataError(f"{path}: not the state of a checkpoint; copy the run again")
     return state
 
 
 def read_tensors(run: Path, kind: str) -> dict[str, torch.Tensor]:
-    """The tensors of a run's checkpoint by their names; kind: "weights" or another of its files. Raises DataError."""
-    path = run / "checkpoint" / read_state(run)["files"][kind]
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path}: missing or damaged ({error}); copy the run again") from None
+    """Read a checkpoint's tensors by their names; kind: "weights" or "optimizer". Raises DataError."""
+    state = read_state(run)
+    path = run / "checkpoint" / f"{kind}-{state['position']['total']:d}.safetensors"
+    if not path.exists() or file_digest(path) != state["sha256"][kind]:
+        raise DataError(f"{path}: missing, damaged, or of another step; copy the run again")
+    return load_file(path)
 
 
 def load_weights(model: torch.nn.Module, run: Path) -> None:
@@ -2580,11 +2585,26 @@ def load_weights(model: torch.nn.Module, run: Path) -> None:
     for name in sorted(saved.keys() | own.keys()):
         there, here = (tuple(t[name].shape) if name in t else "missing" for t in (saved, own))
         if there != here:
-            raise DataError(f"{run}/checkpoint: {name} is {there} there, {here} in this model; {run}/config.json says "
-                            "which model and settings it belongs to")  # fmt: skip
+            raise DataError(
+                f"{run}/checkpoint: {name} is {there} there, {here} in this model; see {run}/config.json"
+            )
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(saved[name])
+
+
+def from_json(kind: type, values: dict):
+    """Make a dataclass again of what `asdict` and JSON left of it: tuples became lists."""
+    if strange := values.keys() - {f.name for f in fields(kind)}:
+        raise DataError(f"{kind.__name__} has no {', '.join(strange)}: other code made this run; train it again")
+    whole = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return kind(**whole)
+
+
+def stage_of(values: dict) -> Stage:
+    """Make a stage again of its row in config.json."""
+    files = {name: from_json(Source, row) for name, row in values["files"].items()}
+    return from_json(Stage, {**values, "files": files})
 
 
 # ---- 7 scenes from disk ----------------------------------------------------------------------------------------------

@@ -1221,6 +1221,11 @@ FILTERS = {"none": "no filter", "vision": "scene and coordinate tokens", "both":
 # ---- 12 demo and command line ----------------------------------------------------------------------------------------
 
 
+def build(config: Config, text) -> Model:
+    """The model of a configuration."""
+    return Model(config, text)
+
+
 def demo() -> None:
     """One room from points to an answer, with real shapes, and a tiny model that learns its questions by heart."""
     torch.manual_seed(0)

@@ -978,6 +978,11 @@ def outlined(scene: Scene, sample: Sample, said: str, refer) -> list[tuple[int, 
 # ---- 10 demo and command line ----------------------------------------------------------------------------------------
 
 
+def build(config: Config, text) -> Model:
+    """The model of a configuration."""
+    return Model(config, text)
+
+
 def demo() -> None:
     """One room from pixels to an answer, with real shapes, and a tiny model that learns its questions by heart."""
     torch.manual_seed(0)

@@ -1353,6 +1353,11 @@ INTER = {"graph": Graph, "concat": Concatenation, "off": Nothing}
 # ---- 11 demo and command line ----------------------------------------------------------------------------------------
 
 
+def build(config: Config, text) -> Model:
+    """The model of a configuration."""
+    return Model(config, text)
+
+
 def demo() -> None:
     """One room from points to an answer, with real shapes, and a tiny model that learns its questions by heart."""
     torch.manual_seed(0)
