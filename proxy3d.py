@@ -1,29 +1,32 @@
 """Proxy3D: Efficient 3D Representations for Vision-Language Models via Semantic Clustering and Alignment.
 
-CVPR 2026, arXiv 2605.08064. Supplementary Tables 1-3 give the recipe; equation numbers below are the paper's.
+CVPR 2026, arXiv 2605.08064. Supplementary Tables 1-3 give the recipe; equation numbers are the paper's.
 
-Idea. A video of a room is ten thousands of image patches, but only a few dozen objects. Lift every patch to 3D, group
-the patches by the object they show, summarize each group by a few *proxies* (mean feature, mean position), and give the
-language model those few hundred tokens instead of all patches. Identifiers ("<OBJ012>") are added to an object's
-proxies as the picture of their digits, encoded by the same vision tower; no embedding table is learned.
+Idea. A video of a room is ten thousands of image patches, but only a few dozen objects. Lift every patch to
+3D, group the patches by the object they show, summarize each group by a few *proxies* (mean feature, mean
+position), and give the language model those few hundred tokens instead of all patches. Identifiers
+("<OBJ012>") are added to an object's proxies as the picture of their digits, encoded by the same vision tower;
+no embedding table is learned.
 
   frames [V,H,W,3] --tower (frozen)--> features [V,h,w,C] --.
-  depth/VGGT ------------------------> points  [V,H,W,3] ---+-> triplets f [L,C], p [L,3], m [L]     L = V*h*w
-  masks/SAM 2 -----------------------> masks   [V,H,W] -----'        |
-                                                     group by m, allocate K, cluster on p            (1) (2) (3)
+  depth or VGGT ---------------------> points  [V,H,W,3] ---+-> triplets f [L,C], p [L,3], m [L], L = V h w
+  masks or SAM 2 --------------------> masks   [V,H,W] -----'        |
+                                                     group by m, allocate K, cluster on p       (1) (2) (3)
                                                                      v
-  z [K,C], c [K,3], group [K] -> BFS order -> R(c_height) z + F(c_horizontal) + f_id[group] -> LLM -> text  (4) (5) (6)
+  z [K,C], c [K,3], group [K] --> BFS order --> R(c_height) z + F(c_horizontal) + f_id[group]       (5) (4)
+                                                                     v
+                                                           language model --> text                      (6)
 
-Axes: B scenes, V frames, H W pixels, h w patches, L = V h w triplets, G groups, K proxies, C = D width, T text,
-n objects, S packed rows (one per scene), N positions read at a time, A answer tokens, R pieces and symbols of stage 0.
+Axes: V frames, H W pixels, h w patches, L = V h w triplets, G groups, K proxies, C = D width, T text,
+n objects, R pieces and symbols of stage 0, E width of the tiny tower.
 
 | paper                                  | here                                          |
 | sec. 3.1 patch triplets                | patch_triplets                                |
 | (1) groups, (2) centers, (3) proxies   | cluster, make_proxies, CLUSTERING             |
 | allocation K_g ~ |G_g| / L             | allocate                                      |
-| BFS serialization, (5)                 | bfs_order                                     |
+| (5) BFS serialization                  | bfs_order                                     |
 | (4) z' = R(c^H) z + F(c^WxL)           | rotate_height, HorizontalFourier              |
-| G_sem, G_id (symbol images)            | draw_identifier, draw_category, Model.symbols |
+| G_sem, G_id (symbol images)            | draw_category, draw_identifier, Model.symbols |
 | (6) next-token loss on answers         | data.SceneLanguageModel.forward               |
 | supp. Table 1, four stages             | STAGES                                        |
 | supp. Table 2, SpaceSpan-318K          | SPACESPAN                                     |
@@ -31,34 +34,34 @@ n objects, S packed rows (one per scene), N positions read at a time, A answer t
 | main Tables 4-5, ablations             | Config, CLUSTERING, recipe                    |
 
 What the paper leaves open, and what we chose
-- "KNN" clustering: farthest-point seeds inside the group (first: the patch nearest the group's centroid), every patch
-  to its nearest seed, mean of features and of coordinates. k-means from those seeds and DPC-kNN are alternatives.
-- Patches without a mask form one more group (label 0), so that floor and walls keep tokens; it gets no identifier.
-- Allocation is exact: floor for every group, the rest in proportion by largest remainders, never more than a group has.
-  With more groups than tokens the largest groups get one each.
+- "KNN" clustering: farthest-point seeds inside the group (first: the patch nearest the group's centroid), every
+  patch to its nearest seed, mean of features and of coordinates. k-means and DPC-kNN are alternatives.
+- Patches without a mask form one more group (label 0): floor and walls keep tokens, but get no identifier.
+- Allocation is exact: floor for every group, the rest in proportion by largest remainders, never more than a
+  group has. With more groups than tokens the largest groups get one each.
 - BFS runs over groups on the symmetric 6-NN graph of their centroids, from the group nearest the origin, nearer
-  neighbors first; inside a group over its proxies, from the one nearest the last token. When a connected part of the
-  graph is done, the nearest point that was not visited yet comes next.
-- R rotates feature pairs by height / height_unit * 10000^(-2i/C): R(0) = I and norms are kept. F is a learnable Fourier
+  neighbors first; inside a group over its proxies, from the one nearest the last token. When a connected part
+  of the graph is done, the point nearest to any visited one comes next.
+- R rotates feature pairs by height / 5 cm * 10000^(-2i/C): R(0) = I and norms are kept. F is a learnable Fourier
   embedding (Li et al. 2021). Both act from stage II on.
-- Around a loaded tower F starts at 0.3 of the RMS of its features, and symbols at 1.0 of it (`Model.measure_gains`), so
-  that a meter along x, y or z moves a token by comparable amounts. At 5e-6 a step what starts small stays small.
+- Around a loaded tower F starts at 0.3 of the RMS of its features and symbols at their full RMS
+  (`Model.measure_gains`): a meter along x, y or z moves a token by comparable amounts. At 5e-6 a step what
+  starts small stays small.
 - Proxies take ordinary sequential positions in MRoPE (t = h = w), like words.
 - Inter-frame attention: the tower's full-attention blocks see all frames of a scene at once. No parameters.
 - 16x21 (32x42) merged tokens = frames resized to exactly 448x588 (896x1176), whatever the camera.
-- Category symbols come from the data's categories (the paper's list of 213 is not public): drawn icons, and the written
-  word where there is no icon. A folder of images replaces them. Stage IV adds identifiers only.
-- Symbols have no color, so stages I to III never ask for one; MMScan's attributes are not public as stage III used them.
-- Without semantic grouping the whole scene is one group and a proxy's identifier is the majority of its patches.
-- Point maps and masks come from the scene (data.py): sensor depth or VGGT's depth, instance masks, own segments or
-  SAM 2's tracks.
+- Category symbols come from the data's categories (the paper's list of 213 is not public): a drawn icon, or the
+  written word where there is none. Stage IV adds identifiers only.
+- Symbols have no color, so the paper's stages I to III never ask for one.
+- Without semantic grouping the scene is one group, and a proxy's identifier that of most of its patches.
+- Point maps and masks come from the scene (data.py): sensor depth or VGGT, instance masks, own segments or SAM 2.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -71,14 +74,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import data
-from data import Sample, Scene, SceneLanguageModel, Source, Stage, Thing
+from data import Sample, Scene, Source, Stage, Thing
 
-# ---- configuration ---------------------------------------------------------------------------------------------------
+# ---- configuration -------------------------------------------------------------------------------
 
 
 @dataclass
 class Config:
-    """Every number of the model; `paper()` is the main table's setting, `tiny()` trains from nothing on a laptop."""
+    """Every number of the model; `paper()` is the main table's setting, `tiny()` trains on a laptop."""
 
     llm: str | None = None  # a Qwen2.5-VL name or folder; None builds a tiny one from the last fields
     budget: int = 700  # proxies per scene; paper 450, 700, 1000
@@ -89,15 +92,10 @@ class Config:
     coordinate_stage: bool = True  # False: Table 4, stage II skipped, F trains in stage IV
     inter_frame: bool = True  # Table 4, full-attention blocks see all frames
     clustering: str = "fps"  # a key of CLUSTERING
-    neighbors: int = 6  # of the BFS graph
-    height_unit: float = 0.05  # meters per rotary position
     fourier: int = 256  # random features of F
     fourier_hidden: int = 256  # hidden width of F
-    fourier_gamma: float = 1.0  # meters: frequencies start as N(0, 1 / gamma^2)
-    position_share: float = 0.3  # RMS of F at the start, as a share of the RMS of the tower's features
-    symbol_share: float = 1.0  # the same for symbols
+    position_share: float = 0.3  # RMS of F at the start, as a share of that of the tower's features
     symbol: int = 28  # pixels of a symbol image; 28 = one merged token of Qwen2.5-VL
-    icons: str | None = None  # folder of images that replace the drawn icons, named after categories
     lora: int = 0  # rank of LoRA in the language model; 0 trains all of it, as the paper does
     dtype: str = "float32"  # of what stays frozen; what trains is float32
     # the tiny model, used only where llm is None
@@ -111,29 +109,28 @@ class Config:
     @classmethod
     def paper(cls, **changes) -> Config:
         """The main table: 700 tokens at 32x42."""
-        return cls(**{"llm": "Qwen/Qwen2.5-VL-7B-Instruct", "dtype": "bfloat16", **changes})
+        return cls("Qwen/Qwen2.5-VL-7B-Instruct", dtype="bfloat16", **changes)
 
     @classmethod
-    def paper_450(cls, **changes) -> Config:
+    def paper_450(cls) -> Config:
         """VSI-Bench and the base of the ablations: 450 tokens at 16x21."""
-        return cls.paper(**{"budget": 450, "grid": (16, 21), **changes})
+        return cls.paper(budget=450, grid=(16, 21))
 
     @classmethod
     def tiny(cls, **changes) -> Config:
         """Rooms of 96 x 96 pixels on a CPU."""
-        small = dict(budget=96, grid=(12, 12), frames=12, inter_frame=False, symbol=16, fourier=24, fourier_hidden=48)
-        return cls(**{**small, **changes})
+        small = dict(budget=96, grid=(12, 12), frames=12, inter_frame=False, symbol=16)
+        return cls(**{**small, "fourier": 24, "fourier_hidden": 48, **changes})
 
 
-# ---- 1 patches to triplets, sec. 3.1 ---------------------------------------------------------------------------------
+# ---- 1 patches to triplets, sec. 3.1 -------------------------------------------------------------
 
 
 def patch_triplets(features: Tensor, points: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Lift patches to 3D: one (feature, point, label) per patch with at least one measured pixel.
 
-    Args: features [V, h, w, C]; points [V, H, W, 3] in meters, NaN = missing; masks [V, H, W] >= 0, 0 = no object.
-    H and W need not be multiples of h and w.
-    Returns: f [L, C], p [L, 3], m [L].
+    Args: features [V, h, w, C]; points [V, H, W, 3] in meters, NaN = missing; masks [V, H, W] >= 0, 0 = no
+    object. H and W need not be multiples of h and w. Returns: f [L, C], p [L, 3], m [L].
     """
     V, h, w, C = features.shape
     patch = patch_index(V, h, w, *masks.shape[1:]).to(masks.device)  # [V*H*W]
@@ -160,7 +157,7 @@ def patch_index(V: int, h: int, w: int, H: int, W: int) -> Tensor:
 
 
 def most_frequent(labels: Tensor, cell: Tensor, cells: int) -> Tensor:
-    """Find the most frequent label [cells] of every cell; ties go to the lowest, empty cells get 0.
+    """Find the most frequent label of every cell: [cells]; ties go to the lowest, empty cells get 0.
 
     Args: labels [N] >= 0; cell [N] in 0..cells-1.
     """
@@ -169,13 +166,13 @@ def most_frequent(labels: Tensor, cell: Tensor, cells: int) -> Tensor:
     return votes.view(cells, n).argmax(1)
 
 
-# ---- 2 allocation and clustering, sec. 3.2 ---------------------------------------------------------------------------
+# ---- 2 allocation and clustering, sec. 3.2 -------------------------------------------------------
 
 
 def allocate(sizes: Sequence[int], budget: int, floor: int = 2) -> list[int]:
     """Share the budget among groups in proportion to their patches, K_g ~ |G_g| / L.
 
-    Exactly min(budget, sum of sizes) proxies in all; a group gets at least min(floor, size) and at most size.
+    Exactly min(budget, sum of sizes) proxies in all; a group gets at least min(floor, size), at most size.
 
         sizes 3 3 94, budget 20, floor 2
         floors                2    2     2      14 are left, every group has room
@@ -220,79 +217,85 @@ def cluster(points: Tensor, labels: Tensor, budget: int, floor: int = 2, method:
     """Group patches by label and cluster each group on coordinates alone, Eq. (1) and (2).
 
     Args: points [L, 3] meters; labels [L] any integers; method: a key of CLUSTERING.
-    Returns: the proxy 0..K-1 of every patch [L], groups in the order of their labels, K = min(budget, L); -1 in a
-    group that got no proxy, which happens only where there are more groups than tokens.
+    Returns: the proxy 0..K-1 of every patch [L], in the order of labels; -1 in a group that got no proxy, which
+    happens only where there are more groups than tokens. K = min(budget, L) unless patches coincide.
     Raises ValueError without patches.
     """
     if len(points) == 0:
-        raise ValueError("cluster: no patches with a measured point; check the depth and the masks of the scene")
+        raise ValueError("cluster: no patches with a measured point; check the scene's depth and masks")
     _, group, sizes = labels.cpu().unique(return_inverse=True, return_counts=True)
     xyz = points.float().cpu().numpy()
     proxy, K = torch.full_like(group, -1), 0
     for g, count in enumerate(allocate(sizes.tolist(), budget, floor)):
         if count:
             mine = group == g
-            proxy[mine] = K + torch.from_numpy(CLUSTERING[method](xyz[mine], count))
-            K += count
+            owner = torch.from_numpy(CLUSTERING[method](xyz[mine], count))
+
+            # a cluster that nobody joined is no proxy
+            filled, owner = owner.unique(return_inverse=True)
+            proxy[mine] = K + owner
+            K += len(filled)
     return proxy.to(points.device)
 
 
 def farthest_seeds(points: np.ndarray, count: int) -> np.ndarray:
-    """Choose seeds by farthest-point sampling from the point nearest the centroid; give every point its nearest seed.
+    """Choose seeds one by one, each farthest from those before; give every point its nearest seed.
 
-    The nearest seed comes for free: a point changes hands when a new seed is nearer. Steps this small are faster on the
-    CPU than launched on a GPU.
+    The first seed is the point nearest the centroid. The nearest seed comes for free: a point changes hands when
+    a new seed is nearer. Steps this small are faster on the CPU than launched on a GPU.
 
     Args: points [n, 3], count <= n. Returns: seed 0..count-1 of every point [n].
     """
     axes = np.ascontiguousarray(points.T)  # [3, n] contiguous reads
-    seed = int(np.square(points - points.mean(0)).sum(1).argmin())
+    seed = np.square(points - points.mean(0)).sum(1).argmin()
     nearest = np.full(len(points), np.inf, dtype=points.dtype)  # [n] squared distance to the own seed
     owner = np.zeros(len(points), dtype=np.int64)  # [n]
     for j in range(count):
         distance = np.square(axes - axes[:, seed, None]).sum(0)  # [n]
         owner[distance < nearest] = j
         np.minimum(nearest, distance, out=nearest)
-
-        # a seed owns itself, also among duplicates, and is never chosen again
-        owner[seed], nearest[seed] = j, -1
-        seed = int(nearest.argmax())
+        seed = nearest.argmax()
     return owner
 
 
-def make_proxies(features: Tensor, points: Tensor, masks: Tensor, budget: int = 700, floor: int = 2,
-                 method: str = "fps", semantic_grouping: bool = True,
-                 neighbors: int = 6) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Turn the patches of a scene into a sequence of proxies: all of sections 3.1 to 3.3 but the positions.
+def make_proxies(
+    features: Tensor,
+    points: Tensor,
+    masks: Tensor,
+    budget: int = 700,
+    floor: int = 2,
+    method: str = "fps",
+    semantic_grouping: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn the patches of a scene into a sequence of proxies: sections 3.1 to 3.3 but for the positions.
 
     Args: features [V, h, w, C]; points [V, H, W, 3] meters, NaN = missing; masks [V, H, W] object ids, 0 = none;
-    budget, floor: see `allocate`; method: a key of CLUSTERING; semantic_grouping: False clusters the scene as one group.
-    Returns: z [K, C] mean features, c [K, 3] mean points, group [K] object ids, in BFS order, K = min(budget, L).
+    budget, floor: see `allocate`; method: a key of CLUSTERING; semantic_grouping: False takes all for one group.
+    Returns: z [K, C] mean features, c [K, 3] mean points, group [K] object ids; K = min(budget, L), BFS order.
     """
     f, p, m = patch_triplets(features, points, masks)
-    groups = m if semantic_grouping else torch.zeros_like(m)
-    proxy = cluster(p, groups, budget, floor, method)  # [L]
+    one = torch.zeros_like(m)
+    proxy = cluster(p, m if semantic_grouping else one, budget, floor, method)  # [L]
 
     # Eq. (3): a proxy is the mean of its patches
     kept = proxy >= 0
-    f, p, m, proxy = f[kept], p[kept], m[kept], proxy[kept]
-    K = int(proxy.max()) + 1
-    z, _ = data.group_mean(f.float(), proxy, K)  # [K, C]
-    c, _ = data.group_mean(p, proxy, K)  # [K, 3]
+    proxy, K = proxy[kept], int(proxy.max()) + 1
+    z, _ = data.group_mean(f[kept].float(), proxy, K)  # [K, C]
+    c, _ = data.group_mean(p[kept], proxy, K)  # [K, 3]
 
     # and shows the object of most of them, which with semantic grouping is the object of all
-    group = most_frequent(m, proxy, K)  # [K]
-    order = bfs_order(c, group if semantic_grouping else torch.zeros_like(group), neighbors)  # [K]
+    group = most_frequent(m[kept], proxy, K)  # [K]
+    order = bfs_order(c, group if semantic_grouping else one[:K])  # [K]
     return z[order], c[order], group[order]
 
 
-# ---- 3 serialization, sec. 3.3 ---------------------------------------------------------------------------------------
+# ---- 3 serialization, sec. 3.3 -------------------------------------------------------------------
 
 
 def bfs_order(centers: Tensor, groups: Tensor, neighbors: int = 6) -> Tensor:
     """Put proxies in a line, groups together and neighbors near each other, Eq. (5).
 
-    Breadth first over groups from the one nearest the origin, then inside each group from the proxy nearest the last:
+    Breadth first over groups from the one nearest the origin, then in each from the proxy nearest the last:
 
         proxies on the x axis    desk 4.0 4.4   rug 0.9 0.1   lamp 4.3
         group centroids          desk 4.2       rug 0.5       lamp 4.3     root: the rug
@@ -301,39 +304,34 @@ def bfs_order(centers: Tensor, groups: Tensor, neighbors: int = 6) -> Tensor:
 
     Args: centers [K, 3] meters, groups [K] any integers. Returns: order [K].
     """
-    c, g = centers.detach().double().cpu().numpy(), groups.cpu().numpy()
+    c, g = centers.double().cpu().numpy(), groups.cpu().numpy()
 
-    # sorted by coordinates first, so that ties depend neither on the order of the input nor on names of groups
-    canonical = np.lexsort((g, c[:, 2], c[:, 1], c[:, 0]))
-    c, g = c[canonical], g[canonical]
-    members = [np.flatnonzero(g == name) for name in dict.fromkeys(g.tolist())]
+    members = [np.flatnonzero(g == name) for name in np.unique(g)]
     centroids = np.stack([c[rows].mean(0) for rows in members])  # [G, 3]
-
-    root = int(np.square(centroids).sum(1).argmin())
     order, last = [], np.zeros(3)
-    for i in breadth_first(centroids, root, neighbors):
-        here = members[i]
-        start = int(np.square(c[here] - last).sum(1).argmin())
-        order += here[breadth_first(c[here], start, neighbors)].tolist()
+    for i in breadth_first(centroids, last, neighbors):
+        rows = members[i]
+        order += rows[breadth_first(c[rows], last, neighbors)].tolist()
         last = c[order[-1]]
-    return torch.from_numpy(canonical[order]).to(centers.device)
+    return torch.tensor(order, device=centers.device)
 
 
-def breadth_first(points: np.ndarray, root: int, neighbors: int) -> list[int]:
-    """Search the symmetric k-NN graph of points [n, 3] breadth first, nearer neighbors first: the order of visits [n].
+def breadth_first(points: np.ndarray, start: np.ndarray, neighbors: int = 6) -> list[int]:
+    """Search the symmetric k-NN graph of points [n, 3] breadth first, from the point nearest to `start` [3].
 
-    When a connected part is done, the point nearest to any visited one comes next.
+    Nearer neighbors come first. When a connected part is done, the point nearest to any visited one is next.
+    Returns: the order of visits [n].
     """
     n = len(points)
     distance = np.square(points[:, None] - points[None]).sum(-1)  # [n, n]
-    near = np.argsort(distance, axis=1, kind="stable")  # [n, n] nearest first, a point itself before all others
+    near = np.argsort(distance, axis=1, kind="stable")  # [n, n] each point itself, then the nearest
     linked = np.zeros((n, n), dtype=bool)
     np.put_along_axis(linked, near[:, 1 : neighbors + 1], True, axis=1)
     linked |= linked.T
 
-    order, head = [root], 0
-    waiting = np.ones(n, dtype=bool)
-    waiting[root] = False
+    order = [int(np.square(points - start).sum(1).argmin())]
+    head, waiting = 0, np.ones(n, dtype=bool)
+    waiting[order] = False
     while waiting.any():
         if head < len(order):
             ranked = near[order[head]]
@@ -341,22 +339,22 @@ def breadth_first(points: np.ndarray, root: int, neighbors: int) -> list[int]:
             head += 1
         else:
             gap = np.where(waiting, distance[order].min(0), np.inf)
-            found = [gap.argmin()]
+            found = gap.argmin(keepdims=True)
         waiting[found] = False
-        order += [int(i) for i in found]
+        order += found.tolist()
     return order
 
 
-# ---- 4 hybrid 3D positional encoding, Eq. (4) ------------------------------------------------------------------------
+# ---- 4 hybrid 3D positional encoding, Eq. (4) ----------------------------------------------------
 
 
-def rotate_height(z: Tensor, height: Tensor, unit: float = 0.05, base: float = 10000.0) -> Tensor:
-    """Apply R(c^H): rotate feature pairs (2i, 2i+1) by height / unit * base^(-2i/C). R(0) = I; norms are kept.
+def rotate_height(z: Tensor, height: Tensor, unit: float = 0.05) -> Tensor:
+    """Apply R(c^H): rotate feature pairs (2i, 2i+1) by height / unit * 10000^(-2i/C); norms are kept.
 
     Args: z [..., C] with C even, height [...] meters above the floor. Returns: [..., C].
     """
     C = z.shape[-1]
-    frequency = base ** (-torch.arange(0, C, 2, device=z.device, dtype=torch.float32) / C)  # [C/2]
+    frequency = 10000 ** (-torch.arange(0, C, 2, device=z.device) / C)  # [C/2]
     angle = height.float()[..., None] / unit * frequency  # [..., C/2]
     cos, sin = angle.cos().to(z), angle.sin().to(z)
     a, b = z[..., 0::2], z[..., 1::2]  # [..., C/2]
@@ -366,14 +364,14 @@ def rotate_height(z: Tensor, height: Tensor, unit: float = 0.05, base: float = 1
 class HorizontalFourier(nn.Module):
     """F(c^WxL): learnable Fourier features of the horizontal position (Li et al. 2021, arXiv 2106.02795).
 
-    F(x) = W2 GELU(W1 r), r = [cos(x Wr), sin(x Wr)] / sqrt(D). Wr starts as N(0, 1 / gamma^2), and W2 with the standard
-    deviation of the language model's own weights, so that a step of 5e-6 changes both by the same share. The size of F
-    is set outside (`Model.measure_gains`).
+    F(x) = W2 GELU(W1 r), r = [cos(x Wr), sin(x Wr)] / sqrt(D). Wr starts as N(0, 1) per meter, and W2 with the
+    standard deviation of a language model's weights, so that a step of 5e-6 changes both by the same share. The
+    size of F is set outside (`Model.measure_gains`).
     """
 
-    def __init__(self, features: int, hidden: int, width: int, gamma: float = 1.0):
+    def __init__(self, features: int, hidden: int, width: int):
         super().__init__()
-        self.frequencies = nn.Parameter(torch.randn(2, features // 2) / gamma)
+        self.frequencies = nn.Parameter(torch.randn(2, features // 2))
         self.lift = nn.Linear(features, hidden, bias=False)
         self.out = nn.Linear(hidden, width, bias=False)
         nn.init.normal_(self.out.weight, std=0.02)
@@ -385,9 +383,8 @@ class HorizontalFourier(nn.Module):
         return self.out(F.gelu(self.lift(r)))  # [..., C]
 
 
-# ---- 5 object reference embeddings: pictures of digits and of categories, sec. 3.4 -----------------------------------
+# ---- 5 object reference embeddings: pictures of digits and of categories, sec. 3.4 ---------------
 
-IDENTIFIERS = [("id", number) for number in range(100)]  # their symbols' keys
 DIGITS = [
     "### .#. ### ### #.# ### ### ### ### ### ",
     "#.# ##. ..# ..# #.# #.. #.. ..# #.# #.# ",
@@ -397,51 +394,52 @@ DIGITS = [
 ]
 
 
-def draw_identifier(number: int, size: int) -> np.ndarray:
+@functools.cache
+def draw_identifier(number: int, size: int) -> Tensor:
     """Draw G_id's picture: three white digits on black in the middle of [size, size, 3] uint8, size >= 11."""
     ink = np.array([list(row) for row in DIGITS]) == "#"  # [5, 40]
-    glyph = np.concatenate([ink[:, 4 * int(d) : 4 * int(d) + 4] for d in f"{number:03d}"], axis=1)[:, :-1]  # [5, 11]
+    columns = [4 * int(digit) + i for digit in f"{number:03d}" for i in range(4)]
     zoom = size // 11
-    glyph = np.kron(glyph, np.ones((zoom, zoom), bool))
-
+    glyph = ink[:, columns[:-1]].repeat(zoom, axis=0).repeat(zoom, axis=1)
     image = np.zeros((size, size, 3), dtype=np.uint8)
-    top, left = (size - glyph.shape[0]) // 2, (size - glyph.shape[1]) // 2
-    image[top : top + glyph.shape[0], left : left + glyph.shape[1]][glyph] = 255
-    return image
+    top, left = (size - 5 * zoom) // 2, (size - 11 * zoom) // 2
+    image[top : top + 5 * zoom, left : left + 11 * zoom][glyph] = 255
+    return torch.from_numpy(image)
 
 
-def draw_category(category: str, color: str, size: int, folder: str | None = None) -> np.ndarray:
-    """Draw G_sem's picture [size, W, 3] uint8: folder/<category>.png, else the drawn icon, else the written word.
+@functools.cache
+def draw_category(category: str, color: str, size: int) -> Tensor:
+    """Draw G_sem's picture [size, W, 3] uint8: the category's icon, or the written word where there is none.
 
-    W is `size`, for a word as many times `size` as it takes: the tower of a vision-language model reads text, and two
-    categories never share a picture.
+    W is `size`, for a word as many times `size` as it takes. The tower of a vision-language model reads text, and
+    two categories never share a picture.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    if folder is not None:
-        path = Path(folder) / f"{category}.png"
-        if not path.exists():
-            raise data.DataError(f"no symbol image {path}; add one, or leave `icons` unset to draw icons")
-        return np.asarray(Image.open(path).convert("RGB").resize((size, size)))
     if not category or category in data.CATEGORIES:
-        return data.category_icon(category, color or "white", size)
-
+        return torch.from_numpy(data.category_icon(category, color or "white", size))
     font = ImageFont.load_default(0.7 * size)
     cells = math.ceil(font.getlength(category) / size)
     image = Image.new("RGB", (cells * size, size))
     ImageDraw.Draw(image).text((0, 0), category, font=font)
-    return np.asarray(image)
+    return torch.tensor(np.asarray(image))
 
 
-# ---- 6 the model -----------------------------------------------------------------------------------------------------
+# a symbol's key is ("id", 12) or ("category", "bed", "white")
+DRAW = {"id": draw_identifier, "category": draw_category}
+IDENTIFIERS = [("id", number) for number in range(100)]
+
+# ---- 6 the model ---------------------------------------------------------------------------------
 
 
 def qwen_tokens(visual: nn.Module, images: Tensor, inter_frame: bool) -> Tensor:
-    """Run Qwen2.5-VL's vision tower over images [V, H, W, 3] uint8, each an image of its own: tokens [V, h, w, C].
+    """Run Qwen2.5-VL's vision tower over images [V, H, W, 3] uint8: merged tokens [V, h, w, C].
 
-    H and W are multiples of patch size times merge size. inter_frame: full-attention blocks read all frames as one.
+    H and W are multiples of patch size times merge size. Every frame is an image of its own; with inter_frame
+    the tower's full-attention blocks read all frames as one sequence.
     """
-    p, m, t = visual.config.patch_size, visual.config.spatial_merge_size, visual.config.temporal_patch_size
+    c = visual.config
+    p, m, t = c.patch_size, c.spatial_merge_size, c.temporal_patch_size
     V, H, W, _ = images.shape
     h, w = H // (p * m), W // (p * m)
 
@@ -452,8 +450,8 @@ def qwen_tokens(visual: nn.Module, images: Tensor, inter_frame: bool) -> Tensor:
 
     # patches of one merged token lie together; a still image fills the temporal patch
     x = x.view(V, h, m, p, w, m, p, 3).permute(0, 1, 4, 2, 5, 7, 3, 6)  # [V, h, w, m, m, 3, p, p]
-    x = x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, t, -1, -1)  # [V, h, w, m, m, 3, t, p, p]
-    x = x.reshape(V * h * w * m * m, -1).to(visual.dtype)  # [patches, 3 * t * p * p]
+    x = x.unsqueeze(6).expand(*[-1] * 6, t, -1, -1)  # [V, h, w, m, m, 3, t, p, p]
+    x = x.reshape(V * h * w * m * m, -1).to(visual.dtype)  # [V*h*w*m*m, 3*t*p*p]
 
     grid = torch.tensor([[1, h * m, w * m]] * V, device=images.device)
     joint = {}
@@ -462,16 +460,8 @@ def qwen_tokens(visual: nn.Module, images: Tensor, inter_frame: bool) -> Tensor:
     return visual(x, grid_thw=grid, **joint).pooler_output.view(V, h, w, -1)  # [V, h, w, C]
 
 
-@functools.cache
-def draw_symbol(key: tuple, size: int, folder: str | None) -> Tensor:
-    """Draw the picture of a symbol's key, ("id", number) or ("category", name, color)."""
-    kind, *what = key
-    picture = draw_identifier(*what, size) if kind == "id" else draw_category(*what, size, folder)
-    return torch.from_numpy(picture.copy())
-
-
-class Model(SceneLanguageModel):
-    """Proxy3D around a Qwen2.5-VL: frozen tower -> proxies -> language model. See the file's docstring for shapes."""
+class Model(data.SceneLanguageModel):
+    """Proxy3D around a Qwen2.5-VL: frozen tower -> proxies -> language model; see the file's docstring."""
 
     scene_inputs = ("symbols", "symbols+3d", "proxies")
 
@@ -479,40 +469,32 @@ class Model(SceneLanguageModel):
         super().__init__(config, text)
         self.llm = self.load_llm()
         self.width = self.llm.config.text_config.hidden_size  # D
-        self.fourier = HorizontalFourier(config.fourier, config.fourier_hidden, self.width, config.fourier_gamma)
-        self.register_buffer("gains", torch.ones(2))  # of F and of symbols; all ones: not measured yet
-        self.symbol_features, self.orders = {}, {}  # by symbol key; BFS orders by scene
+        self.fourier = HorizontalFourier(config.fourier, config.fourier_hidden, self.width)
+        self.register_buffer("gains", torch.ones(2))  # of F and of symbols; ones: not measured yet
+        self.symbol_features = {}  # what the tower sees in a symbol, by its key
 
     def load_llm(self) -> nn.Module:
         """Load Qwen2.5-VL, with adapters in its language model where the config asks for them."""
         from transformers import Qwen2_5_VLForConditionalGeneration
 
-        config = self.config
         # packed questions need a mask that says who sees whom: sdpa takes one
+        dtype, rank = getattr(torch, self.config.dtype), self.config.lora
         llm = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            config.llm, dtype=getattr(torch, config.dtype), attn_implementation="sdpa"
+            self.config.llm, dtype=dtype, attn_implementation="sdpa"
         )
-        if config.lora:
+        if rank:
             from peft import LoraConfig, inject_adapter_in_model
 
-            adapters = LoraConfig(r=config.lora, lora_alpha=2 * config.lora, target_modules="all-linear")
+            adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
             inject_adapter_in_model(adapters, llm.model.language_model)
             names = [f"llm.{name}" for name in llm.state_dict() if "lora_" not in name]
             self.frozen_pretrained_names = tuple(names)
         return llm
 
-    # -- what trains
-
-    def parts(self) -> dict[str, list[nn.Module | nn.Parameter]]:
+    def parts(self):
         language = self.llm.model.language_model
         adapters = [p for name, p in language.named_parameters() if "lora_" in name]
         return {"3d": [self.fourier], "lm": adapters or [language, self.llm.lm_head]}
-
-    def configure_stage(self, stage: Stage) -> None:
-        """See the base class; positions ("3d") are listed by the paper from stage I on, and seen from stage II on."""
-        if stage.scene_input == "symbols":
-            stage = replace(stage, trains=tuple(name for name in stage.trains if name != "3d"))
-        super().configure_stage(stage)
 
     # -- the vision tower
 
@@ -527,7 +509,7 @@ class Model(SceneLanguageModel):
         return max(self.config.grid) * self.cell
 
     def encode_images(self, images: Tensor, together: bool = False) -> Tensor:
-        """Run the tower over images [V, H, W, 3] uint8: tokens [V, h, w, C]. together: they are frames of one scene."""
+        """Run the tower over images [V, H, W, 3] uint8: [V, h, w, C]. together: frames of one scene."""
         images = images.to(self.device)
         return qwen_tokens(self.llm.model.visual, images, together and self.config.inter_frame)
 
@@ -536,53 +518,52 @@ class Model(SceneLanguageModel):
         size = tuple(n * self.cell for n in self.config.grid)
         if tuple(images.shape[1:3]) == size:
             return images
-        images = F.interpolate(images.permute(0, 3, 1, 2).float(), size, mode="bilinear", antialias=True)
-        return images.round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+        channels_first = images.permute(0, 3, 1, 2).float()
+        resized = F.interpolate(channels_first, size, mode="bilinear", antialias=True)
+        return resized.round().byte().permute(0, 2, 3, 1)
 
     # -- symbols
 
     def encode_symbols(self, keys: Sequence[tuple]) -> Tensor:
-        """Run the tower over the pictures of symbols (`draw_symbol`): [n, C], the mean token of each."""
-        pictures = [draw_symbol(key, self.config.symbol, self.config.icons) for key in keys]
-        return torch.stack([self.encode_images(picture[None]).float().mean((0, 1, 2)) for picture in pictures])
+        """Run the tower over the pictures of symbols: [n, C], the mean token of each."""
+        pictures = [DRAW[kind](*what, self.config.symbol) for kind, *what in keys]
+        return torch.stack([self.encode_images(x[None]).float().mean((0, 1, 2)) for x in pictures])
 
+    @torch.no_grad()
     def symbols(self, keys: Sequence[tuple]) -> Tensor:
-        """Look up symbol features [n, C]; the frozen tower sees each picture once."""
-        missing = [key for key in dict.fromkeys(keys) if key not in self.symbol_features]
-        if missing:
-            with torch.no_grad():
-                self.symbol_features.update(zip(missing, self.encode_symbols(missing), strict=True))
+        """Look up symbols: [n, C]; the frozen tower sees each picture once."""
+        for key in keys:
+            if key not in self.symbol_features:
+                self.symbol_features[key] = self.encode_symbols([key])[0]
         return torch.stack([self.symbol_features[key] for key in keys])
 
     def category_keys(self, objects: Sequence[Thing]) -> list[tuple]:
-        """Name the objects' symbols: categories without color, as the paper's icons; colors where none has a name."""
+        """Name the objects' symbols, without colors as the paper's icons; colors where no object has a name."""
         named = any(o.category for o in objects)
         return [("category", o.category, "white" if named else o.colour) for o in objects]
 
     @torch.no_grad()
-    def measure_gains(self, scenes: Sequence[Scene], rank: int = 0) -> None:
-        """Set F and the symbols to their shares of the RMS of the tower's features, once; gains are saved like weights.
+    def measure_gains(self, scenes: Sequence[Scene]) -> None:
+        """Scale F and the symbols to the tower's features, once: gains are saved with the weights.
 
         Every rank measures the same first scenes.
         """
-        if not bool((self.gains == 1).all()):
+        if bool((self.gains != 1).any()):
             return
         found = [self.compute_features(scene) for scene in scenes[:4]]
-        features = rms(torch.cat([f["z"] for f in found]))
-        position = rms(self.fourier(torch.cat([f["c"] for f in found])[:, :2]))
-        symbol = rms(self.symbols(IDENTIFIERS))
-        config = self.config
-        self.gains[0] = config.position_share * features / position
-        self.gains[1] = config.symbol_share * features / symbol
-        if rank == 0:
-            print(f"RMS of the tower's features {features:.3g}; F starts at {config.position_share} of it (times "
-                  f"{self.gains[0]:.3g}), symbols at {config.symbol_share} (times {self.gains[1]:.3g})")  # fmt: skip
+        z, c = (torch.cat([f[key] for f in found]) for key in "zc")
+        position, symbol = self.fourier(c[:, :2]), self.symbols(IDENTIFIERS)
+        for i, (share, added) in enumerate(((self.config.position_share, position), (1.0, symbol))):
+            self.gains[i] = share * rms(z) / rms(added)
+        print("RMS of the tower's features, F and symbols:", *map(rms, (z, position, symbol)))
+        print("F and symbols are multiplied by", *self.gains.tolist())
 
     # -- frozen work on a scene
 
     def feature_settings(self) -> tuple:
         c = self.config
-        return c.budget, c.floor, c.grid, c.frames, c.semantic_grouping, c.inter_frame, c.clustering, c.neighbors
+        of_proxies = c.budget, c.floor, c.clustering, c.semantic_grouping
+        return *of_proxies, c.grid, c.frames, c.inter_frame
 
     def feature_weights(self) -> nn.Module:
         return self.llm.model.visual
@@ -592,30 +573,28 @@ class Model(SceneLanguageModel):
 
     @torch.no_grad()
     def compute_features(self, scene: Scene) -> dict[str, Tensor]:
-        """Make a scene's proxies: {"z" [K, C] float16, "c" [K, 3] meters, "group" [K] object ids, 0 = none}."""
-        config, frames = self.config, scene.frames
-        if frames is None:
-            raise data.DataError(f"{scene.name}: Proxy3D needs posed frames with depth; this source has points only")
+        """Make a scene's proxies: z [K, C] float16, c [K, 3] meters, group [K] object ids, 0 = none."""
+        f = scene.frames
+        if f is None:
+            raise data.DataError(f"{scene.name}: Proxy3D needs posed frames with depth; here are points only")
 
         # evenly spaced frames, the first and the last among them
-        V = len(frames.colour)
-        pick = np.unique(np.linspace(0, V - 1, min(config.frames, V)).round().astype(int))
-        images = self.resize_frames(torch.from_numpy(frames.colour[pick]).to(self.device))  # [V, H', W', 3]
-        points = torch.from_numpy(data.unproject(frames.depth[pick], frames.intrinsics[pick], frames.poses[pick]))
-        masks = torch.from_numpy(frames.masks[pick]).long()
+        V = len(f.colour)
+        pick = np.linspace(0, V - 1, min(self.config.frames, V)).round().astype(int)
+        images = self.resize_frames(torch.from_numpy(f.colour[pick]).to(self.device))  # [V, H', W', 3]
+        points = torch.from_numpy(data.unproject(f.depth[pick], f.intrinsics[pick], f.poses[pick]))
+        masks = torch.from_numpy(f.masks[pick]).long()
 
-        features = self.encode_images(images, together=True).float()
-        z, c, group = make_proxies(features, points.to(self.device), masks.to(self.device), config.budget, config.floor,
-                                   config.clustering, config.semantic_grouping, config.neighbors)  # fmt: skip
+        features = self.encode_images(images, together=True)  # [V, h, w, C]
+        points, masks = points.to(self.device), masks.to(self.device)
+        z, c, group = make_proxies(features, points, masks, *self.feature_settings()[:4])
         return {"z": z.half(), "c": c, "group": group}
 
-    def cache_features(self, scenes: Sequence[Scene], folder: Path | None = None,
-                       rank: int = 0, world: int = 1) -> None:  # fmt: skip
+    def cache_features(self, scenes, folder=None, rank=0, world=1):
         """See the base class; symbols too are encoded before the first step."""
-        self.symbols(IDENTIFIERS)
+        self.measure_gains(scenes)
         if not self.uses_features():
             self.symbols([key for scene in scenes for key in self.category_keys(scene.objects)])
-        self.measure_gains(scenes, rank)
         super().cache_features(scenes, folder, rank, world)
 
     # -- scenes to tokens
@@ -626,76 +605,76 @@ class Model(SceneLanguageModel):
         return len(scene.identifiers)
 
     def encode(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
-        """See the base class; what the tokens are depends on the stage."""
         self.measure_gains(scenes)
-        f_id = self.gains[1] * F.pad(self.symbols(IDENTIFIERS), (0, 0, 0, 1))  # [101, D] row -1: no identifier
+        f_id = self.gains[1] * F.pad(self.symbols(IDENTIFIERS), (0, 0, 0, 1))  # [101, D] row -1: none
         tokens = []
         for scene in scenes:
-            z, c, number = self.proxy_tokens(scene) if self.uses_features() else self.symbol_tokens(scene)
-
-            # spatial encodings act from stage II on
-            if self.stage.scene_input != "symbols":
+            z, c, number = self.scene_tokens(scene)
+            if self.stage.scene_input != "symbols":  # spatial encodings act from stage II on
                 z = self.add_position(z, c)  # [K, D]
             tokens.append(z + f_id[number])
-        valid = pad_sequence([torch.ones(len(z), dtype=torch.bool, device=z.device) for z in tokens], True)
-        return {"tokens": pad_sequence(tokens, batch_first=True), "valid": valid}
+        valid = [torch.ones_like(z[:, 0], dtype=torch.bool) for z in tokens]
+        return {"tokens": pad_sequence(tokens, True), "valid": pad_sequence(valid, True)}
 
     def add_position(self, z: Tensor, c: Tensor) -> Tensor:
-        """Add where tokens z [K, D] are, c [K, 3] meters: Eq. (4)."""
-        return rotate_height(z, c[:, 2], self.config.height_unit) + self.gains[0] * self.fourier(c[:, :2])
+        """Say where tokens z [K, D] are, c [K, 3] meters: Eq. (4)."""
+        return rotate_height(z, c[:, 2]) + self.gains[0] * self.fourier(c[:, :2])
+
+    def scene_tokens(self, scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
+        """Give what is seen [K, D], where [K, 3], and whose identifier it gets [K], -1 = none."""
+        return self.proxy_tokens(scene) if self.uses_features() else self.symbol_tokens(scene)
 
     def symbol_tokens(self, scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
-        """Stages I-III: one "chess piece" per object: f_sem [n, D], centers [n, 3], identifiers [n]."""
+        """Stages I-III: one "chess piece" per object, its category at its center."""
         objects = [o for o in scene.objects if o.id in scene.identifiers]
+        centers = np.stack([o.box[:3] for o in objects])  # [n, 3]
+        order = breadth_first(centers, np.zeros(3))
         f_sem = self.gains[1] * self.symbols(self.category_keys(objects))  # [n, D]
-        centers = torch.from_numpy(np.stack([o.box[:3] for o in objects])).float()  # [n, 3]
         number = torch.tensor([scene.identifiers[o.id] for o in objects])  # [n]
-
-        # mirroring a scene does not change its order, so that it is found once
-        key = scene.name, len(objects)
-        if key not in self.orders:
-            self.orders[key] = bfs_order(centers, torch.arange(len(objects)), self.config.neighbors)
-        order = self.orders[key]
-        return f_sem[order], centers[order].to(f_sem), number[order]
+        return f_sem[order], torch.from_numpy(centers[order]).to(f_sem), number[order]
 
     def proxy_tokens(self, scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
-        """Stage IV: proxies z [K, D], centers [K, 3] turned with the scene, their objects' identifiers [K], -1 = none."""
-        features = self.load_features(scene)
-        c = features["c"] @ torch.from_numpy(scene.turn).float().T  # [K, 3]
-        number = torch.tensor([scene.identifiers.get(i, -1) for i in features["group"].tolist()])  # [K]
-        return features["z"].float().to(self.device), c.to(self.device), number
+        """Stage IV: proxies, turned with the scene."""
+        found = self.load_features(scene)
+        c = found["c"] @ torch.from_numpy(scene.turn).float().T  # [K, 3]
+        number = [scene.identifiers.get(i, -1) for i in found["group"].tolist()]
+        return found["z"].float().to(self.device), c.to(self.device), torch.tensor(number)
 
-    def run_decoder(self, embeds: Tensor, is_scene: Tensor, positions: Tensor, mask: Tensor, cache=None) -> Tensor:
+    def run_decoder(self, embeds, is_scene, positions, mask, cache=None):
         """See the base class; proxies take positions like words, t = h = w."""
-        return data.last_hidden(self.llm.model.language_model, cache, inputs_embeds=embeds,
-                                attention_mask={"full_attention": mask},
-                                position_ids=positions.expand(3, -1, -1))  # fmt: skip
+        return data.last_hidden(
+            self.llm.model.language_model,
+            cache,
+            inputs_embeds=embeds,
+            attention_mask={"full_attention": mask},
+            position_ids=positions.expand(3, -1, -1),
+        )
 
     # -- pictures
 
     def token_centers(self, scene: Scene) -> np.ndarray:
-        tokens = self.proxy_tokens(scene) if self.uses_features() else self.symbol_tokens(scene)
-        return tokens[1].cpu().numpy()
+        return self.scene_tokens(scene)[1].cpu().numpy()
 
-    def pictures(self, scenes: Sequence[Scene], folder: Path) -> list[Path]:
-        """Draw four scenes with their tokens, and where the model looks while it answers a question about each."""
+    def pictures(self, scenes, folder):
+        """Draw four scenes with their tokens, and where the model looks to answer a question about each."""
         paths = []
         for scene in scenes[:4]:
             if not scene.identifiers:
-                scene = replace(scene, identifiers=data.number_objects(scene, np.random.default_rng(0)))
+                numbers = data.number_objects(scene, np.random.default_rng(0))
+                scene = replace(scene, identifiers=numbers)
             paths.append(folder / f"{scene.name}.png")
             data.draw_scene(scene, paths[-1], tokens=self.token_centers(scene))
 
             # the second kind of question needs no categories
             samples = data.question_set([scene], ["ground", "ground_superlative"], 1, 0)[:1]
-            answers = self.generate(self.batch([(scene, samples)])) if samples else []
-            paths += self.answer_pictures(scene, samples, answers, folder)
+            if samples:
+                answers = self.generate(self.batch([(scene, samples)]))
+                paths += self.answer_pictures(scene, samples, answers, folder)
         return paths
 
-    def answer_pictures(self, scene: Scene, samples: Sequence[Sample], answers: Sequence[str],
-                        folder: Path) -> list[Path]:  # fmt: skip
+    def answer_pictures(self, scene, samples, answers, folder):
         """Draw where the model looked for the first of some answers, once it sees proxies."""
-        if not self.uses_features() or not samples:
+        if not self.uses_features():
             return []
         path = folder / f"{scene.name}_attention.png"
         draw_attention(self, scene, samples[0], answers[0], path)
@@ -704,30 +683,34 @@ class Model(SceneLanguageModel):
 
 def rms(x: Tensor) -> float:
     """Compute the root of the mean square of all entries."""
-    return float(x.float().square().mean().sqrt())
+    return x.float().square().mean().sqrt().item()
 
 
-# ---- 7 the paper's recipe --------------------------------------------------------------------------------------------
+# ---- 7 the paper's recipe ------------------------------------------------------------------------
 
 TASKS: dict = {}  # Proxy3D needs no question types beyond data.TASKS
 
-SPACESPAN = {  # supp. Table 2, training splits; its rounded rows give 319K, not 318K. Best proposal's IoU: Chat-Scene
+# supp. Table 2, training splits; its rounded rows give 319K, not 318K. fit: Chat-Scene's filter
+SPACESPAN = {
     "ScanQA": Source("scanqa", 26_000), "SQA3D": Source("sqa3d", 26_000),
-    "Scan2Cap": Source("scan2cap", 32_000, fit=0.75), "ScanRefer": Source("scanrefer", 32_000, "id", fit=0.75),
+    "Scan2Cap": Source("scan2cap", 32_000, fit=0.75),
+    "ScanRefer": Source("scanrefer", 32_000, "id", fit=0.75),
     "Multi3DRefer": Source("multi3drefer", 39_000, "id", fit=0.75),
-    "MMScan QA": Source("mmscan/qa", 57_000, most=57_000), "MMScan VG": Source("mmscan/vg", 57_000, "id", most=57_000),
+    "MMScan QA": Source("mmscan/qa", 57_000, most=57_000),
+    "MMScan VG": Source("mmscan/vg", 57_000, "id", most=57_000),
     "SR-91K numbers": Source("sr91k", 30_000, "number", most=30_000),
     "SR-91K choices": Source("sr91k", 20_000, "choice", most=20_000),
 }  # fmt: skip
-GENERATED = {  # where those files are not given: rooms' questions in SpaceSpan's shares, in thousands
+GENERATED = {  # where those files are not given: generated questions in SpaceSpan's shares, in thousands
     "colour": 13, "what": 13, "situated": 26, "caption": 32, "ground": 32, "multi": 39, "where": 29, "exist": 28,
     "ground_relation": 29, "ground_multiple": 28, "count": 10, "vsi_abs_distance": 10, "vsi_object_size": 5,
     "vsi_room_size": 5, "vsi_rel_distance": 10, "vsi_rel_direction": 10,
 }  # fmt: skip
 
-PAPER_STAGES = [  # supp. Table 1; the questions of stages I-III are generated
-    Stage("I identifiers", {"id_category": 0.5, "ground_category": 0.5}, ("3d", "lm"), "symbols", epochs=1,
-          samples=30_000),
+# supp. Table 1; the questions of stages I to III are generated. The 3D embedding is listed from stage I on, but
+# nothing shows it before stage II, where it gets its first gradient
+PAPER_STAGES = [
+    Stage("I identifiers", {"id_category": 0.5, "ground_category": 0.5}, ("lm",), "symbols", epochs=1, samples=30_000),
     Stage("II coordinates", {"coordinate": 1.0}, ("3d", "lm"), "symbols+3d", epochs=3, samples=30_000,
           score=("rooms/coordinate",)),
     Stage("III relations", {"relation": 0.7, "distance_ids": 0.3}, ("lm",), "symbols+3d", epochs=3, samples=115_000),
@@ -738,55 +721,46 @@ STAGES = {"paper": PAPER_STAGES, "paper_450": PAPER_STAGES}  # "tiny" joins them
 
 
 def recipe(config: Config, stages: list[Stage]) -> list[Stage]:
-    """Fit the stages to a configuration. Table 4, no coordinate alignment: no stage II, and F trains in stage IV."""
+    """Fit the stages to a configuration. Table 4, no coordinate alignment: stage II goes, F trains in IV."""
     if config.coordinate_stage:
         return stages
     kept = [stage for stage in stages if not stage.name.startswith("II ")]
     return [*kept[:-1], replace(kept[-1], trains=("3d", *kept[-1].trains))]
 
 
-# ---- 8 alternatives: how a group of points [n, 3] falls into `count` clusters, owner [n] in 0..count-1 ---------------
+# ---- 8 alternatives: how points [n, 3] of a group fall into `count` clusters, owner [n] ----------
 
 
-def kmeans(points: np.ndarray, count: int, steps: int = 10) -> np.ndarray:
-    """Take Lloyd steps from farthest seeds; one that would leave a cluster without points ends them."""
-    owner = farthest_seeds(points, count)
-    for _ in range(steps):
-        total = np.stack([np.bincount(owner, weights=axis, minlength=count) for axis in points.T], axis=1)
-        means = total / np.bincount(owner)[:, None]
-        moved = np.argmin(np.square(means).sum(1) - 2 * points @ means.T, axis=1)  # |p|^2 is the same for all means
-        if len(np.unique(moved)) < count:
-            break
-        owner = moved
-    return owner
+def kmeans(points: np.ndarray, count: int) -> np.ndarray:
+    """Take ten Lloyd steps from farthest seeds."""
+    p, owner = torch.from_numpy(points), torch.from_numpy(farthest_seeds(points, count))
+    for _ in range(10):
+        means, _ = data.group_mean(p, owner, count)
+        owner = torch.cdist(p, means).argmin(1)
+    return owner.numpy()
 
 
 def dpc_knn(points: np.ndarray, count: int, k: int = 5) -> np.ndarray:
-    """Cluster by density peaks: centers are dense and far from any denser point, a point goes to its nearest center."""
+    """Cluster by density peaks: centers are dense and far from denser points; points go to the nearest."""
     distance = np.sqrt(np.square(points[:, None] - points[None]).sum(-1))  # [n, n]
     nearest = np.sort(distance, axis=1)[:, 1 : k + 1]
     density = np.exp(-np.square(nearest).sum(1) / k)
 
-    # how far the nearest denser point is; of equals the first counts as denser
-    rank = np.argsort(np.argsort(-density, kind="stable"))
-    gap = np.where(rank[None] < rank[:, None], distance, np.inf).min(1)
-    gap[rank == 0] = distance.max()
+    # how far the nearest denser point is
+    denser = density[None] > density[:, None]  # [n, n]
+    gap = np.where(denser, distance, distance.max()).min(1)
     centers = np.argsort(-density * gap, kind="stable")[:count]
-
-    # a center owns itself also among duplicates, so that no proxy is empty
-    owner = distance[:, centers].argmin(1)
-    owner[centers] = np.arange(count)
-    return owner
+    return distance[:, centers].argmin(1)
 
 
 CLUSTERING = {"fps": farthest_seeds, "kmeans": kmeans, "dpc_knn": dpc_knn}
 
-# ---- 9 where an answer looked: supp. Fig. 3 --------------------------------------------------------------------------
+# ---- 9 where an answer looked: supp. Fig. 3 ------------------------------------------------------
 
 
 @torch.no_grad()
 def attention_map(model: Model, scene: Scene, sample: Sample) -> Tensor:
-    """Average how much the last layer looks at every scene token, over all text queries and heads: [K], sum 1."""
+    """Average how much the last layer looks at scene tokens, over all text and all heads: [K], sum 1."""
     batch = model.batch([(scene, [sample])])
     ids, positions, block = (batch[key].to(model.device) for key in ("ids", "positions", "block"))
     seen = model.encode([scene])
@@ -795,133 +769,131 @@ def attention_map(model: Model, scene: Scene, sample: Sample) -> Tensor:
     visible = data.packed_mask(block)
     mask = torch.zeros(visible.shape, device=model.device, dtype=model.llm.dtype)
     mask = mask.masked_fill(~visible, torch.finfo(mask.dtype).min)
-    language = model.llm.model.language_model
+    language, caught = model.llm.model.language_model, []
+    last = language.layers[-1].self_attn
+    hook = last.register_forward_hook(lambda module, inputs, outputs: caught.append(outputs[1]))
     language.set_attn_implementation("eager")
-    try:
-        out = language(inputs_embeds=model.embed(ids, seen, seen["tokens"][0, :0]), use_cache=False,
-                       attention_mask={"full_attention": mask}, position_ids=positions.expand(3, -1, -1),
-                       output_attentions=True)  # fmt: skip
-    finally:
-        language.set_attn_implementation("sdpa")
+    model.forward_llm(ids, positions, mask, seen, seen["tokens"][0, :0])
+    language.set_attn_implementation("sdpa")
+    hook.remove()
 
-    attention = out.attentions[-1][0].float().mean(0)  # [T, T]
+    attention = caught[0][0].float().mean(0)  # [T, T]
     looked = attention[block[0] > 0][:, ids[0] == data.SCENE].sum(0)  # [K]
     return looked / looked.sum()
 
 
 def draw_attention(model: Model, scene: Scene, sample: Sample, answer: str, path: Path) -> None:
-    """Draw the `attention_map` of an answer over the scene; true objects in green, those that it names in red."""
+    """Draw the `attention_map` of an answer: true objects are outlined in green, those it names in red."""
     looked = attention_map(model, scene, replace(sample, steps="", answer=answer)).cpu()  # [K]
     centers = model.token_centers(scene)  # [K, 3]
     written = model.write_marks(scene, sample)
-    lines = [f"answer: {answer}", f"true: {written.answer}", f"{len(looked)} proxies, colored by their attention"]
+    lines = ["answer: " + answer, "true: " + written.answer, "dots: proxies, by their attention"]
     figure, axes = data.scene_figure(scene, written.question, lines)
 
     named = [i for i in scene.identifiers if model.object_to_text(scene, i) in answer]
-    size = 8 + 140 * looked / looked.max()
+    style = dict(c=looked, s=8 + 140 * looked / looked.max(), cmap="YlOrRd", edgecolors="0.3")
     for axis, places in zip(axes, (centers[:, :2], centers), strict=True):
-        axis.scatter(*places.T, c=looked, s=size, cmap="YlOrRd", edgecolors="0.3", linewidths=0.5, zorder=3)
+        axis.scatter(*places.T, **style, zorder=3)
         for color, ids in (("green", sample.targets or sample.about), ("crimson", named)):
-            boxes = np.array([scene.thing(i).box for i in ids]).reshape(-1, 6)
-            data.draw_boxes(axis, boxes, color=color)
+            data.draw_boxes(axis, [scene.thing(i).box for i in ids], color=color)
     data.save_figure(figure, path)
 
 
-# ---- 10 demo ---------------------------------------------------------------------------------------------------------
+# ---- 10 demo -------------------------------------------------------------------------------------
 
 
 def demo() -> None:
-    """Follow one room from pixels to an answer, with real shapes; a tiny model learns its questions by heart."""
+    """Follow one room from pixels to an answer; a tiny model learns its questions by heart."""
     torch.manual_seed(0)
     scene = data.room(1)
     scene.identifiers = data.number_objects(scene, np.random.default_rng(0))
     model = build(Config.tiny(), data.TinyText(data.vocabulary()))
-    frames, config = scene.frames, model.config
+    f, config = scene.frames, model.config
 
     # the paper's path, part by part
-    points = torch.from_numpy(data.unproject(frames.depth, frames.intrinsics, frames.poses))
-    masks = torch.from_numpy(frames.masks).long()
-    with torch.no_grad():
-        features = model.encode_images(torch.from_numpy(frames.colour))
-        f, p, m = patch_triplets(features, points, masks)
-        z, c, group = make_proxies(features, points, masks, config.budget, config.floor)
-    print(f"frames [V, H, W, 3]          {list(frames.colour.shape)}")
-    print(f"features [V, h, w, C]        {list(features.shape)}")
-    print(f"triplets f, p, m             {list(f.shape)}, {list(p.shape)}, {list(m.shape)}")
-    print(f"proxies z, c                 {list(z.shape)}, {list(c.shape)} of {len(m.unique())} groups")
-    print(f"BFS order, first groups      {group.unique_consecutive()[:8].tolist()}")
+    features = model.encode_images(torch.from_numpy(f.colour)).detach()
+    points = torch.from_numpy(data.unproject(f.depth, f.intrinsics, f.poses))
+    masks = torch.from_numpy(f.masks).long()
+    z, c, group = make_proxies(features, points, masks, config.budget, config.floor)
+    print("frames [V, H, W, 3]     ", list(f.colour.shape))
+    print("features [V, h, w, C]   ", list(features.shape))
+    print("proxies z, c            ", list(z.shape), list(c.shape))
+    print("objects in BFS order    ", group.unique_consecutive().tolist())
 
     # questions about the room, packed behind its proxies
-    model.configure_stage(Stage("demo", {"ground": 1.0, "id_colour": 1.0, "colour": 1.0}, ("3d", "lm"), iterations=60))
-    samples = data.questions(scene, model.stage.tasks, 24, np.random.default_rng(1))
-    print(f"packed questions [S, T]      {list(model.batch([(scene, samples)])['ids'].shape)}, {len(samples)} of them")
-    data.overfit_demo(model, scene, samples, model.stage.iterations, lr=3e-3)
+    tasks = {"ground": 1.0, "id_colour": 1.0, "colour": 1.0}
+    model.configure_stage(Stage("demo", tasks, ("3d", "lm")))
+    samples = data.questions(scene, tasks, 24, np.random.default_rng(1))
+    packed = model.batch([(scene, samples)])["ids"]
+    print("packed questions [1, T] ", list(packed.shape), len(samples))
+    data.overfit_demo(model, scene, samples, steps=60, lr=3e-3)
 
 
 # ==== tiny preset: trains from nothing on a CPU; not in the paper, skip on a first reading ====
 
 
 class TinyTower(nn.Module):
-    """A convolutional stand-in for the vision tower: [V, H, W, 3] uint8 -> [V, H/8, W/8, C].
+    """Stand in for the vision tower with convolutions: [V, H, W, 3] uint8 -> [V, H/8, W/8, C].
 
-    Where nothing is pre-trained, convolutions learn in a minute the shapes for which a transformer would need an hour.
+    From nothing they learn in a minute the shapes for which a transformer would need an hour.
     """
 
     patch = 8  # pixels per token
 
     def __init__(self, width: int, layers: int, out: int):
         super().__init__()
-        sizes = [3, width // 4, width // 2, width]
-        self.stem = nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1) for a, b in itertools.pairwise(sizes))
-        self.norms = nn.ModuleList(nn.GroupNorm(1, width) for _ in range(layers))
-        self.spread = nn.ModuleList(nn.Conv2d(width, width, 3, 1, 1) for _ in range(layers))
+        quarter, half = width // 4, width // 2
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, quarter, 4, 2, 1),
+            nn.GELU(),
+            nn.Conv2d(quarter, half, 4, 2, 1),
+            nn.GELU(),
+            nn.Conv2d(half, width, 4, 2, 1),
+        )
+        self.spread = nn.ModuleList(
+            nn.Sequential(nn.GroupNorm(1, width), nn.Conv2d(width, width, 3, 1, 1), nn.GELU())
+            for _ in range(layers)
+        )
         self.mix = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(layers))
         self.out = nn.Linear(width, out)
 
     def forward(self, images: Tensor) -> Tensor:
         x = (images.float() / 255 - 0.5) / 0.27
         x = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)  # [V, 3, H, W]
-        x = self.stem[0](x)
-        for conv in self.stem[1:]:
-            x = conv(F.gelu(x))  # at last [V, E, h, w]
-        for norm, spread, mix in zip(self.norms, self.spread, self.mix, strict=True):
-            x = x + mix(F.gelu(spread(norm(x))))  # [V, E, h, w]
+        x = self.stem(x)  # [V, E, h, w]
+        for spread, mix in zip(self.spread, self.mix, strict=True):
+            x = x + mix(spread(x))  # [V, E, h, w]
         return self.out(x.permute(0, 2, 3, 1))  # [V, h, w, C]
 
 
 def build_llm(config: Config, vocabulary: int, **vision) -> nn.Module:
-    """Make a small Qwen2.5-VL: the same classes that `from_pretrained` loads. vision: changes to its vision tower."""
+    """Make a small Qwen2.5-VL of the classes that `from_pretrained` loads; vision: changes to its tower."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    half = config.width // config.heads // 2  # rotary pairs per head, shared among time, height and width
-    section = 3 * half // 8
+    pairs = config.width // config.heads // 2  # rotary pairs; time, height and width are the same here
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [pairs - 2, 1, 1]}
     text_config = dict(
         vocab_size=vocabulary, hidden_size=config.width, intermediate_size=config.hidden,
         num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.heads,
-        max_position_embeddings=32768, pad_token_id=0, bos_token_id=1, eos_token_id=1, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6,
-                         "mrope_section": [half - 2 * section, section, section]},
+        pad_token_id=0, bos_token_id=1, eos_token_id=1, tie_word_embeddings=True, rope_parameters=rope,
     )  # fmt: skip
     vision_config = dict(
-        depth=config.vision_layers, hidden_size=config.vision_width, intermediate_size=2 * config.vision_width,
-        num_heads=4, patch_size=8, spatial_merge_size=1, out_hidden_size=config.width, temporal_patch_size=2,
-        window_size=96, fullatt_block_indexes=[config.vision_layers - 1],
+        depth=config.vision_layers, hidden_size=config.vision_width,
+        intermediate_size=2 * config.vision_width, num_heads=4, patch_size=8, spatial_merge_size=1,
+        out_hidden_size=config.width, window_size=96, fullatt_block_indexes=[config.vision_layers - 1],
     )  # fmt: skip
-    whole = Qwen2_5_VLConfig(
-        text_config=text_config, vision_config={**vision_config, **vision}, tie_word_embeddings=True,
-        image_token_id=0, video_token_id=0, vision_start_token_id=0, vision_end_token_id=0,
-    )  # fmt: skip
-    whole._attn_implementation = "sdpa"
-    return Qwen2_5_VLForConditionalGeneration(whole)
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text_config, vision_config={**vision_config, **vision}, tie_word_embeddings=True)
+    )
 
 
 @torch.no_grad()
 def start_tiny(model: TinyModel, text: data.TinyText) -> None:
     """Give a model from nothing what pre-training would: attend to what shares content, copy it unchanged.
 
-    Weights are scaled for a width of 100s, not 1000s; embeddings have unit size and the logits a small gain. Numbers
-    start as smooth codes of their value in the very vectors that F and R write into the scene tokens, so that reading a
-    coordinate is the same copy as reading a name. All of it is trained on.
+    Weights are scaled for a width of 100s, not 1000s; embeddings have unit size and the logits a small gain.
+    Numbers start as smooth codes of their value in the very vectors that F and R write into the scene tokens, so
+    that reading a coordinate is the same copy as reading a name. All of it is trained on.
     """
     llm, C = model.llm.model.language_model, model.width
     data.start_weights(llm)
@@ -933,46 +905,44 @@ def start_tiny(model: TinyModel, text: data.TinyText) -> None:
     # F starts linear in its features, because GELU(a) - GELU(-a) = a; each axis has frequencies of its own
     wave = 2 * math.pi / 0.5 / 2 ** torch.arange(6.0)  # wavelengths 0.5 .. 16 m
     D, gain = 24, 3**-0.5  # three axes share the unit variance of a position code
-    code = torch.randn(C, D) * math.sqrt(D) * gain / math.sqrt(6)
+    code = torch.randn(C, D).T / math.sqrt(6)  # [24, C] directions of cos x, cos y, sin x, sin y
+    out = math.sqrt(D) * gain * code.T
     model.fourier.frequencies.copy_(torch.block_diag(wave[None], wave[None]))
     model.fourier.lift.weight.copy_(torch.cat([torch.eye(D), -torch.eye(D)]))
-    model.fourier.out.weight.copy_(torch.cat([code, -code], dim=1))
+    model.fourier.out.weight.copy_(torch.cat([out, -out], dim=1))
     nn.init.normal_(model.anchor, std=gain)
 
     # a number along an axis: the waves of its value, in that axis' own directions
-    is_x = torch.arange(D) % 12 < 6
     basis = {axis: torch.randn(12, C) / math.sqrt(6) for axis in "wdhl"}
-    basis["x"] = code[:, is_x].T / math.sqrt(D) / gain  # [12, C]
-    basis["y"] = code[:, ~is_x].T / math.sqrt(D) / gain  # [12, C]
+    basis["x"], basis["y"] = code.view(2, 2, 6, C).transpose(0, 1).flatten(1, 2)
     for token, (axis, value) in text.number.items():
         if axis == "z":
-            vector = rotate_height(model.anchor, torch.tensor(value), model.config.height_unit) / gain
+            vector = rotate_height(model.anchor, torch.tensor(value)) / gain
         else:
             vector = torch.cat([(value * wave).cos(), (value * wave).sin()]) @ basis[axis]
         table[token] = vector + 0.3 * torch.randn(C)
 
 
 class TinyModel(Model):
-    """Proxy3D without pre-trained parts: a tower with a stage 0 of its own, and symbols in their objects' colors."""
+    """Proxy3D without pre-trained parts: a tower with a stage 0 of its own, symbols in their objects' colors."""
 
     scene_inputs = ("tower", *Model.scene_inputs)
+    cell = TinyTower.patch
 
     def __init__(self, config: Config, text: data.TinyText):
         super().__init__(config, text)
         self.norm = nn.LayerNorm(self.width, bias=False)  # features enter at the scale of the embeddings
         self.anchor = nn.Parameter(torch.zeros(self.width))  # its rotation by R makes the height readable
-        self.places, self.names = {}, []  # where objects are seen, by scene; tokens that stage 0 tells apart
+        self.names = []  # tokens that stage 0 tells apart
         start_tiny(self, text)
 
-    def load_llm(self) -> nn.Module:
-        llm = build_llm(self.config, len(self.text))
-        llm.model.visual = self.make_tower()
+    def load_llm(self):
+        config = self.config
+        llm = build_llm(config, len(self.text))
+        llm.model.visual = TinyTower(config.vision_width, config.vision_layers, config.width)
         return llm
 
-    def make_tower(self) -> TinyTower:
-        return TinyTower(self.config.vision_width, self.config.vision_layers, self.config.width)
-
-    def parts(self) -> dict[str, list[nn.Module | nn.Parameter]]:
+    def parts(self):
         parts = super().parts()
         return {**parts, "tower": [self.llm.model.visual], "3d": [*parts["3d"], self.anchor]}
 
@@ -981,19 +951,18 @@ class TinyModel(Model):
         if "tower" in stage.trains:  # what it saw before it trained is worth nothing
             self.symbol_features, self.feature_cache = {}, {}
 
-    cell = TinyTower.patch
-
     def encode_images(self, images: Tensor, together: bool = False) -> Tensor:
         return self.norm(self.llm.model.visual(images.to(self.device)))
 
     def encode_symbols(self, keys: Sequence[tuple]) -> Tensor:
-        pictures = torch.stack([draw_symbol(key, self.config.symbol, self.config.icons) for key in keys])
-        return self.norm(self.encode_images(pictures).mean((1, 2)))
+        size = self.config.symbol
+        pictures = [DRAW[kind](*what, size)[:, :size] for kind, *what in keys]
+        return self.norm(self.encode_images(torch.stack(pictures)).mean((1, 2)))
 
     def category_keys(self, objects: Sequence[Thing]) -> list[tuple]:
         return [("category", o.category, o.colour) for o in objects]
 
-    def measure_gains(self, scenes: Sequence[Scene], rank: int = 0) -> None:
+    def measure_gains(self, scenes: Sequence[Scene]) -> None:
         """Leave all as it is: everything starts at the scale of the embeddings."""
 
     def proxy_tokens(self, scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
@@ -1003,15 +972,6 @@ class TinyModel(Model):
     def add_position(self, z: Tensor, c: Tensor) -> Tensor:
         return super().add_position(z + self.anchor, c)
 
-    def cache_features(self, scenes: Sequence[Scene], folder: Path | None = None,
-                       rank: int = 0, world: int = 1) -> None:  # fmt: skip
-        if self.stage.scene_input != "tower":
-            return super().cache_features(scenes, folder, rank, world)
-        objects = [o for scene in scenes for o in scene.objects]
-        words = {*data.COLOURS, *(o.category for o in objects), *(o.colour for o in objects)} - {""}
-        words |= {f"<OBJ{i:03d}>" for i in range(100)}
-        self.names = sorted({self.text.unk, *(self.text.encode(word)[0] for word in words)})
-
     def baselines(self) -> dict:
         return {"untrained tower": self.untrained_tower()}
 
@@ -1019,11 +979,11 @@ class TinyModel(Model):
     def untrained_tower(self):
         """The same model, but what it sees comes from a tower at its initial weights."""
         kept = self.llm.model.visual, self.feature_cache, self.symbol_features, self.feature_folder
+        tower = copy.deepcopy(self.llm.model.visual)
         with torch.random.fork_rng(devices=[]):
-            tower = self.make_tower()
             torch.manual_seed(1)
             data.start_weights(tower)
-        self.llm.model.visual = tower.to(self.device)
+        self.llm.model.visual = tower
         self.feature_cache, self.symbol_features, self.feature_folder = {}, {}, None
         try:
             yield
@@ -1032,70 +992,78 @@ class TinyModel(Model):
 
     # -- stage 0
 
+    def cache_features(self, scenes, folder=None, rank=0, world=1):
+        """See the base class; for stage 0 list the tokens of the names that it tells apart."""
+        if self.stage.scene_input != "tower":
+            return super().cache_features(scenes, folder, rank, world)
+        words = {*data.COLOURS, *(f"<OBJ{i:03d}>" for i in range(100))}
+        for scene in scenes:
+            for o in scene.objects:
+                words |= {o.category, o.colour} - {""}
+        self.names = sorted({self.text.unk, *(self.text.encode(word)[0] for word in words)})
+
     def object_names(self, thing: Thing) -> tuple[int, int]:
-        """Give the tokens of category and color; an unknown one is replaced by the other, both by <unk>."""
+        """Give the tokens of category and color; the other one's, else <unk>, where one is not known."""
         category, color = (self.text.encode(word)[:1] for word in (thing.category, thing.colour))
         unknown = [self.text.unk]
         return (category or color or unknown)[0], (color or category or unknown)[0]
 
-    def visible_places(self, scene: Scene) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Find patch labels [V, h, w] and, per visible object, rows of (view, patch row, patch column) of its middle."""
-        if scene.name not in self.places:
-            masks, (h, w) = torch.from_numpy(scene.frames.masks).long(), self.config.grid
-            patch = patch_index(len(masks), h, w, *masks.shape[1:])
-            label = most_frequent(masks.flatten(), patch, len(masks) * h * w).view(-1, h, w).numpy()
-            places = []
-            for o in scene.objects:
-                views = np.flatnonzero((label == o.id).any((1, 2)))
-                if len(views):
-                    places.append(np.array([(v, *np.argwhere(label[v] == o.id).mean(0)) for v in views]))
-            self.places[scene.name] = label, places
-        return self.places[scene.name]
+    def patch_labels(self, scene: Scene) -> np.ndarray:
+        """Find the object that every patch of every frame shows: [V, h, w]."""
+        masks = torch.from_numpy(scene.frames.masks).long()
+        V, (h, w) = len(masks), self.config.grid
+        patch = patch_index(V, h, w, *masks.shape[1:])
+        return most_frequent(masks.flatten(), patch, V * h * w).view(V, h, w).numpy()
 
-    def draw_crop(self, scene: Scene, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Cut half a frame around an object drawn at random: pixels [h * cell, w * cell, 3], patch labels [h, w].
+    def draw_crop(self, scene: Scene, label: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Cut half a frame around a random object: pixels [h * cell, w * cell, 3], patch labels [h, w].
 
-        Small and rare objects are seen as often as large ones.
+        Small and rare objects are seen as often as large ones. label [V, 2h, 2w]: see `patch_labels`.
         """
-        label, seen = self.visible_places(scene)
-        places = seen[rng.integers(len(seen))]
-        view, row, column = places[rng.integers(len(places))] + [0, *rng.uniform(-1.5, 1.5, 2)]
-        (h, w), v = (n // 2 for n in self.config.grid), int(view)
-        top = int(np.clip(round(row - h / 2), 0, label.shape[1] - h))
-        left = int(np.clip(round(column - w / 2), 0, label.shape[2] - w))
-        frame = self.resize_frames(torch.from_numpy(scene.frames.colour[v : v + 1]))[0]
-        pixels = frame[top * self.cell : (top + h) * self.cell, left * self.cell : (left + w) * self.cell]
-        return pixels, torch.from_numpy(label[v, top : top + h, left : left + w])
+        visible = [o.id for o in scene.objects if (label == o.id).any()]
+        target = visible[rng.integers(len(visible))]
+        views = np.flatnonzero((label == target).any((1, 2)))
+        view = views[rng.integers(len(views))]
+
+        # not always in the middle, but always inside the frame
+        middle = np.argwhere(label[view] == target).mean(0) + rng.uniform(-1.5, 1.5, 2)
+        size = np.array(self.config.grid) // 2
+        low = (middle - size / 2).round().clip(0, label.shape[1:] - size).astype(int)
+        patches = [slice(a, a + n) for a, n in zip(low, size, strict=True)]
+        pixels = [slice(self.cell * s.start, self.cell * s.stop) for s in patches]
+        frame = self.resize_frames(torch.from_numpy(scene.frames.colour[view][None]))[0]
+        return frame[*pixels], torch.from_numpy(label[view][*patches])
 
     def encoder_loss(self, scenes: Sequence[Scene], crops: int = 6) -> dict[str, Tensor]:
-        """Stand in for vision-language pre-training: features name categories and colors in the LLM's word vectors.
+        """Stand in for vision-language pre-training: features name categories and colors in word vectors.
 
-        What is named are pieces, means over an object's patches in a quarter of a crop, because proxies are such means;
-        what belongs to no object is <unk>. So do the symbols, and the pictures of digits name identifiers.
+        What is named are pieces, means over an object's patches in a quarter of a crop, because proxies are such
+        means; what belongs to no object is <unk>. So do the symbols, and pictures of digits name identifiers.
         """
         h, w = (n // 2 for n in self.config.grid)
         quarter = 2 * (torch.arange(h) * 2 // h)[:, None] + torch.arange(w) * 2 // w  # [h, w] in 0..3
-        unknown = (self.text.unk, self.text.unk)
+        unknown = self.text.unk, self.text.unk
         images, piece, names, weight = [], [], [], []
         for scene in scenes:
             rng = np.random.default_rng(list(scene.identifiers.values()))
             known = {o.id: self.object_names(o) for o in scene.objects}
+            labels = self.patch_labels(scene)
             for _ in range(crops):
-                pixels, label = self.draw_crop(scene, rng)
+                pixels, label = self.draw_crop(scene, labels, rng)
                 found, which = (label * 4 + quarter).unique(return_inverse=True)
                 images.append(pixels)
                 piece.append(which.flatten() + len(names))
-                names += [known.get(i // 4, unknown) for i in found.tolist()]
-                weight += [1.0 if i // 4 else 0.3 for i in found.tolist()]  # walls and floor are in every crop
+                for i in (found // 4).tolist():
+                    names.append(known.get(i, unknown))
+                    weight.append(1.0 if i else 0.3)  # walls and floor are in every crop
         patches = self.encode_images(torch.stack(images)).flatten(0, 2)  # [patches, D]
-        pieces, _ = data.group_mean(patches, torch.cat(piece).to(patches.device), len(names))  # [pieces, D]
+        pieces, _ = data.group_mean(patches, torch.cat(piece).to(patches.device), len(names))
 
         # symbols of four objects and four identifiers of each scene, which come in no order
-        keys = []
+        keys, n = [], len(names)
         for scene in scenes:
             keys += self.category_keys(scene.objects[:4])
             names += [self.object_names(o) for o in scene.objects[:4]]
-        for scene in scenes:
             for i in list(scene.identifiers.values())[:4]:
                 keys.append(("id", i))
                 names.append(tuple(self.text.encode(f"<OBJ{i:03d}>") * 2))
@@ -1103,35 +1071,33 @@ class TinyModel(Model):
         weight = torch.tensor(weight + [2.0] * len(keys), device=features.device)  # [R]
 
         # a feature must tell its two names from all others, and be written as their sum
-        words = self.llm.get_input_embeddings().weight.detach()[self.names]  # [names, D] frozen in this stage
+        words = self.llm.get_input_embeddings().weight.detach()[self.names]  # frozen in this stage
         target = torch.searchsorted(torch.tensor(self.names), torch.tensor(names)).to(words.device)  # [R, 2]
-        told = -(0.2 * features @ words.T).log_softmax(-1).gather(1, target).mean(1)  # [R]
+        logits = 0.2 * features @ words.T
+        told = -logits.log_softmax(-1).gather(1, target).mean(1)  # [R]
         apart = 1 - F.cosine_similarity(features, words[target].sum(1), dim=-1)  # [R]
-        apart[len(pieces) :] *= 4  # symbols are drawn, not seen: they can be exact
-        loss = ((told + apart) * weight).sum()
-
-        # correct: pieces with both names on top
-        top = (pieces @ words.T).topk(2).indices  # [pieces, 2]
-        both = (top[:, :, None] == target[: len(pieces), None]).any(1).all(1).float()  # [pieces]
-        return {"loss": loss, "weight": weight.sum(), "correct": both.mean() * weight.sum()}
+        apart[n:] *= 4  # symbols are drawn, not seen: they can be exact
+        hit = (logits.argmax(-1, keepdim=True) == target).any(1)  # [R] one of the two on top
+        return {"loss": ((told + apart) * weight).sum(), "weight": weight.sum(), "correct": (hit * weight).sum()}
 
 
 SYMBOL_TASKS = {"ground": 0.25, "ground_category": 0.2, "id_category": 0.25, "id_colour": 0.2, "colour": 0.1}
-SCHEDULE = dict(lr=2e-3, weight_decay=0.01, per_scene=16, batch=256, schedule="constant", warmup=0.1, steps=True)
+SYMBOLS = dict(lr=2e-3, weight_decay=0.01, per_scene=16, schedule="constant", steps=True, recolour=True)
 STAGES["tiny"] = [
-    Stage("0 tower", {}, ("tower",), "tower", iterations=1600, batch=16, lr=4e-3, schedule="cosine", warmup=0.03),
-    Stage("I identifiers", SYMBOL_TASKS, ("3d", "lm"), "symbols", iterations=1100, until=0.96, recolour=True,
-          **SCHEDULE),
-    Stage("II coordinates", {"coordinate": 0.45, "ground": 0.12, "id_category": 0.1, "id_colour": 0.1, "exist": 0.13,
-                             "what": 0.1}, ("3d", "lm"), "symbols+3d", iterations=450, until=0.96, recolour=True,
-          score=("rooms/coordinate",), **SCHEDULE),
-    Stage("III relations", {"subtract": 0.42, "norm": 0.08, "distance_ids": 0.1, "coordinate": 0.06, "ground": 0.06,
-                            "id_category": 0.05, "colour": 0.05, "exist": 0.09, "what": 0.05, "relation": 0.04},
-          ("lm",), "symbols+3d", iterations=300, recolour=True, **{**SCHEDULE, "batch": 768, "per_scene": 48}),
+    Stage("0 tower", {}, ("tower",), "tower", iterations=1600, batch=16, lr=4e-3, warmup=0.03),
+    Stage("I identifiers", SYMBOL_TASKS, ("lm",), "symbols", iterations=1100, until=0.96, **SYMBOLS),
+    Stage("II coordinates", {"coordinate": 0.45, "ground": 0.12, "id_category": 0.1, "id_colour": 0.1,
+                             "exist": 0.13, "what": 0.1}, ("3d", "lm"), "symbols+3d", iterations=450,
+          until=0.96, score=("rooms/coordinate",), **SYMBOLS),
+    Stage("III relations", {"subtract": 0.42, "norm": 0.08, "distance_ids": 0.1, "coordinate": 0.06,
+                            "ground": 0.06, "id_category": 0.05, "colour": 0.05, "exist": 0.09, "what": 0.05,
+                            "relation": 0.04}, ("lm",), "symbols+3d", iterations=300, batch=768,
+          **{**SYMBOLS, "per_scene": 48}),
     Stage("IV proxies", {"ground": 0.1, "ground_multiple": 0.1, "ground_category": 0.05, "multi": 0.03,
                          "id_category": 0.05, "id_colour": 0.03, "colour": 0.11, "what": 0.13, "where": 0.08,
-                         "count": 0.08, "exist": 0.1, "caption": 0.03, "coordinate": 0.04, "distance_ids": 0.07},
-          ("lm",), "proxies", iterations=1600, files=SPACESPAN, **{**SCHEDULE, "schedule": "trapezoid"}),
+                         "count": 0.08, "exist": 0.1, "caption": 0.03, "coordinate": 0.04,
+                         "distance_ids": 0.07}, ("lm",), "proxies", iterations=1600, files=SPACESPAN,
+          **{**SYMBOLS, "schedule": "trapezoid", "recolour": False}),
 ]  # fmt: skip
 
 
