@@ -83,10 +83,15 @@ from data import Sample, Scene, Source, Stage, Thing
 class Config:
     """Every number of the model; `paper()` is the main table's setting, `tiny()` trains on a laptop."""
 
-    llm: str | None = None  # a Qwen2.5-VL name or folder; None builds a tiny one from the last fields
+    llm: str | None = (
+        None  # a Qwen2.5-VL name or folder; None builds a tiny one from the last fields
+    )
     budget: int = 700  # proxies per scene; paper 450, 700, 1000
     floor: int = 2  # proxies that every object gets at least; paper 2 (2, 5, 10 in Table 5)
-    grid: tuple[int, int] = (32, 42)  # merged tokens per frame, rows x columns; paper 16x21 or 32x42
+    grid: tuple[int, int] = (
+        32,
+        42,
+    )  # merged tokens per frame, rows x columns; paper 16x21 or 32x42
     frames: int = 32  # frames per scene, evenly spaced; paper 32
     semantic_grouping: bool = True  # False: Table 4, "no semantic grouping"
     coordinate_stage: bool = True  # False: Table 4, stage II skipped, F trains in stage IV
@@ -95,7 +100,7 @@ class Config:
     fourier: int = 256  # random features of F
     fourier_hidden: int = 256  # hidden width of F
     position_share: float = 0.3  # RMS of F at the start, as a share of that of the tower's features
-    symbol: int = 28  # pixels of a symbol image; 28 = one merged token of Qwen2.5-VL
+    symbol: int = 112  # pixels of a symbol image; 112 = 4 x 4 merged tokens of Qwen2.5-VL, averaged
     lora: int = 0  # rank of LoRA in the language model; 0 trains all of it, as the paper does
     dtype: str = "float32"  # of what stays frozen; what trains is float32
     # the tiny model, used only where llm is None
@@ -126,7 +131,9 @@ class Config:
 # ---- 1 patches to triplets, sec. 3.1 -------------------------------------------------------------
 
 
-def patch_triplets(features: Tensor, points: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def patch_triplets(
+    features: Tensor, points: Tensor, masks: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Lift patches to 3D: one (feature, point, label) per patch with at least one measured pixel.
 
     Args: features [V, h, w, C]; points [V, H, W, 3] in meters, NaN = missing; masks [V, H, W] >= 0, 0 = no
@@ -152,8 +159,8 @@ def patch_index(V: int, h: int, w: int, H: int, W: int) -> Tensor:
     """Number the patch, of V * h * w, in which each of V * H * W pixels lies: [V*H*W]."""
     row = torch.arange(H) * h // H
     column = torch.arange(W) * w // W
-    first = torch.arange(V) * h * w
-    return (first[:, None, None] + row[:, None] * w + column).flatten()
+    frame = torch.arange(V)[:, None, None] * h * w
+    return (frame + row[:, None] * w + column).flatten()
 
 
 def most_frequent(labels: Tensor, cell: Tensor, cells: int) -> Tensor:
@@ -213,7 +220,9 @@ def allocate(sizes: Sequence[int], budget: int, floor: int = 2) -> list[int]:
     return given.tolist()
 
 
-def cluster(points: Tensor, labels: Tensor, budget: int, floor: int = 2, method: str = "fps") -> Tensor:
+def cluster(
+    points: Tensor, labels: Tensor, budget: int, floor: int = 2, method: str = "fps"
+) -> Tensor:
     """Group patches by label and cluster each group on coordinates alone, Eq. (1) and (2).
 
     Args: points [L, 3] meters; labels [L] any integers; method: a key of CLUSTERING.
@@ -222,7 +231,9 @@ def cluster(points: Tensor, labels: Tensor, budget: int, floor: int = 2, method:
     Raises ValueError without patches.
     """
     if len(points) == 0:
-        raise ValueError("cluster: no patches with a measured point; check the scene's depth and masks")
+        raise ValueError(
+            "cluster: no patches with a measured point; check the scene's depth and masks"
+        )
     _, group, sizes = labels.cpu().unique(return_inverse=True, return_counts=True)
     xyz = points.float().cpu().numpy()
     proxy, K = torch.full_like(group, -1), 0
@@ -248,7 +259,9 @@ def farthest_seeds(points: np.ndarray, count: int) -> np.ndarray:
     """
     axes = np.ascontiguousarray(points.T)  # [3, n] contiguous reads
     seed = np.square(points - points.mean(0)).sum(1).argmin()
-    nearest = np.full(len(points), np.inf, dtype=points.dtype)  # [n] squared distance to the own seed
+    nearest = np.full(
+        len(points), np.inf, dtype=points.dtype
+    )  # [n] squared distance to the own seed
     owner = np.zeros(len(points), dtype=np.int64)  # [n]
     for j in range(count):
         distance = np.square(axes - axes[:, seed, None]).sum(0)  # [n]
@@ -379,7 +392,9 @@ class HorizontalFourier(nn.Module):
     def forward(self, xy: Tensor) -> Tensor:
         """Encode xy [..., 2] meters: [..., C]."""
         phase = xy.to(self.frequencies) @ self.frequencies  # [..., D/2]
-        r = torch.cat([phase.cos(), phase.sin()], dim=-1) / math.sqrt(2 * phase.shape[-1])  # [..., D]
+        r = torch.cat([phase.cos(), phase.sin()], dim=-1) / math.sqrt(
+            2 * phase.shape[-1]
+        )  # [..., D]
         return self.out(F.gelu(self.lift(r)))  # [..., C]
 
 
@@ -409,19 +424,16 @@ def draw_identifier(number: int, size: int) -> Tensor:
 
 @functools.cache
 def draw_category(category: str, color: str, size: int) -> Tensor:
-    """Draw G_sem's picture [size, W, 3] uint8: the category's icon, or the written word where there is none.
+    """Draw G_sem's picture [size, size, 3] uint8: the category's icon, else its words.
 
-    W is `size`, for a word as many times `size` as it takes. The tower of a vision-language model reads text, and
-    two categories never share a picture.
+    The tower of a vision-language model reads text, and two categories never share a picture.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     if not category or category in data.CATEGORIES:
         return torch.from_numpy(data.category_icon(category, color or "white", size))
-    font = ImageFont.load_default(0.7 * size)
-    cells = math.ceil(font.getlength(category) / size)
-    image = Image.new("RGB", (cells * size, size))
-    ImageDraw.Draw(image).text((0, 0), category, font=font)
+    image, font = Image.new("RGB", (size, size)), ImageFont.load_default(size / 6)
+    ImageDraw.Draw(image).text((0, 0), category.replace(" ", "\n"), font=font)
     return torch.tensor(np.asarray(image))
 
 
@@ -505,7 +517,7 @@ class Model(data.SceneLanguageModel):
         return vision.patch_size * vision.spatial_merge_size
 
     @property
-    def frame_width(self) -> int:
+    def frame_width(self):
         return max(self.config.grid) * self.cell
 
     def encode_images(self, images: Tensor, together: bool = False) -> Tensor:
@@ -526,8 +538,8 @@ class Model(data.SceneLanguageModel):
 
     def encode_symbols(self, keys: Sequence[tuple]) -> Tensor:
         """Run the tower over the pictures of symbols: [n, C], the mean token of each."""
-        pictures = [DRAW[kind](*what, self.config.symbol) for kind, *what in keys]
-        return torch.stack([self.encode_images(x[None]).float().mean((0, 1, 2)) for x in pictures])
+        pictures = torch.stack([DRAW[kind](*what, self.config.symbol) for kind, *what in keys])
+        return self.encode_images(pictures).float().mean((1, 2))
 
     @torch.no_grad()
     def symbols(self, keys: Sequence[tuple]) -> Tensor:
@@ -552,36 +564,41 @@ class Model(data.SceneLanguageModel):
             return
         found = [self.compute_features(scene) for scene in scenes[:4]]
         z, c = (torch.cat([f[key] for f in found]) for key in "zc")
-        position, symbol = self.fourier(c[:, :2]), self.symbols(IDENTIFIERS)
-        for i, (share, added) in enumerate(((self.config.position_share, position), (1.0, symbol))):
-            self.gains[i] = share * rms(z) / rms(added)
-        print("RMS of the tower's features, F and symbols:", *map(rms, (z, position, symbol)))
-        print("F and symbols are multiplied by", *self.gains.tolist())
+        share, features = self.config.position_share, rms(z)
+        self.gains[0] = share * features / rms(self.fourier(c[:, :2]))
+        self.gains[1] = features / rms(self.symbols(IDENTIFIERS))
+        print(
+            f"RMS of the tower's features {features:.3g}: F starts at {share} of it, symbols at 1.0"
+        )
+        print(f"F is multiplied by {self.gains[0]:.3g}, symbols by {self.gains[1]:.3g}")
 
     # -- frozen work on a scene
 
-    def feature_settings(self) -> tuple:
+    def feature_settings(self):
         c = self.config
         of_proxies = c.budget, c.floor, c.clustering, c.semantic_grouping
         return *of_proxies, c.grid, c.frames, c.inter_frame
 
-    def feature_weights(self) -> nn.Module:
+    def feature_weights(self):
         return self.llm.model.visual
 
-    def uses_features(self) -> bool:
+    def uses_features(self):
         return self.stage.scene_input == "proxies"
 
-    @torch.no_grad()
-    def compute_features(self, scene: Scene) -> dict[str, Tensor]:
+    def compute_features(self, scene):
         """Make a scene's proxies: z [K, C] float16, c [K, 3] meters, group [K] object ids, 0 = none."""
         f = scene.frames
         if f is None:
-            raise data.DataError(f"{scene.name}: Proxy3D needs posed frames with depth; here are points only")
+            raise data.DataError(
+                f"{scene.name}: Proxy3D needs posed frames with depth; here are points only"
+            )
 
         # evenly spaced frames, the first and the last among them
         V = len(f.colour)
         pick = np.linspace(0, V - 1, min(self.config.frames, V)).round().astype(int)
-        images = self.resize_frames(torch.from_numpy(f.colour[pick]).to(self.device))  # [V, H', W', 3]
+        images = self.resize_frames(
+            torch.from_numpy(f.colour[pick]).to(self.device)
+        )  # [V, H', W', 3]
         points = torch.from_numpy(data.unproject(f.depth[pick], f.intrinsics[pick], f.poses[pick]))
         masks = torch.from_numpy(f.masks[pick]).long()
 
@@ -599,14 +616,16 @@ class Model(data.SceneLanguageModel):
 
     # -- scenes to tokens
 
-    def scene_length(self, scene: Scene) -> int:
+    def scene_length(self, scene):
         if self.uses_features():
             return len(self.load_features(scene)["c"])
         return len(scene.identifiers)
 
-    def encode(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
+    def encode(self, scenes):
         self.measure_gains(scenes)
-        f_id = self.gains[1] * F.pad(self.symbols(IDENTIFIERS), (0, 0, 0, 1))  # [101, D] row -1: none
+        f_id = self.gains[1] * F.pad(
+            self.symbols(IDENTIFIERS), (0, 0, 0, 1)
+        )  # [101, D] row -1: none
         tokens = []
         for scene in scenes:
             z, c, number = self.scene_tokens(scene)
@@ -652,16 +671,15 @@ class Model(data.SceneLanguageModel):
 
     # -- pictures
 
-    def token_centers(self, scene: Scene) -> np.ndarray:
+    def token_centers(self, scene):
         return self.scene_tokens(scene)[1].cpu().numpy()
 
     def pictures(self, scenes, folder):
         """Draw four scenes with their tokens, and where the model looks to answer a question about each."""
         paths = []
         for scene in scenes[:4]:
-            if not scene.identifiers:
-                numbers = data.number_objects(scene, np.random.default_rng(0))
-                scene = replace(scene, identifiers=numbers)
+            numbers = data.number_objects(scene, np.random.default_rng(0))
+            scene = replace(scene, identifiers=numbers)
             paths.append(folder / f"{scene.name}.png")
             data.draw_scene(scene, paths[-1], tokens=self.token_centers(scene))
 
@@ -683,7 +701,7 @@ class Model(data.SceneLanguageModel):
 
 def rms(x: Tensor) -> float:
     """Compute the root of the mean square of all entries."""
-    return x.float().square().mean().sqrt().item()
+    return float(x.float().square().mean().sqrt())
 
 
 # ---- 7 the paper's recipe ------------------------------------------------------------------------
@@ -766,12 +784,12 @@ def attention_map(model: Model, scene: Scene, sample: Sample) -> Tensor:
     seen = model.encode([scene])
 
     # only eager attention returns its weights; it adds the mask to the scores
-    visible = data.packed_mask(block)
-    mask = torch.zeros(visible.shape, device=model.device, dtype=model.llm.dtype)
-    mask = mask.masked_fill(~visible, torch.finfo(mask.dtype).min)
+    hidden = torch.finfo(model.llm.dtype).min
+    mask = torch.where(data.packed_mask(block), 0.0, hidden).to(model.llm.dtype)
     language, caught = model.llm.model.language_model, []
-    last = language.layers[-1].self_attn
-    hook = last.register_forward_hook(lambda module, inputs, outputs: caught.append(outputs[1]))
+    hook = language.layers[-1].self_attn.register_forward_hook(
+        lambda *call: caught.append(call[2][1])
+    )
     language.set_attn_implementation("eager")
     model.forward_llm(ids, positions, mask, seen, seen["tokens"][0, :0])
     language.set_attn_implementation("sdpa")
@@ -787,7 +805,7 @@ def draw_attention(model: Model, scene: Scene, sample: Sample, answer: str, path
     looked = attention_map(model, scene, replace(sample, steps="", answer=answer)).cpu()  # [K]
     centers = model.token_centers(scene)  # [K, 3]
     written = model.write_marks(scene, sample)
-    lines = ["answer: " + answer, "true: " + written.answer, "dots: proxies, by their attention"]
+    lines = [f"answer: {answer}", f"true: {written.answer}", "dots: proxies, by their attention"]
     figure, axes = data.scene_figure(scene, written.question, lines)
 
     named = [i for i in scene.identifiers if model.object_to_text(scene, i) in answer]
@@ -815,17 +833,17 @@ def demo() -> None:
     points = torch.from_numpy(data.unproject(f.depth, f.intrinsics, f.poses))
     masks = torch.from_numpy(f.masks).long()
     z, c, group = make_proxies(features, points, masks, config.budget, config.floor)
-    print("frames [V, H, W, 3]     ", list(f.colour.shape))
-    print("features [V, h, w, C]   ", list(features.shape))
-    print("proxies z, c            ", list(z.shape), list(c.shape))
-    print("objects in BFS order    ", group.unique_consecutive().tolist())
+    print(f"frames [V, H, W, 3]       {list(f.colour.shape)}")
+    print(f"features [V, h, w, C]     {list(features.shape)}")
+    print(f"proxies z [K, C]          {list(z.shape)}, c [K, 3] {list(c.shape)}")
+    print(f"objects in BFS order      {group.unique_consecutive().tolist()}")
 
     # questions about the room, packed behind its proxies
     tasks = {"ground": 1.0, "id_colour": 1.0, "colour": 1.0}
     model.configure_stage(Stage("demo", tasks, ("3d", "lm")))
     samples = data.questions(scene, tasks, 24, np.random.default_rng(1))
     packed = model.batch([(scene, samples)])["ids"]
-    print("packed questions [1, T] ", list(packed.shape), len(samples))
+    print(f"packed questions [1, T]   {list(packed.shape)}, {len(samples)} of them")
     data.overfit_demo(model, scene, samples, steps=60, lr=3e-3)
 
 
@@ -870,7 +888,9 @@ def build_llm(config: Config, vocabulary: int, **vision) -> nn.Module:
     """Make a small Qwen2.5-VL of the classes that `from_pretrained` loads; vision: changes to its tower."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    pairs = config.width // config.heads // 2  # rotary pairs; time, height and width are the same here
+    pairs = (
+        config.width // config.heads // 2
+    )  # rotary pairs; time, height and width are the same here
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [pairs - 2, 1, 1]}
     text_config = dict(
         vocab_size=vocabulary, hidden_size=config.width, intermediate_size=config.hidden,
@@ -883,7 +903,11 @@ def build_llm(config: Config, vocabulary: int, **vision) -> nn.Module:
         out_hidden_size=config.width, window_size=96, fullatt_block_indexes=[config.vision_layers - 1],
     )  # fmt: skip
     return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(text_config=text_config, vision_config={**vision_config, **vision}, tie_word_embeddings=True)
+        Qwen2_5_VLConfig(
+            text_config=text_config,
+            vision_config={**vision_config, **vision},
+            tie_word_embeddings=True,
+        )
     )
 
 
@@ -931,8 +955,12 @@ class TinyModel(Model):
 
     def __init__(self, config: Config, text: data.TinyText):
         super().__init__(config, text)
-        self.norm = nn.LayerNorm(self.width, bias=False)  # features enter at the scale of the embeddings
-        self.anchor = nn.Parameter(torch.zeros(self.width))  # its rotation by R makes the height readable
+        self.norm = nn.LayerNorm(
+            self.width, bias=False
+        )  # features enter at the scale of the embeddings
+        self.anchor = nn.Parameter(
+            torch.zeros(self.width)
+        )  # its rotation by R makes the height readable
         self.names = []  # tokens that stage 0 tells apart
         start_tiny(self, text)
 
@@ -943,43 +971,42 @@ class TinyModel(Model):
         return llm
 
     def parts(self):
-        parts = super().parts()
-        return {**parts, "tower": [self.llm.model.visual], "3d": [*parts["3d"], self.anchor]}
+        return {
+            **super().parts(),
+            "3d": [self.fourier, self.anchor],
+            "tower": [self.llm.model.visual],
+        }
 
-    def configure_stage(self, stage: Stage) -> None:
-        super().configure_stage(stage)
-        if "tower" in stage.trains:  # what it saw before it trained is worth nothing
-            self.symbol_features, self.feature_cache = {}, {}
-
-    def encode_images(self, images: Tensor, together: bool = False) -> Tensor:
+    def encode_images(self, images, together=False):
         return self.norm(self.llm.model.visual(images.to(self.device)))
 
-    def encode_symbols(self, keys: Sequence[tuple]) -> Tensor:
-        size = self.config.symbol
-        pictures = [DRAW[kind](*what, size)[:, :size] for kind, *what in keys]
-        return self.norm(self.encode_images(torch.stack(pictures)).mean((1, 2)))
+    def encode_symbols(self, keys):
+        return self.norm(super().encode_symbols(keys))
 
-    def category_keys(self, objects: Sequence[Thing]) -> list[tuple]:
+    def category_keys(self, objects):
         return [("category", o.category, o.colour) for o in objects]
 
-    def measure_gains(self, scenes: Sequence[Scene]) -> None:
+    def measure_gains(self, scenes):
         """Leave all as it is: everything starts at the scale of the embeddings."""
 
-    def proxy_tokens(self, scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
+    def proxy_tokens(self, scene):
         z, c, number = super().proxy_tokens(scene)
         return self.norm(z), c, number
 
-    def add_position(self, z: Tensor, c: Tensor) -> Tensor:
+    def add_position(self, z, c):
         return super().add_position(z + self.anchor, c)
 
-    def baselines(self) -> dict:
+    def baselines(self):
         return {"untrained tower": self.untrained_tower()}
 
     @contextlib.contextmanager
     def untrained_tower(self):
         """The same model, but what it sees comes from a tower at its initial weights."""
-        kept = self.llm.model.visual, self.feature_cache, self.symbol_features, self.feature_folder
-        tower = copy.deepcopy(self.llm.model.visual)
+        visual, kept = (
+            self.llm.model.visual,
+            (self.feature_cache, self.symbol_features, self.feature_folder),
+        )
+        tower = copy.deepcopy(visual)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             data.start_weights(tower)
@@ -988,7 +1015,8 @@ class TinyModel(Model):
         try:
             yield
         finally:
-            self.llm.model.visual, self.feature_cache, self.symbol_features, self.feature_folder = kept
+            self.llm.model.visual = visual
+            self.feature_cache, self.symbol_features, self.feature_folder = kept
 
     # -- stage 0
 
@@ -996,17 +1024,14 @@ class TinyModel(Model):
         """See the base class; for stage 0 list the tokens of the names that it tells apart."""
         if self.stage.scene_input != "tower":
             return super().cache_features(scenes, folder, rank, world)
-        words = {*data.COLOURS, *(f"<OBJ{i:03d}>" for i in range(100))}
-        for scene in scenes:
-            for o in scene.objects:
-                words |= {o.category, o.colour} - {""}
-        self.names = sorted({self.text.unk, *(self.text.encode(word)[0] for word in words)})
+        texts = ["", *data.COLOURS, *(f"<OBJ{i:03d}>" for i in range(100))]
+        texts += [f"{o.category} {o.colour}" for scene in scenes for o in scene.objects]
+        self.names = sorted({token for text in texts for token in self.name_pair(text)})
 
-    def object_names(self, thing: Thing) -> tuple[int, int]:
-        """Give the tokens of category and color; the other one's, else <unk>, where one is not known."""
-        category, color = (self.text.encode(word)[:1] for word in (thing.category, thing.colour))
-        unknown = [self.text.unk]
-        return (category or color or unknown)[0], (color or category or unknown)[0]
+    def name_pair(self, text: str) -> tuple[int, int]:
+        """Give the first and the last token of an object's category and color, twice the same of one word."""
+        tokens = self.text.encode(text) or [self.text.unk]
+        return tokens[0], tokens[-1]
 
     def patch_labels(self, scene: Scene) -> np.ndarray:
         """Find the object that every patch of every frame shows: [V, h, w]."""
@@ -1015,7 +1040,9 @@ class TinyModel(Model):
         patch = patch_index(V, h, w, *masks.shape[1:])
         return most_frequent(masks.flatten(), patch, V * h * w).view(V, h, w).numpy()
 
-    def draw_crop(self, scene: Scene, label: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def draw_crop(
+        self, scene: Scene, label: np.ndarray, rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
         """Cut half a frame around a random object: pixels [h * cell, w * cell, 3], patch labels [h, w].
 
         Small and rare objects are seen as often as large ones. label [V, 2h, 2w]: see `patch_labels`.
@@ -1029,10 +1056,10 @@ class TinyModel(Model):
         middle = np.argwhere(label[view] == target).mean(0) + rng.uniform(-1.5, 1.5, 2)
         size = np.array(self.config.grid) // 2
         low = (middle - size / 2).round().clip(0, label.shape[1:] - size).astype(int)
-        patches = [slice(a, a + n) for a, n in zip(low, size, strict=True)]
-        pixels = [slice(self.cell * s.start, self.cell * s.stop) for s in patches]
+        (top, left), (bottom, right), cell = low, low + size, self.cell
         frame = self.resize_frames(torch.from_numpy(scene.frames.colour[view][None]))[0]
-        return frame[*pixels], torch.from_numpy(label[view][*patches])
+        pixels = frame[top * cell : bottom * cell, left * cell : right * cell]
+        return pixels, torch.from_numpy(label[view, top:bottom, left:right])
 
     def encoder_loss(self, scenes: Sequence[Scene], crops: int = 6) -> dict[str, Tensor]:
         """Stand in for vision-language pre-training: features name categories and colors in word vectors.
@@ -1041,12 +1068,13 @@ class TinyModel(Model):
         means; what belongs to no object is <unk>. So do the symbols, and pictures of digits name identifiers.
         """
         h, w = (n // 2 for n in self.config.grid)
-        quarter = 2 * (torch.arange(h) * 2 // h)[:, None] + torch.arange(w) * 2 // w  # [h, w] in 0..3
-        unknown = self.text.unk, self.text.unk
+        quarter = (
+            2 * (torch.arange(h) * 2 // h)[:, None] + torch.arange(w) * 2 // w
+        )  # [h, w] in 0..3
         images, piece, names, weight = [], [], [], []
         for scene in scenes:
             rng = np.random.default_rng(list(scene.identifiers.values()))
-            known = {o.id: self.object_names(o) for o in scene.objects}
+            known = {o.id: self.name_pair(f"{o.category} {o.colour}") for o in scene.objects}
             labels = self.patch_labels(scene)
             for _ in range(crops):
                 pixels, label = self.draw_crop(scene, labels, rng)
@@ -1054,7 +1082,7 @@ class TinyModel(Model):
                 images.append(pixels)
                 piece.append(which.flatten() + len(names))
                 for i in (found // 4).tolist():
-                    names.append(known.get(i, unknown))
+                    names.append(known.get(i, self.name_pair("")))
                     weight.append(1.0 if i else 0.3)  # walls and floor are in every crop
         patches = self.encode_images(torch.stack(images)).flatten(0, 2)  # [patches, D]
         pieces, _ = data.group_mean(patches, torch.cat(piece).to(patches.device), len(names))
@@ -1063,26 +1091,40 @@ class TinyModel(Model):
         keys, n = [], len(names)
         for scene in scenes:
             keys += self.category_keys(scene.objects[:4])
-            names += [self.object_names(o) for o in scene.objects[:4]]
+            names += [self.name_pair(f"{o.category} {o.colour}") for o in scene.objects[:4]]
             for i in list(scene.identifiers.values())[:4]:
                 keys.append(("id", i))
-                names.append(tuple(self.text.encode(f"<OBJ{i:03d}>") * 2))
+                names.append(self.name_pair(f"<OBJ{i:03d}>"))
         features = torch.cat([self.norm(pieces), self.encode_symbols(keys)])  # [R, D]
         weight = torch.tensor(weight + [2.0] * len(keys), device=features.device)  # [R]
 
         # a feature must tell its two names from all others, and be written as their sum
         words = self.llm.get_input_embeddings().weight.detach()[self.names]  # frozen in this stage
-        target = torch.searchsorted(torch.tensor(self.names), torch.tensor(names)).to(words.device)  # [R, 2]
+        target = torch.searchsorted(torch.tensor(self.names), torch.tensor(names)).to(
+            words.device
+        )  # [R, 2]
         logits = 0.2 * features @ words.T
         told = -logits.log_softmax(-1).gather(1, target).mean(1)  # [R]
         apart = 1 - F.cosine_similarity(features, words[target].sum(1), dim=-1)  # [R]
         apart[n:] *= 4  # symbols are drawn, not seen: they can be exact
         hit = (logits.argmax(-1, keepdim=True) == target).any(1)  # [R] one of the two on top
-        return {"loss": ((told + apart) * weight).sum(), "weight": weight.sum(), "correct": (hit * weight).sum()}
+        return {
+            "loss": ((told + apart) * weight).sum(),
+            "weight": weight.sum(),
+            "correct": (hit * weight).sum(),
+        }
 
 
-SYMBOL_TASKS = {"ground": 0.25, "ground_category": 0.2, "id_category": 0.25, "id_colour": 0.2, "colour": 0.1}
-SYMBOLS = dict(lr=2e-3, weight_decay=0.01, per_scene=16, schedule="constant", steps=True, recolour=True)
+SYMBOL_TASKS = {
+    "ground": 0.25,
+    "ground_category": 0.2,
+    "id_category": 0.25,
+    "id_colour": 0.2,
+    "colour": 0.1,
+}
+SYMBOLS = dict(
+    lr=2e-3, weight_decay=0.01, per_scene=16, schedule="constant", steps=True, recolour=True
+)
 STAGES["tiny"] = [
     Stage("0 tower", {}, ("tower",), "tower", iterations=1600, batch=16, lr=4e-3, warmup=0.03),
     Stage("I identifiers", SYMBOL_TASKS, ("lm",), "symbols", iterations=1100, until=0.96, **SYMBOLS),
