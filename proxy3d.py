@@ -2,11 +2,11 @@
 
 CVPR 2026, arXiv 2605.08064. Supplementary Tables 1-3 give the recipe; equation numbers are the paper's.
 
-Idea. A video of a room is ten thousands of image patches, but only a few dozen objects. Lift every patch to
-3D, group the patches by the object they show, summarize each group by a few *proxies* (mean feature, mean
+Idea. A video of a room is ten thousands of image patches, but only a few dozen objects. Lift every patch
+to 3D, group the patches by the object they show, summarize each group by a few *proxies* (mean feature, mean
 position), and give the language model those few hundred tokens instead of all patches. Identifiers
-("<OBJ012>") are added to an object's proxies as the picture of their digits, encoded by the same vision tower;
-no embedding table is learned.
+("<OBJ012>") are added to an object's proxies as the picture of their digits, encoded by the same vision
+tower; no embedding table is learned.
 
   frames [V,H,W,3] --tower (frozen)--> features [V,h,w,C] --.
   depth or VGGT ---------------------> points  [V,H,W,3] ---+-> triplets f [L,C], p [L,3], m [L], L = V h w
@@ -34,27 +34,28 @@ n objects, R pieces and symbols of stage 0, E width of the tiny tower.
 | main Tables 4-5, ablations             | Config, CLUSTERING, recipe                    |
 
 What the paper leaves open, and what we chose
-- "KNN" clustering: farthest-point seeds inside the group (first: the patch nearest the group's centroid), every
-  patch to its nearest seed, mean of features and of coordinates. k-means and DPC-kNN are alternatives.
+- "KNN" clustering: farthest-point seeds inside the group (first: the patch nearest its centroid), every patch
+  to its nearest seed, mean of features and of coordinates. k-means and DPC-kNN are alternatives.
 - Patches without a mask form one more group (label 0): floor and walls keep tokens, but get no identifier.
-- Allocation is exact: floor for every group, the rest in proportion by largest remainders, never more than a
-  group has. With more groups than tokens the largest groups get one each.
-- BFS runs over groups on the symmetric 6-NN graph of their centroids, from the group nearest the origin, nearer
-  neighbors first; inside a group over its proxies, from the one nearest the last token. When a connected part
-  of the graph is done, the point nearest to any visited one comes next.
-- R rotates feature pairs by height / 5 cm * 10000^(-2i/C): R(0) = I and norms are kept. F is a learnable Fourier
-  embedding (Li et al. 2021). Both act from stage II on.
+- Allocation is exact: a floor for every group (lower where the floors alone exceed the budget), the rest in
+  proportion by largest remainders, never more than a group has.
+- BFS runs over groups on the symmetric 6-NN graph of their centroids, from the group nearest the origin,
+  nearer neighbors first; inside a group over its proxies, from the one nearest the last token. When a
+  connected part of the graph is done, the point nearest to any visited one comes next.
+- R rotates feature pairs by height / 5 cm * 10000^(-2i/C): R(0) = I and norms are kept. F is a learnable
+  Fourier embedding (Li et al. 2021). Both act from stage II on.
 - Around a loaded tower F starts at 0.3 of the RMS of its features and symbols at their full RMS
   (`Model.measure_gains`): a meter along x, y or z moves a token by comparable amounts. At 5e-6 a step what
   starts small stays small.
 - Proxies take ordinary sequential positions in MRoPE (t = h = w), like words.
 - Inter-frame attention: the tower's full-attention blocks see all frames of a scene at once. No parameters.
 - 16x21 (32x42) merged tokens = frames resized to exactly 448x588 (896x1176), whatever the camera.
-- Category symbols come from the data's categories (the paper's list of 213 is not public): a drawn icon, or the
-  written word where there is none. Stage IV adds identifiers only.
+- Category symbols come from the data's categories (the paper's list of 213 is not public): a drawn icon, or
+  the written word where there is none. Stage IV adds identifiers only.
 - Symbols have no color, so the paper's stages I to III never ask for one.
 - Without semantic grouping the scene is one group, and a proxy's identifier that of most of its patches.
-- Point maps and masks come from the scene (data.py): sensor depth or VGGT, instance masks, own segments or SAM 2.
+- Point maps and masks come from the scene (data.py): sensor depth or VGGT, and instance masks, own segments
+  or SAM 2.
 """
 
 from __future__ import annotations
@@ -83,22 +84,16 @@ from data import Sample, Scene, Source, Stage, Thing
 class Config:
     """Every number of the model; `paper()` is the main table's setting, `tiny()` trains on a laptop."""
 
-    llm: str | None = (
-        None  # a Qwen2.5-VL name or folder; None builds a tiny one from the last fields
-    )
+    llm: str | None = None  # a Qwen2.5-VL name or folder; None: a tiny one of the last fields
     budget: int = 700  # proxies per scene; paper 450, 700, 1000
     floor: int = 2  # proxies that every object gets at least; paper 2 (2, 5, 10 in Table 5)
-    grid: tuple[int, int] = (
-        32,
-        42,
-    )  # merged tokens per frame, rows x columns; paper 16x21 or 32x42
+    grid: tuple[int, int] = (32, 42)  # merged tokens per frame, rows x columns; paper 16x21 or 32x42
     frames: int = 32  # frames per scene, evenly spaced; paper 32
     semantic_grouping: bool = True  # False: Table 4, "no semantic grouping"
     coordinate_stage: bool = True  # False: Table 4, stage II skipped, F trains in stage IV
     inter_frame: bool = True  # Table 4, full-attention blocks see all frames
     clustering: str = "fps"  # a key of CLUSTERING
-    fourier: int = 256  # random features of F
-    fourier_hidden: int = 256  # hidden width of F
+    fourier: int = 256  # random features of F, half as many as its hidden width
     position_share: float = 0.3  # RMS of F at the start, as a share of that of the tower's features
     symbol: int = 112  # pixels of a symbol image; 112 = 4 x 4 merged tokens of Qwen2.5-VL, averaged
     lora: int = 0  # rank of LoRA in the language model; 0 trains all of it, as the paper does
@@ -124,26 +119,31 @@ class Config:
     @classmethod
     def tiny(cls, **changes) -> Config:
         """Rooms of 96 x 96 pixels on a CPU."""
-        small = dict(budget=96, grid=(12, 12), frames=12, inter_frame=False, symbol=16)
-        return cls(**{**small, "fourier": 24, "fourier_hidden": 48, **changes})
+        small = dict(
+            budget=96,
+            grid=(12, 12),
+            frames=12,
+            inter_frame=False,
+            fourier=24,
+            symbol=16,
+        )
+        return cls(**{**small, **changes})
 
 
 # ---- 1 patches to triplets, sec. 3.1 -------------------------------------------------------------
 
 
-def patch_triplets(
-    features: Tensor, points: Tensor, masks: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def patch_triplets(features: Tensor, points: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Lift patches to 3D: one (feature, point, label) per patch with at least one measured pixel.
 
     Args: features [V, h, w, C]; points [V, H, W, 3] in meters, NaN = missing; masks [V, H, W] >= 0, 0 = no
     object. H and W need not be multiples of h and w. Returns: f [L, C], p [L, 3], m [L].
     """
     V, h, w, C = features.shape
-    patch = patch_index(V, h, w, *masks.shape[1:]).to(masks.device)  # [V*H*W]
+    patch = patch_index(masks, h, w)  # [V*H*W]
 
     # a patch belongs to the object that covers most of it
-    label = most_frequent(masks.flatten(), patch, V * h * w)  # [V*h*w]
+    label = patch_labels(masks, h, w).flatten()  # [V*h*w]
 
     # its point averages that object's pixels only: a chair's edge must not be pulled to the wall behind it
     counted = torch.isfinite(points).all(-1).flatten() & (masks.flatten() == label[patch])
@@ -155,18 +155,24 @@ def patch_triplets(
     return features.reshape(-1, C)[keep], p[keep], label[keep]
 
 
-def patch_index(V: int, h: int, w: int, H: int, W: int) -> Tensor:
-    """Number the patch, of V * h * w, in which each of V * H * W pixels lies: [V*H*W]."""
-    row = torch.arange(H) * h // H
-    column = torch.arange(W) * w // W
-    frame = torch.arange(V)[:, None, None] * h * w
-    return (frame + row[:, None] * w + column).flatten()
+def patch_index(pixels: Tensor, h: int, w: int) -> Tensor:
+    """Number the patch, of V * h * w, in which each pixel of a [V, H, W] tensor lies: [V*H*W]."""
+    V, H, W = pixels.shape
+    frame, row, column = (torch.arange(n, device=pixels.device) for n in (V, H, W))
+    patch = row[:, None] * h // H * w + column * w // W  # [H, W] in its frame
+    return (frame[:, None, None] * h * w + patch).flatten()
+
+
+def patch_labels(masks: Tensor, h: int, w: int) -> Tensor:
+    """Find the label that covers most of every patch: masks [V, H, W] >= 0 -> [V, h, w]."""
+    V = len(masks)
+    return most_frequent(masks.flatten(), patch_index(masks, h, w), V * h * w).view(V, h, w)
 
 
 def most_frequent(labels: Tensor, cell: Tensor, cells: int) -> Tensor:
-    """Find the most frequent label of every cell: [cells]; ties go to the lowest, empty cells get 0.
+    """Find the most frequent of labels [N] >= 0 in every cell [cells]; ties go to the lowest.
 
-    Args: labels [N] >= 0; cell [N] in 0..cells-1.
+    Args: cell [N], the cell 0..cells-1 of every label. An empty cell gets 0.
     """
     n = int(labels.max()) + 1
     votes = torch.bincount(cell * n + labels, minlength=cells * n)
@@ -189,22 +195,16 @@ def allocate(sizes: Sequence[int], budget: int, floor: int = 2) -> list[int]:
 
     Args: sizes [G] patches per group, all >= 1. Returns: proxies per group [G].
     """
-    size = np.asarray(sizes, dtype=np.int64)
-    G, budget = len(size), min(budget, int(size.sum()))
-
-    # more groups than tokens: the largest groups get one each
-    if budget < G:
-        given = np.zeros(G, dtype=np.int64)
-        given[np.argsort(-size, kind="stable")[:budget]] = 1
-        return given.tolist()
+    size = np.asarray(sizes)
+    budget = min(budget, size.sum())
 
     # the floor for all, a lower one where the floors alone exceed the budget
     if np.minimum(size, floor).sum() > budget:
-        floor = max(1, budget // G)
+        floor = budget // len(size)
     given = np.minimum(size, floor)
 
     # the rest in proportion, to groups that have patches left
-    while (left := budget - int(given.sum())) > 0:
+    while (left := budget - given.sum()) > 0:
         room = size - given
         weight = np.where(room > 0, size, 0)
         share, remainder = np.divmod(weight * left, weight.sum())
@@ -220,22 +220,20 @@ def allocate(sizes: Sequence[int], budget: int, floor: int = 2) -> list[int]:
     return given.tolist()
 
 
-def cluster(
-    points: Tensor, labels: Tensor, budget: int, floor: int = 2, method: str = "fps"
-) -> Tensor:
+def cluster(points: Tensor, labels: Tensor, budget: int, floor: int = 2, method: str = "fps") -> Tensor:
     """Group patches by label and cluster each group on coordinates alone, Eq. (1) and (2).
 
     Args: points [L, 3] meters; labels [L] any integers; method: a key of CLUSTERING.
-    Returns: the proxy 0..K-1 of every patch [L], in the order of labels; -1 in a group that got no proxy, which
-    happens only where there are more groups than tokens. K = min(budget, L) unless patches coincide.
+    Returns: the proxy 0..K-1 of every patch [L], in the order of labels; -1 in a group that got no proxy, as
+    happens where there are more groups than tokens. K = min(budget, L) unless patches coincide.
     Raises ValueError without patches.
     """
     if len(points) == 0:
-        raise ValueError(
-            "cluster: no patches with a measured point; check the scene's depth and masks"
-        )
+        raise ValueError("cluster: no patches with a measured point; check the scene's depth")
     _, group, sizes = labels.cpu().unique(return_inverse=True, return_counts=True)
     xyz = points.float().cpu().numpy()
+
+    # proxies are numbered group by group
     proxy, K = torch.full_like(group, -1), 0
     for g, count in enumerate(allocate(sizes.tolist(), budget, floor)):
         if count:
@@ -252,21 +250,22 @@ def cluster(
 def farthest_seeds(points: np.ndarray, count: int) -> np.ndarray:
     """Choose seeds one by one, each farthest from those before; give every point its nearest seed.
 
-    The first seed is the point nearest the centroid. The nearest seed comes for free: a point changes hands when
-    a new seed is nearer. Steps this small are faster on the CPU than launched on a GPU.
+    The first seed is the point nearest the centroid. The nearest seed comes for free: a point changes hands
+    when a new seed is nearer. Steps this small are faster on the CPU than launched on a GPU.
 
     Args: points [n, 3], count <= n. Returns: seed 0..count-1 of every point [n].
     """
     axes = np.ascontiguousarray(points.T)  # [3, n] contiguous reads
     seed = np.square(points - points.mean(0)).sum(1).argmin()
-    nearest = np.full(
-        len(points), np.inf, dtype=points.dtype
-    )  # [n] squared distance to the own seed
-    owner = np.zeros(len(points), dtype=np.int64)  # [n]
+    nearest = np.full(len(points), np.inf, points.dtype)  # [n] squared distance to the own seed
+    owner = np.zeros(len(points), int)  # [n]
     for j in range(count):
+        # the new seed takes over what is nearer to it than to all before
         distance = np.square(axes - axes[:, seed, None]).sum(0)  # [n]
         owner[distance < nearest] = j
-        np.minimum(nearest, distance, out=nearest)
+        nearest = np.minimum(nearest, distance)
+
+        # next: the point that all seeds are far from
         seed = nearest.argmax()
     return owner
 
@@ -282,10 +281,11 @@ def make_proxies(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turn the patches of a scene into a sequence of proxies: sections 3.1 to 3.3 but for the positions.
 
-    Args: features [V, h, w, C]; points [V, H, W, 3] meters, NaN = missing; masks [V, H, W] object ids, 0 = none;
-    budget, floor: see `allocate`; method: a key of CLUSTERING; semantic_grouping: False takes all for one group.
-    Returns: z [K, C] mean features, c [K, 3] mean points, group [K] object ids; K = min(budget, L), BFS order.
+    Args: features [V, h, w, C]; points [V, H, W, 3] meters, NaN = missing; masks [V, H, W] object ids,
+    0 = none; budget, floor: see `allocate`; method: a key of CLUSTERING; semantic_grouping: False takes all for
+    one group. Returns: z [K, C] mean features, c [K, 3] mean points, group [K] object ids, in BFS order.
     """
+    # patches with a feature, a point and a label, and the proxy that each belongs to
     f, p, m = patch_triplets(features, points, masks)
     one = torch.zeros_like(m)
     proxy = cluster(p, m if semantic_grouping else one, budget, floor, method)  # [L]
@@ -318,9 +318,10 @@ def bfs_order(centers: Tensor, groups: Tensor, neighbors: int = 6) -> Tensor:
     Args: centers [K, 3] meters, groups [K] any integers. Returns: order [K].
     """
     c, g = centers.double().cpu().numpy(), groups.cpu().numpy()
-
     members = [np.flatnonzero(g == name) for name in np.unique(g)]
     centroids = np.stack([c[rows].mean(0) for rows in members])  # [G, 3]
+
+    # groups from the origin, and the proxies of each from where the line has arrived
     order, last = [], np.zeros(3)
     for i in breadth_first(centroids, last, neighbors):
         rows = members[i]
@@ -335,22 +336,26 @@ def breadth_first(points: np.ndarray, start: np.ndarray, neighbors: int = 6) -> 
     Nearer neighbors come first. When a connected part is done, the point nearest to any visited one is next.
     Returns: the order of visits [n].
     """
+    # two points are linked if either is among the other's nearest
     n = len(points)
     distance = np.square(points[:, None] - points[None]).sum(-1)  # [n, n]
     near = np.argsort(distance, axis=1, kind="stable")  # [n, n] each point itself, then the nearest
-    linked = np.zeros((n, n), dtype=bool)
+    linked = np.zeros((n, n), bool)
     np.put_along_axis(linked, near[:, 1 : neighbors + 1], True, axis=1)
     linked |= linked.T
 
+    # `order` is what has been found so far, its part from `head` on the queue
     order = [int(np.square(points - start).sum(1).argmin())]
-    head, waiting = 0, np.ones(n, dtype=bool)
+    head, waiting = 0, np.ones(n, bool)
     waiting[order] = False
     while waiting.any():
         if head < len(order):
+            # those linked to the first in the queue, nearest first
             ranked = near[order[head]]
             found = ranked[waiting[ranked] & linked[order[head], ranked]]
             head += 1
         else:
+            # the queue is empty: another part of the graph begins
             gap = np.where(waiting, distance[order].min(0), np.inf)
             found = gap.argmin(keepdims=True)
         waiting[found] = False
@@ -377,48 +382,55 @@ def rotate_height(z: Tensor, height: Tensor, unit: float = 0.05) -> Tensor:
 class HorizontalFourier(nn.Module):
     """F(c^WxL): learnable Fourier features of the horizontal position (Li et al. 2021, arXiv 2106.02795).
 
-    F(x) = W2 GELU(W1 r), r = [cos(x Wr), sin(x Wr)] / sqrt(D). Wr starts as N(0, 1) per meter, and W2 with the
-    standard deviation of a language model's weights, so that a step of 5e-6 changes both by the same share. The
-    size of F is set outside (`Model.measure_gains`).
+    F(x) = W2 GELU(W1 r), r = [cos(x Wr), sin(x Wr)] / sqrt(D). Wr starts as N(0, 1) per meter, and W2 with
+    the standard deviation of a language model's weights, so that a step of 5e-6 changes both by the same share.
+    The size of F is set outside (`Model.measure_gains`).
     """
 
-    def __init__(self, features: int, hidden: int, width: int):
+    def __init__(self, features: int, width: int):
         super().__init__()
         self.frequencies = nn.Parameter(torch.randn(2, features // 2))
-        self.lift = nn.Linear(features, hidden, bias=False)
-        self.out = nn.Linear(hidden, width, bias=False)
+        self.lift = nn.Linear(features, 2 * features, bias=False)
+        self.out = nn.Linear(2 * features, width, bias=False)
         nn.init.normal_(self.out.weight, std=0.02)
 
     def forward(self, xy: Tensor) -> Tensor:
         """Encode xy [..., 2] meters: [..., C]."""
         phase = xy.to(self.frequencies) @ self.frequencies  # [..., D/2]
-        r = torch.cat([phase.cos(), phase.sin()], dim=-1) / math.sqrt(
-            2 * phase.shape[-1]
-        )  # [..., D]
+        r = torch.cat([phase.cos(), phase.sin()], dim=-1)  # [..., D]
+        r = r / math.sqrt(r.shape[-1])
         return self.out(F.gelu(self.lift(r)))  # [..., C]
 
 
 # ---- 5 object reference embeddings: pictures of digits and of categories, sec. 3.4 ---------------
 
 DIGITS = [
-    "### .#. ### ### #.# ### ### ### ### ### ",
-    "#.# ##. ..# ..# #.# #.. #.. ..# #.# #.# ",
-    "#.# .#. ### ### ### ### ### .#. ### ### ",
-    "#.# .#. #.. ..# ..# ..# #.# .#. #.# ..# ",
-    "### ### ### ### ..# ### ### .#. ### ### ",
+    "### #.# #.# #.# ###",
+    ".#. ##. .#. .#. ###",
+    "### ..# ### #.. ###",
+    "### ..# ### ..# ###",
+    "#.# #.# ### ..# ..#",
+    "### #.. ### ..# ###",
+    "### #.. ### #.# ###",
+    "### ..# .#. .#. .#.",
+    "### #.# ### #.# ###",
+    "### #.# ### ..# ###",
 ]
 
 
 @functools.cache
 def draw_identifier(number: int, size: int) -> Tensor:
-    """Draw G_id's picture: three white digits on black in the middle of [size, size, 3] uint8, size >= 11."""
-    ink = np.array([list(row) for row in DIGITS]) == "#"  # [5, 40]
-    columns = [4 * int(digit) + i for digit in f"{number:03d}" for i in range(4)]
+    """Draw G_id's picture: three white digits on black, [size, size, 3] uint8, size >= 11."""
+    # the three digits beside one another, with an empty column between them
+    digits = [DIGITS[int(d)].split() for d in f"{number:03d}"]
+    rows = [list(".".join(row)) for row in zip(*digits, strict=True)]
     zoom = size // 11
-    glyph = ink[:, columns[:-1]].repeat(zoom, axis=0).repeat(zoom, axis=1)
-    image = np.zeros((size, size, 3), dtype=np.uint8)
+    ink = np.kron(np.array(rows) == "#", np.ones((zoom, zoom), bool))  # [5 * zoom, 11 * zoom]
+
+    # as large as fits, in the middle
+    image = np.zeros((size, size, 3), np.uint8)
     top, left = (size - 5 * zoom) // 2, (size - 11 * zoom) // 2
-    image[top : top + 5 * zoom, left : left + 11 * zoom][glyph] = 255
+    image[top : top + 5 * zoom, left : left + 11 * zoom][ink] = 255
     return torch.from_numpy(image)
 
 
@@ -465,11 +477,12 @@ def qwen_tokens(visual: nn.Module, images: Tensor, inter_frame: bool) -> Tensor:
     x = x.unsqueeze(6).expand(*[-1] * 6, t, -1, -1)  # [V, h, w, m, m, 3, t, p, p]
     x = x.reshape(V * h * w * m * m, -1).to(visual.dtype)  # [V*h*w*m*m, 3*t*p*p]
 
+    # the tower takes every image for a sequence of its own, unless it is told where sequences begin and end
     grid = torch.tensor([[1, h * m, w * m]] * V, device=images.device)
-    joint = {}
+    joint = None
     if inter_frame:
-        joint["cu_seqlens"] = torch.tensor([0, len(x)], dtype=torch.int32, device=images.device)
-    return visual(x, grid_thw=grid, **joint).pooler_output.view(V, h, w, -1)  # [V, h, w, C]
+        joint = torch.tensor([0, len(x)], dtype=torch.int32, device=images.device)
+    return visual(x, grid_thw=grid, cu_seqlens=joint).pooler_output.view(V, h, w, -1)  # [V, h, w, C]
 
 
 class Model(data.SceneLanguageModel):
@@ -481,8 +494,9 @@ class Model(data.SceneLanguageModel):
         super().__init__(config, text)
         self.llm = self.load_llm()
         self.width = self.llm.config.text_config.hidden_size  # D
-        self.fourier = HorizontalFourier(config.fourier, config.fourier_hidden, self.width)
+        self.fourier = HorizontalFourier(config.fourier, self.width)
         self.register_buffer("gains", torch.ones(2))  # of F and of symbols; ones: not measured yet
+        self.frame_width = max(config.grid) * self.cell
         self.symbol_features = {}  # what the tower sees in a symbol, by its key
 
     def load_llm(self) -> nn.Module:
@@ -490,17 +504,20 @@ class Model(data.SceneLanguageModel):
         from transformers import Qwen2_5_VLForConditionalGeneration
 
         # packed questions need a mask that says who sees whom: sdpa takes one
-        dtype, rank = getattr(torch, self.config.dtype), self.config.lora
+        config, rank = self.config, self.config.lora
         llm = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            self.config.llm, dtype=dtype, attn_implementation="sdpa"
+            config.llm, dtype=config.dtype, attn_implementation="sdpa"
         )
         if rank:
             from peft import LoraConfig, inject_adapter_in_model
 
             adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
             inject_adapter_in_model(adapters, llm.model.language_model)
-            names = [f"llm.{name}" for name in llm.state_dict() if "lora_" not in name]
-            self.frozen_pretrained_names = tuple(names)
+
+            # a checkpoint holds the adapters only
+            self.frozen_pretrained_names = tuple(
+                f"llm.{name}" for name in llm.state_dict() if "lora_" not in name
+            )
         return llm
 
     def parts(self):
@@ -516,10 +533,6 @@ class Model(data.SceneLanguageModel):
         vision = self.llm.model.visual.config
         return vision.patch_size * vision.spatial_merge_size
 
-    @property
-    def frame_width(self):
-        return max(self.config.grid) * self.cell
-
     def encode_images(self, images: Tensor, together: bool = False) -> Tensor:
         """Run the tower over images [V, H, W, 3] uint8: [V, h, w, C]. together: frames of one scene."""
         images = images.to(self.device)
@@ -528,7 +541,7 @@ class Model(data.SceneLanguageModel):
     def resize_frames(self, images: Tensor) -> Tensor:
         """Bring images [V, H, W, 3] uint8 of any camera to exactly the grid's pixels."""
         size = tuple(n * self.cell for n in self.config.grid)
-        if tuple(images.shape[1:3]) == size:
+        if images.shape[1:3] == size:
             return images
         channels_first = images.permute(0, 3, 1, 2).float()
         resized = F.interpolate(channels_first, size, mode="bilinear", antialias=True)
@@ -550,7 +563,7 @@ class Model(data.SceneLanguageModel):
         return torch.stack([self.symbol_features[key] for key in keys])
 
     def category_keys(self, objects: Sequence[Thing]) -> list[tuple]:
-        """Name the objects' symbols, without colors as the paper's icons; colors where no object has a name."""
+        """Name the objects' symbols: no colors, as in the paper's icons, unless no object has a category."""
         named = any(o.category for o in objects)
         return [("category", o.category, "white" if named else o.colour) for o in objects]
 
@@ -562,22 +575,21 @@ class Model(data.SceneLanguageModel):
         """
         if bool((self.gains != 1).any()):
             return
+
+        # what the tower sees, and F and symbols as they are before
         found = [self.compute_features(scene) for scene in scenes[:4]]
         z, c = (torch.cat([f[key] for f in found]) for key in "zc")
         share, features = self.config.position_share, rms(z)
         self.gains[0] = share * features / rms(self.fourier(c[:, :2]))
         self.gains[1] = features / rms(self.symbols(IDENTIFIERS))
-        print(
-            f"RMS of the tower's features {features:.3g}: F starts at {share} of it, symbols at 1.0"
-        )
+        print(f"RMS of the tower's features {features:.3g}; F starts at {share} of it, symbols at 1;")
         print(f"F is multiplied by {self.gains[0]:.3g}, symbols by {self.gains[1]:.3g}")
 
     # -- frozen work on a scene
 
     def feature_settings(self):
         c = self.config
-        of_proxies = c.budget, c.floor, c.clustering, c.semantic_grouping
-        return *of_proxies, c.grid, c.frames, c.inter_frame
+        return c.budget, c.floor, c.clustering, c.semantic_grouping, c.grid, c.frames, c.inter_frame
 
     def feature_weights(self):
         return self.llm.model.visual
@@ -589,21 +601,16 @@ class Model(data.SceneLanguageModel):
         """Make a scene's proxies: z [K, C] float16, c [K, 3] meters, group [K] object ids, 0 = none."""
         f = scene.frames
         if f is None:
-            raise data.DataError(
-                f"{scene.name}: Proxy3D needs posed frames with depth; here are points only"
-            )
+            raise data.DataError(f"{scene.name}: Proxy3D needs posed frames, here are points only")
 
         # evenly spaced frames, the first and the last among them
         V = len(f.colour)
         pick = np.linspace(0, V - 1, min(self.config.frames, V)).round().astype(int)
-        images = self.resize_frames(
-            torch.from_numpy(f.colour[pick]).to(self.device)
-        )  # [V, H', W', 3]
-        points = torch.from_numpy(data.unproject(f.depth[pick], f.intrinsics[pick], f.poses[pick]))
-        masks = torch.from_numpy(f.masks[pick]).long()
-
+        images = self.resize_frames(torch.from_numpy(f.colour[pick]).to(self.device))
         features = self.encode_images(images, together=True)  # [V, h, w, C]
-        points, masks = points.to(self.device), masks.to(self.device)
+        points = data.unproject(f.depth[pick], f.intrinsics[pick], f.poses[pick])
+        points = torch.from_numpy(points).to(self.device)
+        masks = torch.from_numpy(f.masks[pick]).long().to(self.device)
         z, c, group = make_proxies(features, points, masks, *self.feature_settings()[:4])
         return {"z": z.half(), "c": c, "group": group}
 
@@ -623,15 +630,18 @@ class Model(data.SceneLanguageModel):
 
     def encode(self, scenes):
         self.measure_gains(scenes)
-        f_id = self.gains[1] * F.pad(
-            self.symbols(IDENTIFIERS), (0, 0, 0, 1)
-        )  # [101, D] row -1: none
+        f_id = self.gains[1] * self.symbols(IDENTIFIERS)  # [100, D]
+        f_id = F.pad(f_id, (0, 0, 0, 1))  # [101, D] the last row, -1: no identifier
+
+        # what is seen, where it is, and whose identifier it carries
         tokens = []
         for scene in scenes:
             z, c, number = self.scene_tokens(scene)
             if self.stage.scene_input != "symbols":  # spatial encodings act from stage II on
                 z = self.add_position(z, c)  # [K, D]
             tokens.append(z + f_id[number])
+
+        # padded to the longest scene
         valid = [torch.ones_like(z[:, 0], dtype=torch.bool) for z in tokens]
         return {"tokens": pad_sequence(tokens, True), "valid": pad_sequence(valid, True)}
 
@@ -643,8 +653,9 @@ class Model(data.SceneLanguageModel):
         """Give what is seen [K, D], where [K, 3], and whose identifier it gets [K], -1 = none."""
         return self.proxy_tokens(scene) if self.uses_features() else self.symbol_tokens(scene)
 
-    def symbol_tokens(self, scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
+    def symbol_tokens(self, scene):
         """Stages I-III: one "chess piece" per object, its category at its center."""
+        # objects without an identifier (beyond a hundred) cannot be asked about
         objects = [o for o in scene.objects if o.id in scene.identifiers]
         centers = np.stack([o.box[:3] for o in objects])  # [n, 3]
         order = breadth_first(centers, np.zeros(3))
@@ -652,7 +663,7 @@ class Model(data.SceneLanguageModel):
         number = torch.tensor([scene.identifiers[o.id] for o in objects])  # [n]
         return f_sem[order], torch.from_numpy(centers[order]).to(f_sem), number[order]
 
-    def proxy_tokens(self, scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
+    def proxy_tokens(self, scene):
         """Stage IV: proxies, turned with the scene."""
         found = self.load_features(scene)
         c = found["c"] @ torch.from_numpy(scene.turn).float().T  # [K, 3]
@@ -710,7 +721,8 @@ TASKS: dict = {}  # Proxy3D needs no question types beyond data.TASKS
 
 # supp. Table 2, training splits; its rounded rows give 319K, not 318K. fit: Chat-Scene's filter
 SPACESPAN = {
-    "ScanQA": Source("scanqa", 26_000), "SQA3D": Source("sqa3d", 26_000),
+    "ScanQA": Source("scanqa", 26_000),
+    "SQA3D": Source("sqa3d", 26_000),
     "Scan2Cap": Source("scan2cap", 32_000, fit=0.75),
     "ScanRefer": Source("scanrefer", 32_000, "id", fit=0.75),
     "Multi3DRefer": Source("multi3drefer", 39_000, "id", fit=0.75),
@@ -718,32 +730,75 @@ SPACESPAN = {
     "MMScan VG": Source("mmscan/vg", 57_000, "id", most=57_000),
     "SR-91K numbers": Source("sr91k", 30_000, "number", most=30_000),
     "SR-91K choices": Source("sr91k", 20_000, "choice", most=20_000),
-}  # fmt: skip
+}
 GENERATED = {  # where those files are not given: generated questions in SpaceSpan's shares, in thousands
-    "colour": 13, "what": 13, "situated": 26, "caption": 32, "ground": 32, "multi": 39, "where": 29, "exist": 28,
-    "ground_relation": 29, "ground_multiple": 28, "count": 10, "vsi_abs_distance": 10, "vsi_object_size": 5,
-    "vsi_room_size": 5, "vsi_rel_distance": 10, "vsi_rel_direction": 10,
-}  # fmt: skip
+    "colour": 13,
+    "what": 13,
+    "situated": 26,
+    "caption": 32,
+    "ground": 32,
+    "multi": 39,
+    "where": 29,
+    "exist": 28,
+    "ground_relation": 29,
+    "ground_multiple": 28,
+    "count": 10,
+    "vsi_abs_distance": 10,
+    "vsi_object_size": 5,
+    "vsi_room_size": 5,
+    "vsi_rel_distance": 10,
+    "vsi_rel_direction": 10,
+}
 
-# supp. Table 1; the questions of stages I to III are generated. The 3D embedding is listed from stage I on, but
-# nothing shows it before stage II, where it gets its first gradient
+# supp. Table 1; the questions of stages I to III are generated. The paper lists the 3D embedding from stage I
+# on, but nothing shows it before stage II, where it gets its first gradient
 PAPER_STAGES = [
-    Stage("I identifiers", {"id_category": 0.5, "ground_category": 0.5}, ("lm",), "symbols", epochs=1, samples=30_000),
-    Stage("II coordinates", {"coordinate": 1.0}, ("3d", "lm"), "symbols+3d", epochs=3, samples=30_000,
-          score=("rooms/coordinate",)),
-    Stage("III relations", {"relation": 0.7, "distance_ids": 0.3}, ("lm",), "symbols+3d", epochs=3, samples=115_000),
-    Stage("IV proxies", GENERATED, ("lm",), "proxies", epochs=1, samples=318_000, batch=128, accumulate=2,
-          files=SPACESPAN),
-]  # fmt: skip
+    Stage(
+        "I identifiers",
+        {"id_category": 0.5, "ground_category": 0.5},
+        ("lm",),
+        "symbols",
+        epochs=1,
+        samples=30_000,
+    ),
+    Stage(
+        "II coordinates",
+        {"coordinate": 1.0},
+        ("3d", "lm"),
+        "symbols+3d",
+        epochs=3,
+        samples=30_000,
+        score=("rooms/coordinate",),
+    ),
+    Stage(
+        "III relations",
+        {"relation": 0.7, "distance_ids": 0.3},
+        ("lm",),
+        "symbols+3d",
+        epochs=3,
+        samples=115_000,
+    ),
+    Stage(
+        "IV proxies",
+        GENERATED,
+        ("lm",),
+        "proxies",
+        epochs=1,
+        samples=318_000,
+        batch=128,
+        accumulate=2,
+        files=SPACESPAN,
+    ),
+]
 STAGES = {"paper": PAPER_STAGES, "paper_450": PAPER_STAGES}  # "tiny" joins them below
 
 
 def recipe(config: Config, stages: list[Stage]) -> list[Stage]:
     """Fit the stages to a configuration. Table 4, no coordinate alignment: stage II goes, F trains in IV."""
-    if config.coordinate_stage:
-        return stages
-    kept = [stage for stage in stages if not stage.name.startswith("II ")]
-    return [*kept[:-1], replace(kept[-1], trains=("3d", *kept[-1].trains))]
+    if not config.coordinate_stage:
+        stages = [stage for stage in stages if not stage.name.startswith("II ")]
+        stages[-1] = replace(stages[-1], trains=("3d", *stages[-1].trains))
+    return stages
 
 
 # ---- 8 alternatives: how points [n, 3] of a group fall into `count` clusters, owner [n] ----------
@@ -758,16 +813,16 @@ def kmeans(points: np.ndarray, count: int) -> np.ndarray:
     return owner.numpy()
 
 
-def dpc_knn(points: np.ndarray, count: int, k: int = 5) -> np.ndarray:
+def dpc_knn(points: np.ndarray, count: int) -> np.ndarray:
     """Cluster by density peaks: centers are dense and far from denser points; points go to the nearest."""
     distance = np.sqrt(np.square(points[:, None] - points[None]).sum(-1))  # [n, n]
-    nearest = np.sort(distance, axis=1)[:, 1 : k + 1]
-    density = np.exp(-np.square(nearest).sum(1) / k)
+    nearest = np.sort(distance, axis=1)[:, 1:6]
+    density = np.exp(-np.square(nearest).sum(1) / 5)
 
     # how far the nearest denser point is
     denser = density[None] > density[:, None]  # [n, n]
     gap = np.where(denser, distance, distance.max()).min(1)
-    centers = np.argsort(-density * gap, kind="stable")[:count]
+    centers = np.argsort(-density * gap)[:count]
     return distance[:, centers].argmin(1)
 
 
@@ -779,22 +834,23 @@ CLUSTERING = {"fps": farthest_seeds, "kmeans": kmeans, "dpc_knn": dpc_knn}
 @torch.no_grad()
 def attention_map(model: Model, scene: Scene, sample: Sample) -> Tensor:
     """Average how much the last layer looks at scene tokens, over all text and all heads: [K], sum 1."""
+    # one question with its answer behind the scene's tokens
     batch = model.batch([(scene, [sample])])
     ids, positions, block = (batch[key].to(model.device) for key in ("ids", "positions", "block"))
     seen = model.encode([scene])
 
-    # only eager attention returns its weights; it adds the mask to the scores
+    # only eager attention returns its weights, and it adds the mask to the scores
     hidden = torch.finfo(model.llm.dtype).min
     mask = torch.where(data.packed_mask(block), 0.0, hidden).to(model.llm.dtype)
     language, caught = model.llm.model.language_model, []
-    hook = language.layers[-1].self_attn.register_forward_hook(
-        lambda *call: caught.append(call[2][1])
-    )
+    last = language.layers[-1].self_attn
+    hook = last.register_forward_hook(lambda module, inputs, out: caught.append(out[1]))
     language.set_attn_implementation("eager")
     model.forward_llm(ids, positions, mask, seen, seen["tokens"][0, :0])
     language.set_attn_implementation("sdpa")
     hook.remove()
 
+    # what words look at, of that the share of each scene token
     attention = caught[0][0].float().mean(0)  # [T, T]
     looked = attention[block[0] > 0][:, ids[0] == data.SCENE].sum(0)  # [K]
     return looked / looked.sum()
@@ -805,11 +861,12 @@ def draw_attention(model: Model, scene: Scene, sample: Sample, answer: str, path
     looked = attention_map(model, scene, replace(sample, steps="", answer=answer)).cpu()  # [K]
     centers = model.token_centers(scene)  # [K, 3]
     written = model.write_marks(scene, sample)
-    lines = [f"answer: {answer}", f"true: {written.answer}", "dots: proxies, by their attention"]
+    lines = [f"answer: {answer}", f"true: {written.answer}"]
     figure, axes = data.scene_figure(scene, written.question, lines)
 
+    # the darker and larger a proxy, the more it was looked at
     named = [i for i in scene.identifiers if model.object_to_text(scene, i) in answer]
-    style = dict(c=looked, s=8 + 140 * looked / looked.max(), cmap="YlOrRd", edgecolors="0.3")
+    style = dict(c=looked, s=8 + 140 * looked / looked.max(), cmap="YlOrRd")
     for axis, places in zip(axes, (centers[:, :2], centers), strict=True):
         axis.scatter(*places.T, **style, zorder=3)
         for color, ids in (("green", sample.targets or sample.about), ("crimson", named)):
@@ -822,29 +879,27 @@ def draw_attention(model: Model, scene: Scene, sample: Sample, answer: str, path
 
 def demo() -> None:
     """Follow one room from pixels to an answer; a tiny model learns its questions by heart."""
+    # a room and a model that knows nothing
     torch.manual_seed(0)
     scene = data.room(1)
     scene.identifiers = data.number_objects(scene, np.random.default_rng(0))
     model = build(Config.tiny(), data.TinyText(data.vocabulary()))
-    f, config = scene.frames, model.config
+    f = scene.frames
 
     # the paper's path, part by part
     features = model.encode_images(torch.from_numpy(f.colour)).detach()
     points = torch.from_numpy(data.unproject(f.depth, f.intrinsics, f.poses))
     masks = torch.from_numpy(f.masks).long()
-    z, c, group = make_proxies(features, points, masks, config.budget, config.floor)
+    z, c, _ = make_proxies(features, points, masks, budget=96)
     print(f"frames [V, H, W, 3]       {list(f.colour.shape)}")
     print(f"features [V, h, w, C]     {list(features.shape)}")
     print(f"proxies z [K, C]          {list(z.shape)}, c [K, 3] {list(c.shape)}")
-    print(f"objects in BFS order      {group.unique_consecutive().tolist()}")
 
     # questions about the room, packed behind its proxies
     tasks = {"ground": 1.0, "id_colour": 1.0, "colour": 1.0}
     model.configure_stage(Stage("demo", tasks, ("3d", "lm")))
     samples = data.questions(scene, tasks, 24, np.random.default_rng(1))
-    packed = model.batch([(scene, samples)])["ids"]
-    print(f"packed questions [1, T]   {list(packed.shape)}, {len(samples)} of them")
-    data.overfit_demo(model, scene, samples, steps=60, lr=3e-3)
+    data.overfit_demo(model, scene, samples, 60, 3e-3)
 
 
 # ==== tiny preset: trains from nothing on a CPU; not in the paper, skip on a first reading ====
@@ -856,10 +911,9 @@ class TinyTower(nn.Module):
     From nothing they learn in a minute the shapes for which a transformer would need an hour.
     """
 
-    patch = 8  # pixels per token
-
     def __init__(self, width: int, layers: int, out: int):
         super().__init__()
+        # three strides of two: 8 pixels per token
         quarter, half = width // 4, width // 2
         self.stem = nn.Sequential(
             nn.Conv2d(3, quarter, 4, 2, 1),
@@ -868,6 +922,7 @@ class TinyTower(nn.Module):
             nn.GELU(),
             nn.Conv2d(half, width, 4, 2, 1),
         )
+        # residual blocks that spread over neighbors and mix channels
         self.spread = nn.ModuleList(
             nn.Sequential(nn.GroupNorm(1, width), nn.Conv2d(width, width, 3, 1, 1), nn.GELU())
             for _ in range(layers)
@@ -888,20 +943,34 @@ def build_llm(config: Config, vocabulary: int, **vision) -> nn.Module:
     """Make a small Qwen2.5-VL of the classes that `from_pretrained` loads; vision: changes to its tower."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    pairs = (
-        config.width // config.heads // 2
-    )  # rotary pairs; time, height and width are the same here
+    # rotary pairs are split among time, height and width, which are the same here
+    pairs = config.width // config.heads // 2
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [pairs - 2, 1, 1]}
     text_config = dict(
-        vocab_size=vocabulary, hidden_size=config.width, intermediate_size=config.hidden,
-        num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.heads,
-        pad_token_id=0, bos_token_id=1, eos_token_id=1, tie_word_embeddings=True, rope_parameters=rope,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=config.width,
+        intermediate_size=config.hidden,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+        tie_word_embeddings=True,
+        rope_parameters=rope,
+    )
+    # a tower of the same kind, in whose place TinyModel puts its own
     vision_config = dict(
-        depth=config.vision_layers, hidden_size=config.vision_width,
-        intermediate_size=2 * config.vision_width, num_heads=4, patch_size=8, spatial_merge_size=1,
-        out_hidden_size=config.width, window_size=96, fullatt_block_indexes=[config.vision_layers - 1],
-    )  # fmt: skip
+        depth=config.vision_layers,
+        hidden_size=config.vision_width,
+        intermediate_size=2 * config.vision_width,
+        num_heads=4,
+        patch_size=8,
+        spatial_merge_size=1,
+        out_hidden_size=config.width,
+        window_size=96,
+        fullatt_block_indexes=[config.vision_layers - 1],
+    )
     return Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(
             text_config=text_config,
@@ -916,9 +985,10 @@ def start_tiny(model: TinyModel, text: data.TinyText) -> None:
     """Give a model from nothing what pre-training would: attend to what shares content, copy it unchanged.
 
     Weights are scaled for a width of 100s, not 1000s; embeddings have unit size and the logits a small gain.
-    Numbers start as smooth codes of their value in the very vectors that F and R write into the scene tokens, so
-    that reading a coordinate is the same copy as reading a name. All of it is trained on.
+    Numbers start as smooth codes of their value in the very vectors that F and R write into the scene tokens,
+    so that reading a coordinate is the same copy as reading a name. All of it is trained on.
     """
+    # weights and words
     llm, C = model.llm.model.language_model, model.width
     data.start_weights(llm)
     data.start_weights(model.llm.model.visual)
@@ -931,7 +1001,7 @@ def start_tiny(model: TinyModel, text: data.TinyText) -> None:
     D, gain = 24, 3**-0.5  # three axes share the unit variance of a position code
     code = torch.randn(C, D).T / math.sqrt(6)  # [24, C] directions of cos x, cos y, sin x, sin y
     out = math.sqrt(D) * gain * code.T
-    model.fourier.frequencies.copy_(torch.block_diag(wave[None], wave[None]))
+    model.fourier.frequencies.copy_(torch.block_diag(wave, wave))
     model.fourier.lift.weight.copy_(torch.cat([torch.eye(D), -torch.eye(D)]))
     model.fourier.out.weight.copy_(torch.cat([out, -out], dim=1))
     nn.init.normal_(model.anchor, std=gain)
@@ -948,19 +1018,16 @@ def start_tiny(model: TinyModel, text: data.TinyText) -> None:
 
 
 class TinyModel(Model):
-    """Proxy3D without pre-trained parts: a tower with a stage 0 of its own, symbols in their objects' colors."""
+    """Proxy3D without pre-trained parts: a tower with a stage 0 of its own, symbols in objects' colors."""
 
     scene_inputs = ("tower", *Model.scene_inputs)
-    cell = TinyTower.patch
+    cell = 8  # pixels per token of TinyTower
 
     def __init__(self, config: Config, text: data.TinyText):
         super().__init__(config, text)
-        self.norm = nn.LayerNorm(
-            self.width, bias=False
-        )  # features enter at the scale of the embeddings
-        self.anchor = nn.Parameter(
-            torch.zeros(self.width)
-        )  # its rotation by R makes the height readable
+        # features enter at the scale of the embeddings; the anchor's rotation by R makes the height readable
+        self.norm = nn.LayerNorm(self.width, bias=False)
+        self.anchor = nn.Parameter(torch.zeros(self.width))
         self.names = []  # tokens that stage 0 tells apart
         start_tiny(self, text)
 
@@ -971,11 +1038,9 @@ class TinyModel(Model):
         return llm
 
     def parts(self):
-        return {
-            **super().parts(),
-            "3d": [self.fourier, self.anchor],
-            "tower": [self.llm.model.visual],
-        }
+        parts = super().parts()
+        parts["3d"].append(self.anchor)
+        return {**parts, "tower": [self.llm.model.visual]}
 
     def encode_images(self, images, together=False):
         return self.norm(self.llm.model.visual(images.to(self.device)))
@@ -1002,10 +1067,9 @@ class TinyModel(Model):
     @contextlib.contextmanager
     def untrained_tower(self):
         """The same model, but what it sees comes from a tower at its initial weights."""
-        visual, kept = (
-            self.llm.model.visual,
-            (self.feature_cache, self.symbol_features, self.feature_folder),
-        )
+        # another tower, and nothing that the trained one saw
+        visual = self.llm.model.visual
+        kept = self.feature_cache, self.symbol_features, self.feature_folder
         tower = copy.deepcopy(visual)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
@@ -1024,29 +1088,22 @@ class TinyModel(Model):
         """See the base class; for stage 0 list the tokens of the names that it tells apart."""
         if self.stage.scene_input != "tower":
             return super().cache_features(scenes, folder, rank, world)
+        # nothing, colors, identifiers, and whatever the scenes hold
         texts = ["", *data.COLOURS, *(f"<OBJ{i:03d}>" for i in range(100))]
         texts += [f"{o.category} {o.colour}" for scene in scenes for o in scene.objects]
         self.names = sorted({token for text in texts for token in self.name_pair(text)})
 
     def name_pair(self, text: str) -> tuple[int, int]:
-        """Give the first and the last token of an object's category and color, twice the same of one word."""
+        """Give the first and the last token of a category and a color, of one word the same twice."""
         tokens = self.text.encode(text) or [self.text.unk]
         return tokens[0], tokens[-1]
 
-    def patch_labels(self, scene: Scene) -> np.ndarray:
-        """Find the object that every patch of every frame shows: [V, h, w]."""
-        masks = torch.from_numpy(scene.frames.masks).long()
-        V, (h, w) = len(masks), self.config.grid
-        patch = patch_index(V, h, w, *masks.shape[1:])
-        return most_frequent(masks.flatten(), patch, V * h * w).view(V, h, w).numpy()
+    def draw_crop(self, scene: Scene, label: np.ndarray, rng) -> tuple[Tensor, Tensor]:
+        """Cut half a frame around a random object: pixels [h * cell, w * cell, 3], labels [h, w].
 
-    def draw_crop(
-        self, scene: Scene, label: np.ndarray, rng: np.random.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Cut half a frame around a random object: pixels [h * cell, w * cell, 3], patch labels [h, w].
-
-        Small and rare objects are seen as often as large ones. label [V, 2h, 2w]: see `patch_labels`.
+        Small and rare objects are seen as often as large ones. label [V, 2h, 2w]: of every patch.
         """
+        # an object, and a view of it
         visible = [o.id for o in scene.objects if (label == o.id).any()]
         target = visible[rng.integers(len(visible))]
         views = np.flatnonzero((label == target).any((1, 2)))
@@ -1061,21 +1118,26 @@ class TinyModel(Model):
         pixels = frame[top * cell : bottom * cell, left * cell : right * cell]
         return pixels, torch.from_numpy(label[view, top:bottom, left:right])
 
-    def encoder_loss(self, scenes: Sequence[Scene], crops: int = 6) -> dict[str, Tensor]:
+    def encoder_loss(self, scenes, crops=6):
         """Stand in for vision-language pre-training: features name categories and colors in word vectors.
 
-        What is named are pieces, means over an object's patches in a quarter of a crop, because proxies are such
-        means; what belongs to no object is <unk>. So do the symbols, and pictures of digits name identifiers.
+        What is named are pieces, means over an object's patches in a quarter of a crop, because proxies are
+        such means; what belongs to no object is <unk>. So do symbols, and pictures of digits name identifiers.
         """
+        # what the tower saw before this step is worth nothing
+        self.symbol_features, self.feature_cache = {}, {}
+
+        # pieces are numbered through all crops
         h, w = (n // 2 for n in self.config.grid)
-        quarter = (
-            2 * (torch.arange(h) * 2 // h)[:, None] + torch.arange(w) * 2 // w
-        )  # [h, w] in 0..3
+        quarter = patch_index(torch.zeros(1, h, w), 2, 2).view(h, w)
         images, piece, names, weight = [], [], [], []
+        keys, symbol_names = [], []
         for scene in scenes:
-            rng = np.random.default_rng(list(scene.identifiers.values()))
+            numbers = list(scene.identifiers.values())
+            rng = np.random.default_rng(numbers)
             known = {o.id: self.name_pair(f"{o.category} {o.colour}") for o in scene.objects}
-            labels = self.patch_labels(scene)
+            masks = torch.from_numpy(scene.frames.masks).long()
+            labels = patch_labels(masks, 2 * h, 2 * w).numpy()
             for _ in range(crops):
                 pixels, label = self.draw_crop(scene, labels, rng)
                 found, which = (label * 4 + quarter).unique(return_inverse=True)
@@ -1084,25 +1146,24 @@ class TinyModel(Model):
                 for i in (found // 4).tolist():
                     names.append(known.get(i, self.name_pair("")))
                     weight.append(1.0 if i else 0.3)  # walls and floor are in every crop
-        patches = self.encode_images(torch.stack(images)).flatten(0, 2)  # [patches, D]
-        pieces, _ = data.group_mean(patches, torch.cat(piece).to(patches.device), len(names))
 
-        # symbols of four objects and four identifiers of each scene, which come in no order
-        keys, n = [], len(names)
-        for scene in scenes:
+            # four objects and four identifiers, which come in no order
             keys += self.category_keys(scene.objects[:4])
-            names += [self.name_pair(f"{o.category} {o.colour}") for o in scene.objects[:4]]
-            for i in list(scene.identifiers.values())[:4]:
-                keys.append(("id", i))
-                names.append(self.name_pair(f"<OBJ{i:03d}>"))
+            symbol_names += [known[o.id] for o in scene.objects[:4]]
+            keys += [("id", i) for i in numbers[:4]]
+            symbol_names += [self.name_pair(f"<OBJ{i:03d}>") for i in numbers[:4]]
+
+        # average the patches of each piece, then all that must be named
+        n = len(names)
+        patches = self.encode_images(torch.stack(images)).flatten(0, 2)  # [patches, D]
+        pieces, _ = data.group_mean(patches, torch.cat(piece).to(patches.device), n)  # [n, D]
         features = torch.cat([self.norm(pieces), self.encode_symbols(keys)])  # [R, D]
         weight = torch.tensor(weight + [2.0] * len(keys), device=features.device)  # [R]
 
         # a feature must tell its two names from all others, and be written as their sum
         words = self.llm.get_input_embeddings().weight.detach()[self.names]  # frozen in this stage
-        target = torch.searchsorted(torch.tensor(self.names), torch.tensor(names)).to(
-            words.device
-        )  # [R, 2]
+        target = torch.searchsorted(torch.tensor(self.names), torch.tensor(names + symbol_names))
+        target = target.to(words.device)  # [R, 2]
         logits = 0.2 * features @ words.T
         told = -logits.log_softmax(-1).gather(1, target).mean(1)  # [R]
         apart = 1 - F.cosine_similarity(features, words[target].sum(1), dim=-1)  # [R]
@@ -1115,32 +1176,80 @@ class TinyModel(Model):
         }
 
 
-SYMBOL_TASKS = {
-    "ground": 0.25,
-    "ground_category": 0.2,
-    "id_category": 0.25,
-    "id_colour": 0.2,
-    "colour": 0.1,
-}
-SYMBOLS = dict(
-    lr=2e-3, weight_decay=0.01, per_scene=16, schedule="constant", steps=True, recolour=True
-)
+SYMBOLS = dict(lr=2e-3, weight_decay=0.01, per_scene=16, schedule="constant", steps=True, recolour=True)
 STAGES["tiny"] = [
     Stage("0 tower", {}, ("tower",), "tower", iterations=1600, batch=16, lr=4e-3, warmup=0.03),
-    Stage("I identifiers", SYMBOL_TASKS, ("lm",), "symbols", iterations=1100, until=0.96, **SYMBOLS),
-    Stage("II coordinates", {"coordinate": 0.45, "ground": 0.12, "id_category": 0.1, "id_colour": 0.1,
-                             "exist": 0.13, "what": 0.1}, ("3d", "lm"), "symbols+3d", iterations=450,
-          until=0.96, score=("rooms/coordinate",), **SYMBOLS),
-    Stage("III relations", {"subtract": 0.42, "norm": 0.08, "distance_ids": 0.1, "coordinate": 0.06,
-                            "ground": 0.06, "id_category": 0.05, "colour": 0.05, "exist": 0.09, "what": 0.05,
-                            "relation": 0.04}, ("lm",), "symbols+3d", iterations=300, batch=768,
-          **{**SYMBOLS, "per_scene": 48}),
-    Stage("IV proxies", {"ground": 0.1, "ground_multiple": 0.1, "ground_category": 0.05, "multi": 0.03,
-                         "id_category": 0.05, "id_colour": 0.03, "colour": 0.11, "what": 0.13, "where": 0.08,
-                         "count": 0.08, "exist": 0.1, "caption": 0.03, "coordinate": 0.04,
-                         "distance_ids": 0.07}, ("lm",), "proxies", iterations=1600, files=SPACESPAN,
-          **{**SYMBOLS, "schedule": "trapezoid", "recolour": False}),
-]  # fmt: skip
+    Stage(
+        "I identifiers",
+        {"ground": 0.25, "ground_category": 0.2, "id_category": 0.25, "id_colour": 0.2, "colour": 0.1},
+        ("lm",),
+        "symbols",
+        iterations=1100,
+        until=0.96,
+        **SYMBOLS,
+    ),
+    Stage(
+        "II coordinates",
+        {
+            "coordinate": 0.45,
+            "ground": 0.12,
+            "id_category": 0.1,
+            "id_colour": 0.1,
+            "exist": 0.13,
+            "what": 0.1,
+        },
+        ("3d", "lm"),
+        "symbols+3d",
+        iterations=450,
+        until=0.96,
+        score=("rooms/coordinate",),
+        **SYMBOLS,
+    ),
+    Stage(
+        "III relations",
+        {
+            "subtract": 0.42,
+            "norm": 0.08,
+            "distance_ids": 0.1,
+            "coordinate": 0.06,
+            "ground": 0.06,
+            "id_category": 0.05,
+            "colour": 0.05,
+            "exist": 0.09,
+            "what": 0.05,
+            "relation": 0.04,
+        },
+        ("lm",),
+        "symbols+3d",
+        iterations=300,
+        batch=768,
+        **{**SYMBOLS, "per_scene": 48},
+    ),
+    Stage(
+        "IV proxies",
+        {
+            "ground": 0.1,
+            "ground_multiple": 0.1,
+            "ground_category": 0.05,
+            "multi": 0.03,
+            "id_category": 0.05,
+            "id_colour": 0.03,
+            "colour": 0.11,
+            "what": 0.13,
+            "where": 0.08,
+            "count": 0.08,
+            "exist": 0.1,
+            "caption": 0.03,
+            "coordinate": 0.04,
+            "distance_ids": 0.07,
+        },
+        ("lm",),
+        "proxies",
+        iterations=1600,
+        files=SPACESPAN,
+        **{**SYMBOLS, "schedule": "trapezoid", "recolour": False},
+    ),
+]
 
 
 def build(config: Config, text: data.TinyText | data.HubText) -> Model:
