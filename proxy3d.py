@@ -140,15 +140,15 @@ def patch_triplets(features: Tensor, points: Tensor, masks: Tensor) -> tuple[Ten
     object. H and W need not be multiples of h and w. Returns: f [L, C], p [L, 3], m [L].
     """
     V, h, w, C = features.shape
-    patch = patch_index(masks, h, w)  # [V*H*W]
+    patch = patch_index(masks, h, w)  # [pixels]
 
     # a patch belongs to the object that covers most of it
-    label = patch_labels(masks, h, w).flatten()  # [V*h*w]
+    label = patch_labels(masks, h, w).flatten()  # [patches]
 
     # its point averages that object's pixels only: a chair's edge must not be pulled to the wall behind it
     counted = torch.isfinite(points).all(-1).flatten() & (masks.flatten() == label[patch])
     measured = points.reshape(-1, 3)[counted].float()
-    p, count = data.group_mean(measured, patch[counted], V * h * w)  # [V*h*w, 3], [V*h*w]
+    p, count = data.group_mean(measured, patch[counted], V * h * w)  # [patches, 3], [patches]
 
     # patches without a measured pixel have no place in 3D
     keep = count > 0
@@ -396,8 +396,8 @@ class HorizontalFourier(nn.Module):
 
     def forward(self, xy: Tensor) -> Tensor:
         """Encode xy [..., 2] meters: [..., C]."""
-        phase = xy.to(self.frequencies) @ self.frequencies  # [..., D/2]
-        r = torch.cat([phase.cos(), phase.sin()], dim=-1)  # [..., D]
+        phase = xy.to(self.frequencies) @ self.frequencies  # [..., P] P = D/2
+        r = torch.cat([phase.cos(), phase.sin()], dim=-1)  # [..., 2P]
         r = r / math.sqrt(r.shape[-1])
         return self.out(F.gelu(self.lift(r)))  # [..., C]
 
@@ -578,7 +578,7 @@ class Model(data.SceneLanguageModel):
 
         # what the tower sees, and F and symbols as they are before
         found = [self.compute_features(scene) for scene in scenes[:4]]
-        z, c = (torch.cat([f[key] for f in found]) for key in "zc")
+        z, c = (torch.cat([f[key].float() for f in found]) for key in "zc")
         share, features = self.config.position_share, rms(z)
         self.gains[0] = share * features / rms(self.fourier(c[:, :2]))
         self.gains[1] = features / rms(self.symbols(IDENTIFIERS))
@@ -604,8 +604,8 @@ class Model(data.SceneLanguageModel):
             raise data.DataError(f"{scene.name}: Proxy3D needs posed frames, here are points only")
 
         # evenly spaced frames, the first and the last among them
-        V = len(f.colour)
-        pick = np.linspace(0, V - 1, min(self.config.frames, V)).round().astype(int)
+        total = len(f.colour)
+        pick = np.linspace(0, total - 1, min(self.config.frames, total)).round().astype(int)
         images = self.resize_frames(torch.from_numpy(f.colour[pick]).to(self.device))
         features = self.encode_images(images, together=True)  # [V, h, w, C]
         points = data.unproject(f.depth[pick], f.intrinsics[pick], f.poses[pick])
