@@ -1,66 +1,68 @@
 """Proxy3D: Efficient 3D Representations for Vision-Language Models via Semantic Clustering and Alignment.
 
-CVPR 2026, arXiv 2605.08064. Supplementary Tables 1-3 give the recipe; equation numbers below are the paper's.
+CVPR 2026, arXiv 2605.08064. Supplementary Tables 1-3 give the recipe; equation numbers are the paper's.
 
-Idea. A video of a room is ten thousands of image patches, but only a few dozen things. Lift every patch to 3D, group
-the patches by the object they show, summarise each group by a few *proxies* (mean feature, mean position), and give the
-language model those few hundred tokens instead of all patches. Identifiers ("<OBJ012>") are added to an object's
-proxies as the picture of their digits, seen by the same vision tower; no embedding table is learned.
+Idea. A video of a room is ten thousands of image patches, but only a few dozen objects. Lift every patch
+to 3D, group the patches by the object they show, summarize each group by a few *proxies* (mean feature, mean
+position), and give the language model those few hundred tokens instead of all patches. Identifiers
+("<OBJ012>") are added to an object's proxies as the picture of their digits, encoded by the same vision
+tower; no embedding table is learned.
 
   frames [V,H,W,3] --tower (frozen)--> features [V,h,w,C] --.
-  depth/VGGT ------------------------> points  [V,H,W,3] ---+-> triplets f [L,C], p [L,3], m [L]     L = V*h*w
-  masks/SAM 2 -----------------------> masks   [V,H,W] -----'        |
-                                                     group by m, allocate K, cluster on p            (1) (2) (3)
+  depth or VGGT ---------------------> points  [V,H,W,3] ---+-> triplets f [L,C], p [L,3], m [L], L = V h w
+  masks or SAM 2 --------------------> masks   [V,H,W] -----'        |
+                                                     group by m, allocate K, cluster on p       (1) (2) (3)
                                                                      v
-  z [K,C], c [K,3], owner [K] -> BFS order -> R(c_height) z + F(c_horizontal) + f_id[owner] -> LLM -> text   (4) (5) (6)
+  z [K,C], c [K,3], group [K] --> BFS order --> R(c_height) z + F(c_horizontal) + f_id[group]       (5) (4)
+                                                                     v
+                                                           language model --> text                      (6)
 
-Axes: B scenes, V frames, H W pixels, h w patches, L = V h w triplets, G groups, K proxies, C = D width, T text,
-n objects, S packed rows (one per scene), N positions read at a time, A answer tokens, U proxies with an
-identifier, R pieces and symbols of stage 0.
+Axes: V frames, H W pixels, h w patches, L = V h w triplets, G groups, K proxies, C = D width, T text,
+n objects, R pieces and symbols of stage 0, E width of the tiny tower.
 
 | paper                                  | here                                          |
 | sec. 3.1 patch triplets                | patch_triplets                                |
-| (1) groups, (2) centres, (3) proxies   | cluster, CLUSTERING                           |
+| (1) groups, (2) centers, (3) proxies   | cluster, make_proxies, CLUSTERING             |
 | allocation K_g ~ |G_g| / L             | allocate                                      |
-| BFS serialization, (5)                 | bfs_order                                     |
+| (5) BFS serialization                  | bfs_order                                     |
 | (4) z' = R(c^H) z + F(c^WxL)           | rotate_height, HorizontalFourier              |
-| G_sem, G_id (symbol images)            | draw_identifier, data.category_icon, Model.symbols |
-| (6) next-token loss on answers         | Model.forward                                 |
+| G_sem, G_id (symbol images)            | draw_category, draw_identifier, Model.symbols |
+| (6) next-token loss on answers         | data.SceneLanguageModel.forward               |
 | supp. Table 1, four stages             | STAGES                                        |
 | supp. Table 2, SpaceSpan-318K          | SPACESPAN                                     |
 | supp. Fig. 3, proxy attention map      | attention_map, draw_attention                 |
-| main Tables 4-5, ablations             | section 8                                     |
+| main Tables 4-5, ablations             | Config, CLUSTERING, recipe                    |
 
 What the paper leaves open, and what we chose
-- "KNN" clustering: farthest-point seeds inside the group (first: the patch nearest the group's centroid), every patch
-  to its nearest seed, mean of features and of coordinates. DPC-kNN and Lloyd steps are alternatives.
-- Patches without a mask form one more group (label 0), so that floor and walls keep tokens; it gets no identifier.
-- Allocation is exact: floor for every group, the rest in proportion by largest remainders, never more than a group has.
-  With more groups than tokens the largest groups get one each.
-- BFS runs over groups on the symmetric 6-NN graph of their centroids (components joined by their closest pair), from
-  the group nearest the origin, nearer neighbours first; inside a group over its proxies, from the one nearest the
-  last token.
-- R rotates feature pairs by height / height_unit * 10000^(-2i/C): R(0) = I and norms are kept. F is a learnable Fourier
-  embedding (Li et al. 2021) whose last layer starts small. Both act from stage II on.
+- "KNN" clustering: farthest-point seeds inside the group (first: the patch nearest its centroid), every patch
+  to its nearest seed, mean of features and of coordinates. k-means and DPC-kNN are alternatives.
+- Patches without a mask form one more group (label 0): floor and walls keep tokens, but get no identifier.
+- Allocation is exact: a floor for every group (lower where the floors alone exceed the budget), the rest in
+  proportion by largest remainders, never more than a group has.
+- BFS runs over groups on the symmetric 6-NN graph of their centroids, from the group nearest the origin,
+  nearer neighbors first; inside a group over its proxies, from the one nearest the last token. When a
+  connected part of the graph is done, the point nearest to any visited one comes next.
+- R rotates feature pairs by height / 5 cm * 10000^(-2i/C): R(0) = I and norms are kept. F is a learnable
+  Fourier embedding (Li et al. 2021). Both act from stage II on.
+- Around a loaded tower F starts at 0.3 of the RMS of its features and symbols at their full RMS
+  (`Model.measure_gains`): a meter along x, y or z moves a token by comparable amounts. At 5e-6 a step what
+  starts small stays small.
 - Proxies take ordinary sequential positions in MRoPE (t = h = w), like words.
 - Inter-frame attention: the tower's full-attention blocks see all frames of a scene at once. No parameters.
 - 16x21 (32x42) merged tokens = frames resized to exactly 448x588 (896x1176), whatever the camera.
-- Category symbols come from the data's categories (the paper's list of 213 is not public) and are drawn icons; a folder
-  of images named after categories replaces them. Stage IV adds identifiers only, as in the notes on the paper.
-- Without semantic grouping the whole scene is one group and a proxy's identifier is the majority of its patches.
-- Point maps and masks come from the scene: sensor depth, or VGGT's depth un-projected with its cameras (its unit made
-  metres by known poses, depth or a given length, else metric questions are refused); instance masks, our own segments,
-  or SAM 2's tracks: masks on every eighth frame, followed through the frames, joined where their points overlap in 3D
-  unless some frame shows both (data.py, parts 4b and 6).
-- The tiny preset has no pre-trained parts. In their place: a convolutional tower with a stage 0 of its own (pieces of
-  objects -> the words for their category and colour), icons tinted in the object's colour, an initialisation that looks
-  back at the last words, attends to what shares content and copies it (`start_tiny`), a constant vector whose rotation
-  by R makes the height readable (`anchor`), and answers that write their steps. None of that touches a loaded model.
+- Category symbols come from the data's categories (the paper's list of 213 is not public): a drawn icon, or
+  the written word where there is none. Stage IV adds identifiers only.
+- Symbols have no color, so the paper's stages I to III never ask for one.
+- Without semantic grouping the scene is one group, and a proxy's identifier that of most of its patches.
+- Point maps and masks come from the scene (data.py): sensor depth or VGGT, and instance masks, own segments
+  or SAM 2.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -70,253 +72,307 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 import data
-from data import Sample, Scene, SceneLanguageModel, Source, Stage
+from data import Sample, Scene, Source, Stage, Thing
 
-# ---- configuration ---------------------------------------------------------------------------------------------------
+# ---- configuration -------------------------------------------------------------------------------
 
 
 @dataclass
 class Config:
-    """Every number of the model; `paper()` are the paper's, `tiny()` trains from nothing on a laptop."""
+    """Every number of the model; `paper()` is the main table's setting, `tiny()` trains on a laptop."""
 
-    llm: str | None = None  # a Qwen2.5-VL name or folder; None builds a tiny one from the fields below
+    llm: str | None = None  # a Qwen2.5-VL name or folder; None: a tiny one of the last fields
     budget: int = 700  # proxies per scene; paper 450, 700, 1000
     floor: int = 2  # proxies that every object gets at least; paper 2 (2, 5, 10 in Table 5)
-    grid: tuple[int, int] = (16, 21)  # merged tokens per frame, rows x columns; paper 16x21 or 32x42
+    grid: tuple[int, int] = (32, 42)  # merged tokens per frame, rows x columns; paper 16x21 or 32x42
     frames: int = 32  # frames per scene, evenly spaced; paper 32
     semantic_grouping: bool = True  # False: Table 4, "no semantic grouping"
     coordinate_stage: bool = True  # False: Table 4, stage II skipped, F trains in stage IV
     inter_frame: bool = True  # Table 4, full-attention blocks see all frames
     clustering: str = "fps"  # a key of CLUSTERING
-    lloyd: int = 0  # Lloyd steps after the seeds
-    neighbours: int = 6  # of the BFS graph
-    height_unit: float = 0.05  # metres per rotary position
-    fourier: int = 256  # random features of F
-    fourier_hidden: int = 256  # hidden width of F
-    fourier_gamma: float = 1.0  # metres: frequencies start as N(0, 1 / gamma^2)
-    symbol: int = 28  # pixels of a symbol image; 28 = one merged token of Qwen2.5-VL
-    symbols: str | None = None  # folder of images that replace the drawn icons, named after categories
+    fourier: int = 256  # random features of F, half as many as its hidden width
+    position_share: float = 0.3  # RMS of F at the start, as a share of that of the tower's features
+    symbol: int = 112  # pixels of a symbol image; 112 = 4 x 4 merged tokens of Qwen2.5-VL, averaged
+    lora: int = 0  # rank of LoRA in the language model; 0 trains all of it, as the paper does
+    dtype: str = "float32"  # of what stays frozen; what trains is float32
     # the tiny model, used only where llm is None
     width: int = 128
     layers: int = 2
     heads: int = 4
     hidden: int = 256
-    patch: int = 14  # pixels per patch of the tower
-    merge: int = 2  # patches per merged token and side
-    tower: str = "conv"  # or "qwen": Qwen2.5-VL's own vision transformer, tiny
     vision_width: int = 64
     vision_layers: int = 3
-    attention: str = "sdpa"
-    dtype: str = "float32"
-
-    @classmethod
-    def tiny(cls, **changes) -> Config:
-        small = dict(budget=96, grid=(12, 12), frames=12, inter_frame=False, symbol=16, patch=8, merge=1, fourier=24,
-                     fourier_hidden=48)  # fmt: skip
-        return cls(**{**small, **changes})
 
     @classmethod
     def paper(cls, **changes) -> Config:
-        return cls(**{**dict(llm="Qwen/Qwen2.5-VL-7B-Instruct", dtype="bfloat16"), **changes})
+        """The main table: 700 tokens at 32x42."""
+        return cls("Qwen/Qwen2.5-VL-7B-Instruct", dtype="bfloat16", **changes)
+
+    @classmethod
+    def paper_450(cls) -> Config:
+        """VSI-Bench and the base of the ablations: 450 tokens at 16x21."""
+        return cls.paper(budget=450, grid=(16, 21))
+
+    @classmethod
+    def tiny(cls, **changes) -> Config:
+        """Rooms of 96 x 96 pixels on a CPU."""
+        small = dict(
+            budget=96,
+            grid=(12, 12),
+            frames=12,
+            inter_frame=False,
+            fourier=24,
+            symbol=16,
+        )
+        return cls(**{**small, **changes})
 
 
-# ---- 1 patches to triplets -------------------------------------------------------------------------------------------
+# ---- 1 patches to triplets, sec. 3.1 -------------------------------------------------------------
 
 
 def patch_triplets(features: Tensor, points: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One (feature, 3D point, mask label) per patch; patches without a measured point are dropped.
+    """Lift patches to 3D: one (feature, point, label) per patch with at least one measured pixel.
 
-    features [V, h, w, C]; points [V, H, W, 3] metres, NaN = missing; masks [V, H, W] labels, 0 = none. A patch's label
-    is the one that covers most of it (ties: the lowest), its point the mean over the measured pixels of that label.
-    H and W need not be multiples of h and w. Returns f [L, C], p [L, 3], m [L].
+    Args: features [V, h, w, C]; points [V, H, W, 3] in meters, NaN = missing; masks [V, H, W] >= 0, 0 = no
+    object. H and W need not be multiples of h and w. Returns: f [L, C], p [L, 3], m [L].
     """
-    V, h, w, _ = features.shape
-    H, W = masks.shape[1:]
-    patch = patch_of_pixel(V, h, w, H, W, masks.device)  # [V*H*W]
-    major = majority(masks, h, w).flatten()  # [L]
-    counted = torch.isfinite(points).all(-1).flatten() & (masks.flatten() == major[patch])
-    total = torch.zeros(V * h * w, 3, device=points.device)
-    total.index_add_(0, patch[counted], points.reshape(-1, 3)[counted].float())
-    count = torch.bincount(patch[counted], minlength=V * h * w)
+    V, h, w, C = features.shape
+    patch = patch_index(masks, h, w)  # [pixels]
+
+    # a patch belongs to the object that covers most of it
+    label = patch_labels(masks, h, w).flatten()  # [patches]
+
+    # its point averages that object's pixels only: a chair's edge must not be pulled to the wall behind it
+    counted = torch.isfinite(points).all(-1).flatten() & (masks.flatten() == label[patch])
+    measured = points.reshape(-1, 3)[counted].float()
+    p, count = data.group_mean(measured, patch[counted], V * h * w)  # [patches, 3], [patches]
+
+    # patches without a measured pixel have no place in 3D
     keep = count > 0
-    return features.reshape(V * h * w, -1)[keep], (total / count.clamp(min=1)[:, None])[keep], major[keep]
+    return features.reshape(-1, C)[keep], p[keep], label[keep]
 
 
-def patch_of_pixel(V: int, h: int, w: int, H: int, W: int, device: torch.device) -> Tensor:
-    """Number of the patch, of V * h * w, that each of V * H * W pixels lies in."""
-    row = torch.arange(H, device=device) * h // H
-    column = torch.arange(W, device=device) * w // W
-    frame = torch.arange(V, device=device)
-    return ((frame[:, None, None] * h + row[:, None]) * w + column).flatten()
+def patch_index(pixels: Tensor, h: int, w: int) -> Tensor:
+    """Number the patch, of V * h * w, in which each pixel of a [V, H, W] tensor lies: [V*H*W]."""
+    V, H, W = pixels.shape
+    frame, row, column = (torch.arange(n, device=pixels.device) for n in (V, H, W))
+    patch = row[:, None] * h // H * w + column * w // W  # [H, W] in its frame
+    return (frame[:, None, None] * h * w + patch).flatten()
 
 
-def majority(masks: Tensor, h: int, w: int) -> Tensor:
-    """The label that covers most of each patch: masks [V, H, W] >= 0 -> [V, h, w]; ties: the lowest label."""
-    V, H, W = masks.shape
-    n = int(masks.max()) + 1
-    pair = patch_of_pixel(V, h, w, H, W, masks.device) * n + masks.flatten()  # (patch, label)
-    return torch.bincount(pair, minlength=V * h * w * n).view(V, h, w, n).argmax(-1)
+def patch_labels(masks: Tensor, h: int, w: int) -> Tensor:
+    """Find the label that covers most of every patch: masks [V, H, W] >= 0 -> [V, h, w]."""
+    V = len(masks)
+    return most_frequent(masks.flatten(), patch_index(masks, h, w), V * h * w).view(V, h, w)
 
 
-# ---- 2 allocation and clustering -------------------------------------------------------------------------------------
+def most_frequent(labels: Tensor, cell: Tensor, cells: int) -> Tensor:
+    """Find the most frequent of labels [N] >= 0 in every cell [cells]; ties go to the lowest.
+
+    Args: cell [N], the cell 0..cells-1 of every label. An empty cell gets 0.
+    """
+    n = int(labels.max()) + 1
+    votes = torch.bincount(cell * n + labels, minlength=cells * n)
+    return votes.view(cells, n).argmax(1)
+
+
+# ---- 2 allocation and clustering, sec. 3.2 -------------------------------------------------------
 
 
 def allocate(sizes: Sequence[int], budget: int, floor: int = 2) -> list[int]:
-    """How many proxies each group gets: exactly min(budget, sum of sizes) in all, at most a group's size, at least
-    min(floor, size), the rest in proportion to size by largest remainders (ties: the larger group, then the first).
+    """Share the budget among groups in proportion to their patches, K_g ~ |G_g| / L.
 
-    When even the floors exceed the budget the floor becomes max(1, budget // G); when G > budget the `budget` largest
-    groups get one each. sizes [G] patches per group, all >= 1. (Sec. 3.2, "K_g proportional to |G_g| / L".)
+    Exactly min(budget, sum of sizes) proxies in all; a group gets at least min(floor, size), at most size.
+
+        sizes 3 3 94, budget 20, floor 2
+        floors                2    2     2      14 are left, every group has room
+        14 * size / 100    0.42 0.42 13.16
+        whole parts           2    2    15      1 is left
+        largest remainder     3    2    15      0.42 twice: the larger group, then the first
+
+    Args: sizes [G] patches per group, all >= 1. Returns: proxies per group [G].
     """
-    size = np.asarray(sizes, dtype=np.int64)
-    G, budget = len(size), min(budget, int(size.sum()))
-    by_size = np.lexsort((np.arange(G), -size))
-    if budget < G:
-        given = np.zeros(G, dtype=np.int64)
-        given[by_size[:budget]] = 1
-        return given.tolist()
-    floor = floor if np.minimum(size, floor).sum() <= budget else max(1, budget // G)
+    size = np.asarray(sizes)
+    budget = min(budget, size.sum())
+
+    # the floor for all, a lower one where the floors alone exceed the budget
+    if np.minimum(size, floor).sum() > budget:
+        floor = budget // len(size)
     given = np.minimum(size, floor)
-    while (left := budget - int(given.sum())) > 0:
+
+    # the rest in proportion, to groups that have patches left
+    while (left := budget - given.sum()) > 0:
         room = size - given
-        share, remainder = np.divmod(np.where(room > 0, size, 0) * left, size[room > 0].sum())
+        weight = np.where(room > 0, size, 0)
+        share, remainder = np.divmod(weight * left, weight.sum())
         full = (room > 0) & (share >= room)
-        if full.any():  # it gets all it can hold, and the others share the surplus
+        if full.any():
+            # a group that fills up takes all it can hold; the next round shares its surplus among the others
             given[full] = size[full]
         else:
+            # whole parts, then one more for the largest remainders
+            ranked = np.lexsort((-size, -remainder))
             given += share
-            given[np.lexsort((np.arange(G), -size, -remainder))[: left - share.sum()]] += 1
+            given[ranked[: left - share.sum()]] += 1
     return given.tolist()
 
 
-def farthest_seeds(points: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Farthest-point seeds of one group: (seed indices [count], nearest seed of every point [n] as 0..count-1).
+def cluster(points: Tensor, labels: Tensor, budget: int, floor: int = 2, method: str = "fps") -> Tensor:
+    """Group patches by label and cluster each group on coordinates alone, Eq. (1) and (2).
 
-    points [n, 3], count <= n; the first seed is the point nearest the centroid. The nearest seed comes for free: a
-    point changes owner when a new seed is nearer. One small step per seed on the CPU, where 700 steps cost 12 ms; a GPU
-    would spend longer on launching them, so only the features of `cluster` ever live there.
-    """
-    x, y, z = np.ascontiguousarray(points.T)  # separate axes: contiguous reads
-    seed = int(np.square(points - points.mean(0)).sum(1).argmin())
-    nearest = np.full(len(points), np.inf, dtype=points.dtype)
-    owner = np.zeros(len(points), dtype=np.int64)
-    seeds = np.empty(count, dtype=np.int64)
-    for j in range(count):
-        seeds[j] = seed
-        distance = np.square(x - x[seed])
-        distance += np.square(y - y[seed])
-        distance += np.square(z - z[seed])
-        owner[distance < nearest] = j
-        np.minimum(nearest, distance, out=nearest)
-        owner[seed], nearest[seed] = j, -1  # a seed owns itself, also among duplicates, and is chosen once
-        seed = int(nearest.argmax())
-    return seeds, owner
-
-
-def lloyd_step(points: np.ndarray, owner: np.ndarray, count: int) -> np.ndarray:
-    """One k-means step: the nearest mean of every point; a step that would leave a mean without points is not taken."""
-    total = np.stack([np.bincount(owner, weights=c, minlength=count) for c in points.T], 1)
-    means = total / np.bincount(owner, minlength=count)[:, None]
-    moved = np.argmin(np.square(means).sum(1) - 2 * points @ means.T, axis=1)  # |p|^2 is the same for all means
-    return moved if len(np.unique(moved)) == count else owner
-
-
-def cluster(features: Tensor, points: Tensor, labels: Tensor, budget: int, floor: int = 2, method: str = "fps",
-            lloyd: int = 0) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Semantic-aware clustering, Eq. (1)-(3): group patches by label, cluster each group on coordinates, average.
-
-    features [L, C], points [L, 3] metres, labels [L] (any integers). Returns proxy features z [K, C], centres c [K, 3]
-    and labels [K], K = min(budget, L), groups contiguous by label. Only coordinates decide who belongs together.
-    Raises ValueError on no patches or an unknown method.
+    Args: points [L, 3] meters; labels [L] any integers; method: a key of CLUSTERING.
+    Returns: the proxy 0..K-1 of every patch [L], in the order of labels; -1 in a group that got no proxy, as
+    happens where there are more groups than tokens. K = min(budget, L) unless patches coincide.
+    Raises ValueError without patches.
     """
     if len(points) == 0:
-        raise ValueError("cluster: no patches with a measured point; check the depth and the masks of the scene")
-    if method not in CLUSTERING:
-        raise ValueError(f"cluster: unknown method {method!r}; known: {', '.join(CLUSTERING)}")
-    order = torch.argsort(labels, stable=True)
-    groups, sizes = labels[order].unique_consecutive(return_counts=True)
-    counts = allocate(sizes.tolist(), budget, floor)
-    xyz = points[order].detach().float().cpu().numpy()
-    owner, start, K = np.full(len(xyz), -1, dtype=np.int64), 0, 0
-    for size, count in zip(sizes.tolist(), counts, strict=True):
-        if count:  # a group is left out only when there are more groups than tokens
-            members = xyz[start : start + size]
-            own = CLUSTERING[method](members, count)
-            for _ in range(lloyd):
-                own = lloyd_step(members, own, count)
-            owner[start : start + size] = own + K
-        start, K = start + size, K + count
-    owner = torch.from_numpy(owner).to(points.device)
-    kept, owner = order[owner >= 0], owner[owner >= 0]
-    number = torch.bincount(owner, minlength=K)[:, None]
-    mean = lambda x: x.new_zeros(K, x.shape[1], dtype=torch.float32).index_add_(0, owner, x[kept].float()) / number  # noqa: E731
-    z, c = mean(features), mean(points)
-    return z, c, groups.repeat_interleave(torch.tensor(counts, device=groups.device))
+        raise ValueError("cluster: no patches with a measured point; check the scene's depth")
+    _, group, sizes = labels.cpu().unique(return_inverse=True, return_counts=True)
+    xyz = points.float().cpu().numpy()
+
+    # proxies are numbered group by group
+    proxy, K = torch.full_like(group, -1), 0
+    for g, count in enumerate(allocate(sizes.tolist(), budget, floor)):
+        if count:
+            mine = group == g
+            owner = torch.from_numpy(CLUSTERING[method](xyz[mine], count))
+
+            # a cluster that nobody joined is no proxy
+            filled, owner = owner.unique(return_inverse=True)
+            proxy[mine] = K + owner
+            K += len(filled)
+    return proxy.to(points.device)
 
 
-# ---- 3 serialization -------------------------------------------------------------------------------------------------
+def farthest_seeds(points: np.ndarray, count: int) -> np.ndarray:
+    """Choose seeds one by one, each farthest from those before; give every point its nearest seed.
 
+    The first seed is the point nearest the centroid. The nearest seed comes for free: a point changes hands
+    when a new seed is nearer. Steps this small are faster on the CPU than launched on a GPU.
 
-def bfs_order(centres: Tensor, groups: Tensor, neighbours: int = 6) -> Tensor:
-    """Serialization (sec. 3.3, Eq. 5): an order [K] of the proxies, groups contiguous, neighbours near in line.
-
-    Breadth first over groups on the k-NN graph of their centroids, root = the group nearest the origin; then breadth
-    first inside each group, from the proxy nearest the last one emitted. Nearer neighbours first; ties break by
-    coordinates, so the sequence of centres does not depend on the order of the input. centres [K, 3], groups [K].
+    Args: points [n, 3], count <= n. Returns: seed 0..count-1 of every point [n].
     """
-    c, g = centres.detach().double().cpu().numpy(), groups.detach().cpu().numpy()
-    canonical = np.lexsort((g, c[:, 2], c[:, 1], c[:, 0]))
-    names, first, group = np.unique(g[canonical], return_index=True, return_inverse=True)
-    rank = np.argsort(np.argsort(first))  # name groups by their first proxy, not by their label
-    group, c = rank[group], c[canonical]
-    centroids = np.stack([c[group == i].mean(0) for i in range(len(names))])
-    members = [np.flatnonzero(group == i) for i in range(len(names))]
-    out: list[int] = []
-    for i in breadth_first(centroids, int(np.square(centroids).sum(1).argmin()), neighbours):
-        here = members[i]
-        last = c[out[-1]] if out else np.zeros(3)
-        start = int(np.square(c[here] - last).sum(1).argmin())
-        out += here[breadth_first(c[here], start, neighbours)].tolist()
-    return torch.from_numpy(canonical[out]).to(centres.device)
+    axes = np.ascontiguousarray(points.T)  # [3, n] contiguous reads
+    seed = np.square(points - points.mean(0)).sum(1).argmin()
+    nearest = np.full(len(points), np.inf, points.dtype)  # [n] squared distance to the own seed
+    owner = np.zeros(len(points), int)  # [n]
+    for j in range(count):
+        # the new seed takes over what is nearer to it than to all before
+        distance = np.square(axes - axes[:, seed, None]).sum(0)  # [n]
+        owner[distance < nearest] = j
+        nearest = np.minimum(nearest, distance)
+
+        # next: the point that all seeds are far from
+        seed = nearest.argmax()
+    return owner
 
 
-def breadth_first(points: np.ndarray, root: int, neighbours: int) -> list[int]:
-    """Breadth-first order of the symmetric k-NN graph of points [n, 3]; a component that ends hands over to the
-    unvisited point nearest to any visited one, which is what joining components by their closest pair would do."""
+def make_proxies(
+    features: Tensor,
+    points: Tensor,
+    masks: Tensor,
+    budget: int = 700,
+    floor: int = 2,
+    method: str = "fps",
+    semantic_grouping: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn the patches of a scene into a sequence of proxies: sections 3.1 to 3.3 but for the positions.
+
+    Args: features [V, h, w, C]; points [V, H, W, 3] meters, NaN = missing; masks [V, H, W] object ids,
+    0 = none; budget, floor: see `allocate`; method: a key of CLUSTERING; semantic_grouping: False takes all for
+    one group. Returns: z [K, C] mean features, c [K, 3] mean points, group [K] object ids, in BFS order.
+    """
+    # patches with a feature, a point and a label, and the proxy that each belongs to
+    f, p, m = patch_triplets(features, points, masks)
+    one = torch.zeros_like(m)
+    proxy = cluster(p, m if semantic_grouping else one, budget, floor, method)  # [L]
+
+    # Eq. (3): a proxy is the mean of its patches
+    kept = proxy >= 0
+    proxy, K = proxy[kept], int(proxy.max()) + 1
+    z, _ = data.group_mean(f[kept].float(), proxy, K)  # [K, C]
+    c, _ = data.group_mean(p[kept], proxy, K)  # [K, 3]
+
+    # and shows the object of most of them, which with semantic grouping is the object of all
+    group = most_frequent(m[kept], proxy, K)  # [K]
+    order = bfs_order(c, group if semantic_grouping else one[:K])  # [K]
+    return z[order], c[order], group[order]
+
+
+# ---- 3 serialization, sec. 3.3 -------------------------------------------------------------------
+
+
+def bfs_order(centers: Tensor, groups: Tensor, neighbors: int = 6) -> Tensor:
+    """Put proxies in a line, groups together and neighbors near each other, Eq. (5).
+
+    Breadth first over groups from the one nearest the origin, then in each from the proxy nearest the last:
+
+        proxies on the x axis    desk 4.0 4.4   rug 0.9 0.1   lamp 4.3
+        group centroids          desk 4.2       rug 0.5       lamp 4.3     root: the rug
+        groups, 1 neighbor       rug, then desk (nearest to it), lamp
+        line                     0.1 0.9 | 4.0 4.4 | 4.3
+
+    Args: centers [K, 3] meters, groups [K] any integers. Returns: order [K].
+    """
+    c, g = centers.double().cpu().numpy(), groups.cpu().numpy()
+    members = [np.flatnonzero(g == name) for name in np.unique(g)]
+    centroids = np.stack([c[rows].mean(0) for rows in members])  # [G, 3]
+
+    # groups from the origin, and the proxies of each from where the line has arrived
+    order, last = [], np.zeros(3)
+    for i in breadth_first(centroids, last, neighbors):
+        rows = members[i]
+        order += rows[breadth_first(c[rows], last, neighbors)].tolist()
+        last = c[order[-1]]
+    return torch.tensor(order, device=centers.device)
+
+
+def breadth_first(points: np.ndarray, start: np.ndarray, neighbors: int = 6) -> list[int]:
+    """Search the symmetric k-NN graph of points [n, 3] breadth first, from the point nearest to `start` [3].
+
+    Nearer neighbors come first. When a connected part is done, the point nearest to any visited one is next.
+    Returns: the order of visits [n].
+    """
+    # two points are linked if either is among the other's nearest
     n = len(points)
     distance = np.square(points[:, None] - points[None]).sum(-1)  # [n, n]
-    near = np.argsort(distance, axis=1, kind="stable")[:, 1 : neighbours + 1]
-    linked = np.zeros((n, n), dtype=bool)
-    np.put_along_axis(linked, near, True, axis=1)
+    near = np.argsort(distance, axis=1, kind="stable")  # [n, n] each point itself, then the nearest
+    linked = np.zeros((n, n), bool)
+    np.put_along_axis(linked, near[:, 1 : neighbors + 1], True, axis=1)
     linked |= linked.T
-    order, seen = [root], np.zeros(n, dtype=bool)
-    seen[root] = True
-    head = 0
-    while len(order) < n:
-        if head == len(order):  # this component is done
-            gap = np.where(seen[:, None] & ~seen[None], distance, np.inf)
-            new = np.array([int(gap.min(0).argmin())])
-        else:
-            new = np.flatnonzero(linked[order[head]] & ~seen)
-            new = new[np.argsort(distance[order[head], new], kind="stable")]
+
+    # `order` is what has been found so far, its part from `head` on the queue
+    order = [int(np.square(points - start).sum(1).argmin())]
+    head, waiting = 0, np.ones(n, bool)
+    waiting[order] = False
+    while waiting.any():
+        if head < len(order):
+            # those linked to the first in the queue, nearest first
+            ranked = near[order[head]]
+            found = ranked[waiting[ranked] & linked[order[head], ranked]]
             head += 1
-        seen[new] = True
-        order += new.tolist()
+        else:
+            # the queue is empty: another part of the graph begins
+            gap = np.where(waiting, distance[order].min(0), np.inf)
+            found = gap.argmin(keepdims=True)
+        waiting[found] = False
+        order += found.tolist()
     return order
 
 
-# ---- 4 hybrid 3D positional encoding, Eq. (4) ------------------------------------------------------------------------
+# ---- 4 hybrid 3D positional encoding, Eq. (4) ----------------------------------------------------
 
 
-def rotate_height(z: Tensor, height: Tensor, unit: float = 0.05, base: float = 10000.0) -> Tensor:
-    """R(c^H) z: rotate feature pairs (2i, 2i+1) by height / unit * base^(-2i/C). R(0) = I; norms are kept.
+def rotate_height(z: Tensor, height: Tensor, unit: float = 0.05) -> Tensor:
+    """Apply R(c^H): rotate feature pairs (2i, 2i+1) by height / unit * 10000^(-2i/C); norms are kept.
 
-    z [..., C] with C even, height [...] metres above the floor.
+    Args: z [..., C] with C even, height [...] meters above the floor. Returns: [..., C].
     """
     C = z.shape[-1]
-    frequency = base ** (-torch.arange(0, C, 2, device=z.device, dtype=torch.float32) / C)  # [C/2]
+    frequency = 10000 ** (-torch.arange(0, C, 2, device=z.device) / C)  # [C/2]
     angle = height.float()[..., None] / unit * frequency  # [..., C/2]
     cos, sin = angle.cos().to(z), angle.sin().to(z)
     a, b = z[..., 0::2], z[..., 1::2]  # [..., C/2]
@@ -326,656 +382,499 @@ def rotate_height(z: Tensor, height: Tensor, unit: float = 0.05, base: float = 1
 class HorizontalFourier(nn.Module):
     """F(c^WxL): learnable Fourier features of the horizontal position (Li et al. 2021, arXiv 2106.02795).
 
-    F(x) = W2 GELU(W1 r), r = [cos(x Wr), sin(x Wr)] / sqrt(D); Wr starts as N(0, 1 / gamma^2), W2 small but not zero.
+    F(x) = W2 GELU(W1 r), r = [cos(x Wr), sin(x Wr)] / sqrt(D). Wr starts as N(0, 1) per meter, and W2 with
+    the standard deviation of a language model's weights, so that a step of 5e-6 changes both by the same share.
+    The size of F is set outside (`Model.measure_gains`).
     """
 
-    def __init__(self, features: int, hidden: int, width: int, gamma: float = 1.0):
+    def __init__(self, features: int, width: int):
         super().__init__()
-        self.frequencies = nn.Parameter(torch.randn(2, features // 2) / gamma)
-        self.lift = nn.Linear(features, hidden, bias=False)
-        self.out = nn.Linear(hidden, width, bias=False)
-        nn.init.normal_(self.out.weight, std=0.02 / math.sqrt(hidden))
+        self.frequencies = nn.Parameter(torch.randn(2, features // 2))
+        self.lift = nn.Linear(features, 2 * features, bias=False)
+        self.out = nn.Linear(2 * features, width, bias=False)
+        nn.init.normal_(self.out.weight, std=0.02)
 
     def forward(self, xy: Tensor) -> Tensor:
-        """xy [..., 2] metres -> [..., C]."""
-        phase = xy.to(self.frequencies) @ self.frequencies  # [..., D/2]
-        r = torch.cat([phase.cos(), phase.sin()], dim=-1) / math.sqrt(2 * phase.shape[-1])  # [..., D]
+        """Encode xy [..., 2] meters: [..., C]."""
+        phase = xy.to(self.frequencies) @ self.frequencies  # [..., P] P = D/2
+        r = torch.cat([phase.cos(), phase.sin()], dim=-1)  # [..., 2P]
+        r = r / math.sqrt(r.shape[-1])
         return self.out(F.gelu(self.lift(r)))  # [..., C]
 
 
-# ---- 5 object reference embeddings: pictures of digits and of things -------------------------------------------------
+# ---- 5 object reference embeddings: pictures of digits and of categories, sec. 3.4 ---------------
 
-# five rows of three pixels, as octal
-DIGITS = ["75557", "26227", "71747", "71717", "55711", "74717", "74757", "71222", "75757", "75717"]
-
-
-def draw_identifier(number: int, size: int) -> np.ndarray:
-    """G_id's picture: white digits on black, [size, size, 3] uint8; three digits where they fit, else two."""
-    text = f"{number:03d}" if size >= 11 else f"{number:02d}"
-    rows = [[int(bit) for d in text for bit in f"{int(DIGITS[int(d)][r]):03b}0"][:-1] for r in range(5)]
-    zoom = size // len(rows[0])
-    glyph = np.kron(np.array(rows), np.ones((zoom, zoom))).astype(np.uint8) * 255
-    top, left = (size - glyph.shape[0]) // 2, (size - glyph.shape[1]) // 2
-    image = np.zeros((size, size, 3), dtype=np.uint8)
-    image[top : top + glyph.shape[0], left : left + glyph.shape[1]] = glyph[..., None]
-    return image
+DIGITS = [
+    "### #.# #.# #.# ###",
+    ".#. ##. .#. .#. ###",
+    "### ..# ### #.. ###",
+    "### ..# ### ..# ###",
+    "#.# #.# ### ..# ..#",
+    "### #.. ### ..# ###",
+    "### #.. ### #.# ###",
+    "### ..# .#. .#. .#.",
+    "### #.# ### #.# ###",
+    "### #.# ### ..# ###",
+]
 
 
-def draw_category(category: str, colour: str, size: int, folder: str | None = None) -> np.ndarray:
-    """G_sem's picture [size, size, 3] uint8: folder/<category>.png where a folder is given, else the drawn icon."""
-    if folder is None:
-        return data.category_icon(category, colour or "white", size)
-    from PIL import Image
+@functools.cache
+def draw_identifier(number: int, size: int) -> Tensor:
+    """Draw G_id's picture: three white digits on black, [size, size, 3] uint8, size >= 11."""
+    # the three digits beside one another, with an empty column between them
+    digits = [DIGITS[int(d)].split() for d in f"{number:03d}"]
+    rows = [list(".".join(row)) for row in zip(*digits, strict=True)]
+    zoom = size // 11
+    ink = np.kron(np.array(rows) == "#", np.ones((zoom, zoom), bool))  # [5 * zoom, 11 * zoom]
 
-    path = Path(folder) / f"{category}.png"
-    if not path.exists():
-        raise data.DataError(f"no symbol image {path}; add one, or leave `symbols` unset to draw icons")
-    return np.asarray(Image.open(path).convert("RGB").resize((size, size)))
-
-
-# ---- 6 the model -----------------------------------------------------------------------------------------------------
-
-
-def build_llm(config: Config, vocabulary: int):
-    """A small Qwen2.5-VL from its configuration: the same classes that `from_pretrained` loads."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    half = config.width // config.heads // 2  # rotary pairs per head, shared among time, height and width
-    text = dict(vocab_size=vocabulary, hidden_size=config.width, intermediate_size=config.hidden,
-                num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.heads,
-                max_position_embeddings=32768, pad_token_id=0, bos_token_id=1, eos_token_id=1, tie_word_embeddings=True,
-                rope_parameters={"rope_type": "default", "rope_theta": 1e6,
-                                 "mrope_section": [half - 2 * (3 * half // 8), *[3 * half // 8] * 2]})  # fmt: skip
-    vision = dict(depth=config.vision_layers, hidden_size=config.vision_width,
-                  intermediate_size=2 * config.vision_width, num_heads=4, patch_size=config.patch,
-                  spatial_merge_size=config.merge, out_hidden_size=config.width, temporal_patch_size=2,
-                  window_size=max(config.grid) * config.patch * config.merge,
-                  fullatt_block_indexes=[config.vision_layers - 1])  # fmt: skip
-    whole = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=0,
-                             video_token_id=0, vision_start_token_id=0, vision_end_token_id=0)  # fmt: skip
-    whole._attn_implementation = config.attention
-    return Qwen2_5_VLForConditionalGeneration(whole)
+    # as large as fits, in the middle
+    image = np.zeros((size, size, 3), np.uint8)
+    top, left = (size - 5 * zoom) // 2, (size - 11 * zoom) // 2
+    image[top : top + 5 * zoom, left : left + 11 * zoom][ink] = 255
+    return torch.from_numpy(image)
 
 
-class TinyTower(nn.Module):
-    """A convolutional stand-in for the vision tower: [V, H, W, 3] uint8 -> [V, H/8, W/8, C]. Where nothing is
-    pre-trained, convolutions learn in a minute the shapes for which a transformer would need an hour."""
+@functools.cache
+def draw_category(category: str, color: str, size: int) -> Tensor:
+    """Draw G_sem's picture [size, size, 3] uint8: the category's icon, else its words.
 
-    patch = 8  # pixels per token
+    The tower of a vision-language model reads text, and two categories never share a picture.
+    """
+    from PIL import Image, ImageDraw, ImageFont
 
-    def __init__(self, width: int, layers: int, out: int):
-        super().__init__()
-        self.stem = nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1) for a, b in
-                                  ((3, width // 4), (width // 4, width // 2), (width // 2, width)))  # fmt: skip
-        self.norms = nn.ModuleList(nn.GroupNorm(1, width) for _ in range(layers))
-        self.spread = nn.ModuleList(nn.Conv2d(width, width, 3, 1, 1) for _ in range(layers))
-        self.mix = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(layers))
-        self.out = nn.Linear(width, out)
+    if not category or category in data.CATEGORIES:
+        return torch.from_numpy(data.category_icon(category, color or "white", size))
+    image, font = Image.new("RGB", (size, size)), ImageFont.load_default(size / 6)
+    ImageDraw.Draw(image).text((0, 0), category.replace(" ", "\n"), font=font)
+    return torch.tensor(np.asarray(image))
 
-    def forward(self, images: Tensor) -> Tensor:
-        x = ((images.float() / 255 - 0.5) / 0.27).permute(0, 3, 1, 2)  # [V, 3, H, W]
-        x = x.contiguous(memory_format=torch.channels_last)
-        x = self.stem[2](F.gelu(self.stem[1](F.gelu(self.stem[0](x)))))  # [V, E, h, w]
-        for norm, spread, mix in zip(self.norms, self.spread, self.mix, strict=True):
-            x = x + mix(F.gelu(spread(norm(x))))  # [V, E, h, w]
-        return self.out(x.permute(0, 2, 3, 1))  # [V, h, w, C]
+
+# a symbol's key is ("id", 12) or ("category", "bed", "white")
+DRAW = {"id": draw_identifier, "category": draw_category}
+IDENTIFIERS = [("id", number) for number in range(100)]
+
+# ---- 6 the model ---------------------------------------------------------------------------------
 
 
 def qwen_tokens(visual: nn.Module, images: Tensor, inter_frame: bool) -> Tensor:
-    """Qwen2.5-VL's vision tower: images [V, H, W, 3] uint8 -> merged tokens [V, h, w, C], every frame an image of its
-    own; with inter_frame its full-attention blocks run over all frames as one sequence. H, W: multiples of h, w."""
-    p, m, t = visual.config.patch_size, visual.config.spatial_merge_size, visual.config.temporal_patch_size
+    """Run Qwen2.5-VL's vision tower over images [V, H, W, 3] uint8: merged tokens [V, h, w, C].
+
+    H and W are multiples of patch size times merge size. Every frame is an image of its own; with inter_frame
+    the tower's full-attention blocks read all frames as one sequence.
+    """
+    c = visual.config
+    p, m, t = c.patch_size, c.spatial_merge_size, c.temporal_patch_size
     V, H, W, _ = images.shape
     h, w = H // (p * m), W // (p * m)
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], device=images.device)  # the tower's own normalisation
+
+    # the tower's own normalization
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], device=images.device)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711], device=images.device)
     x = (images.float() / 255 - mean) / std  # [V, H, W, 3]
+
+    # patches of one merged token lie together; a still image fills the temporal patch
     x = x.view(V, h, m, p, w, m, p, 3).permute(0, 1, 4, 2, 5, 7, 3, 6)  # [V, h, w, m, m, 3, p, p]
-    x = x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, t, -1, -1)  # a still image fills the temporal patch
-    x = x.reshape(V * h * w * m * m, -1).to(visual.dtype)  # [patches, 3 * t * p * p]
+    x = x.unsqueeze(6).expand(*[-1] * 6, t, -1, -1)  # [V, h, w, m, m, 3, t, p, p]
+    x = x.reshape(V * h * w * m * m, -1).to(visual.dtype)  # [V*h*w*m*m, 3*t*p*p]
+
+    # the tower takes every image for a sequence of its own, unless it is told where sequences begin and end
     grid = torch.tensor([[1, h * m, w * m]] * V, device=images.device)
-    joint = {"cu_seqlens": torch.tensor([0, len(x)], dtype=torch.int32, device=images.device)} if inter_frame else {}
-    return visual(x, grid_thw=grid, **joint).pooler_output.view(V, h, w, -1)  # [V, h, w, C]
+    joint = None
+    if inter_frame:
+        joint = torch.tensor([0, len(x)], dtype=torch.int32, device=images.device)
+    return visual(x, grid_thw=grid, cu_seqlens=joint).pooler_output.view(V, h, w, -1)  # [V, h, w, C]
 
 
-@torch.no_grad()
-def start_tiny(model: Model, text: data.TinyText) -> None:
-    """Give a model from a configuration what pre-training would: attend to what shares content, copy it unchanged
-    (`data.start_decoder`).
+class Model(data.SceneLanguageModel):
+    """Proxy3D around a Qwen2.5-VL: frozen tower -> proxies -> language model; see the file's docstring."""
 
-    The weights are scaled for a width of 100s, not 1000s; embeddings have unit size and the logits a small gain.
-    Numbers start as smooth codes of their value in the very vectors that F and R write into the scene tokens, so that
-    reading a coordinate is the same copy as reading a name. All of it is trained on.
-    """
-    llm, C = model.llm.model.language_model, model.width
-    for part in (llm, model.llm.model.visual):
-        data.start_weights(part)
-    data.start_decoder(llm, model.config.heads)
-    table = llm.embed_tokens.weight
-    nn.init.normal_(table)
-
-    wave = 2 * math.pi / 0.5 / 2 ** torch.arange(6.0)  # wavelengths 0.5 .. 16 m
-    fourier = model.fourier
-    fourier.frequencies.copy_(torch.block_diag(wave[None], wave[None]))  # each axis its own
-    D, gain = 24, 3**-0.5  # three axes share the unit variance of a position code
-    fourier.lift.weight.copy_(torch.cat([torch.eye(D), -torch.eye(D)]))  # GELU(a) - GELU(-a) = a: F starts linear in r
-    code = torch.randn(C, D) * math.sqrt(D) * gain / math.sqrt(6)
-    fourier.out.weight.copy_(torch.cat([code, -code], dim=1))
-    nn.init.normal_(model.anchor, std=gain)
-    other = {axis: torch.randn(12, C) / math.sqrt(6) for axis in "wdhl"}
-    for token, (axis, value) in text.number.items():
-        if axis in "xy":  # the axis' own half of F
-            place = torch.tensor([value, 0.0] if axis == "x" else [0.0, value])
-            vector = _half(fourier, axis, place) / gain
-        elif axis == "z":
-            vector = rotate_height(model.anchor, torch.tensor(value), model.config.height_unit) / gain
-        else:
-            vector = torch.cat([(value * wave).cos(), (value * wave).sin()]) @ other[axis]
-        table[token] = vector + 0.3 * torch.randn(C)
-
-
-def _half(fourier: HorizontalFourier, axis: str, place: Tensor) -> Tensor:
-    """The share of F at `place` that comes from one axis, while F is still linear in its features."""
-    phase = place @ fourier.frequencies
-    r = torch.cat([phase.cos(), phase.sin()]) / math.sqrt(2 * len(phase))
-    own = torch.arange(len(r)) % len(phase) < len(phase) // 2
-    return fourier.out(F.gelu(fourier.lift(r * (own if axis == "x" else ~own))))
-
-
-class Model(SceneLanguageModel):
-    """Proxy3D around a Qwen2.5-VL: frozen tower -> proxies -> language model. See the file's docstring for shapes."""
-
-    scene_inputs = ("tower", "symbols", "symbols+3d", "proxies")
+    scene_inputs = ("symbols", "symbols+3d", "proxies")
 
     def __init__(self, config: Config, text: data.TinyText | data.HubText):
         super().__init__(config, text)
-        if config.attention != "sdpa":  # eager would add the mask's booleans, flash attention takes none
-            raise data.DataError(f"attention = {config.attention}: packed questions need sdpa's mask; leave it unset")
-        if config.llm is None:
-            self.llm = build_llm(config, len(text))
-            if config.tower == "conv":
-                self.llm.model.visual = TinyTower(config.vision_width, config.vision_layers, config.width)
-        else:
-            from transformers import Qwen2_5_VLForConditionalGeneration
+        self.llm = self.load_llm()
+        self.width = self.llm.config.text_config.hidden_size  # D
+        self.fourier = HorizontalFourier(config.fourier, self.width)
+        self.register_buffer("gains", torch.ones(2))  # of F and of symbols; ones: not measured yet
+        self.frame_width = max(config.grid) * self.cell
+        self.symbol_features = {}  # what the tower sees in a symbol, by its key
 
-            self.llm = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-                config.llm, dtype=getattr(torch, config.dtype), attn_implementation=config.attention)  # fmt: skip
-        self.width = C = self.llm.config.text_config.hidden_size
-        self.fourier = HorizontalFourier(config.fourier, config.fourier_hidden, C, config.fourier_gamma)
-        self.norm, self.anchor = nn.Identity(), None
-        if config.llm is None:  # a tower from scratch ends at the scale of the embeddings; a loaded one is left alone
-            self.norm = nn.LayerNorm(C, bias=False)
-            self.anchor = nn.Parameter(torch.zeros(C))
-            start_tiny(self, text)
-        self.cache, self.drawn, self.symbol_features, self.contrast = {}, {}, {}, []
+    def load_llm(self) -> nn.Module:
+        """Load Qwen2.5-VL, with adapters in its language model where the config asks for them."""
+        from transformers import Qwen2_5_VLForConditionalGeneration
 
-    # -- what trains, and on what
+        # packed questions need a mask that says who sees whom: sdpa takes one
+        config, rank = self.config, self.config.lora
+        llm = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            config.llm, dtype=config.dtype, attn_implementation="sdpa"
+        )
+        if rank:
+            from peft import LoraConfig, inject_adapter_in_model
 
-    def parts(self) -> dict[str, list[nn.Module | nn.Parameter]]:
-        anchor = [] if self.anchor is None else [self.anchor]
-        return {"tower": [self.llm.model.visual], "3d": [self.fourier, *anchor],
-                "lm": [self.llm.model.language_model, self.llm.lm_head]}  # fmt: skip
+            adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+            inject_adapter_in_model(adapters, llm.model.language_model)
 
-    def configure_stage(self, stage: Stage) -> None:
-        """See the base class; positions ("3d") are listed by the paper from stage I on, and seen from stage II on."""
-        if stage.scene_input == "symbols":
-            stage = replace(stage, trains=tuple(name for name in stage.trains if name != "3d"))
-        super().configure_stage(stage)
-        if "tower" in stage.trains:
-            self.symbol_features, self.cache, self.feature_cache = {}, {}, {}
+            # a checkpoint holds the adapters only
+            self.frozen_pretrained_names = tuple(
+                f"llm.{name}" for name in llm.state_dict() if "lora_" not in name
+            )
+        return llm
+
+    def parts(self):
+        language = self.llm.model.language_model
+        adapters = [p for name, p in language.named_parameters() if "lora_" in name]
+        return {"3d": [self.fourier], "lm": adapters or [language, self.llm.lm_head]}
 
     # -- the vision tower
 
     @property
     def cell(self) -> int:
         """Pixels per token and side."""
-        visual = self.llm.model.visual
-        return visual.patch if isinstance(visual, TinyTower) else \
-            visual.config.patch_size * visual.config.spatial_merge_size  # fmt: skip
+        vision = self.llm.model.visual.config
+        return vision.patch_size * vision.spatial_merge_size
 
-    def look(self, images: Tensor, together: bool = False) -> Tensor:
-        """The vision tower: images [V, H, W, 3] uint8 -> tokens [V, h, w, C]; `together`: frames of one scene, which
-        may see each other."""
-        visual, images = self.llm.model.visual, images.to(self.llm.device)
-        if isinstance(visual, TinyTower):
-            return self.norm(visual(images))
-        return self.norm(qwen_tokens(visual, images, together and self.config.inter_frame))
+    def encode_images(self, images: Tensor, together: bool = False) -> Tensor:
+        """Run the tower over images [V, H, W, 3] uint8: [V, h, w, C]. together: frames of one scene."""
+        images = images.to(self.device)
+        return qwen_tokens(self.llm.model.visual, images, together and self.config.inter_frame)
 
-    @property
-    def frame_width(self) -> int:
-        """Pixels of a frame's longer side that the tower looks at: what frames should be read with."""
-        return max(self.config.grid) * self.cell
-
-    def fit(self, images: Tensor) -> Tensor:
-        """Images [V, H, W, 3] uint8, of whatever camera, at exactly the grid's pixels [V, h * cell, w * cell, 3]."""
-        want = (self.config.grid[0] * self.cell, self.config.grid[1] * self.cell)
-        if tuple(images.shape[1:3]) == want:
+    def resize_frames(self, images: Tensor) -> Tensor:
+        """Bring images [V, H, W, 3] uint8 of any camera to exactly the grid's pixels."""
+        size = tuple(n * self.cell for n in self.config.grid)
+        if images.shape[1:3] == size:
             return images
-        images = F.interpolate(images.permute(0, 3, 1, 2).float(), want, mode="bilinear", antialias=True)
-        return images.round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+        channels_first = images.permute(0, 3, 1, 2).float()
+        resized = F.interpolate(channels_first, size, mode="bilinear", antialias=True)
+        return resized.round().byte().permute(0, 2, 3, 1)
 
+    # -- symbols
+
+    def encode_symbols(self, keys: Sequence[tuple]) -> Tensor:
+        """Run the tower over the pictures of symbols: [n, C], the mean token of each."""
+        pictures = torch.stack([DRAW[kind](*what, self.config.symbol) for kind, *what in keys])
+        return self.encode_images(pictures).float().mean((1, 2))
+
+    @torch.no_grad()
     def symbols(self, keys: Sequence[tuple]) -> Tensor:
-        """Symbol features [len(keys), C]: ("id", 12) or ("category", name, colour); the tower sees each image once."""
-        missing = [k for k in dict.fromkeys(keys) if k not in self.symbol_features]
-        if missing:
-            draw = {"id": lambda i: draw_identifier(i, self.config.symbol),
-                    "category": lambda c, colour: draw_category(c, colour, self.config.symbol, self.config.symbols)}
-            self.drawn.update({k: draw[k[0]](*k[1:]) for k in missing if k not in self.drawn})
-            images = np.stack([self.drawn[k] for k in missing])
-            whole = images.shape[1] // self.cell * self.cell
-            seen = self.look(torch.from_numpy(images[:, :whole, :whole])).flatten(1, 2).mean(1)
-            fresh = dict(zip(missing, self.norm(seen), strict=True))
-            if "tower" in self.stage.scene_input:  # the tower is training: nothing may be kept
-                return torch.stack([fresh[k] for k in keys])
-            self.symbol_features.update({k: v.detach() for k, v in fresh.items()})
-        return torch.stack([self.symbol_features[k] for k in keys])
+        """Look up symbols: [n, C]; the frozen tower sees each picture once."""
+        for key in keys:
+            if key not in self.symbol_features:
+                self.symbol_features[key] = self.encode_symbols([key])[0]
+        return torch.stack([self.symbol_features[key] for key in keys])
+
+    def category_keys(self, objects: Sequence[Thing]) -> list[tuple]:
+        """Name the objects' symbols: no colors, as in the paper's icons, unless no object has a category."""
+        named = any(o.category for o in objects)
+        return [("category", o.category, "white" if named else o.colour) for o in objects]
+
+    @torch.no_grad()
+    def measure_gains(self, scenes: Sequence[Scene]) -> None:
+        """Scale F and the symbols to the tower's features, once: gains are saved with the weights.
+
+        Every rank measures the same first scenes.
+        """
+        if bool((self.gains != 1).any()):
+            return
+
+        # what the tower sees, and F and symbols as they are before
+        found = [self.compute_features(scene) for scene in scenes[:4]]
+        z, c = (torch.cat([f[key].float() for f in found]) for key in "zc")
+        share, features = self.config.position_share, rms(z)
+        self.gains[0] = share * features / rms(self.fourier(c[:, :2]))
+        self.gains[1] = features / rms(self.symbols(IDENTIFIERS))
+        print(f"RMS of the tower's features {features:.3g}; F starts at {share} of it, symbols at 1;")
+        print(f"F is multiplied by {self.gains[0]:.3g}, symbols by {self.gains[1]:.3g}")
+
+    # -- frozen work on a scene
+
+    def feature_settings(self):
+        c = self.config
+        return c.budget, c.floor, c.clustering, c.semantic_grouping, c.grid, c.frames, c.inter_frame
+
+    def feature_weights(self):
+        return self.llm.model.visual
+
+    def uses_features(self):
+        return self.stage.scene_input == "proxies"
+
+    def compute_features(self, scene):
+        """Make a scene's proxies: z [K, C] float16, c [K, 3] meters, group [K] object ids, 0 = none."""
+        f = scene.frames
+        if f is None:
+            raise data.DataError(f"{scene.name}: Proxy3D needs posed frames, here are points only")
+
+        # evenly spaced frames, the first and the last among them
+        total = len(f.colour)
+        pick = np.linspace(0, total - 1, min(self.config.frames, total)).round().astype(int)
+        images = self.resize_frames(torch.from_numpy(f.colour[pick]).to(self.device))
+        features = self.encode_images(images, together=True)  # [V, h, w, C]
+        points = data.unproject(f.depth[pick], f.intrinsics[pick], f.poses[pick])
+        points = torch.from_numpy(points).to(self.device)
+        masks = torch.from_numpy(f.masks[pick]).long().to(self.device)
+        z, c, group = make_proxies(features, points, masks, *self.feature_settings()[:4])
+        return {"z": z.half(), "c": c, "group": group}
+
+    def cache_features(self, scenes, folder=None, rank=0, world=1):
+        """See the base class; symbols too are encoded before the first step."""
+        self.measure_gains(scenes)
+        if not self.uses_features():
+            self.symbols([key for scene in scenes for key in self.category_keys(scene.objects)])
+        super().cache_features(scenes, folder, rank, world)
 
     # -- scenes to tokens
 
-    def feature_settings(self) -> tuple:
-        c = self.config
-        return (c.budget, c.floor, c.grid, c.frames, c.semantic_grouping, c.inter_frame, c.clustering, c.lloyd,
-                c.neighbours)  # fmt: skip
-
-    def feature_weights(self) -> nn.Module:
-        return self.llm.model.visual
-
-    def uses_features(self) -> bool:
-        return self.stage.scene_input == "proxies"
-
-    @torch.no_grad()
-    def compute_features(self, scene: Scene) -> dict[str, Tensor]:
-        """All frozen work on one scene: {"z" [K, C] float16, "c" [K, 3] metres, "owner" [K] object id, 0 = none}."""
-        config, frames = self.config, scene.frames
-        if frames is None:
-            raise data.DataError(f"{scene.name}: Proxy3D needs posed frames with depth; this source has points only")
-        V = len(frames.colour)
-        pick = np.unique(np.linspace(0, V - 1, min(config.frames, V)).round().astype(int))
-        colour = self.fit(torch.from_numpy(frames.colour[pick]).to(self.llm.device))  # [V, H', W', 3]
-        points = data.unproject(frames.depth[pick], frames.intrinsics[pick], frames.poses[pick])
-        f, p, m = patch_triplets(self.look(colour, together=True).float(), torch.from_numpy(points).to(colour.device),
-                                 torch.from_numpy(frames.masks[pick]).to(colour.device).long())  # fmt: skip
-        if config.semantic_grouping:
-            z, c, owner = cluster(f, p, m, config.budget, config.floor, config.clustering, config.lloyd)
-            order = bfs_order(c, owner, config.neighbours)
-        else:
-            z, c, owner = cluster_without_groups(f, p, m, config.budget, config.clustering, config.lloyd)
-            order = bfs_order(c, torch.zeros_like(owner), config.neighbours)
-        return {"z": z[order].half(), "c": c[order], "owner": owner[order]}
-
-    def cache_features(self, scenes: Sequence[Scene], folder: Path | None = None,
-                       rank: int = 0, world: int = 1) -> None:  # fmt: skip
-        """Frozen work, once: the pictures of all symbols and, where real proxies are seen, the proxies."""
-        things = {(o.category, o.colour) for s in scenes for o in s.objects}
-        colours = sorted({*data.COLOURS, *(colour for _, colour in things)})  # recolouring draws any
-        categories = sorted({category for category, _ in things})
-        if self.stage.scene_input == "tower":  # the names that stage 0 tells apart
-            names = [*categories, *colours, *(f"<OBJ{i:03d}>" for i in range(100))]
-            self.contrast = sorted({self.text.unk, *(self.text.encode(n)[0] for n in names if n)})
-            return
-        icons = [("category", c, k) for c in categories for k in (*colours, "white")] * (not self.uses_features())
-        self.symbols([*(("id", i) for i in range(100)), *icons])
-        super().cache_features(scenes, folder, rank, world)
-
-    def scene_length(self, scene: Scene) -> int:
-        """How many tokens the scene will take."""
+    def scene_length(self, scene):
         if self.uses_features():
             return len(self.load_features(scene)["c"])
         return len(scene.identifiers)
 
-    def encode(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
-        """Scene tokens [B, K, D] and valid [B, K]; what they are depends on the stage."""
-        device = self.llm.device
-        B, K = len(scenes), max(self.scene_length(s) for s in scenes)
-        z = torch.zeros(B, K, self.width, device=device)  # [B, K, D] what is seen
-        c = torch.zeros(B, K, 3, device=device)  # [B, K, 3] where
-        identifier = torch.full((B, K), -1)  # [B, K] 0..99, -1 = none
-        valid = torch.zeros(B, K, dtype=torch.bool, device=device)  # [B, K]
-        for b, scene in enumerate(scenes):
-            seen, centre, number = (self.proxy_tokens if self.uses_features() else self.symbol_tokens)(scene)
-            k = len(seen)
-            z[b, :k], c[b, :k], identifier[b, :k], valid[b, :k] = seen, centre, number, True
-        if self.stage.scene_input != "symbols":  # spatial encodings act from stage II on
-            if self.anchor is not None:
-                z = z + self.anchor  # [B, K, D]
-            z = rotate_height(z, c[..., 2], self.config.height_unit) + self.fourier(c[..., :2]).to(z)  # Eq. (4)
-        used = identifier >= 0
-        numbers, index = identifier[used].unique(return_inverse=True)
-        if len(numbers):
-            f_id = self.symbols([("id", i) for i in numbers.tolist()])[index.to(device)]  # [U, D]
-            z = z.masked_scatter(used[..., None].to(device), z[used.to(device)] + f_id)  # [B, K, D]
-        return {"tokens": z, "valid": valid}
+    def encode(self, scenes):
+        self.measure_gains(scenes)
+        f_id = self.gains[1] * self.symbols(IDENTIFIERS)  # [100, D]
+        f_id = F.pad(f_id, (0, 0, 0, 1))  # [101, D] the last row, -1: no identifier
 
-    def symbol_tokens(self, scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
-        """Stages I-III: one "chess piece" per object: f_sem [n, D], centres [n, 3], identifiers [n]."""
-        things = [o for o in scene.objects if o.id in scene.identifiers]
-        tint = self.config.llm is None or not any(o.category for o in things)
-        f_sem = self.symbols([("category", o.category, o.colour if tint else "white") for o in things])
-        centres = torch.from_numpy(np.stack([o.box[:3] for o in things])).float()
-        order = self.object_order(scene, centres)
-        numbers = torch.tensor([scene.identifiers[o.id] for o in things])
-        return f_sem[order.to(f_sem.device)], centres[order].to(f_sem.device), numbers[order]
+        # what is seen, where it is, and whose identifier it carries
+        tokens = []
+        for scene in scenes:
+            z, c, number = self.scene_tokens(scene)
+            if self.stage.scene_input != "symbols":  # spatial encodings act from stage II on
+                z = self.add_position(z, c)  # [K, D]
+            tokens.append(z + f_id[number])
 
-    def object_order(self, scene: Scene, centres: Tensor) -> Tensor:
-        """BFS order of the objects; mirroring a scene does not change it, so it is computed once per scene."""
-        key = ("order", scene.name)
-        if key not in self.cache or len(self.cache[key]) != len(centres):
-            self.cache[key] = bfs_order(centres, torch.arange(len(centres)), self.config.neighbours)
-        return self.cache[key]
+        # padded to the longest scene
+        valid = [torch.ones_like(z[:, 0], dtype=torch.bool) for z in tokens]
+        return {"tokens": pad_sequence(tokens, True), "valid": pad_sequence(valid, True)}
 
-    def proxy_tokens(self, scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
-        """Stage IV: real proxies z [K, D], centres [K, 3] turned with the scene, identifiers [K] of their objects."""
+    def add_position(self, z: Tensor, c: Tensor) -> Tensor:
+        """Say where tokens z [K, D] are, c [K, 3] meters: Eq. (4)."""
+        return rotate_height(z, c[:, 2]) + self.gains[0] * self.fourier(c[:, :2])
+
+    def scene_tokens(self, scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
+        """Give what is seen [K, D], where [K, 3], and whose identifier it gets [K], -1 = none."""
+        return self.proxy_tokens(scene) if self.uses_features() else self.symbol_tokens(scene)
+
+    def symbol_tokens(self, scene):
+        """Stages I-III: one "chess piece" per object, its category at its center."""
+        # objects without an identifier (beyond a hundred) cannot be asked about
+        objects = [o for o in scene.objects if o.id in scene.identifiers]
+        centers = np.stack([o.box[:3] for o in objects])  # [n, 3]
+        order = breadth_first(centers, np.zeros(3))
+        f_sem = self.gains[1] * self.symbols(self.category_keys(objects))  # [n, D]
+        number = torch.tensor([scene.identifiers[o.id] for o in objects])  # [n]
+        return f_sem[order], torch.from_numpy(centers[order]).to(f_sem), number[order]
+
+    def proxy_tokens(self, scene):
+        """Stage IV: proxies, turned with the scene."""
         found = self.load_features(scene)
-        device = self.llm.device
-        turn = torch.from_numpy(scene.turn).float().to(device)
-        numbers = torch.tensor([scene.identifiers.get(i, -1) for i in found["owner"].tolist()])
-        z = self.norm(found["z"].to(device).to(self.llm.dtype))
-        return z.float(), found["c"].to(device) @ turn.T, numbers
+        c = found["c"] @ torch.from_numpy(scene.turn).float().T  # [K, 3]
+        number = [scene.identifiers.get(i, -1) for i in found["group"].tolist()]
+        return found["z"].float().to(self.device), c.to(self.device), torch.tensor(number)
 
-    def token_centers(self, scene: Scene) -> np.ndarray:
-        """Where the scene's tokens are [K, 3], for pictures."""
-        return (self.proxy_tokens if self.uses_features() else self.symbol_tokens)(scene)[1].cpu().numpy()
+    def run_decoder(self, embeds, is_scene, positions, mask, cache=None):
+        """See the base class; proxies take positions like words, t = h = w."""
+        return data.last_hidden(
+            self.llm.model.language_model,
+            cache,
+            inputs_embeds=embeds,
+            attention_mask={"full_attention": mask},
+            position_ids=positions.expand(3, -1, -1),
+        )
 
-    def pictures(self, scenes: Sequence[Scene], folder: Path, count: int = 4) -> list[Path]:
-        """Some scenes with their segments, boxes, identifiers and proxies, and where the model looks while it answers a
-        question; returns the files."""
+    # -- pictures
+
+    def token_centers(self, scene):
+        return self.scene_tokens(scene)[1].cpu().numpy()
+
+    def pictures(self, scenes, folder):
+        """Draw four scenes with their tokens, and where the model looks to answer a question about each."""
         paths = []
-        for scene in scenes[:count]:
-            shown = scene if scene.identifiers else replace(
-                scene, identifiers=data.number_objects(scene, np.random.default_rng(0)))  # fmt: skip
+        for scene in scenes[:4]:
+            numbers = data.number_objects(scene, np.random.default_rng(0))
+            scene = replace(scene, identifiers=numbers)
             paths.append(folder / f"{scene.name}.png")
-            data.draw_scene(shown, paths[-1], tokens=self.token_centers(shown))
-            asked = data.question_set([shown], ["ground", "ground_superlative"], 1, 0)[: self.uses_features()]
-            for sample in asked:  # the second needs no categories
-                paths.append(folder / f"{scene.name}_attention.png")
-                said = self.generate(self.batch([(shown, [sample])]))[0]
-                draw_attention(self, shown, sample, said, paths[-1])
+            data.draw_scene(scene, paths[-1], tokens=self.token_centers(scene))
+
+            # the second kind of question needs no categories
+            samples = data.question_set([scene], ["ground", "ground_superlative"], 1, 0)[:1]
+            if samples:
+                answers = self.generate(self.batch([(scene, samples)]))
+                paths += self.answer_pictures(scene, samples, answers, folder)
         return paths
 
-    def answer_pictures(self, scene: Scene, samples: Sequence[Sample], answers: Sequence[str],
-                        folder: Path) -> list[Path]:  # fmt: skip
-        """Where the model looked for the first of some answers; returns the files (none before proxies are seen)."""
-        if self.stage.scene_input != "proxies" or not samples:
+    def answer_pictures(self, scene, samples, answers, folder):
+        """Draw where the model looked for the first of some answers, once it sees proxies."""
+        if not self.uses_features():
             return []
-        draw_attention(self, scene, samples[0], answers[0], folder / "ask_attention.png")
-        return [folder / "ask_attention.png"]
-
-    @contextlib.contextmanager
-    def untrained_tower(self):
-        """The same model, but what it sees comes from a tower at its initial weights."""
-        visual = self.llm.model.visual
-        weights = [p.detach().clone() for p in visual.parameters()]  # state_dict() would shard them again
-        kept = self.feature_cache, self.symbol_features, self.feature_folder
-        self.feature_cache, self.symbol_features, self.feature_folder = {}, {}, None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            data.start_weights(visual)
-        try:
-            yield
-        finally:
-            for p, weight in zip(visual.parameters(), weights, strict=True):
-                p.data.copy_(weight)
-            self.feature_cache, self.symbol_features, self.feature_folder = kept
-
-    def baselines(self) -> dict:
-        """Columns beside the score: only where the tower was trained here."""
-        return {} if self.config.llm else {"untrained tower": self.untrained_tower()}
-
-    def run_decoder(self, embeds: Tensor, is_scene: Tensor, positions: Tensor, mask: Tensor, cache=None) -> Tensor:
-        """See the base class; proxies take positions like words, t = h = w."""
-        return data.last_hidden(self.llm.model.language_model, cache, inputs_embeds=embeds,
-                           attention_mask={"full_attention": mask},
-                           position_ids=positions.expand(3, -1, -1))  # fmt: skip
-
-    # -- stage 0 of the tiny preset
-
-    def names(self, thing: data.Thing) -> tuple[int, int]:
-        """The words of its category and colour; an unknown one is replaced by the other, both by <unk>."""
-        category, colour = (self.text.encode(n)[:1] for n in (thing.category, thing.colour))
-        return tuple((category or colour or [self.text.unk]) + (colour or category or [self.text.unk]))
-
-    def sightings(self, scene: Scene) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Patch labels [V, h, w] and, per object, rows of (view, patch row, patch column) of its middle; found once."""
-        key = ("seen", scene.name)
-        if key not in self.cache:
-            label = majority(torch.from_numpy(scene.frames.masks).long(), *self.config.grid).numpy()  # [V, h, w]
-            view, row, column = np.indices(label.shape)
-            n = int(label.max()) + 1
-            pair = (view * n + label).ravel()  # (view, label)
-            count = np.maximum(np.bincount(pair, minlength=len(label) * n), 1)
-            middle = [np.bincount(pair, weights=x.ravel(), minlength=len(label) * n) / count for x in (row, column)]
-            rows = np.stack([np.repeat(np.arange(len(label)), n), *middle], 1).reshape(-1, n, 3)
-            seen = np.bincount(pair, minlength=len(label) * n).reshape(-1, n) > 0
-            shown = [o.id for o in scene.objects if o.id < n and seen[:, o.id].any()]
-            self.cache[key] = label, [rows[seen[:, i], i] for i in shown]
-        return self.cache[key]
-
-    def encoder_loss(self, scenes: Sequence[Scene], crops: int = 6) -> dict[str, Tensor]:
-        """Stand-in for vision-language pre-training: the mean feature of a piece of an object names its category and
-        colour, in the language model's own word vectors; what belongs to no object is <unk>. So do the symbol images,
-        and the pictures of digits name identifiers.
-
-        Trained on crops of half a frame around objects, so that small and rare things are seen as often as large ones,
-        and on means over pieces (an object's patches in a quarter of the crop), because proxies are such means.
-        """
-        (h, w), cell = self.config.grid, self.cell
-        h, w = h // 2, w // 2
-        quarter = (torch.arange(h) * 2 // h)[:, None] * 2 + (torch.arange(w) * 2 // w)[None]  # [h, w] in 0..3
-        images, pieces, names = [], [], {}  # pieces: (crop, object, quarter) of every patch as one number
-        for scene in scenes:
-            rng = np.random.default_rng(list(scene.identifiers.values()))
-            label, seen = self.sightings(scene)
-            known = {o.id: self.names(o) for o in scene.objects}
-            for _ in range(crops):
-                places = seen[rng.integers(len(seen))]
-                view, row, column = places[rng.integers(len(places))] + [0, *rng.uniform(-1.5, 1.5, 2)]
-                v, top = int(view), int(np.clip(round(row - h / 2), 0, label.shape[1] - h))
-                left = int(np.clip(round(column - w / 2), 0, label.shape[2] - w))
-                here = torch.from_numpy(label[v, top : top + h, left : left + w])  # [h, w]
-                names.update({(len(images), i): known.get(i, (self.text.unk,) * 2) for i in here.unique().tolist()})
-                pieces.append((len(images) * 4096 + here) * 4 + quarter)
-                frame = self.fit(torch.from_numpy(scene.frames.colour[v : v + 1]))[0]
-                images.append(frame[top * cell : (top + h) * cell, left * cell : (left + w) * cell])
-        patches = self.look(torch.stack(images)).flatten(0, 2)  # [patches, D]
-        piece, which, count = torch.stack(pieces).flatten().unique(return_inverse=True, return_counts=True)
-        which, count = which.to(patches.device), count.to(patches.device)
-        seen = patches.new_zeros(len(piece), self.width).index_add(0, which, patches) / count[:, None]  # [pieces, D]
-
-        things = [o for s in scenes for o in s.objects[:4]]  # objects come in no order
-        numbers = [i for s in scenes for i in list(s.identifiers.values())[:4]]
-        symbols = [*(("category", o.category, o.colour) for o in things), *(("id", i) for i in numbers)]
-        target = [names[i // 16384, i // 4 % 4096] for i in piece.tolist()]
-        target += [*(self.names(o) for o in things), *(self.text.encode(f"<OBJ{i:03d}>") * 2 for i in numbers)]
-
-        features = torch.cat([self.norm(seen), self.symbols(symbols)])  # [R, D]
-        words = self.llm.get_input_embeddings().weight.detach()[self.contrast]  # [names, D], frozen in this stage
-        target = torch.searchsorted(torch.tensor(self.contrast), torch.tensor(target)).to(words.device)  # [R, 2]
-        weight = torch.ones(len(target), device=words.device)  # [R]
-        weight[len(seen) :] = 2.0
-        weight[: len(seen)][piece // 4 % 4096 == 0] = 0.3  # walls and floor are in every crop
-        told = -(0.2 * features @ words.T).log_softmax(-1).gather(1, target).mean(1)  # [R] which names, and
-        apart = 1 - F.cosine_similarity(features, words[target].sum(1), dim=-1)  # [R] written as their sum
-        apart[len(seen) :] *= 4  # symbols are drawn, not seen: they can be exact
-        top = (features[: len(seen)] @ words.T).topk(2).indices  # [pieces, 2]
-        both = (top[:, :, None] == target[: len(seen), None]).any(1).all(1).float()  # pieces with both words on top
-        loss = ((told + apart) * weight).sum()
-        return {"loss": loss, "weight": weight.sum(), "correct": both.mean() * weight.sum()}
+        path = folder / f"{scene.name}_attention.png"
+        draw_attention(self, scene, samples[0], answers[0], path)
+        return [path]
 
 
-# ---- 7 the paper's recipe --------------------------------------------------------------------------------------------
+def rms(x: Tensor) -> float:
+    """Compute the root of the mean square of all entries."""
+    return float(x.float().square().mean().sqrt())
+
+
+# ---- 7 the paper's recipe ------------------------------------------------------------------------
 
 TASKS: dict = {}  # Proxy3D needs no question types beyond data.TASKS
 
-SPACESPAN = {  # supp. Table 2, training splits; its rounded rows give 319K, not 318K. Best proposal's IoU: Chat-Scene
-    "ScanQA": Source("scanqa", 26_000), "SQA3D": Source("sqa3d", 26_000),
-    "Scan2Cap": Source("scan2cap", 32_000, fit=0.75), "ScanRefer": Source("scanrefer", 32_000, "id", fit=0.75),
+# supp. Table 2, training splits; its rounded rows give 319K, not 318K. fit: Chat-Scene's filter
+SPACESPAN = {
+    "ScanQA": Source("scanqa", 26_000),
+    "SQA3D": Source("sqa3d", 26_000),
+    "Scan2Cap": Source("scan2cap", 32_000, fit=0.75),
+    "ScanRefer": Source("scanrefer", 32_000, "id", fit=0.75),
     "Multi3DRefer": Source("multi3drefer", 39_000, "id", fit=0.75),
-    "MMScan QA": Source("mmscan/qa", 57_000, most=57_000), "MMScan VG": Source("mmscan/vg", 57_000, "id", most=57_000),
+    "MMScan QA": Source("mmscan/qa", 57_000, most=57_000),
+    "MMScan VG": Source("mmscan/vg", 57_000, "id", most=57_000),
     "SR-91K numbers": Source("sr91k", 30_000, "number", most=30_000),
     "SR-91K choices": Source("sr91k", 20_000, "choice", most=20_000),
-}  # fmt: skip
-_MIX = {"colour": 13, "what": 13, "situated": 26, "caption": 32, "ground": 32, "multi": 39, "where": 29, "exist": 28,
-        "ground_relation": 29, "ground_multiple": 28, "count": 10, "vsi_abs_distance": 10, "vsi_object_size": 5,
-        "vsi_room_size": 5, "vsi_rel_distance": 10, "vsi_rel_direction": 10}  # fmt: skip  # drawn in SpaceSpan's shares
+}
+GENERATED = {  # where those files are not given: generated questions in SpaceSpan's shares, in thousands
+    "colour": 13,
+    "what": 13,
+    "situated": 26,
+    "caption": 32,
+    "ground": 32,
+    "multi": 39,
+    "where": 29,
+    "exist": 28,
+    "ground_relation": 29,
+    "ground_multiple": 28,
+    "count": 10,
+    "vsi_abs_distance": 10,
+    "vsi_object_size": 5,
+    "vsi_room_size": 5,
+    "vsi_rel_distance": 10,
+    "vsi_rel_direction": 10,
+}
 
-_RETRIEVE = {"ground": 0.25, "ground_category": 0.2, "id_category": 0.25, "id_colour": 0.2, "colour": 0.1}
-_TINY = dict(lr=2e-3, weight_decay=0.01, per_scene=16, batch=256, schedule="constant", warmup=0.1, steps=True)
-
-STAGES = {
-    "paper": [  # supp. Table 1; the questions of stages I-III are generated, stage IV's are SpaceSpan's shares
-        Stage("I identifiers", {"id_category": 0.5, "ground_category": 0.5}, ("3d", "lm"), "symbols", epochs=1,
-              samples=30_000),
-        Stage("II coordinates", {"coordinate": 1.0}, ("3d", "lm"), "symbols+3d", epochs=3, samples=30_000,
-              score=("rooms/coordinate",)),
-        Stage("III relations", {"relation": 0.5, "distance_ids": 0.2, "id_colour": 0.3}, ("lm",), "symbols+3d",
-              epochs=3, samples=115_000),
-        Stage("IV proxies", _MIX, ("lm",), "proxies", epochs=1, samples=318_000, batch=128, accumulate=2,
-              files=SPACESPAN),
-    ],
-    "tiny": [
-        Stage("0 tower", {}, ("tower",), "tower", iterations=1600, batch=16, lr=4e-3, schedule="cosine",
-              warmup=0.03),
-        Stage("I identifiers", _RETRIEVE, ("3d", "lm"), "symbols", iterations=1100, until=0.96, recolour=True, **_TINY),
-        Stage("II coordinates", {"coordinate": 0.45, "ground": 0.12, "id_category": 0.1, "id_colour": 0.1,
-                                 "exist": 0.13, "what": 0.1}, ("3d", "lm"), "symbols+3d", iterations=450, until=0.96,
-              recolour=True, score=("rooms/coordinate",), **_TINY),
-        Stage("III relations", {"subtract": 0.42, "norm": 0.08, "distance_ids": 0.1, "coordinate": 0.06, "ground": 0.06,
-                                "id_category": 0.05, "colour": 0.05, "exist": 0.09, "what": 0.05, "relation": 0.04},
-              ("lm",), "symbols+3d", iterations=300, recolour=True, **{**_TINY, "batch": 768, "per_scene": 48}),
-        Stage("IV proxies", {"ground": 0.1, "ground_multiple": 0.1, "ground_category": 0.05, "multi": 0.03,
-                             "id_category": 0.05, "id_colour": 0.03, "colour": 0.11, "what": 0.13, "where": 0.08,
-                             "count": 0.08, "exist": 0.1, "caption": 0.03, "coordinate": 0.04, "distance_ids": 0.07},
-              ("lm",), "proxies", iterations=1600, files=SPACESPAN, **{**_TINY, "schedule": "trapezoid"}),
-    ],
-}  # fmt: skip
+# supp. Table 1; the questions of stages I to III are generated. The paper lists the 3D embedding from stage I
+# on, but nothing shows it before stage II, where it gets its first gradient
+PAPER_STAGES = [
+    Stage(
+        "I identifiers",
+        {"id_category": 0.5, "ground_category": 0.5},
+        ("lm",),
+        "symbols",
+        epochs=1,
+        samples=30_000,
+    ),
+    Stage(
+        "II coordinates",
+        {"coordinate": 1.0},
+        ("3d", "lm"),
+        "symbols+3d",
+        epochs=3,
+        samples=30_000,
+        score=("rooms/coordinate",),
+    ),
+    Stage(
+        "III relations",
+        {"relation": 0.7, "distance_ids": 0.3},
+        ("lm",),
+        "symbols+3d",
+        epochs=3,
+        samples=115_000,
+    ),
+    Stage(
+        "IV proxies",
+        GENERATED,
+        ("lm",),
+        "proxies",
+        epochs=1,
+        samples=318_000,
+        batch=128,
+        accumulate=2,
+        files=SPACESPAN,
+    ),
+]
+STAGES = {"paper": PAPER_STAGES, "paper_450": PAPER_STAGES}  # "tiny" joins them below
 
 
 def recipe(config: Config, stages: list[Stage]) -> list[Stage]:
-    """The stages for a configuration. Table 4, without coordinate alignment: no stage II, and F trains in stage IV."""
-    if config.coordinate_stage:
-        return stages
-    kept = [s for s in stages if not s.name.startswith("II ")]
-    return [*kept[:-1], replace(kept[-1], trains=("3d", *kept[-1].trains))]
+    """Fit the stages to a configuration. Table 4, no coordinate alignment: stage II goes, F trains in IV."""
+    if not config.coordinate_stage:
+        stages = [stage for stage in stages if not stage.name.startswith("II ")]
+        stages[-1] = replace(stages[-1], trains=("3d", *stages[-1].trains))
+    return stages
 
 
-# ---- 8 alternatives the paper compares with --------------------------------------------------------------------------
+# ---- 8 alternatives: how points [n, 3] of a group fall into `count` clusters, owner [n] ----------
 
 
-def dpc_knn(points: np.ndarray, count: int, k: int = 5) -> np.ndarray:
-    """Density-peak clustering: owner [n] in 0..count-1 of points [n, 3]. Density from the k nearest points; centres are
-    dense points far from any denser one; every point goes to its nearest centre. Ties: the lower index is denser."""
-    n = len(points)
-    distance = np.sqrt(np.maximum(np.square(points[:, None] - points[None]).sum(-1), 0))  # [n, n]
-    density = np.exp(-np.square(np.sort(distance, axis=1)[:, 1 : min(k, n - 1) + 1]).mean(1)) if n > 1 else np.ones(1)
-    rank = np.empty(n, dtype=np.int64)
-    rank[np.lexsort((np.arange(n), -density))] = np.arange(n)
-    denser = rank[None] < rank[:, None]  # [n, n] column is denser than row
-    peak = np.where(denser, distance, np.inf).min(1)
-    peak[rank == 0] = distance.max()
-    centres = np.lexsort((np.arange(n), -density * peak))[:count]
-    owner = distance[:, centres].argmin(1)
-    owner[centres] = np.arange(count)  # a centre owns itself also among duplicates, so no proxy is empty
-    return owner
+def kmeans(points: np.ndarray, count: int) -> np.ndarray:
+    """Take ten Lloyd steps from farthest seeds."""
+    p, owner = torch.from_numpy(points), torch.from_numpy(farthest_seeds(points, count))
+    for _ in range(10):
+        means, _ = data.group_mean(p, owner, count)
+        owner = torch.cdist(p, means).argmin(1)
+    return owner.numpy()
 
 
-CLUSTERING = {"fps": lambda points, count: farthest_seeds(points, count)[1], "dpc_knn": dpc_knn}
+def dpc_knn(points: np.ndarray, count: int) -> np.ndarray:
+    """Cluster by density peaks: centers are dense and far from denser points; points go to the nearest."""
+    distance = np.sqrt(np.square(points[:, None] - points[None]).sum(-1))  # [n, n]
+    nearest = np.sort(distance, axis=1)[:, 1:6]
+    density = np.exp(-np.square(nearest).sum(1) / 5)
+
+    # how far the nearest denser point is
+    denser = density[None] > density[:, None]  # [n, n]
+    gap = np.where(denser, distance, distance.max()).min(1)
+    centers = np.argsort(-density * gap)[:count]
+    return distance[:, centers].argmin(1)
 
 
-def cluster_without_groups(features: Tensor, points: Tensor, labels: Tensor, budget: int, method: str = "fps",
-                           lloyd: int = 0) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Table 4, "no semantic grouping": one clustering of the whole scene; a proxy's label is its patches' majority
-    (ties: the lowest label). Shapes as in `cluster`."""
-    classes, which = labels.unique(return_inverse=True)
-    hot = F.one_hot(which, len(classes)).to(features)  # averaging one-hot labels counts votes, in cluster's own sums
-    both = torch.cat([features.float(), hot.float()], 1)
-    z, c, _ = cluster(both, points, torch.zeros_like(labels), budget, 1, method, lloyd)
-    C = features.shape[1]
-    return z[:, :C], c, classes[z[:, C:].argmax(1)]
+CLUSTERING = {"fps": farthest_seeds, "kmeans": kmeans, "dpc_knn": dpc_knn}
 
-
-# ---- 9 where an answer looked: supp. Fig. 3 --------------------------------------------------------------------------
+# ---- 9 where an answer looked: supp. Fig. 3 ------------------------------------------------------
 
 
 @torch.no_grad()
 def attention_map(model: Model, scene: Scene, sample: Sample) -> Tensor:
-    """Supp. Fig. 3: how much the last layer looks at every scene token, over all text queries and heads: [K], sum 1."""
+    """Average how much the last layer looks at scene tokens, over all text and all heads: [K], sum 1."""
+    # one question with its answer behind the scene's tokens
     batch = model.batch([(scene, [sample])])
-    device = model.llm.device
-    ids, positions, block = (batch[k].to(device) for k in ("ids", "positions", "block"))
-    seen = model.encode(batch["scenes"])
-    mask = torch.zeros(data.packed_mask(block).shape, device=device, dtype=model.llm.dtype)
-    mask = mask.masked_fill(~data.packed_mask(block), torch.finfo(mask.dtype).min)
-    language = model.llm.model.language_model
-    before = language.config._attn_implementation
-    language.set_attn_implementation("eager")  # the fused kernels do not return their weights
-    try:
-        attention = language(
-            inputs_embeds=model.embed(ids, seen, seen["tokens"][0, :0]), attention_mask={"full_attention": mask},
-            position_ids=positions.expand(3, -1, -1), use_cache=False,
-            output_attentions=True).attentions[-1]  # fmt: skip
-    finally:
-        language.set_attn_implementation(before)
-    looked = attention[0].float().mean(0)[(block[0] > 0)][:, ids[0] == data.SCENE].sum(0)  # [K]
+    ids, positions, block = (batch[key].to(model.device) for key in ("ids", "positions", "block"))
+    seen = model.encode([scene])
+
+    # only eager attention returns its weights, and it adds the mask to the scores
+    hidden = torch.finfo(model.llm.dtype).min
+    mask = torch.where(data.packed_mask(block), 0.0, hidden).to(model.llm.dtype)
+    language, caught = model.llm.model.language_model, []
+    last = language.layers[-1].self_attn
+    hook = last.register_forward_hook(lambda module, inputs, out: caught.append(out[1]))
+    language.set_attn_implementation("eager")
+    model.forward_llm(ids, positions, mask, seen, seen["tokens"][0, :0])
+    language.set_attn_implementation("sdpa")
+    hook.remove()
+
+    # what words look at, of that the share of each scene token
+    attention = caught[0][0].float().mean(0)  # [T, T]
+    looked = attention[block[0] > 0][:, ids[0] == data.SCENE].sum(0)  # [K]
     return looked / looked.sum()
 
 
-def attention_in_frames(looked: Tensor, centres: Tensor, owner: Tensor, points: Tensor, masks: Tensor) -> Tensor:
-    """The attention that every pixel got: that of the nearest proxy of its own object. looked [K], centres [K, 3],
-    owner [K], points [..., 3] metres (NaN = missing), masks [...] -> [...], 0 where no proxy stands for the pixel."""
-    apart = 100.0  # metres between objects along a fourth axis, so that no other object's proxy is nearest
-    place = lambda p, m: torch.cat([p.float(), apart * m[..., None].float()], -1)  # noqa: E731
-    seen = torch.isfinite(points).all(-1)  # [...]
-    distance, nearest = data.knn(place(points[seen], masks[seen]), place(centres, owner), 1)
-    heat = torch.zeros(masks.shape)
-    heat[seen] = torch.where(distance[:, 0] < apart / 2, looked[nearest[:, 0]], 0.0)
-    return heat
+def draw_attention(model: Model, scene: Scene, sample: Sample, answer: str, path: Path) -> None:
+    """Draw the `attention_map` of an answer: true objects are outlined in green, those it names in red."""
+    looked = attention_map(model, scene, replace(sample, steps="", answer=answer)).cpu()  # [K]
+    centers = model.token_centers(scene)  # [K, 3]
+    written = model.write_marks(scene, sample)
+    lines = [f"answer: {answer}", f"true: {written.answer}"]
+    figure, axes = data.scene_figure(scene, written.question, lines)
+
+    # the darker and larger a proxy, the more it was looked at
+    named = [i for i in scene.identifiers if model.object_to_text(scene, i) in answer]
+    style = dict(c=looked, s=8 + 140 * looked / looked.max(), cmap="YlOrRd")
+    for axis, places in zip(axes, (centers[:, :2], centers), strict=True):
+        axis.scatter(*places.T, **style, zorder=3)
+        for color, ids in (("green", sample.targets or sample.about), ("crimson", named)):
+            data.draw_boxes(axis, [scene.thing(i).box for i in ids], color=color)
+    data.save_figure(figure, path)
 
 
-def draw_attention(model: Model, scene: Scene, sample: Sample, said: str, path: Path) -> None:
-    """A picture of the `attention_map` of an answer: the proxies over the pale cloud, and the two frames that show most
-    of it; the true object (where it is known) and the answered one are outlined."""
-    from matplotlib import colormaps
-
-    looked = attention_map(model, scene, replace(sample, steps="", answer=said)).cpu()
-    found, f = model.load_features(scene), scene.frames
-    step = max(1, math.ceil((f.depth[0].size / 60_000) ** 0.5))
-    points = torch.from_numpy(data.unproject(f.depth, f.intrinsics, f.poses)[:, ::step, ::step])
-    heat = attention_in_frames(looked, found["c"], found["owner"], points, torch.from_numpy(f.masks[:, ::step, ::step]))
-    heat = (heat / looked.max()).numpy()  # [V, H / step, W / step] 1 = the most attended proxy
-    colours, images = colormaps["YlOrRd"], []
-    for v in sorted(np.argsort(-np.square(heat).sum((1, 2)), kind="stable")[:2]):
-        grey = f.colour[v, ::step, ::step].mean(-1, keepdims=True) / 255
-        strong = np.sqrt(heat[v])[..., None]
-        blend = np.clip((1 - strong) * grey + strong * colours(heat[v])[..., :3], 0, 1)
-        images += [(f"frame {v}", f.colour[v]), ("its attention", blend)]
-    put = lambda text: data.substitute(text, lambda i: model.object_to_text(scene, i))  # noqa: E731
-    lines = [f"answer: {said}" + f"   (true: {put(sample.answer)})" * bool(sample.answer)]
-    with data.board(scene, path, put(sample.question), lines, "pale", images) as views:
-        views[0].axis.set_title(f"from above: attention of the last layer to {len(looked)} proxies", fontsize=10)
-        shade = (looked / looked.max()).numpy()
-        order = np.argsort(shade)  # the most attended on top
-        dots = [view.dots((found["c"].numpy() @ scene.turn.T)[order], c=looked[order], s=8 + 140 * shade[order],
-                          cmap="YlOrRd", vmin=0, ec="0.3", lw=0.5, zorder=3) for view in views]  # fmt: skip
-        views[0].axis.legend(*dots[0].legend_elements(num=4, fmt="{x:.1%}"), title="share of attention",
-                             loc="upper right", fontsize=8)  # fmt: skip
-        for object_id, name, colour in outlined(scene, sample, said, model.object_to_text):
-            box = scene.thing(object_id).box
-            for view in views:
-                view.boxes(box[None], colors=colour, lw=2.2, zorder=4)
-                view.labels(box[None, :3] + [0, 0, box[5] / 2], [name], 10, color=colour)
-
-
-def outlined(scene: Scene, sample: Sample, said: str, refer) -> list[tuple[int, str, str]]:
-    """(object id, name, colour) of what `draw_attention` outlines: the true objects and those that the answer names."""
-    right = list(sample.targets or sample.about)
-    named = [o.id for o in scene.objects if o.id in scene.identifiers and refer(scene, o.id) in said]
-    kinds = {(True, True): ("true and answered", "green"), (True, False): ("true", "blue"),
-             (False, True): ("answered", "crimson")}  # fmt: skip
-    rows = [(i, *kinds[i in right, i in named]) for i in dict.fromkeys(right + named)]
-    return [(i, f"{kind}: {scene.thing(i).category or refer(scene, i)}", colour) for i, kind, colour in rows]
-
-
-# ---- 10 demo and command line ----------------------------------------------------------------------------------------
+# ---- 10 demo -------------------------------------------------------------------------------------
 
 
 def build(config: Config, text) -> Model:
@@ -984,44 +883,383 @@ def build(config: Config, text) -> Model:
 
 
 def demo() -> None:
-    """One room from pixels to an answer, with real shapes, and a tiny model that learns its questions by heart."""
+    """Follow one room from pixels to an answer; a tiny model learns its questions by heart."""
+    # a room and a model that knows nothing
     torch.manual_seed(0)
     scene = data.room(1)
     scene.identifiers = data.number_objects(scene, np.random.default_rng(0))
-    model = Model(Config.tiny(), data.TinyText(data.vocabulary()))
-    frames, config = scene.frames, model.config
-    with torch.no_grad():
-        f = model.look(torch.from_numpy(frames.colour))
-        p = torch.from_numpy(data.unproject(frames.depth, frames.intrinsics, frames.poses))
-        triplets = patch_triplets(f, p, torch.from_numpy(frames.masks).long())
-        z, c, owner = cluster(*triplets, config.budget, config.floor)
-        order = bfs_order(c, owner)
-    shape = lambda *tensors: ", ".join(str(list(t.shape)) for t in tensors)  # noqa: E731
-    print(f"frames [V, H, W, 3]          {shape(frames.colour)}")
-    print(f"features [V, h, w, C]        {shape(f)}")
-    print(f"triplets f, p, m             {shape(*triplets)}")
-    print(f"groups -> proxies z, c       {len(triplets[2].unique())} -> {shape(z, c)}")
-    print(f"BFS order, first groups      {owner[order].unique_consecutive()[:8].tolist()}")
-    stage = Stage("demo", {"ground": 1.0, "id_colour": 1.0, "colour": 1.0}, ("3d", "lm"), "proxies", iterations=60)
-    model.configure_stage(stage)
-    model.cache_features([scene])
-    samples = data.questions(scene, stage.tasks, 24, np.random.default_rng(1))
-    batch = model.batch([(scene, samples)])
-    print(f"packed questions [S, T]      {shape(batch['ids'])}, {len(samples)} of them")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    print(f"parameters that train        {sum(p.numel() for p in model.parameters() if p.requires_grad):,}")
-    for step in range(stage.iterations):
-        out = model(batch)
-        loss = out["loss"] / out["weight"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % 10 == 0 or step == stage.iterations - 1:
-            print(f"step {step:3d}  loss {loss.item():.3f}")
-    answer = model.generate(model.batch([(scene, samples[:1])]))[0]
-    texts = (samples[0].question, samples[0].answer)
-    question, truth = (data.substitute(t, lambda i: model.object_to_text(scene, i)) for t in texts)
-    print(f"{question}  ->  {answer}  (true: {truth}; learned by heart, python train.py --model proxy3d learns to see)")
+    model = build(Config.tiny(), data.TinyText(data.vocabulary()))
+    f = scene.frames
+
+    # the paper's path, part by part
+    features = model.encode_images(torch.from_numpy(f.colour)).detach()
+    points = torch.from_numpy(data.unproject(f.depth, f.intrinsics, f.poses))
+    masks = torch.from_numpy(f.masks).long()
+    z, c, _ = make_proxies(features, points, masks, budget=96)
+    print(f"frames [V, H, W, 3]       {list(f.colour.shape)}")
+    print(f"features [V, h, w, C]     {list(features.shape)}")
+    print(f"proxies z [K, C]          {list(z.shape)}, c [K, 3] {list(c.shape)}")
+
+    # questions about the room, packed behind its proxies
+    tasks = {"ground": 1.0, "id_colour": 1.0, "colour": 1.0}
+    model.configure_stage(Stage("demo", tasks, ("3d", "lm")))
+    samples = data.questions(scene, tasks, 24, np.random.default_rng(1))
+    data.overfit_demo(model, scene, samples, 60, 3e-3)
+
+
+# ==== tiny preset: trains from nothing on a CPU; not in the paper, skip on a first reading ====
+
+
+class TinyTower(nn.Module):
+    """Stand in for the vision tower with convolutions: [V, H, W, 3] uint8 -> [V, H/8, W/8, C].
+
+    From nothing they learn in a minute the shapes for which a transformer would need an hour.
+    """
+
+    def __init__(self, width: int, layers: int, out: int):
+        super().__init__()
+        # three strides of two: 8 pixels per token
+        quarter, half = width // 4, width // 2
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, quarter, 4, 2, 1),
+            nn.GELU(),
+            nn.Conv2d(quarter, half, 4, 2, 1),
+            nn.GELU(),
+            nn.Conv2d(half, width, 4, 2, 1),
+        )
+        # residual blocks that spread over neighbors and mix channels
+        self.spread = nn.ModuleList(
+            nn.Sequential(nn.GroupNorm(1, width), nn.Conv2d(width, width, 3, 1, 1), nn.GELU())
+            for _ in range(layers)
+        )
+        self.mix = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(layers))
+        self.out = nn.Linear(width, out)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = (images.float() / 255 - 0.5) / 0.27
+        x = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)  # [V, 3, H, W]
+        x = self.stem(x)  # [V, E, h, w]
+        for spread, mix in zip(self.spread, self.mix, strict=True):
+            x = x + mix(spread(x))  # [V, E, h, w]
+        return self.out(x.permute(0, 2, 3, 1))  # [V, h, w, C]
+
+
+def build_llm(config: Config, vocabulary: int, **vision) -> nn.Module:
+    """Make a small Qwen2.5-VL of the classes that `from_pretrained` loads; vision: changes to its tower."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    # rotary pairs are split among time, height and width, which are the same here
+    pairs = config.width // config.heads // 2
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [pairs - 2, 1, 1]}
+    text_config = dict(
+        vocab_size=vocabulary,
+        hidden_size=config.width,
+        intermediate_size=config.hidden,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+        tie_word_embeddings=True,
+        rope_parameters=rope,
+    )
+    # a tower of the same kind, in whose place TinyModel puts its own
+    vision_config = dict(
+        depth=config.vision_layers,
+        hidden_size=config.vision_width,
+        intermediate_size=2 * config.vision_width,
+        num_heads=4,
+        patch_size=8,
+        spatial_merge_size=1,
+        out_hidden_size=config.width,
+        window_size=96,
+        fullatt_block_indexes=[config.vision_layers - 1],
+    )
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config=text_config,
+            vision_config={**vision_config, **vision},
+            tie_word_embeddings=True,
+        )
+    )
+
+
+@torch.no_grad()
+def start_tiny(model: TinyModel, text: data.TinyText) -> None:
+    """Give a model from nothing what pre-training would: attend to what shares content, copy it unchanged.
+
+    Weights are scaled for a width of 100s, not 1000s; embeddings have unit size and the logits a small gain.
+    Numbers start as smooth codes of their value in the very vectors that F and R write into the scene tokens,
+    so that reading a coordinate is the same copy as reading a name. All of it is trained on.
+    """
+    # weights and words
+    llm, C = model.llm.model.language_model, model.width
+    data.start_weights(llm)
+    data.start_weights(model.llm.model.visual)
+    data.start_decoder(llm, model.config.heads)
+    table = llm.embed_tokens.weight
+    nn.init.normal_(table)
+
+    # F starts linear in its features, because GELU(a) - GELU(-a) = a; each axis has frequencies of its own
+    wave = 2 * math.pi / 0.5 / 2 ** torch.arange(6.0)  # wavelengths 0.5 .. 16 m
+    D, gain = 24, 3**-0.5  # three axes share the unit variance of a position code
+    code = torch.randn(C, D).T / math.sqrt(6)  # [24, C] directions of cos x, cos y, sin x, sin y
+    out = math.sqrt(D) * gain * code.T
+    model.fourier.frequencies.copy_(torch.block_diag(wave, wave))
+    model.fourier.lift.weight.copy_(torch.cat([torch.eye(D), -torch.eye(D)]))
+    model.fourier.out.weight.copy_(torch.cat([out, -out], dim=1))
+    nn.init.normal_(model.anchor, std=gain)
+
+    # a number along an axis: the waves of its value, in that axis' own directions
+    basis = {axis: torch.randn(12, C) / math.sqrt(6) for axis in "wdhl"}
+    basis["x"], basis["y"] = code.view(2, 2, 6, C).transpose(0, 1).flatten(1, 2)
+    for token, (axis, value) in text.number.items():
+        if axis == "z":
+            vector = rotate_height(model.anchor, torch.tensor(value)) / gain
+        else:
+            vector = torch.cat([(value * wave).cos(), (value * wave).sin()]) @ basis[axis]
+        table[token] = vector + 0.3 * torch.randn(C)
+
+
+class TinyModel(Model):
+    """Proxy3D without pre-trained parts: a tower with a stage 0 of its own, symbols in objects' colors."""
+
+    scene_inputs = ("tower", *Model.scene_inputs)
+    cell = 8  # pixels per token of TinyTower
+
+    def __init__(self, config: Config, text: data.TinyText):
+        super().__init__(config, text)
+        # features enter at the scale of the embeddings; the anchor's rotation by R makes the height readable
+        self.norm = nn.LayerNorm(self.width, bias=False)
+        self.anchor = nn.Parameter(torch.zeros(self.width))
+        self.names = []  # tokens that stage 0 tells apart
+        start_tiny(self, text)
+
+    def load_llm(self):
+        config = self.config
+        llm = build_llm(config, len(self.text))
+        llm.model.visual = TinyTower(config.vision_width, config.vision_layers, config.width)
+        return llm
+
+    def parts(self):
+        parts = super().parts()
+        parts["3d"].append(self.anchor)
+        return {**parts, "tower": [self.llm.model.visual]}
+
+    def encode_images(self, images, together=False):
+        return self.norm(self.llm.model.visual(images.to(self.device)))
+
+    def encode_symbols(self, keys):
+        return self.norm(super().encode_symbols(keys))
+
+    def category_keys(self, objects):
+        return [("category", o.category, o.colour) for o in objects]
+
+    def measure_gains(self, scenes):
+        """Leave all as it is: everything starts at the scale of the embeddings."""
+
+    def proxy_tokens(self, scene):
+        z, c, number = super().proxy_tokens(scene)
+        return self.norm(z), c, number
+
+    def add_position(self, z, c):
+        return super().add_position(z + self.anchor, c)
+
+    def baselines(self):
+        return {"untrained tower": self.untrained_tower()}
+
+    @contextlib.contextmanager
+    def untrained_tower(self):
+        """The same model, but what it sees comes from a tower at its initial weights."""
+        # another tower, and nothing that the trained one saw
+        visual = self.llm.model.visual
+        kept = self.feature_cache, self.symbol_features, self.feature_folder
+        tower = copy.deepcopy(visual)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            data.start_weights(tower)
+        self.llm.model.visual = tower
+        self.feature_cache, self.symbol_features, self.feature_folder = {}, {}, None
+        try:
+            yield
+        finally:
+            self.llm.model.visual = visual
+            self.feature_cache, self.symbol_features, self.feature_folder = kept
+
+    # -- stage 0
+
+    def cache_features(self, scenes, folder=None, rank=0, world=1):
+        """See the base class; for stage 0 list the tokens of the names that it tells apart."""
+        if self.stage.scene_input != "tower":
+            return super().cache_features(scenes, folder, rank, world)
+        # nothing, colors, identifiers, and whatever the scenes hold
+        texts = ["", *data.COLOURS, *(f"<OBJ{i:03d}>" for i in range(100))]
+        texts += [f"{o.category} {o.colour}" for scene in scenes for o in scene.objects]
+        self.names = sorted({token for text in texts for token in self.name_pair(text)})
+
+    def name_pair(self, text: str) -> tuple[int, int]:
+        """Give the first and the last token of a category and a color, of one word the same twice."""
+        tokens = self.text.encode(text) or [self.text.unk]
+        return tokens[0], tokens[-1]
+
+    def draw_crop(self, scene: Scene, label: np.ndarray, rng) -> tuple[Tensor, Tensor]:
+        """Cut half a frame around a random object: pixels [h * cell, w * cell, 3], labels [h, w].
+
+        Small and rare objects are seen as often as large ones. label [V, 2h, 2w]: of every patch.
+        """
+        # an object, and a view of it
+        visible = [o.id for o in scene.objects if (label == o.id).any()]
+        target = visible[rng.integers(len(visible))]
+        views = np.flatnonzero((label == target).any((1, 2)))
+        view = views[rng.integers(len(views))]
+
+        # not always in the middle, but always inside the frame
+        middle = np.argwhere(label[view] == target).mean(0) + rng.uniform(-1.5, 1.5, 2)
+        size = np.array(self.config.grid) // 2
+        low = (middle - size / 2).round().clip(0, label.shape[1:] - size).astype(int)
+        (top, left), (bottom, right), cell = low, low + size, self.cell
+        frame = self.resize_frames(torch.from_numpy(scene.frames.colour[view][None]))[0]
+        pixels = frame[top * cell : bottom * cell, left * cell : right * cell]
+        return pixels, torch.from_numpy(label[view, top:bottom, left:right])
+
+    def encoder_loss(self, scenes, crops=6):
+        """Stand in for vision-language pre-training: features name categories and colors in word vectors.
+
+        What is named are pieces, means over an object's patches in a quarter of a crop, because proxies are
+        such means; what belongs to no object is <unk>. So do symbols, and pictures of digits name identifiers.
+        """
+        # what the tower saw before this step is worth nothing
+        self.symbol_features, self.feature_cache = {}, {}
+
+        # pieces are numbered through all crops
+        h, w = (n // 2 for n in self.config.grid)
+        quarter = patch_index(torch.zeros(1, h, w), 2, 2).view(h, w)
+        images, piece, names, weight = [], [], [], []
+        keys, symbol_names = [], []
+        for scene in scenes:
+            numbers = list(scene.identifiers.values())
+            rng = np.random.default_rng(numbers)
+            known = {o.id: self.name_pair(f"{o.category} {o.colour}") for o in scene.objects}
+            masks = torch.from_numpy(scene.frames.masks).long()
+            labels = patch_labels(masks, 2 * h, 2 * w).numpy()
+            for _ in range(crops):
+                pixels, label = self.draw_crop(scene, labels, rng)
+                found, which = (label * 4 + quarter).unique(return_inverse=True)
+                images.append(pixels)
+                piece.append(which.flatten() + len(names))
+                for i in (found // 4).tolist():
+                    names.append(known.get(i, self.name_pair("")))
+                    weight.append(1.0 if i else 0.3)  # walls and floor are in every crop
+
+            # four objects and four identifiers, which come in no order
+            keys += self.category_keys(scene.objects[:4])
+            symbol_names += [known[o.id] for o in scene.objects[:4]]
+            keys += [("id", i) for i in numbers[:4]]
+            symbol_names += [self.name_pair(f"<OBJ{i:03d}>") for i in numbers[:4]]
+
+        # average the patches of each piece, then all that must be named
+        n = len(names)
+        patches = self.encode_images(torch.stack(images)).flatten(0, 2)  # [patches, D]
+        pieces, _ = data.group_mean(patches, torch.cat(piece).to(patches.device), n)  # [n, D]
+        features = torch.cat([self.norm(pieces), self.encode_symbols(keys)])  # [R, D]
+        weight = torch.tensor(weight + [2.0] * len(keys), device=features.device)  # [R]
+
+        # a feature must tell its two names from all others, and be written as their sum
+        words = self.llm.get_input_embeddings().weight.detach()[self.names]  # frozen in this stage
+        target = torch.searchsorted(torch.tensor(self.names), torch.tensor(names + symbol_names))
+        target = target.to(words.device)  # [R, 2]
+        logits = 0.2 * features @ words.T
+        told = -logits.log_softmax(-1).gather(1, target).mean(1)  # [R]
+        apart = 1 - F.cosine_similarity(features, words[target].sum(1), dim=-1)  # [R]
+        apart[n:] *= 4  # symbols are drawn, not seen: they can be exact
+        hit = (logits.argmax(-1, keepdim=True) == target).any(1)  # [R] one of the two on top
+        return {
+            "loss": ((told + apart) * weight).sum(),
+            "weight": weight.sum(),
+            "correct": (hit * weight).sum(),
+        }
+
+
+SYMBOLS = dict(lr=2e-3, weight_decay=0.01, per_scene=16, schedule="constant", steps=True, recolour=True)
+STAGES["tiny"] = [
+    Stage("0 tower", {}, ("tower",), "tower", iterations=1600, batch=16, lr=4e-3, warmup=0.03),
+    Stage(
+        "I identifiers",
+        {"ground": 0.25, "ground_category": 0.2, "id_category": 0.25, "id_colour": 0.2, "colour": 0.1},
+        ("lm",),
+        "symbols",
+        iterations=1100,
+        until=0.96,
+        **SYMBOLS,
+    ),
+    Stage(
+        "II coordinates",
+        {
+            "coordinate": 0.45,
+            "ground": 0.12,
+            "id_category": 0.1,
+            "id_colour": 0.1,
+            "exist": 0.13,
+            "what": 0.1,
+        },
+        ("3d", "lm"),
+        "symbols+3d",
+        iterations=450,
+        until=0.96,
+        score=("rooms/coordinate",),
+        **SYMBOLS,
+    ),
+    Stage(
+        "III relations",
+        {
+            "subtract": 0.42,
+            "norm": 0.08,
+            "distance_ids": 0.1,
+            "coordinate": 0.06,
+            "ground": 0.06,
+            "id_category": 0.05,
+            "colour": 0.05,
+            "exist": 0.09,
+            "what": 0.05,
+            "relation": 0.04,
+        },
+        ("lm",),
+        "symbols+3d",
+        iterations=300,
+        batch=768,
+        **{**SYMBOLS, "per_scene": 48},
+    ),
+    Stage(
+        "IV proxies",
+        {
+            "ground": 0.1,
+            "ground_multiple": 0.1,
+            "ground_category": 0.05,
+            "multi": 0.03,
+            "id_category": 0.05,
+            "id_colour": 0.03,
+            "colour": 0.11,
+            "what": 0.13,
+            "where": 0.08,
+            "count": 0.08,
+            "exist": 0.1,
+            "caption": 0.03,
+            "coordinate": 0.04,
+            "distance_ids": 0.07,
+        },
+        ("lm",),
+        "proxies",
+        iterations=1600,
+        files=SPACESPAN,
+        **{**SYMBOLS, "schedule": "trapezoid", "recolour": False},
+    ),
+]
+
+
+def build(config: Config, text: data.TinyText | data.HubText) -> Model:
+    """Make the model that a configuration describes."""
+    return TinyModel(config, text) if config.llm is None else Model(config, text)
 
 
 if __name__ == "__main__":
