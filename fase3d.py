@@ -1,68 +1,77 @@
 """Fase3D: Efficient Encoder-Free 3D Large Multimodal Model in the Frequency Domain.
 
-CVPR 2026, arXiv 2602.23153, version 2 (version 1 merged tokens by optimal transport; that is not built here).
-Equation, section and table numbers are the paper's.
+CVPR 2026, arXiv 2602.23153, version 2 (version 1 merged tokens by optimal transport; that is not
+built here). Equation, section and table numbers are the paper's.
 
-Idea. No pre-trained 3D encoder. Points get a small MLP and a Fourier code; superpoints pool them; space-filling curves
-turn the unordered superpoints into sequences, on which a learned gate in the frequency domain spreads context in
-O(n log n); a graph found by voting along the same curves merges them into a few hundred tokens. The language model
-stays frozen: low-rank adapters, one for vision tokens and one for text tokens, and a Fourier filter for vision tokens.
+Idea. No pre-trained 3D encoder. Points get a small MLP and a Fourier code; superpoints pool them;
+space-filling curves turn the unordered superpoints into sequences, on which a learned gate in the
+frequency domain spreads context in O(n log n); a graph found by voting along the same curves merges
+them into a few hundred tokens. The language model stays frozen: low-rank adapters, one for vision
+tokens and one for text tokens, and a Fourier filter for vision tokens.
 
-  points p [N,3], color + normal f [N,6] -> MLP(f) + Fourier(p) -> superpoint mean S [M,d], centers [M,3]      (1)
-    S along 4 curves, windows of 128 -> rFFT * gate -> irFFT -> mean over curves, added to S             (2) (3) (5)
-    all points along the 4 curves, windows of 64 -> votes between superpoints -> k nearest: graph      sec. 3.3, (9)
+  points p [N,3], color + normal f [N,6] -> MLP(f) + Fourier(p) -> mean per superpoint S [M,d]    (1)
+    S along 4 curves, windows of 128 -> rFFT * gate -> irFFT -> mean over curves, added to S  (2)(3)(5)
+    all points along the 4 curves, windows of 64 -> votes between superpoints -> graph   sec. 3.3, (9)
     T seeds -> 1-hop pooling of S -> LayerNorm, phi -> Hilbert order -> MLP adapter -> tokens [T,D]
     a click or box center c [3] with its 16 nearest tokens -> one coordinate token [D]
-  [tokens][coordinate token][question] -> frozen LLM; FFNs of the first 8 layers: dLoRA + filter -> answer       (4)
+  [tokens][coordinate token][question] -> frozen LLM, first 8 FFNs: dLoRA + filter -> answer      (4)
 
-Axes: N points, M superpoints, C curves, W windows, L window length, H heads, T tokens, E edges, P prompts, B scenes,
-d width of the tokenizer, D width of the language model. The tokenizer works scene by scene, so it needs no padding.
+Axes: N points, M superpoints, C curves, W windows, L window length, H heads, T tokens, E edges,
+P prompts, B scenes, d width of the tokenizer, D width of the language model. The tokenizer works
+scene by scene and needs no padding.
 
-| paper                                        | here                                         |
-| sec. 3.1 token initialization, (1)           | fourier_code, superpoint_mean, Initial       |
-| (6) quantization, Morton and Hilbert keys    | quantize, morton, hilbert, CURVES            |
-| (2) (3) (5) FFT context enhancer             | windowed_filter, enhance, Enhancer           |
-| superpoint graph by window voting, (9)-(11)  | vote_graph, nearest_edges                    |
-| token merging: seeds, suppression, pooling   | choose_seeds, graph_pool, Merger             |
-| 3D coordinate token                          | CoordinateToken                              |
-| Fourier-augmented LoRA: filter, dLoRA        | global_filter, FourierFilter, DecoupledLoRA  |
-| (4) loss on answers                          | data.SceneLanguageModel.forward              |
-| two training stages, and from scratch        | STAGES, recipe                               |
-| dense captioning, 48 spectral clusters       | spectral_clusters, Model.propose             |
-| Tables 3, 4, A, C, E: ablations              | Config, SELECTORS, ADAPTERS, FILTERS         |
+| paper                                       | here                                         |
+| sec. 3.1 token initialization, (1)          | fourier_code, superpoint_mean, Initial       |
+| (6) quantization, Morton and Hilbert keys   | quantize, morton, hilbert, CURVES            |
+| (2) (3) (5) FFT context enhancer            | windowed_filter, enhance, Enhancer           |
+| superpoint graph by window voting, (9)-(11) | vote_graph, nearest_edges                    |
+| token merging: seeds, suppression, pooling  | choose_seeds, graph_pool, Merger             |
+| 3D coordinate token                         | CoordinateToken                              |
+| Fourier-augmented LoRA: filter, dLoRA       | global_filter, FourierFilter, DecoupledLoRA  |
+| (4) loss on answers                         | data.SceneLanguageModel.forward              |
+| two training stages, and from scratch       | STAGES, recipe                               |
+| dense captioning, 48 spectral clusters      | spectral_clusters, Model.propose             |
+| Tables 3, 4, A, C, E: ablations             | Config, SELECTORS, ADAPTERS, FILTERS         |
 
 What the paper leaves open, and what we chose
-- d = 768 is a guess: from an LLM of width 2048 to one of 4096 its parameters grow by one map of 768 inputs (10.54 to
-  12.11 M), but its OPT-1.3B, 2048 wide as well, is listed with 9.30 M. The MLP is 6 -> 128 -> d, LayerNorm and GELU
-  after the first map; superpoints are averaged before the second, which is linear: the same for 1/50 of the work.
-- The Fourier code has sin and cos of 100 x / 1000^(i / F) for F = d / 6 frequencies per axis, coordinates scaled to
-  the box of the points drawn; clicks are coded in the same box.
-- Centers are quantized with 10 bits, points with 16; equal keys are ordered by coordinates, so the order of the input
-  matters only between points at exactly the same place.
-- Enhancer: Hann windows before and after the filter, divided by the summed squared window (Hann squared at half overlap
-  does not sum to a constant). A window's mean is taken out first and put back with the gate of frequency zero. The gate
-  is softplus(theta) of every head and frequency; head h starts as a low-pass of its own width. The supplement (D.2) also
-  names linear maps around the FFT and a scorer of curves: neither is built, and (2), (3) have neither.
-- Graph: a window is 32 points before and 32 after its center, a new center every 16 points. Candidates are sorted by
-  squared distance of centers, then votes; k = 8; an edge stays if either end keeps it, with the larger vote.
-- Seeds: farthest points, the first one farthest from the centroid; one per superpoint; a seed next to a kept one gives
-  way to superpoints that no kept seed covers, those with most points first. In a room of 50,000 points that is every
-  second token. The paper says only that duplicate and invalid seeds are removed.
+- d = 768 is a guess: from an LLM of width 2048 to one of 4096 its parameters grow by one map of 768
+  inputs (10.54 to 12.11 M); but OPT-1.3B, 2048 wide as well, is listed with 9.30 M. The MLP is
+  6 -> 128 -> d with LayerNorm and GELU after the first map; superpoints are averaged before the
+  second, which is linear: the same result for 1/50 of the work.
+- The Fourier code has sin and cos of 100 x / 1000^(i / F) for F = d / 6 frequencies per axis,
+  coordinates scaled to the box of the points drawn; clicks are coded in the same box.
+- Centers are quantized with 10 bits, points with 16; equal keys are ordered by coordinates, so that
+  the order of the input matters only between points at exactly the same place.
+- Enhancer: Hann windows before and after the filter, divided by the summed squared window. A
+  window's mean is taken out first and put back with the gate of frequency zero. The gate is
+  softplus(theta) per head and frequency; head h starts as a low-pass of its own width. The
+  supplement (D.2) also names linear maps around the FFT and a scorer of curves; (2) and (3) have
+  neither, nor has this file.
+- Graph: a window is 32 points before and 32 after its center, a new center every 16 points.
+  Candidates are sorted by squared distance of centers, then votes; k = 8; an edge stays if either
+  end keeps it, with the larger vote.
+- Seeds: farthest points, the first one farthest from the centroid; one per superpoint; a seed next
+  to a kept one gives way to superpoints that no kept seed covers, those with most points first: in
+  a room of 50,000 points every second token. The paper removes duplicate and invalid seeds only.
 - Edge weight: max(0, cos(S_i, S_j)) * log(1 + v_ij) / log(1 + largest vote of the scene).
-- A token is LayerNorm(adapter(z)) + the Fourier layer of its position, which also encodes clicks and boxes, so that a
-  place can be found by what it shares with a token. The LayerNorm starts at the size of the LLM's word vectors.
-- Coordinate token: the same Fourier layer of c + MLP([code(c); mean over its 16 nearest merged tokens of z_k +
-  code(c_k - c)]); a box counts by its center. Order: scene, coordinate token, text.
-- LoRA on all linear maps of the FFN (OPT: fc1, fc2), no dropout. The filter acts on what enters the FFN, on scene and
-  coordinate tokens, and starts as the identity. Of its D gains (the paper's count) those of +k and -k act as their mean.
-- Behind the last layer nothing reads vision tokens: if that layer is adapted too, it gets neither vision adapter nor
-  filter, for they could not learn.
-- Gate and gains are vectors to the optimizer, which decays matrices only: decay would open the gate by itself.
-- The LLM is loaded in bfloat16, in which the trainer computes (the paper: float16): no copy of a weight is made.
-- What depends on geometry alone (which points, curves, graph, seeds) is computed once per scene and cached; points are
-  drawn once per scene, not once per step; no rotation by small angles. Mirrored scenes keep the unmirrored curves.
-- Gradient clipping at 0.1 and a warm-up of 10 % are ours; decoding is greedy.
-- A cloud without color is answered by models that saw such clouds in training (`no_color`), and refused by others.
+- A token is LayerNorm(adapter(z)) + the Fourier layer of its position, which also encodes clicks and
+  boxes, so that a place can be found by what it shares with a token. The LayerNorm starts at the
+  size of the LLM's word vectors.
+- Coordinate token: the same Fourier layer of c + MLP([code(c); mean over its 16 nearest merged
+  tokens of z_k + code(c_k - c)]); a box counts by its center. Order: scene, coordinate token, text.
+- LoRA on all linear maps of the FFN (OPT: fc1, fc2), no dropout. The filter acts on what enters the
+  FFN and starts as the identity. Of its D gains (the paper's count) those of frequency +k and -k
+  act as their mean. Behind the last layer nothing reads vision tokens: if that layer is adapted
+  too, it gets neither vision adapter nor filter, for they could not learn.
+- Gate and gains are vectors to the optimizer, which decays matrices only: decay would open the gate
+  by itself. Clipping at 0.1 and a warm-up of 10 % are ours. Decoding is greedy.
+- The LLM is loaded in bfloat16, in which the trainer computes (paper: float16), so that autocast
+  need not copy its weights.
+- What depends on geometry alone (points drawn, curves, graph, seeds) is computed once per scene and
+  cached, so points are drawn once per scene, not once per step. Mirrored scenes keep the curves of
+  the unmirrored one; scenes are not rotated by small angles.
+- A cloud without color is answered by models that saw such clouds in training (`no_color`), and
+  refused by others.
 """
 
 from __future__ import annotations
@@ -79,16 +88,16 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import data
-from data import PROMPT, DataError, Sample, Scene, SceneLanguageModel, Source, Stage, farthest_point_sampling
+from data import PROMPT, DataError, Sample, Scene, SceneLanguageModel, Source, Stage
 
-# ---- configuration ---------------------------------------------------------------------------------------------------
+# ---- configuration -------------------------------------------------------------------------------
 
 
 @dataclass
 class Config:
-    """Every number of the model; `paper()` are the paper's, `tiny()` trains from nothing on a laptop."""
+    """Every number of the model; `paper()` are the paper's, `tiny()` trains from nothing."""
 
-    llm: str | None = None  # name or folder of a causal language model; None: a tiny one, from the last fields
+    llm: str | None = None  # name or folder of a causal language model; None: a tiny one, see below
     dtype: str = "bfloat16"  # in which it is loaded
     points: int = 50_000  # points per scene, drawn uniformly; paper 50,000
     superpoint: bool = True  # False: every point is a superpoint of its own (Table 3)
@@ -124,38 +133,41 @@ class Config:
 
     @classmethod
     def tiny(cls, **changes) -> Config:
-        sizes = dict(points=4096, dim=96, hidden=64, tokens=128, prompt_neighbors=4)
-        llm = dict(rank=32, alpha=32, filter_heads=4, adapted_layers=2)
-        return cls(**{**sizes, **llm, "no_color": 0.05, **changes})
+        tokenizer = dict(points=4096, no_color=0.05, dim=96, hidden=64, tokens=128)
+        llm = dict(prompt_neighbors=4, rank=32, alpha=32, filter_heads=4, adapted_layers=2)
+        return cls(**{**tokenizer, **llm, **changes})
 
     @classmethod
     def paper(cls, **changes) -> Config:
         return cls(**{"llm": "Qwen/Qwen2.5-3B-Instruct", "task": "qa", **changes})
 
 
-# ---- 1 token initialization, Eq. (1) ---------------------------------------------------------------------------------
+# ---- 1 token initialization, Eq. (1) -------------------------------------------------------------
 
 
 def fourier_code(x: Tensor, dim: int) -> Tensor:
-    """Encode coordinates without parameters: sin and cos of 100 x / 1000^(i / F), F = dim / 6 frequencies per axis.
+    """Encode coordinates without parameters, F = dim / 6 frequencies per axis.
 
-    Args: x [..., 3] in the unit of the scene's box, 0..1; dim, a multiple of 6. Returns: [..., dim].
+    sin and cos of 100 x / 1000^(i / F); x [..., 3] in the unit of the scene's box -> [..., dim].
     """
     count = dim // 6
-    frequency = 100 / 1000 ** (torch.arange(count, device=x.device) / count)  # [dim//6]
-    phase = (x.float()[..., None] * frequency).flatten(-2)  # [..., dim//2]
+    frequency = 100 / 1000 ** (torch.arange(count, device=x.device) / count)  # [count]
+    phase = (x.float()[..., None] * frequency).flatten(-2)  # [..., 3*count]
     return torch.cat([phase.sin(), phase.cos()], dim=-1)  # [..., dim]
 
 
 def superpoint_mean(x: Tensor, owner: Tensor) -> Tensor:
-    """Average x [N, d] over the points of each superpoint, Eq. (1); owner [N] of 0..M-1, each present -> [M, d]."""
+    """Average x [N, d] over the points of each superpoint, Eq. (1).
+
+    owner [N] of 0..M-1, each of which must be there. Returns: [M, d].
+    """
     size = torch.bincount(owner)  # [M]
     total = x.new_zeros(len(size), x.shape[1]).index_add(0, owner, x)  # [M, d]
     return total / size[:, None]  # [M, d]
 
 
 def unit_box(points: Tensor, box: Tensor) -> Tensor:
-    """Put points [..., 3] into the unit of a box [2, 3] (low and high corner); an axis without extent is left at 0."""
+    """Put points [..., 3] into the unit of a box [2, 3]; 0 along an axis without extent."""
     return (points - box[0]) / (box[1] - box[0]).clamp(min=1e-6)
 
 
@@ -164,89 +176,82 @@ class Initial(nn.Module):
 
     def __init__(self, channels: int, hidden: int, dim: int):
         super().__init__()
-        self.lift, self.norm = nn.Linear(channels, hidden), nn.LayerNorm(hidden)
+        self.lift = nn.Linear(channels, hidden)
+        self.norm = nn.LayerNorm(hidden)
         self.out = nn.Linear(hidden, dim)
 
     def forward(self, features: Tensor, places: Tensor, owner: Tensor) -> Tensor:
-        """Turn points into superpoints: features [N, channels], places [N, 3] in 0..1, owner [N] -> S [M, d]."""
-        # averaging before the second linear map gives the same, and that map then reads M rows, not N
+        """Pool points: features [N, channels], places [N, 3] in 0..1, owner [N] -> S [M, d]."""
+        # averaging before the second linear map gives the same, and that map then reads M rows
         x = F.gelu(self.norm(self.lift(features)))  # [N, hidden]
         S = self.out(superpoint_mean(x, owner))  # [M, d]
 
-        # codes of all points at once would be the largest tensor of the model: chunk by chunk
+        # the codes of all points would be the largest tensor of the model: chunk by chunk
         code = torch.zeros_like(S)  # [M, d]
         for place, index in zip(places.split(4096), owner.split(4096), strict=True):
             code.index_add_(0, index, fourier_code(place, S.shape[1]))
         return S + code / torch.bincount(owner)[:, None]  # [M, d]
 
 
-# ---- 2 serialization, Eq. (6) ----------------------------------------------------------------------------------------
+# ---- 2 serialization, Eq. (6) --------------------------------------------------------------------
 #
-# A space-filling curve gives every cell of a grid a number, its key, such that near keys are near cells. With one bit
-# per axis the grid has eight cells xyz, and the two curves visit them like this:
+# A space-filling curve gives every cell of a grid a number, its key, such that near keys are near
+# cells. With one bit per axis there are eight cells xyz, and the two curves visit them like this:
 #
 #   key       0    1    2    3    4    5    6    7
-#   Morton   000  100  010  110  001  101  011  111     the bits of x, y, z interleaved: jumps at every carry
-#   Hilbert  000  001  011  010  110  111  101  100     a Gray code: each step changes one axis by one
+#   Morton   000  100  010  110  001  101  011  111   the bits of z, y, x: jumps at every carry
+#   Hilbert  000  001  011  010  110  111  101  100   a Gray code: a step changes one axis by one
 #
-# With more bits each of the eight cells holds eight smaller ones. Hilbert's curve turns and mirrors the small path in
-# each of them such that it ends beside where the next one starts; Morton's repeats it as it is.
+# With more bits each of the eight cells holds eight smaller ones. Hilbert's curve turns and mirrors
+# the path inside each such that it ends beside where the next one starts; Morton's does not.
 
 
 def quantize(points: Tensor, bits: int) -> Tensor:
-    """Divide the cloud's box into 2^bits cells per axis, Eq. (6): points [N, 3] -> cells [N, 3] int32."""
+    """Divide the cloud's box into 2^bits cells per axis, Eq. (6): [N, 3] -> cells [N, 3] int64."""
     points = points.double()
     box = torch.stack([points.amin(0), points.amax(0)])  # [2, 3]
-    return ((2**bits - 1) * unit_box(points, box)).floor().int()  # [N, 3]
+    return ((2**bits - 1) * unit_box(points, box)).floor().long()  # [N, 3]
 
 
-SPREAD = {  # shift -> the bits that stay: five steps that move the 21 low bits of a number three places apart
-    32: 0x1F00000000FFFF, 16: 0x1F0000FF0000FF, 8: 0x100F00F00F00F00F,
-    4: 0x10C30C30C30C30C3, 2: 0x1249249249249249,
-}  # fmt: skip
-
-
-def interleave(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    """Interleave the bits of three numbers [N] of at most 21 bits: bit j of x, y, z goes to 3j, 3j + 1, 3j + 2."""
-    key = torch.zeros_like(x, dtype=torch.long)
-    for axis, value in enumerate((x.long(), y.long(), z.long())):
-        for shift, stays in SPREAD.items():
-            value = (value | (value << shift)) & stays
-        key = key | (value << axis)
+def interleave(axes: Sequence[Tensor], bits: int) -> Tensor:
+    """Interleave the bits of three numbers [N]: bit j of number i goes to bit 3j + i."""
+    key = torch.zeros_like(axes[0])
+    for bit in range(bits):
+        for i, axis in enumerate(axes):
+            key = key | ((axis >> bit) & 1) << (3 * bit + i)
     return key
 
 
 def morton(cells: Tensor, bits: int) -> Tensor:
-    """Compute Z-order keys [N] int64 of cells [N, 3] in 0..2^bits-1."""
-    return interleave(*cells.unbind(1))
+    """Number cells [N, 3] of 0..2^bits-1 in Z-order: keys [N]."""
+    return interleave(cells.unbind(1), bits)
 
 
 def hilbert(cells: Tensor, bits: int) -> Tensor:
-    """Compute Hilbert keys [N] int64 of cells [N, 3] in 0..2^bits-1 (Skilling 2004): consecutive keys are neighbors."""
-    x = [axis.int() for axis in cells.unbind(1)]
+    """Number cells [N, 3] of 0..2^bits-1 along the Hilbert curve (Skilling 2004): keys [N]."""
+    x = list(cells.unbind(1))
 
-    # undo the turns from the coarse level down: where an axis' bit is set, the lower bits of x are mirrored; where it
-    # is not, they change places with the lower bits of that axis
+    # undo the turns from the coarse level down: where an axis' bit is set the lower bits of the
+    # first axis are mirrored, elsewhere they change places with the lower bits of that axis
     for level in range(bits - 1, 0, -1):
         low = (1 << level) - 1
         for axis in range(3):
             is_set = -((x[axis] >> level) & 1)  # all ones or all zeros
             swap = (x[0] ^ x[axis]) & low & ~is_set
-            if axis:
-                x[axis] = x[axis] ^ swap
-            x[0] = x[0] ^ (swap | (is_set & low))
+            x[axis] = x[axis] ^ swap
+            x[0] = x[0] ^ swap ^ (is_set & low)
 
-    # what remains is a Gray code over the bits x y z x y z ...; decode it: a bit is the parity of all above it
-    x[1] = x[1] ^ x[0]
-    x[2] = x[2] ^ x[1]
-    parity = x[2] >> 1
-    for shift in (1, 2, 4, 8, 16):
-        parity = parity ^ (parity >> shift)
-    return interleave(x[2] ^ parity, x[1] ^ parity, x[0] ^ parity)
+    # what remains, interleaved, is a Gray code of the key: each bit of the key is the parity of its
+    # own and all higher bits
+    key = interleave(x[::-1], bits)
+    for shift in (1, 2, 4, 8, 16, 32):
+        key = key ^ (key >> shift)
+    return key
 
 
-CURVES = {  # name -> (keys, axes in the order in which they enter); Config.curves of them are used, from the top. The
-    # first axis leads a Hilbert key, the last a Morton key: height leads "z", and turns fastest in "vertical z"
+CURVES = {  # name -> (keys, axes in the order in which they enter), used from the top. The first
+    # axis leads a Hilbert key, the last a Morton key: height leads "z", and turns fastest in
+    # "vertical z"
     "z": (morton, (0, 1, 2)),
     "hilbert": (hilbert, (0, 1, 2)),
     "transposed z": (morton, (1, 0, 2)),
@@ -257,7 +262,7 @@ CURVES = {  # name -> (keys, axes in the order in which they enter); Config.curv
 
 
 def curve_order(points: Tensor, curve: str, bits: int) -> Tensor:
-    """Sort points [N, 3] along a curve, points of one cell by x, y, z: their order [N]."""
+    """Sort points [N, 3] along a curve, those of one cell by x, y, z: their order [N]."""
     keys, axes = CURVES[curve]
     key = keys(quantize(points, bits)[:, axes], bits)
     x, y, z = points.numpy().T
@@ -265,42 +270,43 @@ def curve_order(points: Tensor, curve: str, bits: int) -> Tensor:
 
 
 def canonical_order(points: Tensor) -> Tensor:
-    """Sort points [N, 3] by x, y, z, so that results do not depend on the order of the input: their order [N]."""
+    """Sort points [N, 3] by x, y, z, whatever the order of the input: their order [N]."""
     x, y, z = points.numpy().T
     return torch.from_numpy(np.lexsort((z, y, x)))
 
 
-# ---- 3 FFT context enhancer, Eq. (2), (3), (5) -----------------------------------------------------------------------
+# ---- 3 FFT context enhancer, Eq. (2), (3), (5) ---------------------------------------------------
 #
-# Windows of L = 4 every L / 2 over the sequence a b c d e, with padding so that every token lies in two of them:
+# Windows of L = 4 every L / 2 over the sequence a b c d e, padded so that every token is in two:
 #
-#   [. . a b]            Each window is weighted by Hann (0 .5 1 .5) before the filter and again behind it, and what
-#       [a b c d]        the two windows say of a token is added. Without a filter b gets b (.5^2 + .5^2) = b / 2,
-#           [c d e .]    and a gets a (1^2 + 0^2) = a: Hann squared does not add up to a constant, so the sum is
-#               [e . . .]    divided by it. With gate 1 the result is then the sequence itself, ends included.
+#   [. . a b]            Each window is weighted by Hann (0, 1/2, 1, 1/2) before the filter and again
+#       [a b c d]        behind it, and what two windows say of a token is added. With a gate of 1
+#           [c d e .]    a gets a (1 + 0) = a, but b gets b (1/4 + 1/4) = b / 2: Hann squared does not
+#               [e . . .]  add up to a constant. Divided by that sum, gate 1 gives the sequence back.
 
 
 def windowed_filter(x: Tensor, gate: Tensor) -> Tensor:
     """Multiply the spectrum of sequences by a gate inside overlapping windows, Eq. (2).
 
-    Args: x [C, M, d]; gate [H, L/2 + 1] >= 0, one per head of d / H channels. Returns: [C, M, d]; x itself for gate 1.
+    Args: x [C, M, d]; gate [H, L/2 + 1] >= 0, one per head of d / H channels. Returns: [C, M, d].
     """
     M, d = x.shape[1:]
     L = 2 * (gate.shape[1] - 1)
     stride = L // 2
-    W = -(-M // stride) + 1  # windows
+    W = -(-M // stride) + 1  # windows: rounded up
 
     # cut the windows; `present` says where they hold a token, not padding
     padding = (0, 0, stride, W * stride - M)
     window = F.pad(x, padding).unfold(1, L, stride)  # [C, W, d, L]
     present = F.pad(x.new_ones(M, 1), padding).unfold(0, L, stride)  # [W, 1, L]
 
-    # the mean of a window passes by the gate of frequency zero, the rest through the FFT: padding counts nowhere
+    # a window's mean passes by the gate of frequency zero, the rest through the FFT: then padding
+    # counts nowhere
     hann = torch.hann_window(L, device=x.device)  # [L]
-    per_channel = gate.repeat_interleave(d // gate.shape[0], 0)  # [d, L/2 + 1]
+    gain = gate.repeat_interleave(d // gate.shape[0], 0)  # [d, L/2 + 1]
     mean = window.sum(-1, keepdim=True) / present.sum(-1, keepdim=True)  # [C, W, d, 1]
-    spectrum = torch.fft.rfft((window - mean) * (present * hann)) * per_channel  # [C, W, d, L/2 + 1]
-    y = torch.fft.irfft(spectrum, n=L) + mean * per_channel[:, :1] * hann  # [C, W, d, L]
+    spectrum = torch.fft.rfft((window - mean) * (present * hann)) * gain  # [C, W, d, L/2 + 1]
+    y = torch.fft.irfft(spectrum, n=L) + mean * gain[:, :1] * hann  # [C, W, d, L]
 
     # overlap-add: the second half of each window meets the first half of the next
     y = y * (hann / hann.view(2, -1).square().sum(0).repeat(2))  # [C, W, d, L]
@@ -309,9 +315,9 @@ def windowed_filter(x: Tensor, gate: Tensor) -> Tensor:
 
 
 def enhance(S: Tensor, orders: Tensor, gate: Tensor) -> Tensor:
-    """Add to S [M, d] the mean over curves of the filtered sequences, each put back in place, Eq. (3).
+    """Add to S [M, d] the mean over curves of the filtered sequences, Eq. (3).
 
-    orders [C, M] are the curves, as permutations of the superpoints.
+    orders [C, M] are the curves, as permutations of the superpoints: each sequence is put back.
     """
     y = windowed_filter(S[orders], gate)  # [C, M, d]
     total = torch.zeros_like(S).index_add(0, orders.flatten(), y.flatten(0, 1))  # [M, d]
@@ -324,39 +330,41 @@ class Enhancer(nn.Module):
     def __init__(self, heads: int, window: int):
         super().__init__()
         bins = window // 2 + 1
-        cut = (window / 2) ** (torch.arange(heads) / max(1, heads - 1))  # [H] from one wave per window to all of them
-        gate = 1 / (1 + (torch.arange(bins) / cut[:, None]) ** 2)  # [H, L/2 + 1] low-passes of many widths
-        self.theta = nn.Parameter(gate.expm1().log().flatten())  # softplus(theta) = gate; flat: see the docstring
+        # low-passes of many widths, from one wave per window to all of them
+        cut = (window / 2) ** (torch.arange(heads) / max(1, heads - 1))  # [H]
+        gate = 1 / (1 + (torch.arange(bins) / cut[:, None]) ** 2)  # [H, L/2 + 1]
+        self.theta = nn.Parameter(gate.expm1().log().flatten())  # softplus(theta) = gate
         self.heads = heads
 
     def forward(self, S: Tensor, orders: Tensor) -> Tensor:
-        """Spread context: S [M, d], orders [C, M] -> [M, d], in float32 whatever the arithmetic around it."""
+        """Spread context over S [M, d] along orders [C, M]: [M, d], always in float32."""
         with torch.autocast(S.device.type, enabled=False):
             gate = F.softplus(self.theta.float()).view(self.heads, -1)  # [H, L/2 + 1]
             return enhance(S.float(), orders, gate)
 
 
-# ---- 4 superpoint graph by window voting, Eq. (9)-(11) ---------------------------------------------------------------
+# ---- 4 superpoint graph by window voting, Eq. (9)-(11) -------------------------------------------
 #
-# Points along one curve, each written as its superpoint; a window of one point to either side, a center every second:
+# Points along a curve, each written as its superpoint; windows of one point to either side, with a
+# center at every second point:
 #
-#   A  A  B  B  C        the first center votes for nothing (A beside A), the second (B) for A, the third (C) for B:
-#   ^     ^     ^        votes {B-A: 1, C-B: 1}. Every curve adds its own; superpoints that touch along many stretches
-#                        of many curves collect many votes, and no pair that is far apart is ever looked at.
+#   A  A  B  B  C    The first center (A) sees A alone; the second (B) sees an A and votes for B-A;
+#   ^     ^     ^    the third (C) votes for C-B. Every curve adds its votes: superpoints that touch
+#                    along many stretches collect many, and pairs far apart are never looked at.
 
 
-def vote_graph(points: Tensor, superpoints: Tensor, curves: Sequence[str], window: int = 64, stride: int = 16,
-               bits: int = 16) -> tuple[Tensor, Tensor]:  # fmt: skip
+def vote_graph(points: Tensor, superpoints: Tensor, curves: Sequence[str], window: int = 64,
+               stride: int = 16, bits: int = 16) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Count how often points of two superpoints meet in a window along a curve.
 
-    Every `stride`-th point is a center and votes for the superpoint of each of the window / 2 points before and after
-    it, if that is another one. O(C N window / stride), plus sorting.
+    Every `stride`-th point is a center and votes for the superpoint of each of the window / 2
+    points before and after it, if that is another one: O(C N window / stride), plus sorting.
 
-    Args: points [N, 3]; superpoints [N] of 0..M-1. Returns: pairs [E, 2] from -> to, sorted, and votes [E].
+    Args: points [N, 3]; superpoints [N] of 0..M-1. Returns: pairs from -> to [E, 2], votes [E].
     """
     M = int(superpoints.max()) + 1
 
-    # the windows are the same for all curves: places in the sequence
+    # the windows, as places in the sequence, are the same for all curves
     center = torch.arange(0, len(points), stride)
     near = center[:, None] + torch.arange(-(window // 2), window // 2 + 1)
     inside = (near >= 0) & (near < len(points))
@@ -366,22 +374,21 @@ def vote_graph(points: Tensor, superpoints: Tensor, curves: Sequence[str], windo
     votes = []
     for curve in curves:
         label = superpoints[curve_order(points, curve, bits)]
-        source, target = label[center][:, None].expand_as(near), label[near]
+        source, target = label[center][:, None], label[near]
         votes.append((source * M + target)[inside & (source != target)])
     pair, count = torch.cat(votes).unique(return_counts=True)
     return torch.stack([pair // M, pair % M], 1), count
 
 
-def nearest_edges(pairs: Tensor, votes: Tensor, centers: Tensor, k: int = 8) -> tuple[Tensor, Tensor]:
-    """Keep each superpoint's k nearest candidates, then make the graph symmetric by the larger vote.
+def nearest_edges(pairs: Tensor, votes: Tensor, centers: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Keep each superpoint's k nearest candidates, of equals those with more votes.
 
-    Nearest by squared distance of centers; of equals those with more votes.
-
-    Args: pairs [E, 2], votes [E], centers [M, 3]. Returns: edges [E', 2] in both directions, sorted, and votes [E'].
+    Args: pairs [E, 2], votes [E], centers [M, 3]. Returns: the graph, made symmetric by the larger
+    vote: edges [E', 2], both ways and sorted, votes [E'].
     """
     from scipy.sparse import coo_array
 
-    # candidates of a superpoint in a row, the best first; its place in that row is a candidate's rank
+    # the candidates of a superpoint in a row, the best first: where one stands is its rank
     distance = (centers[pairs[:, 0]] - centers[pairs[:, 1]]).square().sum(1)
     order = torch.from_numpy(np.lexsort((-votes, distance, pairs[:, 0])))
     source = pairs[order, 0]
@@ -389,27 +396,27 @@ def nearest_edges(pairs: Tensor, votes: Tensor, centers: Tensor, k: int = 8) -> 
     kept = order[rank < k]
 
     # an edge stays if either end keeps it
-    shape = (len(centers), len(centers))
-    graph = coo_array((votes[kept].numpy(), pairs[kept].numpy().T), shape).tocsr()
+    M = len(centers)
+    graph = coo_array((votes[kept].numpy(), pairs[kept].numpy().T), (M, M)).tocsr()
     graph = graph.maximum(graph.T).tocoo()
     return torch.from_numpy(np.stack(graph.coords, 1)).long(), torch.from_numpy(graph.data)
 
 
-# ---- 5 token merging -------------------------------------------------------------------------------------------------
+# ---- 5 token merging -----------------------------------------------------------------------------
 
 
-def choose_seeds(points: Tensor, superpoints: Tensor, edges: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def choose_seeds(points: Tensor, superpoints: Tensor, edges: Tensor,
+                 count: int) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Choose the superpoints that become tokens, spread over the scene (graph-aware suppression).
 
-    Args: points [N, 3]; superpoints [N] of 0..M-1; edges [E, 2] both ways; count.
-    Returns: seed superpoints [T] and their positions [T, 3], T = min(count, M).
+    Args: points [N, 3]; superpoints [N] of 0..M-1; edges [E, 2] both ways.
+    Returns: seeds [T] and their positions [T, 3], T = min(count, M).
     """
     # candidates: farthest points first, then all superpoints at their middle, the largest first
-    anchor = farthest_point_sampling(points, count)
-    middle = nearest_to_center(points, superpoints)
+    anchor = data.farthest_point_sampling(points, count)
     by_size = torch.argsort(torch.bincount(superpoints), descending=True, stable=True)
     candidates = torch.cat([superpoints[anchor], by_size]).tolist()
-    positions = torch.cat([anchor, middle[by_size]]).tolist()
+    positions = torch.cat([anchor, nearest_to_center(points, superpoints)[by_size]]).tolist()
 
     # a candidate that a kept one covers (itself or a neighbor) steps back
     kept, spare, covered = {}, {}, set()
@@ -428,7 +435,7 @@ def choose_seeds(points: Tensor, superpoints: Tensor, edges: Tensor, count: int)
 
 
 def nearest_to_center(points: Tensor, owner: Tensor) -> Tensor:
-    """Find the point [M] of each superpoint that is nearest its mean; of equals the first."""
+    """Find each superpoint's point nearest its mean, of equals the first: indices [M]."""
     distance = (points - superpoint_mean(points, owner)[owner]).square().sum(1)
     order = np.lexsort((distance, owner))
     first = np.unique(owner[order], return_index=True)[1]
@@ -436,16 +443,16 @@ def nearest_to_center(points: Tensor, owner: Tensor) -> Tensor:
 
 
 def edge_weight(S: Tensor, a: Tensor, b: Tensor, strength: Tensor) -> Tensor:
-    """Weigh edges a - b, both [E], by likeness and votes: max(0, cos(S_a, S_b)) * strength, with S [M, d] -> [E]."""
+    """Weigh edges between a [E] and b [E] by likeness and votes: max(0, cos(S_a, S_b)) * strength."""
     unit = F.normalize(S, dim=-1)  # [M, d]
     return (unit[a] * unit[b]).sum(-1).clamp(min=0) * strength  # [E]
 
 
 def graph_pool(S: Tensor, seed: Tensor, token: Tensor, member: Tensor, strength: Tensor) -> Tensor:
-    """Merge every seed with its neighbors: the mean of S, weighted 1 for the seed and by `edge_weight` for the others.
+    """Merge every seed with its neighbors: a mean, weighted 1 for the seed, else by `edge_weight`.
 
-    Args: S [M, d]; seed [T]; of every edge at a seed its token [E] in 0..T-1, its other end, member [E], and
-    strength [E] = log(1 + votes) / log(1 + most votes). Returns: z [T, d].
+    Args: S [M, d]; seed [T]; of every edge at a seed: its token [E] of 0..T-1, its other end
+    member [E], strength [E] = log(1 + votes) / log(1 + most votes). Returns: z [T, d].
     """
     weight = edge_weight(S, seed[token], member, strength)  # [E]
     total = torch.ones_like(S[seed, 0]).index_add(0, token, weight)  # [T]
@@ -453,7 +460,7 @@ def graph_pool(S: Tensor, seed: Tensor, token: Tensor, member: Tensor, strength:
 
 
 class Merger(nn.Module):
-    """phi(LayerNorm(z)), then the MLP adapter to the LLM's width, at the scale of its word vectors."""
+    """phi(LayerNorm(z)), then the MLP adapter to the LLM's width, at the scale of its words."""
 
     def __init__(self, dim: int, width: int, scale: float):
         super().__init__()
@@ -463,31 +470,33 @@ class Merger(nn.Module):
         nn.init.constant_(self.end.weight, scale)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Project pooled tokens z [T, d]: z' [T, d], of which coordinate tokens are made, and tokens [T, D]."""
+        """Project pooled z [T, d]: z' [T, d] for coordinate tokens, and tokens [T, D]."""
         z = self.phi(self.norm(z))  # [T, d]
         return z, self.end(self.out(F.gelu(self.lift(F.gelu(z)))))  # [T, d], [T, D]
 
 
-# ---- 6 positions and the coordinate token ----------------------------------------------------------------------------
+# ---- 6 positions and the coordinate token --------------------------------------------------------
 
 
 class Place(nn.Module):
-    """The Fourier layer of a position in meters: sin and cos of 6 wavelengths 0.5 .. 16 m per axis, one linear map."""
+    """The Fourier layer of a position: sin and cos of 6 wavelengths 0.5 .. 16 m, a linear map."""
 
     def __init__(self, width: int, scale: float):
         super().__init__()
         self.out = nn.Linear(36, width, bias=False)
-        nn.init.normal_(self.out.weight, std=scale / math.sqrt(18))  # 18 of 36 squared waves: the words' size
+        # cos^2 + sin^2 = 1 for each of 18 waves: the sum has the size of a word vector
+        nn.init.normal_(self.out.weight, std=scale / math.sqrt(18))
 
     def forward(self, c: Tensor) -> Tensor:
-        """Encode c [P, 3] -> [P, D]."""
+        """Encode positions c [P, 3] in meters: [P, D]."""
         wave = 2 * math.pi / 0.5 / 2 ** torch.arange(6.0, device=c.device)  # [6]
         phase = (c.float()[..., None] * wave).flatten(-2)  # [P, 18]
-        return self.out(torch.cat([phase.cos(), phase.sin()], dim=-1).to(self.out.weight))  # [P, D]
+        waves = torch.cat([phase.cos(), phase.sin()], dim=-1)  # [P, 36]
+        return self.out(waves.to(self.out.weight))  # [P, D]
 
 
 class CoordinateToken(nn.Module):
-    """A click or a box's center with its nearest merged tokens: MLP([code(c); mean_k(z_k + code(c_k - c))])."""
+    """A click or a box's center: MLP([code(c); mean over its nearest tokens of z + code(offset)])."""
 
     def __init__(self, dim: int, width: int, scale: float):
         super().__init__()
@@ -496,81 +505,86 @@ class CoordinateToken(nn.Module):
         nn.init.constant_(self.end.weight, scale)
 
     def forward(self, c: Tensor, box: Tensor, z: Tensor, places: Tensor, k: int) -> Tensor:
-        """Encode places of interest in one scene, each with its k nearest tokens.
+        """Encode positions c [P, 3] in one scene, each with its k nearest tokens: [P, D].
 
-        Args: c [P, 3] meters; box [2, 3], low and high corner of the cloud; z [T, d] merged tokens at places [T, 3].
-        Returns: [P, D].
+        box [2, 3] low and high corner of the cloud; z [T, d] merged tokens at places [T, 3] meters.
         """
-        d = z.shape[1]
+        d, size = z.shape[1], (box[1] - box[0]).clamp(min=1e-6)
 
         # the nearest tokens, each with the code of where it lies as seen from c
         distance = (places - c[:, None]).square().sum(-1)  # [P, T]
         near = distance.topk(min(k, len(places)), largest=False).indices  # [P, k]
-        offset = unit_box(places[near] - c[:, None] + box[0], box)  # [P, k, 3]
+        offset = (places[near] - c[:, None]) / size  # [P, k, 3]
         around = (z[near] + fourier_code(offset, d).to(z)).mean(1)  # [P, d]
 
-        here = fourier_code(unit_box(c, box), d).to(z)  # [P, d]
-        return self.end(self.out(F.gelu(self.lift(torch.cat([here, around], dim=-1)))))  # [P, D]
+        here = fourier_code((c - box[0]) / size, d).to(z)  # [P, d]
+        x = F.gelu(self.lift(torch.cat([here, around], dim=-1)))  # [P, d]
+        return self.end(self.out(x))  # [P, D]
 
 
-# ---- 7 the frozen language model: Fourier filter and dLoRA -----------------------------------------------------------
+# ---- 7 the frozen language model: Fourier filter and dLoRA ---------------------------------------
 #
-# Both act on the tokens of one kind. `token_index` is one dictionary for all layers: kind -> the rows of that kind
-# among all tokens [n]. It is filled before every pass, and kept until the next: gradient checkpointing runs the layers
-# again during the backward pass and must find it.
+# Both act on the tokens of one kind. `token_index` is one dictionary for all layers: kind -> which
+# of the tokens are of that kind [n]. It is filled before every pass and kept until the next:
+# gradient checkpointing runs the layers again during the backward pass and must find it.
 
 
 def global_filter(z: Tensor, gain: Tensor) -> Tensor:
-    """Filter tokens along their channels: (z + iFFT(FFT(z) * G)) / 2, head by head; G = 1 is the identity.
+    """Filter tokens z [n, D] along their channels, head by head: (z + iFFT(FFT(z) * G)) / 2.
 
-    Args: z [n, D]; gain [H, D/H]. Returns: [n, D]. A real signal's spectrum is symmetric: the gains of +k and -k act
-    as their mean, so half of the spectrum is enough.
+    gain [H, D/H], 1 = the identity. A real signal's spectrum is symmetric: the gains of +k and -k
+    act as their mean, and half of the spectrum is enough.
     """
     size = gain.shape[1]
     symmetric = (gain + gain.flip(-1).roll(1, -1)) / 2  # [H, D/H]
     x = z.float().unflatten(-1, gain.shape)  # [n, H, D/H]
-    mixed = torch.fft.irfft(torch.fft.rfft(x) * symmetric[:, : size // 2 + 1], n=size)  # [n, H, D/H]
+    spectrum = torch.fft.rfft(x) * symmetric[:, : size // 2 + 1]  # [n, H, D/H/2 + 1]
+    mixed = torch.fft.irfft(spectrum, n=size)  # [n, H, D/H]
     return ((x + mixed) / 2).flatten(-2).to(z)  # [n, D]
 
 
 class FourierFilter(nn.Module):
     """The global filter in front of an FFN, for tokens of some kinds."""
 
-    def __init__(self, width: int, heads: int, kinds: Sequence[str], token_index: dict[str, Tensor]):
+    def __init__(self, width: int, heads: int, kinds: Sequence[str], token_index: dict):
         super().__init__()
         self.gain, self.heads = nn.Parameter(torch.ones(width)), heads
         self.kinds, self.token_index = kinds, token_index
 
     def forward(self, x: Tensor) -> Tensor:
-        """Filter the tokens x [..., D] of the chosen kinds, and leave the others: [..., D]."""
+        """Filter the tokens x [..., D] of these kinds, and leave the others: [..., D]."""
         rows = x.flatten(0, -2)
+        gain = self.gain.float().view(self.heads, -1)  # [H, D/H]
         for kind in self.kinds:
             index = self.token_index[kind]
-            if len(index):  # FFTs of nothing are an error
-                own = global_filter(rows[index], self.gain.float().view(self.heads, -1))  # [n, D]
-                rows = rows.index_copy(0, index, own)
+            if len(index):  # there is no FFT of nothing
+                rows = rows.index_copy(0, index, global_filter(rows[index], gain))
         return rows.view(x.shape)
 
 
 class DecoupledLoRA(nn.Module):
-    """A frozen linear map, and beside it a low-rank one for each kind of token (dLoRA): W x + alpha / rank * B A x."""
+    """A frozen linear map and low-rank ones beside it, by kind of token: W x + alpha / rank * B A x."""
 
-    def __init__(self, base: nn.Linear, route: dict[str, str], scale: float, token_index: dict[str, Tensor]):
+    def __init__(self, base: nn.Linear, route: dict[str, str], scale: float, token_index: dict):
         super().__init__()
-        self.base, self.route, self.scale, self.token_index = base, route, scale, token_index
+        self.base, self.route = base, route  # kind of token -> name of its pair (A, B)
+        self.scale, self.token_index = scale, token_index
         self.lora = nn.ModuleDict()
 
     def add(self, name: str, rank: int) -> None:
-        """Make the pair (A, B) that `route` names for a kind of token. B = 0: training starts from the frozen map."""
+        """Draw a pair (A, B), and keep it if a kind of token is routed to it.
+
+        B = 0: training starts from the frozen map.
+        """
         down = nn.Linear(self.base.in_features, rank, bias=False)
         up = nn.Linear(rank, self.base.out_features, bias=False)
         nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
         nn.init.zeros_(up.weight)
         if name in self.route.values():
-            self.lora[name] = nn.Sequential(down, up).to(self.base.weight.device)
+            self.lora[name] = nn.Sequential(down, up)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map tokens x [..., in] to [..., out]; a kind without a pair passes through the frozen map alone."""
+        """Map tokens x [..., in] to [..., out]."""
         out = self.base(x)
         rows, flat = x.flatten(0, -2), out.flatten(0, -2)
         for kind, name in self.route.items():
@@ -580,42 +594,43 @@ class DecoupledLoRA(nn.Module):
         return flat.view(out.shape)
 
 
-FFN = {"gate_proj", "up_proj", "down_proj", "fc1", "fc2"}  # the linear maps, in Qwen2 and Llama; in OPT
+FFN = {"gate_proj", "up_proj", "down_proj", "fc1", "fc2"}  # linear maps of Qwen2 and Llama; of OPT
 
 
-def adapt(llm: nn.Module, config: Config, token_index: dict[str, Tensor]) -> None:
-    """Put dLoRA into the FFNs of a language model's first layers, and a Fourier filter in front of each.
+def adapt(llm: nn.Module, config: Config, token_index: dict) -> None:
+    """Put dLoRA into the first FFNs of a language model, and a Fourier filter in front of each.
 
-    Raises DataError where the model has no FFN that is known, or fewer layers.
+    Raises DataError where the model has fewer layers, or no FFN that is known.
     """
     blocks = next((m for name, m in llm.named_modules() if name.endswith("layers")), ())
     if config.adapted_layers > len(blocks):
-        raise DataError(f"adapted_layers = {config.adapted_layers}: {type(llm).__name__} has {len(blocks)} layers")
+        raise DataError(f"adapted_layers = {config.adapted_layers}; the llm has {len(blocks)}")
 
-    adapted = []
+    adapted, names = [], ADAPTERS[config.adapters]
     for depth, block in enumerate(blocks[: config.adapted_layers], start=1):
-        # nothing reads vision tokens behind the last layer: what serves them there could not learn
-        alive = {"text"} if depth == len(blocks) else {"vision", "text"}
-        route = {kind: name for kind, name in ADAPTERS[config.adapters].items() if kind in alive}
+        # nothing reads vision tokens behind the last layer: what serves them there cannot learn
+        alive = {"text"} if depth == len(blocks) else {"text", "vision"}
+        route = {kind: name for kind, name in names.items() if kind in alive}
         kinds = [kind for kind in FILTERS[config.filter] if kind in alive]
 
         for name, module in list(block.named_modules()):
             if name.rpartition(".")[2] in FFN:
-                adapted.append(DecoupledLoRA(module, route, config.alpha / config.rank, token_index))
-                block.set_submodule(name, adapted[-1])
+                layer = DecoupledLoRA(module, route, config.alpha / config.rank, token_index)
+                block.set_submodule(name, layer)
+                adapted.append(layer)
         entry = "mlp" if hasattr(block, "mlp") else "fc1"
         own = FourierFilter(llm.config.hidden_size, config.filter_heads, kinds, token_index)
         setattr(block, entry, nn.Sequential(own, getattr(block, entry)))
     if config.adapted_layers and not adapted:
-        raise DataError(f"{type(llm).__name__}: its FFN has none of {', '.join(sorted(FFN))}; choose another llm")
+        raise DataError(f"{type(llm).__name__}: its FFN has none of {', '.join(sorted(FFN))}")
 
-    # one kind after the other, in every layer: first weights then do not depend on what is left out above
-    for name in dict.fromkeys(ADAPTERS[config.adapters].values()):
+    # one pair after the other, in every layer: what is left out above then changes no other draw
+    for name in dict.fromkeys(names.values()):
         for layer in adapted:
             layer.add(name, config.rank)
 
 
-# ---- 8 the model -----------------------------------------------------------------------------------------------------
+# ---- 8 the model ---------------------------------------------------------------------------------
 
 
 class Model(SceneLanguageModel):
@@ -625,17 +640,15 @@ class Model(SceneLanguageModel):
 
     def __init__(self, config: Config, text: data.TinyText | data.HubText):
         super().__init__(config, text)
-        check_config(config)
+        check(config)
         self.llm = self.load_llm()
-        self.width = D = self.llm.config.hidden_size
+        D = self.llm.config.hidden_size
         if D % config.filter_heads:
-            raise DataError(
-                f"filter_heads = {config.filter_heads} does not divide the language model's width {D}"
-            )
-        self.token_index: dict[str, Tensor] = {}
+            raise DataError(f"filter_heads = {config.filter_heads} does not divide the llm's width {D}")
+        self.token_index = {}
         adapt(self.llm, config, self.token_index)
 
-        # what is new starts at the size of the word vectors: smaller tokens are not found by attention
+        # what is new starts at the size of word vectors: attention does not find smaller tokens
         words = self.llm.get_input_embeddings().weight.detach().float()
         scale = float(words.square().mean().sqrt())
         self.initial = Initial(3 * config.color + 3 * config.normals, config.hidden, config.dim)
@@ -643,7 +656,7 @@ class Model(SceneLanguageModel):
         self.merger = Merger(config.dim, D, scale)
         self.place = Place(D, scale)
         self.coordinate = CoordinateToken(config.dim, D, scale)
-        self.qformer = QFormer(config.dim, config.heads) if config.selector == "qformer" else None
+        self.pool = SELECTORS[config.selector][1](config)
 
         # a checkpoint need not repeat what `llm` names
         if config.adapters != "full":
@@ -655,32 +668,28 @@ class Model(SceneLanguageModel):
 
         # packed questions need a mask of their own, which sdpa takes
         dtype = getattr(torch, self.config.dtype)
-        return AutoModelForCausalLM.from_pretrained(
-            self.config.llm, dtype=dtype, attn_implementation="sdpa"
-        )
+        how = dict(dtype=dtype, attn_implementation="sdpa")
+        return AutoModelForCausalLM.from_pretrained(self.config.llm, **how)
 
     # -- what trains
 
     def pretrained(self) -> dict[str, nn.Parameter]:
-        """List the language model's own weights by name, tied ones under each of theirs."""
+        """List the language model's own weights by name; a tied weight has two."""
         named = self.llm.named_parameters("llm", remove_duplicate=False)
         return {n: p for n, p in named if ".lora." not in n and not n.endswith(".gain")}
 
-    def parts(self) -> dict[str, list[nn.Parameter]]:
+    def parts(self) -> dict[str, list]:
         """Name what a stage may train."""
-        config, layers = self.config, list(self.llm.modules())
-        llm = list(self.pretrained().values())
-        lora = [p for m in layers if isinstance(m, DecoupledLoRA) for p in m.lora.parameters()]
-        tokenizer = [self.initial, self.merger]
-        if config.enhancer:
+        layers, llm = list(self.llm.modules()), list(self.pretrained().values())
+        tokenizer = [self.initial, self.merger, self.pool]
+        if self.config.enhancer:
             tokenizer.append(self.enhancer)
-        if self.qformer is not None:
-            tokenizer.append(self.qformer)
+        lora = [m.lora for m in layers if isinstance(m, DecoupledLoRA)]
         return {
-            "tokenizer": [p for module in tokenizer for p in module.parameters()],
-            "place": list(self.place.parameters()),
-            "prompt": list(self.coordinate.parameters()),
-            "adapters": llm if config.adapters == "full" else lora,
+            "tokenizer": tokenizer,
+            "place": [self.place],
+            "prompt": [self.coordinate],
+            "adapters": llm if self.config.adapters == "full" else lora,
             "filter": [m.gain for m in layers if isinstance(m, FourierFilter) and m.kinds],
             "lm": llm,
         }
@@ -690,14 +699,15 @@ class Model(SceneLanguageModel):
     def feature_settings(self) -> tuple:
         """List what `compute_features` depends on."""
         c = self.config
-        return (c.points, c.superpoint, c.bits, c.curves, c.vote_window, c.vote_stride, c.edges, c.tokens, c.selector)
+        graph = (c.bits, c.curves, c.vote_window, c.vote_stride, c.edges)
+        return (c.points, c.superpoint, *graph, c.tokens, c.selector)
 
     def compute_features(self, scene: Scene) -> dict[str, Tensor]:
         """Work out what follows from the points alone.
 
-        Returns: "index" [N], which points are used; "owner" [N], their superpoint; "orders" [C, M], the curves;
-        "edges" [E, 2] and "edge_strength" [E], the graph; "seed" [T] and "place" [T, 3] meters; and what `graph_pool`
-        needs of the edges at seeds: "token", "member", "strength" [P].
+        Returns: "index" [N], which points are used; "owner" [N], their superpoint; "orders" [C, M],
+        the curves; "edges" [E, 2] and "edge_strength" [E], the graph; "seed" [T] and "place" [T, 3]
+        meters; and of the edges at seeds "token", "member", "strength", as `graph_pool` takes them.
         """
         c = self.config
         if scene.points is None or not len(scene.points):
@@ -728,46 +738,39 @@ class Model(SceneLanguageModel):
         edge_strength = votes.float().log1p() / math.log1p(max(votes.tolist(), default=1))
 
         # seeds in the order of a Hilbert curve, which the LLM's positions then follow
-        seed, place = SELECTORS[c.selector](points, owner, edges, c.tokens)
+        seed, place = SELECTORS[c.selector][0](points, owner, edges, c.tokens)
         order = curve_order(place, "hilbert", c.bits)
         seed, place = seed[order], place[order]
         edge, token = (edges[:, :1] == seed).nonzero().unbind(1)
 
         whole = dict(index=index, owner=owner, orders=orders, edges=edges, seed=seed, token=token)
         whole["member"] = edges[edge, 1]
-        return {
-            **{key: value.int() for key, value in whole.items()},
-            "place": place,
-            "strength": edge_strength[edge],
-            "edge_strength": edge_strength,
-        }
+        found = {key: value.int() for key, value in whole.items()}
+        strength = edge_strength[edge]
+        return found | dict(place=place, strength=strength, edge_strength=edge_strength)
 
     # -- scenes to tokens
 
     def point_features(self, scene: Scene, index: np.ndarray) -> Tensor:
-        """Give color and normals of the points `index`, in -1..1: [N, channels]; hidden color is 0."""
+        """Give color and normals of the points `index`, in -1..1: [N, channels]; 0 = no color."""
         config, parts = self.config, []
         if config.color:
             if scene.colours is None and not config.no_color:
-                raise DataError(
-                    f"{scene.name}: the cloud has no color and this model never saw such; train with "
-                    "--set color=false or no_color=0.1"
-                )
-            # in training a share of the scenes, drawn by their identifiers, hides it
+                raise DataError(f"{scene.name}: the cloud has no color and this model never saw such; "
+                                "train with --set color=false or no_color=0.1")  # fmt: skip
+            # in training a share of the scenes hides it, drawn from their identifiers
             draw = np.random.default_rng([7, *scene.identifiers.values()]).random()
             hidden = scene.colours is None or (self.training and draw < config.no_color)
             parts.append(np.zeros((len(index), 3)) if hidden else scene.colours[index] / 127.5 - 1)
         if config.normals:
             if scene.normals is None:
-                raise DataError(
-                    f"{scene.name}: the cloud has no normals, which this model needs; make them with "
-                    "data.estimate_normals, or train with --set normals=false"
-                )
+                raise DataError(f"{scene.name}: the cloud has no normals; make them with "
+                                "data.estimate_normals, or train with --set normals=false")  # fmt: skip
             parts.append(scene.normals[index])
         return torch.from_numpy(np.concatenate(parts, 1)).float()
 
     def superpoints(self, scene: Scene) -> tuple[Tensor, Tensor]:
-        """Compute a scene's context-enhanced superpoints S [M, d], and the box [2, 3] of its points."""
+        """Compute a scene's superpoints in context S [M, d], and the box [2, 3] of its points."""
         found, device = self.load_features(scene), self.device
         index, owner = found["index"].numpy(), found["owner"].to(device)
         points = torch.from_numpy(scene.points[index]).float().to(device)  # [N, 3]
@@ -779,17 +782,11 @@ class Model(SceneLanguageModel):
         return S, box
 
     def scene_tokens(self, scene: Scene) -> dict[str, Tensor]:
-        """Merge a scene's superpoints: {"tokens" [T, D] without their places, "z" [T, d], "box" [2, 3]}."""
+        """Merge a scene's superpoints: {"tokens" [T, D] without place, "z" [T, d], "box" [2, 3]}."""
         S, box = self.superpoints(scene)
-        found = {key: value.to(S.device) for key, value in self.load_features(scene).items()}
-        seed = found["seed"]
-        if self.qformer is not None:
-            z = self.qformer(S, seed)  # [T, d]
-        elif self.config.selector == "fps":
-            z = S[seed]  # [T, d]
-        else:
-            z = graph_pool(S, seed, found["token"], found["member"], found["strength"])  # [T, d]
-        z, tokens = self.merger(z)  # [T, d], [T, D]
+        found = self.load_features(scene)
+        graph = [found[key].to(S.device) for key in ("seed", "token", "member", "strength")]
+        z, tokens = self.merger(self.pool(S, *graph))  # [T, d], [T, D]
         return {"tokens": tokens, "z": z, "box": box}
 
     def token_centers(self, scene: Scene) -> np.ndarray:
@@ -801,13 +798,13 @@ class Model(SceneLanguageModel):
         return len(self.load_features(scene)["seed"])
 
     def encode(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
-        """Turn scenes into {"tokens" [B, T, D], "valid" [B, T], "places" [B, T, 3], "z" [B, T, d], "box" [B, 2, 3]}."""
+        """Encode scenes: "tokens" [B, T, D], "valid" [B, T], "places" [B, T, 3], "z", "box"."""
         found = []
         for scene in scenes:
-            places = torch.from_numpy(self.token_centers(scene)).to(self.device)
             own = self.scene_tokens(scene)
-            own["tokens"] = own["tokens"] + self.place(places)
-            found.append({**own, "places": places})
+            own["places"] = torch.from_numpy(self.token_centers(scene)).to(self.device)
+            own["tokens"] = own["tokens"] + self.place(own["places"])
+            found.append(own)
 
         seen = {key: pad_sequence([f[key] for f in found], batch_first=True) for key in found[0]}
         lengths = torch.tensor([len(f["places"]) for f in found])
@@ -827,18 +824,16 @@ class Model(SceneLanguageModel):
         return "this cloud has no color." if about_color and scene.colours is None else None
 
     def add_prompt(self, scene: Scene, sample: Sample, rng: np.random.Generator) -> Sample:
-        """Give a question about a marked object its box, or in training half of the time a click on it."""
+        """Give a question about a marked object its box, or in training sometimes a click on it."""
         marks = data.MARK.findall(sample.question)
         if sample.prompt is not None or not marks:
             return sample
         if len(set(marks)) > 1:
-            raise DataError(
-                f"{sample.task}: {sample.question!r} points at two things; Fase3D has one coordinate "
-                "token per question"
-            )
+            raise DataError(f"{sample.task}: {sample.question!r} points at two things; Fase3D has one "
+                            "coordinate token per question")  # fmt: skip
         marked = scene.thing(int(marks[0]))
 
-        # a click is one of the object's points
+        # half of the time, one of the object's points
         if self.training and scene.instances is not None and rng.random() < 0.5:
             mine = np.flatnonzero(scene.instances == marked.id)
             if len(mine):
@@ -851,30 +846,33 @@ class Model(SceneLanguageModel):
         centers = batch["prompts"][:, :3].to(self.device)  # [P, 3]
         counts = (batch["ids"] == PROMPT).sum(1).tolist()
         tokens = []
-        for b, (scene, c) in enumerate(zip(batch["scenes"], centers.split(counts), strict=True)):
-            T = self.scene_length(scene)
+        for b, c in enumerate(centers.split(counts)):
+            T = self.scene_length(batch["scenes"][b])
             z, places = seen["z"][b, :T], seen["places"][b, :T]
-            around = self.coordinate(c, seen["box"][b], z, places, self.config.prompt_neighbors)
-            tokens.append(self.place(c) + around)
+            near = self.coordinate(c, seen["box"][b], z, places, self.config.prompt_neighbors)
+            tokens.append(self.place(c) + near)
         return torch.cat(tokens)
 
-    def run_decoder(self, embeds: Tensor, is_scene: Tensor, positions: Tensor, mask: Tensor, cache=None) -> Tensor:
+    def run_decoder(self, embeds, is_scene, positions, mask, cache=None) -> Tensor:
         """Run the language model; scene and coordinate tokens are vision, all others text."""
         vision = is_scene.flatten()
-        self.token_index.update(vision=vision.nonzero()[:, 0], text=(~vision).nonzero()[:, 0])
+        self.token_index["vision"] = vision.nonzero()[:, 0]
+        self.token_index["text"] = (~vision).nonzero()[:, 0]
         return super().run_decoder(embeds, is_scene, positions, mask, cache)
 
     # -- dense captioning without given boxes, and pictures
 
     @torch.no_grad()
     def propose(self, scene: Scene, count: int = 48) -> Scene:
-        """Give the scene spectral clusters of its superpoint graph for objects: box = extent of their points."""
+        """Give the scene spectral clusters of its superpoint graph for objects."""
         found = self.load_features(scene)
         index, edges = found["index"].numpy(), found["edges"]
         S = self.superpoints(scene)[0].cpu()
         weight = edge_weight(S, *edges.T, found["edge_strength"])
-        label = spectral_clusters(edges.numpy(), weight.numpy(), len(S), count)[found["owner"]]
+        label = spectral_clusters(edges.numpy(), weight.numpy(), len(S), count)
+        label = label[found["owner"].numpy()]
 
+        # an object's box is the extent of its points
         objects = []
         for i in np.unique(label):
             mine = scene.points[index[label == i]]
@@ -894,17 +892,19 @@ class Model(SceneLanguageModel):
         """Draw cloud, boxes and tokens; curves; superpoint graph and seeds. Returns the files."""
         paths = []
         for scene in scenes[:count]:
-            found = {key: value.numpy() for key, value in self.load_features(scene).items()}
+            found = self.load_features(scene)
+            points = torch.from_numpy(scene.points[found["index"].numpy()])
+            centers = superpoint_mean(points, found["owner"]).numpy()
             paths += [folder / f"{scene.name}{what}.png" for what in ("", "_curves", "_graph")]
             data.draw_scene(scene, paths[-3], tokens=self.token_centers(scene))
-            draw_curves(scene, found, paths[-2])
-            draw_graph(scene, found, paths[-1])
+            draw_curves(centers, found["orders"].numpy(), paths[-2])
+            draw_graph(scene, centers, found, paths[-1])
         return paths
 
 
-def check_config(config: Config) -> None:
+def check(config: Config) -> None:
     """Raise DataError, which names what is known, for settings that do not exist."""
-    tables = {"selector": SELECTORS, "adapters": ADAPTERS, "filter": FILTERS, "task": TUNED}
+    tables = dict(selector=SELECTORS, adapters=ADAPTERS, filter=FILTERS, task=TUNED)
     for key, table in tables.items():
         value = vars(config)[key]
         if value not in table:
@@ -912,38 +912,101 @@ def check_config(config: Config) -> None:
     if not 1 <= config.curves <= len(CURVES):
         raise DataError(f"curves = {config.curves}; give 1 to {len(CURVES)}")
     if config.dim % 6 or config.dim % config.heads:
-        raise DataError(f"dim = {config.dim}: give a multiple of 6 and of heads = {config.heads}")
+        raise DataError(f"dim = {config.dim}; give a multiple of 6 and of heads = {config.heads}")
     if not config.color and not config.normals:
-        raise DataError("color = false and normals = false: points would carry nothing; leave one on")
+        raise DataError("color = false and normals = false: points would carry nothing")
 
 
-def spectral_clusters(edges: np.ndarray, weight: np.ndarray, nodes: int, count: int = 48) -> np.ndarray:
-    """Cluster a weighted graph: k-means on the rows of the first `count` eigenvectors of D^-1/2 A D^-1/2.
+def spectral_clusters(edges: np.ndarray, weight: np.ndarray, nodes: int, count: int) -> np.ndarray:
+    """Cluster a weighted graph (Ng, Jordan and Weiss 2001): labels [nodes] in 0..count-1.
 
-    Args: edges [E, 2] symmetric; weight [E] >= 0. Returns: labels [nodes] in 0..count-1 (Ng, Jordan and Weiss 2001).
+    k-means on the rows of the last `count` eigenvectors of the normalized Laplacian.
+
+    Args: edges [E, 2], both ways; weight [E] >= 0.
     """
     from scipy.cluster.vq import kmeans2
     from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import laplacian
     from scipy.sparse.linalg import eigsh
 
     few = min(count, nodes - 2)  # the sparse solver finds fewer eigenvectors than there are nodes
     if few < 1 or not weight.any():
         return np.arange(nodes) % count
 
-    # A_ij / sqrt(D_i D_j)
-    rows, columns = edges.T
-    degree = np.maximum(np.bincount(rows, weight, nodes), 1e-9)
-    scaled = weight / np.sqrt(degree[rows] * degree[columns])
-    graph = coo_array((scaled, (rows, columns)), (nodes, nodes)).tocsr()
-
+    graph = coo_array((weight.astype(float), edges.T), (nodes, nodes)).tocsr()
     start = np.random.default_rng(0).random(nodes)
-    _, vectors = eigsh(graph, k=few, which="LA", v0=start, tol=1e-3)
-    norm = np.linalg.norm(vectors, axis=1, keepdims=True)
-    vectors = vectors / np.maximum(norm, 1e-9)
-    return kmeans2(vectors, few, minit="++", rng=np.random.default_rng(0))[1]
+    _, rows = eigsh(laplacian(graph, normed=True), k=few, which="SA", v0=start, tol=1e-3)
+    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-9)
+    return kmeans2(rows, few, minit="++", rng=np.random.default_rng(0))[1]
 
 
-# ---- 9 the paper's recipe --------------------------------------------------------------------------------------------
+# ---- 9 alternatives the paper compares with ------------------------------------------------------
+
+
+def farthest_seeds(points: Tensor, superpoints: Tensor, edges: Tensor,
+                   count: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Choose superpoints whose centers lie farthest apart; arguments as of `choose_seeds`."""
+    centers = superpoint_mean(points, superpoints)
+    seed = data.farthest_point_sampling(centers, count)
+    return seed, centers[seed]
+
+
+class GraphPool(nn.Module):
+    """The paper's merging, `graph_pool`."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+
+    def forward(self, S: Tensor, *graph: Tensor) -> Tensor:
+        return graph_pool(S, *graph)
+
+
+class SeedsAlone(GraphPool):
+    """No merging: a token is its seed."""
+
+    def forward(self, S: Tensor, seed: Tensor, *graph: Tensor) -> Tensor:
+        return S[seed]
+
+
+class QFormer(nn.Module):
+    """Cross-attention to all superpoints in place of graph pooling.
+
+    A query starts from its seed: tokens of free queries would have no place in the scene, and the
+    coordinate token no nearest ones.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        d = config.dim
+        self.attention = nn.MultiheadAttention(d, config.heads, batch_first=True)
+        self.before, self.after = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.ffn = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, d))
+
+    def forward(self, S: Tensor, seed: Tensor, *graph: Tensor) -> Tensor:
+        """Read a scene's superpoints S [M, d] from its seeds [T]: [T, d]."""
+        memory = self.before(S)  # [M, d]
+        x = memory[seed]  # [T, d]
+        x = x + self.attention(x, memory, memory, need_weights=False)[0]  # [T, d]
+        return x + self.ffn(self.after(x))  # [T, d]
+
+
+SELECTORS = {  # Table E: name -> (seeds, merging)
+    "graph": (choose_seeds, GraphPool),
+    "fps": (farthest_seeds, SeedsAlone),
+    "qformer": (choose_seeds, QFormer),
+}
+ADAPTERS = {  # Table 4: kind of token -> its low-rank pair
+    "none": {},
+    "vision": {"vision": "vision"},
+    "text": {"text": "text"},
+    "shared": {"vision": "shared", "text": "shared"},
+    "decoupled": {"vision": "vision", "text": "text"},
+    "full": {},  # the language model itself trains with the adapters' stages
+}
+FILTERS = {"none": (), "vision": ("vision",), "both": ("vision", "text")}  # Table 4: kinds of token
+
+
+# ---- 10 the paper's recipe -----------------------------------------------------------------------
 
 TASKS: dict = {}  # no question types beyond data.TASKS
 UNLABELLED = ("id_colour", "exist", "count")  # what stands in for questions that need names
@@ -951,8 +1014,9 @@ UNLABELLED = ("id_colour", "exist", "count")  # what stands in for questions tha
 QA = {"colour": 0.2, "what": 0.2, "where": 0.12, "count": 0.12, "exist": 0.16, "situated": 0.04}
 CAPTION = {"caption": 1.0}
 NAME = {"id_category": 0.5, "id_colour": 0.5}  # "what is this?" with a click: a caption in short
-GENERALIST = {  # official files of stage 1, and how many questions they hold: of 3D-LLM as the paper counts (with
-    # descriptions of validation rooms: the leak filter takes those out), of the others the size of their training split
+GENERALIST = {  # official files of stage 1, and how many questions they hold: of 3D-LLM as the
+    # paper counts (with descriptions of validation rooms: the leak filter takes those out), of the
+    # others the size of their training split
     "3D-LLM descriptions": Source("3dllm/description", 1033, splits=("train", "val")),
     "3D-LLM planning": Source("3dllm/planning", 1864),
     "3D-LLM dialogue": Source("3dllm/dialogue", 2955),
@@ -972,7 +1036,7 @@ def mixture(*parts: tuple[float, dict[str, float]]) -> dict[str, float]:
     return joined
 
 
-TUNED = {  # what stage 2 tunes for: generated questions, official files in their place
+TUNED = {  # what stage 2 tunes for: generated questions, and the official files in their place
     "qa": (QA, ["ScanQA", "SQA3D"]),
     "scanqa": (QA, ["ScanQA"]),  # the paper's ablations
     "sqa3d": (QA, ["SQA3D"]),
@@ -980,111 +1044,58 @@ TUNED = {  # what stage 2 tunes for: generated questions, official files in thei
     "all": (mixture((0.7, QA), (0.2, CAPTION), (0.1, NAME)), list(GENERALIST)),
 }
 PARTS = ("tokenizer", "place", "prompt", "adapters", "filter")
-OPTIMIZER = dict(lr=1e-4, final_lr=1e-6, weight_decay=0.1, clip=0.1, batch=8, per_scene=1)
+SCHEDULE = dict(batch=8, per_scene=1, lr=1e-4, final_lr=1e-6, weight_decay=0.1, clip=0.1)
 STAGES = {
-    "paper": [  # sec. 4.1: AdamW, weight decay 0.1, cosine from 1e-4 to 1e-6; `recipe` says what stage 2 asks
-        Stage("1 generalist", mixture((0.6, QA), (0.4, CAPTION)), PARTS, "tokens", iterations=100_000,
-              files=GENERALIST, **OPTIMIZER),
-        Stage("2 task", {}, PARTS, "tokens", iterations=30_000, **OPTIMIZER),
+    "paper": [  # sec. 4.1: AdamW, cosine from 1e-4 to 1e-6; `recipe` says what stage 2 asks
+        Stage("1 generalist", mixture((0.6, QA), (0.4, CAPTION)), PARTS, "tokens",
+              iterations=100_000, files=GENERALIST, **SCHEDULE),
+        Stage("2 task", {}, PARTS, "tokens", iterations=30_000, **SCHEDULE),
     ],
 }  # fmt: skip
 
 
 def recipe(config: Config, stages: list[Stage]) -> list[Stage]:
-    """Fit the stages to a configuration: without `pretrain` no generalist stage; the last asks what `task` names."""
+    """Fit a preset's stages: no generalist without `pretrain`; the last one asks for `task`."""
+    kept = [s for s in stages if config.pretrain or s.name != "1 generalist"]
     tasks, names = TUNED[config.task]
     files = {name: GENERALIST[name] for name in names}
-    fitted = []
-    for stage in stages:
-        if stage.name == "2 task":
-            stage = replace(stage, tasks=tasks, files=files)
-        if config.pretrain or stage.name != "1 generalist":
-            fitted.append(stage)
-    return fitted
+    return [*kept[:-1], replace(kept[-1], tasks=tasks, files=files)]
 
 
-# ---- 10 alternatives the paper compares with -------------------------------------------------------------------------
+# ---- 11 figures ----------------------------------------------------------------------------------
 
 
-def farthest_seeds(points: Tensor, superpoints: Tensor, edges: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Choose superpoints whose centers lie farthest apart (Table E, "FPS"); arguments as of `choose_seeds`."""
-    centers = superpoint_mean(points, superpoints)
-    seed = farthest_point_sampling(centers, count)
-    return seed, centers[seed]
-
-
-class QFormer(nn.Module):
-    """Cross-attention to all superpoints in place of graph pooling (Table E, "Q-Former").
-
-    A query starts from its seed's superpoint: tokens made of free queries would have no place in the scene, and the
-    coordinate token no nearest ones.
-    """
-
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
-        self.before, self.after = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.ffn = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
-
-    def forward(self, S: Tensor, seed: Tensor) -> Tensor:
-        """Read a scene's superpoints S [M, d] from its seeds [T]: [T, d]."""
-        memory = self.before(S)  # [M, d]
-        x = memory[seed]  # [T, d]
-        x = x + self.attention(x, memory, memory, need_weights=False)[0]  # [T, d]
-        return x + self.ffn(self.after(x))  # [T, d]
-
-
-SELECTORS = {"graph": choose_seeds, "fps": farthest_seeds, "qformer": choose_seeds}  # Table E
-ADAPTERS = {  # Table 4: kind of token -> its low-rank pair
-    "none": {},
-    "vision": {"vision": "vision"},
-    "text": {"text": "text"},
-    "shared": {"vision": "shared", "text": "shared"},
-    "decoupled": {"vision": "vision", "text": "text"},
-    "full": {},  # the language model itself trains with the adapters' stages
-}
-FILTERS = {"none": (), "vision": ("vision",), "both": ("vision", "text")}  # Table 4: the kinds of token it acts on
-
-
-# ---- 11 figures ------------------------------------------------------------------------------------------------------
-
-
-def draw_curves(scene: Scene, found: dict[str, np.ndarray], path: Path) -> None:
-    """Draw a scene's superpoints in line along each curve, from above; found: `Model.compute_features`."""
+def draw_curves(centers: np.ndarray, orders: np.ndarray, path: Path) -> None:
+    """Draw superpoints centers [M, 3] in line along each curve of orders [C, M], from above."""
     from matplotlib.figure import Figure
 
-    points = scene.points[found["index"]]
-    centers = superpoint_mean(torch.from_numpy(points), torch.from_numpy(found["owner"])).numpy()
-    rows = math.ceil(len(found["orders"]) / 2)
+    rows = math.ceil(len(orders) / 2)
     figure = Figure(figsize=(12, 6 * rows), layout="constrained")
     axes = figure.subplots(rows, 2, squeeze=False).flatten()
-    for axis, order, name in zip(axes, found["orders"], CURVES, strict=False):
+    for axis, order, name in zip(axes, orders, CURVES, strict=False):
         x, y = centers[order, :2].T
         axis.plot(x, y, color="0.6", lw=0.8)
-        dots = axis.scatter(x, y, c=np.arange(len(order)), s=10, cmap="turbo", zorder=2)
-        axis.set(title=f"curve {name!r} from above", aspect="equal")
-    figure.colorbar(dots, ax=axes, shrink=0.5, label="place of a superpoint in the line")
+        axis.scatter(x, y, c=np.arange(len(x)), s=10, cmap="turbo", zorder=2)
+        axis.set(title=f"curve {name!r}: blue comes first, red last", aspect="equal")
     data.save_figure(figure, path)
 
 
-def draw_graph(scene: Scene, found: dict[str, np.ndarray], path: Path) -> None:
-    """Draw a scene's superpoint graph: edges darker the more votes they have, rings around the seeds."""
+def draw_graph(scene: Scene, centers: np.ndarray, found: dict[str, Tensor], path: Path) -> None:
+    """Draw the superpoint graph: edges darker the more votes they have, rings around the seeds."""
     from matplotlib.collections import LineCollection
 
-    points = torch.from_numpy(scene.points[found["index"]])
-    centers = superpoint_mean(points, torch.from_numpy(found["owner"])).numpy()
     x, y = centers[:, :2].T
-    edges, seed = found["edges"], found["seed"]
-    title = f"{scene.name}: {len(centers)} superpoints, {len(edges) // 2} edges; {len(seed)} ringed seeds"
-    figure, (top, _) = data.scene_figure(scene, title, ["edges: the darker, the more votes"])
-    gray = [str(0.8 - 0.8 * strength) for strength in found["edge_strength"]]
-    top.add_collection(LineCollection(centers[edges, :2], colors=gray, lw=0.8))
+    edges, seed = found["edges"].numpy(), found["seed"].numpy()
+    title = f"{scene.name}: {len(x)} superpoints, {len(edges) // 2} edges, {len(seed)} seeds"
+    figure, (top, _) = data.scene_figure(scene, title)
+    shade = [str(0.8 - 0.8 * strength) for strength in found["edge_strength"].tolist()]
+    top.add_collection(LineCollection(centers[edges, :2], colors=shade, lw=0.8))
     top.scatter(x, y, s=8, color="black", zorder=3)
     top.scatter(x[seed], y[seed], s=50, facecolors="none", edgecolors="black", zorder=4)
     data.save_figure(figure, path)
 
 
-# ---- 12 demo ---------------------------------------------------------------------------------------------------------
+# ---- 12 demo -------------------------------------------------------------------------------------
 
 
 def demo() -> None:
@@ -1095,30 +1106,27 @@ def demo() -> None:
     model = TinyModel(Config.tiny(no_color=0.0), data.TinyText(data.vocabulary()))
     tasks = TUNED["all"][0]
     model.configure_stage(Stage("demo", tasks, PARTS, "tokens"))
+
     found = model.load_features(scene)
     with torch.no_grad():
-        S, _ = model.superpoints(scene)
         own = model.scene_tokens(scene)
-    shapes = {
-        "points [N, 3]": scene.points,
-        "superpoints S [M, d]": S,
-        "curves [C, M]": found["orders"],
-        "graph, edges [E, 2]": found["edges"],
-        "seeds [T]": found["seed"],
-        "merged z' [T, d]": own["z"],
-        "tokens [T, D]": own["tokens"],
-    }
-    for name, value in shapes.items():
-        print(f"{name:24}{list(value.shape)}")
+        S, _ = model.superpoints(scene)
+    print(f"points [N, 3]         {list(scene.points.shape)}")
+    print(f"superpoints S [M, d]  {list(S.shape)}")
+    print(f"curves [C, M]         {list(found['orders'].shape)}")
+    print(f"graph, edges [E, 2]   {list(found['edges'].shape)}")
+    print(f"merged z' [T, d]      {list(own['z'].shape)}")
+    print(f"tokens [T, D]         {list(own['tokens'].shape)}")
     samples = data.questions(scene, tasks, 24, np.random.default_rng(1))
     data.overfit_demo(model, scene, samples, steps=60, lr=3e-3)
 
 
 # ==== tiny preset: trains from nothing on a CPU; not in the paper, skip on a first reading ====
 #
-# It has no pre-trained language model. In its place come a stage on scenes written in words, one token per object
-# ("symbols") and then one per seed ("words"), after which the LLM is frozen for good; and a stage in which a token
-# learns to name what its seed lies on ("tokenizer"). Then come the paper's two stages, on tokens.
+# It has no pre-trained language model. In its place come a stage on scenes written in words, one
+# token per object ("symbols") and then one per seed ("words"), after which the LLM is frozen for
+# good; and a stage in which a token learns to name what its seed lies on ("tokenizer"). Then come
+# the paper's two stages, on tokens.
 
 
 class TinyModel(Model):
@@ -1129,27 +1137,18 @@ class TinyModel(Model):
     def __init__(self, config: Config, text: data.TinyText):
         super().__init__(config, text)
         self.frozen_pretrained_names = ()
-        self.name_ids: list[int] = []  # the words that `encoder_loss` tells apart
+        self.name_ids = []  # the words that `encoder_loss` tells apart
 
     def load_llm(self) -> nn.Module:
         """Make a small Qwen2 from its configuration: the same class that `from_pretrained` loads."""
         from transformers import Qwen2Config, Qwen2ForCausalLM
 
         c = self.config
-        settings = Qwen2Config(
-            vocab_size=len(self.text),
-            hidden_size=c.width,
-            intermediate_size=c.ffn,
-            num_hidden_layers=c.layers,
-            num_attention_heads=c.attention_heads,
-            num_key_value_heads=c.attention_heads,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=1,
-            tie_word_embeddings=True,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-            attn_implementation="sdpa",
-        )
+        sizes = dict(hidden_size=c.width, intermediate_size=c.ffn, num_hidden_layers=c.layers)
+        sizes |= dict(num_attention_heads=c.attention_heads, num_key_value_heads=c.attention_heads)
+        rope = {"rope_type": "default", "rope_theta": 1e6}
+        more = dict(pad_token_id=0, tie_word_embeddings=True, attn_implementation="sdpa")
+        settings = Qwen2Config(vocab_size=len(self.text), rope_parameters=rope, **sizes, **more)
         llm = Qwen2ForCausalLM(settings)
         data.start_weights(llm.model)
         data.start_decoder(llm.model, c.attention_heads)
@@ -1165,20 +1164,17 @@ class TinyModel(Model):
         shows = torch.zeros_like(found["seed"])
         if scene.instances is not None:
             instance = scene.instances[found["index"].numpy()]
-            owner = found["owner"].numpy()
-            for t, s in enumerate(found["seed"].tolist()):
-                shows[t] = int(np.bincount(instance[owner == s]).argmax())
+            for t, s in enumerate(found["seed"]):
+                mine = instance[(found["owner"] == s).numpy()]
+                shows[t] = int(np.bincount(mine).argmax())
         return found | {"shows": shows}
 
     def cache_features(self, scenes: Sequence[Scene], folder: Path | None = None,
                        rank: int = 0, world: int = 1) -> None:  # fmt: skip
-        """Do the frozen work, and note all names of the scenes."""
-        names = set(data.COLOURS)
-        for scene in scenes:
-            for thing in scene.objects:
-                names |= {thing.category, thing.colour}
-        ids = [self.text.encode(name)[0] for name in names if name]
-        self.name_ids = sorted({self.text.unk, *ids})
+        """Do the frozen work, and note the names of all things."""
+        things = [thing for scene in scenes for thing in scene.objects]
+        names = {*data.COLOURS, *(o.category for o in things), *(o.colour for o in things)} - {""}
+        self.name_ids = sorted({self.text.unk, *(self.text.encode(name)[0] for name in names)})
         super().cache_features(scenes, folder, rank, world)
 
     def objects_in_order(self, scene: Scene) -> list:
@@ -1187,32 +1183,31 @@ class TinyModel(Model):
         return [scene.objects[i] for i in curve_order(centers, "hilbert", 10).tolist()]
 
     def token_centers(self, scene: Scene) -> np.ndarray:
-        if self.stage.scene_input != "symbols":
+        if self.uses_features():
             return super().token_centers(scene)
         return np.stack([o.box[:3] for o in self.objects_in_order(scene)]).astype(np.float32)
 
     def scene_length(self, scene: Scene) -> int:
-        return len(scene.objects) if self.stage.scene_input == "symbols" else super().scene_length(scene)
+        return super().scene_length(scene) if self.uses_features() else len(scene.objects)
 
-    def names(self, scene: Scene, shown: Sequence[int]) -> Tensor:
-        """Look up the words of category and color of objects by id, unknown ones as <unk>: [T, 2]."""
-        unk = self.text.unk
+    def shown(self, scene: Scene) -> Tensor:
+        """Look up the words of what every token stands for, category and color: [T, 2]."""
+        if self.uses_features():
+            ids = self.load_features(scene)["shows"].tolist()
+        else:
+            ids = [thing.id for thing in self.objects_in_order(scene)]
         words = {}
         for thing in scene.objects:
-            category, color = (self.text.encode(name)[:1] for name in (thing.category, thing.colour))
-            # a missing one is replaced by the other
-            words[thing.id] = [*(category or color or [unk]), *(color or category or [unk])]
-        return torch.tensor([words.get(i, [unk, unk]) for i in shown], device=self.device)
+            pair = self.text.encode(thing.category)[:1] + self.text.encode(thing.colour)[:1]
+            words[thing.id] = (pair + pair)[:2]  # one alone stands for both
+        unknown = [self.text.unk] * 2
+        return torch.tensor([words.get(i) or unknown for i in ids], device=self.device)
 
     def scene_tokens(self, scene: Scene) -> dict[str, Tensor]:
-        """Write the scene in words: a token is the sum of the vectors of category and color, at a word's size."""
-        if self.stage.scene_input == "symbols":
-            shown = [o.id for o in self.objects_in_order(scene)]
-        elif self.stage.scene_input == "words":
-            shown = self.load_features(scene)["shows"].tolist()
-        else:
+        """Write the scene in words: a token is the sum of its two words' vectors, at their size."""
+        if self.stage.scene_input not in ("symbols", "words"):
             return super().scene_tokens(scene)
-        words = self.llm.get_input_embeddings()(self.names(scene, shown)).sum(1)  # [T, D]
+        words = self.llm.get_input_embeddings()(self.shown(scene)).sum(1)  # [T, D]
         return {"tokens": F.layer_norm(words, words.shape[-1:])}
 
     def prompt_tokens(self, batch: dict, seen: dict[str, Tensor]) -> Tensor:
@@ -1222,42 +1217,41 @@ class TinyModel(Model):
         return self.place(batch["prompts"][:, :3].to(self.device))  # [P, D]
 
     def encoder_loss(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
-        """Let every token name what its seed lies on, in the language model's own word vectors; walls are <unk>."""
+        """Let every token name what its seed lies on, in the LLM's word vectors; walls are <unk>."""
         tokens = torch.cat([self.scene_tokens(s)["tokens"] for s in scenes])  # [T, D]
-        target = torch.cat([self.names(s, self.load_features(s)["shows"].tolist()) for s in scenes])  # [T, 2]
-        table = torch.tensor(self.name_ids, device=tokens.device)
+        shown = torch.cat([self.shown(s) for s in scenes])  # [T, 2]
+        table = torch.tensor(self.name_ids, device=self.device)
         words = self.llm.get_input_embeddings().weight.detach()[table]  # [names, D]
-        target = torch.searchsorted(table, target)  # [T, 2]
-        is_object = target[:, 0] != self.name_ids.index(self.text.unk)  # [T]
+        target = torch.searchsorted(table, shown)  # [T, 2]
 
         # which two words it is, by dot products; and it is written as their sum
         logits = tokens @ words.T  # [T, names]
         named = -(0.2 * logits).log_softmax(-1).gather(1, target).mean(1)  # [T]
         apart = 1 - F.cosine_similarity(tokens, words[target].sum(1), dim=-1)  # [T]
+        is_object = shown[:, 0] != self.text.unk  # [T]
         weight = torch.where(is_object, 1.0, 0.2)  # [T]
 
         # right where both words are on top
         top = logits.topk(2).indices  # [T, 2]
         right = (top[:, :, None] == target[:, None]).any(1).all(1) & is_object  # [T]
-        return {
-            "loss": ((named + apart) * weight).sum(),
-            "weight": weight.sum(),
-            "correct": right.sum(),
-            "count": is_object.sum(),
-            "tokens": torch.tensor(len(tokens)),
-        }
+        loss = ((named + apart) * weight).sum()
+        found = dict(loss=loss, weight=weight.sum(), correct=right.sum(), count=is_object.sum())
+        return {**found, "tokens": torch.tensor(len(tokens))}
 
 
-ALL = mixture((0.6, QA), (0.15, CAPTION), (0.25, NAME))
 LANGUAGE = mixture((0.35, QA), (0.1, CAPTION), (0.55, NAME))
-TINY = dict(lr=2e-3, weight_decay=0.01, per_scene=32, batch=256, schedule="constant", steps=True)
+ALL = mixture((0.6, QA), (0.15, CAPTION), (0.25, NAME))
+TINY = dict(lr=2e-3, weight_decay=0.01, batch=256, schedule="constant", steps=True)
 STAGES["tiny"] = [
-    Stage("0 language", LANGUAGE, ("lm", "place"), "symbols", iterations=800, recolour=True,
-          **{**TINY, "per_scene": 16}),
-    Stage("0 words", ALL, ("lm", "place"), "words", iterations=300, recolour=True, **TINY),
-    Stage("0 tokenizer", {}, ("tokenizer",), "tokenizer", iterations=400, batch=16, lr=8e-3, warmup=0.05),
-    Stage("1 generalist", ALL, PARTS, "tokens", iterations=500, files=GENERALIST, **TINY),
-    Stage("2 task", {}, PARTS, "tokens", iterations=300, **{**TINY, "schedule": "linear"}),
+    Stage("0 language", LANGUAGE, ("lm", "place"), "symbols", iterations=800, recolour=True, **TINY),
+    Stage("0 words", ALL, ("lm", "place"), "words", iterations=300, recolour=True, per_scene=32,
+          **TINY),
+    Stage("0 tokenizer", {}, ("tokenizer",), "tokenizer", iterations=400, batch=16, lr=8e-3,
+          warmup=0.05),
+    Stage("1 generalist", ALL, PARTS, "tokens", iterations=500, files=GENERALIST, per_scene=32,
+          **TINY),
+    Stage("2 task", {}, PARTS, "tokens", iterations=300, per_scene=32,
+          **{**TINY, "schedule": "linear"}),
 ]  # fmt: skip
 
 
