@@ -176,14 +176,13 @@ class Initial(nn.Module):
 
     def __init__(self, channels: int, hidden: int, dim: int):
         super().__init__()
-        self.lift = nn.Linear(channels, hidden)
-        self.norm = nn.LayerNorm(hidden)
+        self.lift = nn.Sequential(nn.Linear(channels, hidden), nn.LayerNorm(hidden), nn.GELU())
         self.out = nn.Linear(hidden, dim)
 
     def forward(self, features: Tensor, places: Tensor, owner: Tensor) -> Tensor:
         """Pool points: features [N, channels], places [N, 3] in 0..1, owner [N] -> S [M, d]."""
         # averaging before the second linear map gives the same, and that map then reads M rows
-        x = F.gelu(self.norm(self.lift(features)))  # [N, hidden]
+        x = self.lift(features)  # [N, hidden]
         S = self.out(superpoint_mean(x, owner))  # [M, d]
 
         # the codes of all points would be the largest tensor of the model: chunk by chunk
@@ -265,14 +264,13 @@ def curve_order(points: Tensor, curve: str, bits: int) -> Tensor:
     """Sort points [N, 3] along a curve, those of one cell by x, y, z: their order [N]."""
     keys, axes = CURVES[curve]
     key = keys(quantize(points, bits)[:, axes], bits)
-    x, y, z = points.numpy().T
-    return torch.from_numpy(np.lexsort((z, y, x, key.numpy())))
+    axes = points.numpy().T[::-1]
+    return torch.from_numpy(np.lexsort((*axes, key.numpy())))  # the last counts first
 
 
 def canonical_order(points: Tensor) -> Tensor:
     """Sort points [N, 3] by x, y, z, whatever the order of the input: their order [N]."""
-    x, y, z = points.numpy().T
-    return torch.from_numpy(np.lexsort((z, y, x)))
+    return torch.from_numpy(np.lexsort(points.numpy().T[::-1]))  # the last axis counts first
 
 
 # ---- 3 FFT context enhancer, Eq. (2), (3), (5) ---------------------------------------------------
@@ -293,10 +291,9 @@ def windowed_filter(x: Tensor, gate: Tensor) -> Tensor:
     M, d = x.shape[1:]
     L = 2 * (gate.shape[1] - 1)
     stride = L // 2
-    W = -(-M // stride) + 1  # windows: rounded up
 
     # cut the windows; `present` says where they hold a token, not padding
-    padding = (0, 0, stride, W * stride - M)
+    padding = (0, 0, stride, stride + -M % stride)
     window = F.pad(x, padding).unfold(1, L, stride)  # [C, W, d, L]
     present = F.pad(x.new_ones(M, 1), padding).unfold(0, L, stride)  # [W, 1, L]
 
@@ -459,20 +456,31 @@ def graph_pool(S: Tensor, seed: Tensor, token: Tensor, member: Tensor, strength:
     return S[seed].index_add(0, token, weight[:, None] * S[member]) / total[:, None]  # [T, d]
 
 
+def word_norm(width: int, scale: float) -> nn.LayerNorm:
+    """Make the norm that ends whatever becomes a token: at first of the size of word vectors."""
+    norm = nn.LayerNorm(width, bias=False)
+    nn.init.constant_(norm.weight, scale)
+    return norm
+
+
 class Merger(nn.Module):
-    """phi(LayerNorm(z)), then the MLP adapter to the LLM's width, at the scale of its words."""
+    """phi(LayerNorm(z)), then the MLP adapter to the LLM's width."""
 
     def __init__(self, dim: int, width: int, scale: float):
         super().__init__()
-        self.norm, self.phi = nn.LayerNorm(dim), nn.Linear(dim, dim)
-        self.lift, self.out = nn.Linear(dim, dim), nn.Linear(dim, width)
-        self.end = nn.LayerNorm(width, bias=False)
-        nn.init.constant_(self.end.weight, scale)
+        self.phi = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
+        self.adapter = nn.Sequential(
+            nn.GELU(),
+            nn.Linear(dim, dim),
+            nn.GELU(),
+            nn.Linear(dim, width),
+            word_norm(width, scale),
+        )
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Project pooled z [T, d]: z' [T, d] for coordinate tokens, and tokens [T, D]."""
-        z = self.phi(self.norm(z))  # [T, d]
-        return z, self.end(self.out(F.gelu(self.lift(F.gelu(z)))))  # [T, d], [T, D]
+        z = self.phi(z)  # [T, d]
+        return z, self.adapter(z)  # [T, d], [T, D]
 
 
 # ---- 6 positions and the coordinate token --------------------------------------------------------
@@ -500,16 +508,20 @@ class CoordinateToken(nn.Module):
 
     def __init__(self, dim: int, width: int, scale: float):
         super().__init__()
-        self.lift, self.out = nn.Linear(2 * dim, dim), nn.Linear(dim, width)
-        self.end = nn.LayerNorm(width, bias=False)
-        nn.init.constant_(self.end.weight, scale)
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * dim, dim),
+            nn.GELU(),
+            nn.Linear(dim, width),
+            word_norm(width, scale),
+        )
 
     def forward(self, c: Tensor, box: Tensor, z: Tensor, places: Tensor, k: int) -> Tensor:
         """Encode positions c [P, 3] in one scene, each with its k nearest tokens: [P, D].
 
         box [2, 3] low and high corner of the cloud; z [T, d] merged tokens at places [T, 3] meters.
         """
-        d, size = z.shape[1], (box[1] - box[0]).clamp(min=1e-6)
+        d = z.shape[1]
+        size = (box[1] - box[0]).clamp(min=1e-6)  # [3]
 
         # the nearest tokens, each with the code of where it lies as seen from c
         distance = (places - c[:, None]).square().sum(-1)  # [P, T]
@@ -518,8 +530,7 @@ class CoordinateToken(nn.Module):
         around = (z[near] + fourier_code(offset, d).to(z)).mean(1)  # [P, d]
 
         here = fourier_code((c - box[0]) / size, d).to(z)  # [P, d]
-        x = F.gelu(self.lift(torch.cat([here, around], dim=-1)))  # [P, d]
-        return self.end(self.out(x))  # [P, D]
+        return self.mlp(torch.cat([here, around], dim=-1))  # [P, D]
 
 
 # ---- 7 the frozen language model: Fourier filter and dLoRA ---------------------------------------
@@ -548,8 +559,10 @@ class FourierFilter(nn.Module):
 
     def __init__(self, width: int, heads: int, kinds: Sequence[str], token_index: dict):
         super().__init__()
-        self.gain, self.heads = nn.Parameter(torch.ones(width)), heads
-        self.kinds, self.token_index = kinds, token_index
+        self.gain = nn.Parameter(torch.ones(width))
+        self.heads = heads
+        self.kinds = kinds
+        self.token_index = token_index
 
     def forward(self, x: Tensor) -> Tensor:
         """Filter the tokens x [..., D] of these kinds, and leave the others: [..., D]."""
@@ -567,8 +580,10 @@ class DecoupledLoRA(nn.Module):
 
     def __init__(self, base: nn.Linear, route: dict[str, str], scale: float, token_index: dict):
         super().__init__()
-        self.base, self.route = base, route  # kind of token -> name of its pair (A, B)
-        self.scale, self.token_index = scale, token_index
+        self.base = base
+        self.route = route  # kind of token -> name of its pair (A, B)
+        self.scale = scale
+        self.token_index = token_index
         self.lora = nn.ModuleDict()
 
     def add(self, name: str, rank: int) -> None:
@@ -586,9 +601,11 @@ class DecoupledLoRA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens x [..., in] to [..., out]."""
         out = self.base(x)
-        rows, flat = x.flatten(0, -2), out.flatten(0, -2)
+        rows = x.flatten(0, -2)
+        flat = out.flatten(0, -2)
         for kind, name in self.route.items():
-            index, pair = self.token_index[kind], self.lora[name]
+            index = self.token_index[kind]
+            pair = self.lora[name]
             delta = pair(rows[index].to(pair[0].weight)) * self.scale  # [n, out]
             flat = flat.index_add(0, index, delta.to(flat))
         return flat.view(out.shape)
@@ -656,20 +673,23 @@ class Model(SceneLanguageModel):
         self.merger = Merger(config.dim, D, scale)
         self.place = Place(D, scale)
         self.coordinate = CoordinateToken(config.dim, D, scale)
-        self.pool = SELECTORS[config.selector][1](config)
+        self.qformer = None
+        if config.selector == "qformer":
+            self.qformer = make_qformer(config.dim, config.heads)
 
         # a checkpoint need not repeat what `llm` names
-        if config.adapters != "full":
+        if config.llm is not None and config.adapters != "full":
             self.frozen_pretrained_names = tuple(self.pretrained())
 
     def load_llm(self) -> nn.Module:
         """Load the language model that the Config names."""
         from transformers import AutoModelForCausalLM
 
-        # packed questions need a mask of their own, which sdpa takes
-        dtype = getattr(torch, self.config.dtype)
-        how = dict(dtype=dtype, attn_implementation="sdpa")
-        return AutoModelForCausalLM.from_pretrained(self.config.llm, **how)
+        return AutoModelForCausalLM.from_pretrained(
+            self.config.llm,
+            dtype=self.config.dtype,
+            attn_implementation="sdpa",  # packed questions need a mask of their own, which it takes
+        )
 
     # -- what trains
 
@@ -680,10 +700,13 @@ class Model(SceneLanguageModel):
 
     def parts(self) -> dict[str, list]:
         """Name what a stage may train."""
-        layers, llm = list(self.llm.modules()), list(self.pretrained().values())
-        tokenizer = [self.initial, self.merger, self.pool]
+        tokenizer = [self.initial, self.merger]
         if self.config.enhancer:
             tokenizer.append(self.enhancer)
+        if self.qformer is not None:
+            tokenizer.append(self.qformer)
+        llm = list(self.pretrained().values())
+        layers = list(self.llm.modules())
         lora = [m.lora for m in layers if isinstance(m, DecoupledLoRA)]
         return {
             "tokenizer": tokenizer,
@@ -697,10 +720,8 @@ class Model(SceneLanguageModel):
     # -- geometry of a scene: computed once, cached
 
     def feature_settings(self) -> tuple:
-        """List what `compute_features` depends on."""
-        c = self.config
-        graph = (c.bits, c.curves, c.vote_window, c.vote_stride, c.edges)
-        return (c.points, c.superpoint, *graph, c.tokens, c.selector)
+        """Name all settings: a run has one folder for its features, and its settings do not change."""
+        return tuple(vars(self.config).items())
 
     def compute_features(self, scene: Scene) -> dict[str, Tensor]:
         """Work out what follows from the points alone.
@@ -738,16 +759,22 @@ class Model(SceneLanguageModel):
         edge_strength = votes.float().log1p() / math.log1p(max(votes.tolist(), default=1))
 
         # seeds in the order of a Hilbert curve, which the LLM's positions then follow
-        seed, place = SELECTORS[c.selector][0](points, owner, edges, c.tokens)
+        seed, place = SELECTORS[c.selector](points, owner, edges, c.tokens)
         order = curve_order(place, "hilbert", c.bits)
-        seed, place = seed[order], place[order]
+        seed = seed[order]
+
+        # which edges start at which seed; farthest points are not merged with anything
         edge, token = (edges[:, :1] == seed).nonzero().unbind(1)
+        if c.selector == "fps":
+            edge, token = edge[:0], token[:0]
 
         whole = dict(index=index, owner=owner, orders=orders, edges=edges, seed=seed, token=token)
-        whole["member"] = edges[edge, 1]
         found = {key: value.int() for key, value in whole.items()}
-        strength = edge_strength[edge]
-        return found | dict(place=place, strength=strength, edge_strength=edge_strength)
+        found["member"] = found["edges"][edge, 1]
+        found["strength"] = edge_strength[edge]
+        found["edge_strength"] = edge_strength
+        found["place"] = place[order]
+        return found
 
     # -- scenes to tokens
 
@@ -771,22 +798,25 @@ class Model(SceneLanguageModel):
 
     def superpoints(self, scene: Scene) -> tuple[Tensor, Tensor]:
         """Compute a scene's superpoints in context S [M, d], and the box [2, 3] of its points."""
-        found, device = self.load_features(scene), self.device
-        index, owner = found["index"].numpy(), found["owner"].to(device)
-        points = torch.from_numpy(scene.points[index]).float().to(device)  # [N, 3]
+        found = self.load_features(scene)
+        index = found["index"].numpy()
+        points = torch.from_numpy(scene.points[index]).to(self.device)  # [N, 3]
         box = torch.stack([points.amin(0), points.amax(0)])  # [2, 3]
-        features = self.point_features(scene, index).to(device)
+        features = self.point_features(scene, index).to(self.device)  # [N, channels]
+        owner = found["owner"].to(self.device)  # [N]
         S = self.initial(features, unit_box(points, box), owner)  # [M, d]
         if self.config.enhancer:
-            S = self.enhancer(S, found["orders"].to(device))  # [M, d]
+            S = self.enhancer(S, found["orders"].to(self.device))  # [M, d]
         return S, box
 
     def scene_tokens(self, scene: Scene) -> dict[str, Tensor]:
         """Merge a scene's superpoints: {"tokens" [T, D] without place, "z" [T, d], "box" [2, 3]}."""
         S, box = self.superpoints(scene)
         found = self.load_features(scene)
-        graph = [found[key].to(S.device) for key in ("seed", "token", "member", "strength")]
-        z, tokens = self.merger(self.pool(S, *graph))  # [T, d], [T, D]
+        keys = ("seed", "token", "member", "strength")
+        seed, *graph = [found[key].to(S.device) for key in keys]
+        z = graph_pool(S, seed, *graph) if self.qformer is None else self.qformer(S[seed], S)  # [T, d]
+        z, tokens = self.merger(z)  # [T, d], [T, D]
         return {"tokens": tokens, "z": z, "box": box}
 
     def token_centers(self, scene: Scene) -> np.ndarray:
@@ -804,12 +834,9 @@ class Model(SceneLanguageModel):
             own = self.scene_tokens(scene)
             own["places"] = torch.from_numpy(self.token_centers(scene)).to(self.device)
             own["tokens"] = own["tokens"] + self.place(own["places"])
+            own["valid"] = torch.ones_like(own["places"][:, 0], dtype=torch.bool)
             found.append(own)
-
-        seen = {key: pad_sequence([f[key] for f in found], batch_first=True) for key in found[0]}
-        lengths = torch.tensor([len(f["places"]) for f in found])
-        valid = torch.arange(int(lengths.max())) < lengths[:, None]  # [B, T]
-        return seen | {"valid": valid.to(self.device)}
+        return {key: pad_sequence([f[key] for f in found], batch_first=True) for key in found[0]}
 
     # -- questions
 
@@ -835,9 +862,9 @@ class Model(SceneLanguageModel):
 
         # half of the time, one of the object's points
         if self.training and scene.instances is not None and rng.random() < 0.5:
-            mine = np.flatnonzero(scene.instances == marked.id)
+            mine = scene.points[scene.instances == marked.id]
             if len(mine):
-                click = scene.points[mine[int(rng.random() * len(mine))]]
+                click = mine[int(rng.random() * len(mine))]
                 return replace(sample, prompt=click.astype(float))
         return replace(sample, prompt=marked.box)
 
@@ -888,17 +915,18 @@ class Model(SceneLanguageModel):
         """Name what `evaluate.py --proposals` may use besides its own."""
         return {"clusters": self.propose}
 
-    def pictures(self, scenes: Sequence[Scene], folder: Path, count: int = 2) -> list[Path]:
+    def pictures(self, scenes: Sequence[Scene], folder: Path) -> list[Path]:
         """Draw cloud, boxes and tokens; curves; superpoint graph and seeds. Returns the files."""
         paths = []
-        for scene in scenes[:count]:
-            found = self.load_features(scene)
-            points = torch.from_numpy(scene.points[found["index"].numpy()])
-            centers = superpoint_mean(points, found["owner"]).numpy()
-            paths += [folder / f"{scene.name}{what}.png" for what in ("", "_curves", "_graph")]
-            data.draw_scene(scene, paths[-3], tokens=self.token_centers(scene))
-            draw_curves(centers, found["orders"].numpy(), paths[-2])
-            draw_graph(scene, centers, found, paths[-1])
+        for scene in scenes[:2]:
+            files = [folder / f"{scene.name}{what}.png" for what in ("", "_curves", "_graph")]
+            data.draw_scene(scene, files[0], tokens=self.token_centers(scene))
+            found = {key: value.numpy() for key, value in self.load_features(scene).items()}
+            points = torch.from_numpy(scene.points[found["index"]])
+            centers = superpoint_mean(points, torch.from_numpy(found["owner"])).numpy()
+            draw_curves(centers, found["orders"], files[1])
+            draw_graph(scene, centers, found, files[2])
+            paths += files
         return paths
 
 
@@ -913,8 +941,6 @@ def check(config: Config) -> None:
         raise DataError(f"curves = {config.curves}; give 1 to {len(CURVES)}")
     if config.dim % 6 or config.dim % config.heads:
         raise DataError(f"dim = {config.dim}; give a multiple of 6 and of heads = {config.heads}")
-    if not config.color and not config.normals:
-        raise DataError("color = false and normals = false: points would carry nothing")
 
 
 def spectral_clusters(edges: np.ndarray, weight: np.ndarray, nodes: int, count: int) -> np.ndarray:
@@ -951,49 +977,20 @@ def farthest_seeds(points: Tensor, superpoints: Tensor, edges: Tensor,
     return seed, centers[seed]
 
 
-class GraphPool(nn.Module):
-    """The paper's merging, `graph_pool`."""
+def make_qformer(dim: int, heads: int) -> nn.Module:
+    """Make a layer of attention among tokens and to all superpoints, in place of graph pooling.
 
-    def __init__(self, config: Config):
-        super().__init__()
-
-    def forward(self, S: Tensor, *graph: Tensor) -> Tensor:
-        return graph_pool(S, *graph)
-
-
-class SeedsAlone(GraphPool):
-    """No merging: a token is its seed."""
-
-    def forward(self, S: Tensor, seed: Tensor, *graph: Tensor) -> Tensor:
-        return S[seed]
-
-
-class QFormer(nn.Module):
-    """Cross-attention to all superpoints in place of graph pooling.
-
-    A query starts from its seed: tokens of free queries would have no place in the scene, and the
-    coordinate token no nearest ones.
+    Its queries start from the seeds' superpoints: tokens of free queries would have no place in the
+    scene, and the coordinate token no nearest ones.
     """
-
-    def __init__(self, config: Config):
-        super().__init__()
-        d = config.dim
-        self.attention = nn.MultiheadAttention(d, config.heads, batch_first=True)
-        self.before, self.after = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.ffn = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, d))
-
-    def forward(self, S: Tensor, seed: Tensor, *graph: Tensor) -> Tensor:
-        """Read a scene's superpoints S [M, d] from its seeds [T]: [T, d]."""
-        memory = self.before(S)  # [M, d]
-        x = memory[seed]  # [T, d]
-        x = x + self.attention(x, memory, memory, need_weights=False)[0]  # [T, d]
-        return x + self.ffn(self.after(x))  # [T, d]
+    how = dict(dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+    return nn.TransformerDecoderLayer(dim, heads, 2 * dim, **how)
 
 
-SELECTORS = {  # Table E: name -> (seeds, merging)
-    "graph": (choose_seeds, GraphPool),
-    "fps": (farthest_seeds, SeedsAlone),
-    "qformer": (choose_seeds, QFormer),
+SELECTORS = {  # Table E: how seeds are chosen; they merge by the graph, not at all, by attention
+    "graph": choose_seeds,
+    "fps": farthest_seeds,
+    "qformer": choose_seeds,
 }
 ADAPTERS = {  # Table 4: kind of token -> its low-rank pair
     "none": {},
@@ -1069,9 +1066,8 @@ def draw_curves(centers: np.ndarray, orders: np.ndarray, path: Path) -> None:
     """Draw superpoints centers [M, 3] in line along each curve of orders [C, M], from above."""
     from matplotlib.figure import Figure
 
-    rows = math.ceil(len(orders) / 2)
-    figure = Figure(figsize=(12, 6 * rows), layout="constrained")
-    axes = figure.subplots(rows, 2, squeeze=False).flatten()
+    figure = Figure(figsize=(5 * len(orders), 5), layout="constrained")
+    axes = figure.subplots(1, len(orders), squeeze=False)[0]
     for axis, order, name in zip(axes, orders, CURVES, strict=False):
         x, y = centers[order, :2].T
         axis.plot(x, y, color="0.6", lw=0.8)
@@ -1080,18 +1076,16 @@ def draw_curves(centers: np.ndarray, orders: np.ndarray, path: Path) -> None:
     data.save_figure(figure, path)
 
 
-def draw_graph(scene: Scene, centers: np.ndarray, found: dict[str, Tensor], path: Path) -> None:
+def draw_graph(scene: Scene, centers: np.ndarray, found: dict, path: Path) -> None:
     """Draw the superpoint graph: edges darker the more votes they have, rings around the seeds."""
     from matplotlib.collections import LineCollection
 
-    x, y = centers[:, :2].T
-    edges, seed = found["edges"].numpy(), found["seed"].numpy()
-    title = f"{scene.name}: {len(x)} superpoints, {len(edges) // 2} edges, {len(seed)} seeds"
-    figure, (top, _) = data.scene_figure(scene, title)
-    shade = [str(0.8 - 0.8 * strength) for strength in found["edge_strength"].tolist()]
-    top.add_collection(LineCollection(centers[edges, :2], colors=shade, lw=0.8))
-    top.scatter(x, y, s=8, color="black", zorder=3)
-    top.scatter(x[seed], y[seed], s=50, facecolors="none", edgecolors="black", zorder=4)
+    figure, (top, _) = data.scene_figure(scene, f"{scene.name}: superpoint graph, ringed seeds")
+    lines = centers[found["edges"], :2]
+    shade = [str(0.8 - 0.8 * strength) for strength in found["edge_strength"]]
+    top.add_collection(LineCollection(lines, colors=shade, lw=0.8))
+    top.scatter(*centers[:, :2].T, s=8, color="black", zorder=3)
+    top.scatter(*centers[found["seed"], :2].T, s=50, facecolors="none", edgecolors="black", zorder=4)
     data.save_figure(figure, path)
 
 
@@ -1107,16 +1101,15 @@ def demo() -> None:
     tasks = TUNED["all"][0]
     model.configure_stage(Stage("demo", tasks, PARTS, "tokens"))
 
-    found = model.load_features(scene)
     with torch.no_grad():
-        own = model.scene_tokens(scene)
         S, _ = model.superpoints(scene)
+        found = model.load_features(scene) | model.scene_tokens(scene)
     print(f"points [N, 3]         {list(scene.points.shape)}")
     print(f"superpoints S [M, d]  {list(S.shape)}")
     print(f"curves [C, M]         {list(found['orders'].shape)}")
     print(f"graph, edges [E, 2]   {list(found['edges'].shape)}")
-    print(f"merged z' [T, d]      {list(own['z'].shape)}")
-    print(f"tokens [T, D]         {list(own['tokens'].shape)}")
+    print(f"merged z' [T, d]      {list(found['z'].shape)}")
+    print(f"tokens [T, D]         {list(found['tokens'].shape)}")
     samples = data.questions(scene, tasks, 24, np.random.default_rng(1))
     data.overfit_demo(model, scene, samples, steps=60, lr=3e-3)
 
@@ -1133,22 +1126,25 @@ class TinyModel(Model):
     """Fase3D around a small language model that starts from nothing."""
 
     scene_inputs = ("symbols", "words", "tokenizer", "tokens")
-
-    def __init__(self, config: Config, text: data.TinyText):
-        super().__init__(config, text)
-        self.frozen_pretrained_names = ()
-        self.name_ids = []  # the words that `encoder_loss` tells apart
+    name_ids: Sequence[int] = ()  # the words that `encoder_loss` tells apart
 
     def load_llm(self) -> nn.Module:
         """Make a small Qwen2 from its configuration: the same class that `from_pretrained` loads."""
         from transformers import Qwen2Config, Qwen2ForCausalLM
 
         c = self.config
-        sizes = dict(hidden_size=c.width, intermediate_size=c.ffn, num_hidden_layers=c.layers)
-        sizes |= dict(num_attention_heads=c.attention_heads, num_key_value_heads=c.attention_heads)
-        rope = {"rope_type": "default", "rope_theta": 1e6}
-        more = dict(pad_token_id=0, tie_word_embeddings=True, attn_implementation="sdpa")
-        settings = Qwen2Config(vocab_size=len(self.text), rope_parameters=rope, **sizes, **more)
+        settings = Qwen2Config(
+            vocab_size=len(self.text),
+            hidden_size=c.width,
+            intermediate_size=c.ffn,
+            num_hidden_layers=c.layers,
+            num_attention_heads=c.attention_heads,
+            num_key_value_heads=c.attention_heads,
+            pad_token_id=self.text.pad,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            attn_implementation="sdpa",
+        )
         llm = Qwen2ForCausalLM(settings)
         data.start_weights(llm.model)
         data.start_decoder(llm.model, c.attention_heads)
@@ -1169,13 +1165,20 @@ class TinyModel(Model):
                 shows[t] = int(np.bincount(mine).argmax())
         return found | {"shows": shows}
 
-    def cache_features(self, scenes: Sequence[Scene], folder: Path | None = None,
-                       rank: int = 0, world: int = 1) -> None:  # fmt: skip
-        """Do the frozen work, and note the names of all things."""
-        things = [thing for scene in scenes for thing in scene.objects]
-        names = {*data.COLOURS, *(o.category for o in things), *(o.colour for o in things)} - {""}
-        self.name_ids = sorted({self.text.unk, *(self.text.encode(name)[0] for name in names)})
-        super().cache_features(scenes, folder, rank, world)
+    def cache_features(self, scenes: Sequence[Scene], *args, **kwargs) -> None:
+        """Do the frozen work, and note the first words of all names."""
+        ids = {self.text.unk}
+        for thing in [thing for scene in scenes for thing in scene.objects]:
+            ids.update(self.words(thing))
+        for color in data.COLOURS:
+            ids.update(self.text.encode(color)[:1])
+        self.name_ids = sorted(ids)
+        super().cache_features(scenes, *args, **kwargs)
+
+    def words(self, thing: data.Thing) -> list[int]:
+        """Look up the words for category and color; one alone stands for both."""
+        pair = self.text.encode(thing.category)[:1] + self.text.encode(thing.colour)[:1]
+        return (pair + pair)[:2]
 
     def objects_in_order(self, scene: Scene) -> list:
         """Sort the scene's objects along a Hilbert curve."""
@@ -1196,10 +1199,7 @@ class TinyModel(Model):
             ids = self.load_features(scene)["shows"].tolist()
         else:
             ids = [thing.id for thing in self.objects_in_order(scene)]
-        words = {}
-        for thing in scene.objects:
-            pair = self.text.encode(thing.category)[:1] + self.text.encode(thing.colour)[:1]
-            words[thing.id] = (pair + pair)[:2]  # one alone stands for both
+        words = {thing.id: self.words(thing) for thing in scene.objects}
         unknown = [self.text.unk] * 2
         return torch.tensor([words.get(i) or unknown for i in ids], device=self.device)
 
@@ -1231,12 +1231,14 @@ class TinyModel(Model):
         is_object = shown[:, 0] != self.text.unk  # [T]
         weight = torch.where(is_object, 1.0, 0.2)  # [T]
 
-        # right where both words are on top
-        top = logits.topk(2).indices  # [T, 2]
-        right = (top[:, :, None] == target[:, None]).any(1).all(1) & is_object  # [T]
-        loss = ((named + apart) * weight).sum()
-        found = dict(loss=loss, weight=weight.sum(), correct=right.sum(), count=is_object.sum())
-        return {**found, "tokens": torch.tensor(len(tokens))}
+        # an object is named right where one of its two words comes first
+        right = (logits.argmax(-1, keepdim=True) == target).any(-1) & is_object  # [T]
+        return {
+            "loss": ((named + apart) * weight).sum(),
+            "weight": weight.sum(),
+            "correct": right.sum(),
+            "count": is_object.sum(),
+        }
 
 
 LANGUAGE = mixture((0.35, QA), (0.1, CAPTION), (0.55, NAME))
