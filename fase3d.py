@@ -182,14 +182,9 @@ class Initial(nn.Module):
     def forward(self, features: Tensor, places: Tensor, owner: Tensor) -> Tensor:
         """Pool points: features [N, channels], places [N, 3] in 0..1, owner [N] -> S [M, d]."""
         # averaging before the second linear map gives the same, and that map then reads M rows
-        x = self.lift(features)  # [N, hidden]
-        S = self.out(superpoint_mean(x, owner))  # [M, d]
-
-        # the codes of all points would be the largest tensor of the model: chunk by chunk
-        code = torch.zeros_like(S)  # [M, d]
-        for place, index in zip(places.split(4096), owner.split(4096), strict=True):
-            code.index_add_(0, index, fourier_code(place, S.shape[1]))
-        return S + code / torch.bincount(owner)[:, None]  # [M, d]
+        x = superpoint_mean(self.lift(features), owner)  # [M, hidden]
+        S = self.out(x)  # [M, d]
+        return S + superpoint_mean(fourier_code(places, S.shape[1]), owner)  # [M, d]
 
 
 # ---- 2 serialization, Eq. (6) --------------------------------------------------------------------
@@ -350,8 +345,14 @@ class Enhancer(nn.Module):
 #                    along many stretches collect many, and pairs far apart are never looked at.
 
 
-def vote_graph(points: Tensor, superpoints: Tensor, curves: Sequence[str], window: int = 64,
-               stride: int = 16, bits: int = 16) -> tuple[Tensor, Tensor]:  # fmt: skip
+def vote_graph(
+    points: Tensor,
+    superpoints: Tensor,
+    curves: Sequence[str],
+    window: int,
+    stride: int,
+    bits: int = 16,
+) -> tuple[Tensor, Tensor]:
     """Count how often points of two superpoints meet in a window along a curve.
 
     Every `stride`-th point is a center and votes for the superpoint of each of the window / 2
@@ -396,14 +397,15 @@ def nearest_edges(pairs: Tensor, votes: Tensor, centers: Tensor, k: int) -> tupl
     M = len(centers)
     graph = coo_array((votes[kept].numpy(), pairs[kept].numpy().T), (M, M)).tocsr()
     graph = graph.maximum(graph.T).tocoo()
-    return torch.from_numpy(np.stack(graph.coords, 1)).long(), torch.from_numpy(graph.data)
+    return torch.from_numpy(np.stack(graph.coords, 1)), torch.from_numpy(graph.data)
 
 
 # ---- 5 token merging -----------------------------------------------------------------------------
 
 
-def choose_seeds(points: Tensor, superpoints: Tensor, edges: Tensor,
-                 count: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+def choose_seeds(
+    points: Tensor, superpoints: Tensor, edges: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
     """Choose the superpoints that become tokens, spread over the scene (graph-aware suppression).
 
     Args: points [N, 3]; superpoints [N] of 0..M-1; edges [E, 2] both ways.
@@ -500,7 +502,7 @@ class Place(nn.Module):
         wave = 2 * math.pi / 0.5 / 2 ** torch.arange(6.0, device=c.device)  # [6]
         phase = (c.float()[..., None] * wave).flatten(-2)  # [P, 18]
         waves = torch.cat([phase.cos(), phase.sin()], dim=-1)  # [P, 36]
-        return self.out(waves.to(self.out.weight))  # [P, D]
+        return self.out(waves)  # [P, D]
 
 
 class CoordinateToken(nn.Module):
@@ -521,16 +523,13 @@ class CoordinateToken(nn.Module):
         box [2, 3] low and high corner of the cloud; z [T, d] merged tokens at places [T, 3] meters.
         """
         d = z.shape[1]
-        size = (box[1] - box[0]).clamp(min=1e-6)  # [3]
-
         # the nearest tokens, each with the code of where it lies as seen from c
         distance = (places - c[:, None]).square().sum(-1)  # [P, T]
         near = distance.topk(min(k, len(places)), largest=False).indices  # [P, k]
-        offset = (places[near] - c[:, None]) / size  # [P, k, 3]
-        around = (z[near] + fourier_code(offset, d).to(z)).mean(1)  # [P, d]
-
-        here = fourier_code((c - box[0]) / size, d).to(z)  # [P, d]
-        return self.mlp(torch.cat([here, around], dim=-1))  # [P, D]
+        here = unit_box(c, box)  # [P, 3]
+        offset = unit_box(places, box)[near] - here[:, None]  # [P, k, 3]
+        around = (z[near] + fourier_code(offset, d)).mean(1)  # [P, d]
+        return self.mlp(torch.cat([fourier_code(here, d), around], dim=-1))  # [P, D]
 
 
 # ---- 7 the frozen language model: Fourier filter and dLoRA ---------------------------------------
@@ -557,7 +556,7 @@ def global_filter(z: Tensor, gain: Tensor) -> Tensor:
 class FourierFilter(nn.Module):
     """The global filter in front of an FFN, for tokens of some kinds."""
 
-    def __init__(self, width: int, heads: int, kinds: Sequence[str], token_index: dict):
+    def __init__(self, width: int, heads: int, kinds: set[str], token_index: dict):
         super().__init__()
         self.gain = nn.Parameter(torch.ones(width))
         self.heads = heads
@@ -626,10 +625,12 @@ def adapt(llm: nn.Module, config: Config, token_index: dict) -> None:
     adapted, names = [], ADAPTERS[config.adapters]
     for depth, block in enumerate(blocks[: config.adapted_layers], start=1):
         # nothing reads vision tokens behind the last layer: what serves them there cannot learn
-        alive = {"text"} if depth == len(blocks) else {"text", "vision"}
-        route = {kind: name for kind, name in names.items() if kind in alive}
-        kinds = [kind for kind in FILTERS[config.filter] if kind in alive]
+        route, kinds = dict(names), set(FILTERS[config.filter])
+        if depth == len(blocks):
+            route.pop("vision", None)
+            kinds.discard("vision")
 
+        # every linear map of the FFN gets its pairs, and the FFN as a whole its filter
         for name, module in list(block.named_modules()):
             if name.rpartition(".")[2] in FFN:
                 layer = DecoupledLoRA(module, route, config.alpha / config.rank, token_index)
@@ -661,7 +662,9 @@ class Model(SceneLanguageModel):
         self.llm = self.load_llm()
         D = self.llm.config.hidden_size
         if D % config.filter_heads:
-            raise DataError(f"filter_heads = {config.filter_heads} does not divide the llm's width {D}")
+            raise DataError(
+                f"filter_heads = {config.filter_heads} does not divide the llm's width {D}"
+            )
         self.token_index = {}
         adapt(self.llm, config, self.token_index)
 
@@ -700,11 +703,14 @@ class Model(SceneLanguageModel):
 
     def parts(self) -> dict[str, list]:
         """Name what a stage may train."""
+        # a switched-off part has no gradient, so it must not count as trained
         tokenizer = [self.initial, self.merger]
         if self.config.enhancer:
             tokenizer.append(self.enhancer)
-        if self.qformer is not None:
+        if self.qformer:
             tokenizer.append(self.qformer)
+
+        # in the language model: its own weights, or what was put beside them
         llm = list(self.pretrained().values())
         layers = list(self.llm.modules())
         lora = [m.lora for m in layers if isinstance(m, DecoupledLoRA)]
@@ -781,18 +787,25 @@ class Model(SceneLanguageModel):
     def point_features(self, scene: Scene, index: np.ndarray) -> Tensor:
         """Give color and normals of the points `index`, in -1..1: [N, channels]; 0 = no color."""
         config, parts = self.config, []
+
+        # colors run from -1 to 1
         if config.color:
             if scene.colours is None and not config.no_color:
-                raise DataError(f"{scene.name}: the cloud has no color and this model never saw such; "
-                                "train with --set color=false or no_color=0.1")  # fmt: skip
+                raise DataError(
+                    f"{scene.name}: the cloud has no color and this model never saw such; "
+                    "train with --set color=false or no_color=0.1"
+                )
             # in training a share of the scenes hides it, drawn from their identifiers
             draw = np.random.default_rng([7, *scene.identifiers.values()]).random()
             hidden = scene.colours is None or (self.training and draw < config.no_color)
             parts.append(np.zeros((len(index), 3)) if hidden else scene.colours[index] / 127.5 - 1)
+
         if config.normals:
             if scene.normals is None:
-                raise DataError(f"{scene.name}: the cloud has no normals; make them with "
-                                "data.estimate_normals, or train with --set normals=false")  # fmt: skip
+                raise DataError(
+                    f"{scene.name}: the cloud has no normals; make them with "
+                    "data.estimate_normals, or train with --set normals=false"
+                )
             parts.append(scene.normals[index])
         return torch.from_numpy(np.concatenate(parts, 1)).float()
 
@@ -815,7 +828,7 @@ class Model(SceneLanguageModel):
         found = self.load_features(scene)
         keys = ("seed", "token", "member", "strength")
         seed, *graph = [found[key].to(S.device) for key in keys]
-        z = graph_pool(S, seed, *graph) if self.qformer is None else self.qformer(S[seed], S)  # [T, d]
+        z = self.qformer(S[seed], S) if self.qformer else graph_pool(S, seed, *graph)  # [T, d]
         z, tokens = self.merger(z)  # [T, d], [T, D]
         return {"tokens": tokens, "z": z, "box": box}
 
@@ -856,8 +869,10 @@ class Model(SceneLanguageModel):
         if sample.prompt is not None or not marks:
             return sample
         if len(set(marks)) > 1:
-            raise DataError(f"{sample.task}: {sample.question!r} points at two things; Fase3D has one "
-                            "coordinate token per question")  # fmt: skip
+            raise DataError(
+                f"{sample.task}: {sample.question!r} points at two things; Fase3D has one "
+                "coordinate token per question"
+            )
         marked = scene.thing(int(marks[0]))
 
         # half of the time, one of the object's points
@@ -892,6 +907,7 @@ class Model(SceneLanguageModel):
     @torch.no_grad()
     def propose(self, scene: Scene, count: int = 48) -> Scene:
         """Give the scene spectral clusters of its superpoint graph for objects."""
+        # edges count as in graph pooling
         found = self.load_features(scene)
         index, edges = found["index"].numpy(), found["edges"]
         S = self.superpoints(scene)[0].cpu()
@@ -906,6 +922,8 @@ class Model(SceneLanguageModel):
             low, high = mine.min(0), mine.max(0)
             box = np.concatenate([(low + high) / 2, high - low])
             objects.append(data.Thing(int(i) + 1, "", "", box))
+
+        # points that were not drawn belong to none
         instances = np.zeros(len(scene.points), np.int64)
         instances[index] = label + 1
         note = f"objects are {len(objects)} spectral clusters of the superpoint graph"
@@ -921,9 +939,11 @@ class Model(SceneLanguageModel):
         for scene in scenes[:2]:
             files = [folder / f"{scene.name}{what}.png" for what in ("", "_curves", "_graph")]
             data.draw_scene(scene, files[0], tokens=self.token_centers(scene))
-            found = {key: value.numpy() for key, value in self.load_features(scene).items()}
-            points = torch.from_numpy(scene.points[found["index"]])
-            centers = superpoint_mean(points, torch.from_numpy(found["owner"])).numpy()
+
+            # superpoints as the scene is turned now
+            found = self.load_features(scene)
+            points = torch.from_numpy(scene.points)[found["index"]]
+            centers = superpoint_mean(points, found["owner"])
             draw_curves(centers, found["orders"], files[1])
             draw_graph(scene, centers, found, files[2])
             paths += files
@@ -959,53 +979,19 @@ def spectral_clusters(edges: np.ndarray, weight: np.ndarray, nodes: int, count: 
     if few < 1 or not weight.any():
         return np.arange(nodes) % count
 
+    # smooth vectors on the graph, from a fixed start: the same clusters every time
     graph = coo_array((weight.astype(float), edges.T), (nodes, nodes)).tocsr()
     start = np.random.default_rng(0).random(nodes)
     _, rows = eigsh(laplacian(graph, normed=True), k=few, which="SA", v0=start, tol=1e-3)
+
+    # nodes of one cluster have rows of one direction
     rows = rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-9)
     return kmeans2(rows, few, minit="++", rng=np.random.default_rng(0))[1]
 
 
-# ---- 9 alternatives the paper compares with ------------------------------------------------------
+# ---- 9 the paper's recipe ------------------------------------------------------------------------
 
-
-def farthest_seeds(points: Tensor, superpoints: Tensor, edges: Tensor,
-                   count: int) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Choose superpoints whose centers lie farthest apart; arguments as of `choose_seeds`."""
-    centers = superpoint_mean(points, superpoints)
-    seed = data.farthest_point_sampling(centers, count)
-    return seed, centers[seed]
-
-
-def make_qformer(dim: int, heads: int) -> nn.Module:
-    """Make a layer of attention among tokens and to all superpoints, in place of graph pooling.
-
-    Its queries start from the seeds' superpoints: tokens of free queries would have no place in the
-    scene, and the coordinate token no nearest ones.
-    """
-    how = dict(dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
-    return nn.TransformerDecoderLayer(dim, heads, 2 * dim, **how)
-
-
-SELECTORS = {  # Table E: how seeds are chosen; they merge by the graph, not at all, by attention
-    "graph": choose_seeds,
-    "fps": farthest_seeds,
-    "qformer": choose_seeds,
-}
-ADAPTERS = {  # Table 4: kind of token -> its low-rank pair
-    "none": {},
-    "vision": {"vision": "vision"},
-    "text": {"text": "text"},
-    "shared": {"vision": "shared", "text": "shared"},
-    "decoupled": {"vision": "vision", "text": "text"},
-    "full": {},  # the language model itself trains with the adapters' stages
-}
-FILTERS = {"none": (), "vision": ("vision",), "both": ("vision", "text")}  # Table 4: kinds of token
-
-
-# ---- 10 the paper's recipe -----------------------------------------------------------------------
-
-TASKS: dict = {}  # no question types beyond data.TASKS
+TASKS = {}  # no question types beyond data.TASKS
 UNLABELLED = ("id_colour", "exist", "count")  # what stands in for questions that need names
 
 QA = {"colour": 0.2, "what": 0.2, "where": 0.12, "count": 0.12, "exist": 0.16, "situated": 0.04}
@@ -1056,13 +1042,52 @@ def recipe(config: Config, stages: list[Stage]) -> list[Stage]:
     kept = [s for s in stages if config.pretrain or s.name != "1 generalist"]
     tasks, names = TUNED[config.task]
     files = {name: GENERALIST[name] for name in names}
-    return [*kept[:-1], replace(kept[-1], tasks=tasks, files=files)]
+    kept[-1] = replace(kept[-1], tasks=tasks, files=files)
+    return kept
+
+
+# ---- 10 alternatives the paper compares with -----------------------------------------------------
+
+
+def farthest_seeds(
+    points: Tensor, superpoints: Tensor, edges: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """Choose superpoints whose centers lie farthest apart; arguments as of `choose_seeds`."""
+    centers = superpoint_mean(points, superpoints)
+    seed = data.farthest_point_sampling(centers, count)
+    return seed, centers[seed]
+
+
+def make_qformer(dim: int, heads: int) -> nn.Module:
+    """Make a layer of attention among tokens and to all superpoints, in place of graph pooling.
+
+    Its queries start from the seeds' superpoints: tokens of free queries would have no place in the
+    scene, and the coordinate token no nearest ones.
+    """
+    how = dict(dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+    return nn.TransformerDecoderLayer(dim, heads, 2 * dim, **how)
+
+
+SELECTORS = {  # Table E: how seeds are chosen; they merge by the graph, not at all, by attention
+    "graph": choose_seeds,
+    "fps": farthest_seeds,
+    "qformer": choose_seeds,
+}
+ADAPTERS = {  # Table 4: kind of token -> its low-rank pair
+    "none": {},
+    "vision": {"vision": "vision"},
+    "text": {"text": "text"},
+    "shared": {"vision": "shared", "text": "shared"},
+    "decoupled": {"vision": "vision", "text": "text"},
+    "full": {},  # the language model itself trains with the adapters' stages
+}
+FILTERS = {"none": (), "vision": ["vision"], "both": ["vision", "text"]}  # Table 4: kinds of token
 
 
 # ---- 11 figures ----------------------------------------------------------------------------------
 
 
-def draw_curves(centers: np.ndarray, orders: np.ndarray, path: Path) -> None:
+def draw_curves(centers: Tensor, orders: Tensor, path: Path) -> None:
     """Draw superpoints centers [M, 3] in line along each curve of orders [C, M], from above."""
     from matplotlib.figure import Figure
 
@@ -1071,21 +1096,22 @@ def draw_curves(centers: np.ndarray, orders: np.ndarray, path: Path) -> None:
     for axis, order, name in zip(axes, orders, CURVES, strict=False):
         x, y = centers[order, :2].T
         axis.plot(x, y, color="0.6", lw=0.8)
-        axis.scatter(x, y, c=np.arange(len(x)), s=10, cmap="turbo", zorder=2)
+        axis.scatter(x, y, c=range(len(x)), s=10, cmap="turbo")
         axis.set(title=f"curve {name!r}: blue comes first, red last", aspect="equal")
     data.save_figure(figure, path)
 
 
-def draw_graph(scene: Scene, centers: np.ndarray, found: dict, path: Path) -> None:
+def draw_graph(scene: Scene, centers: Tensor, found: dict, path: Path) -> None:
     """Draw the superpoint graph: edges darker the more votes they have, rings around the seeds."""
     from matplotlib.collections import LineCollection
 
     figure, (top, _) = data.scene_figure(scene, f"{scene.name}: superpoint graph, ringed seeds")
-    lines = centers[found["edges"], :2]
-    shade = [str(0.8 - 0.8 * strength) for strength in found["edge_strength"]]
-    top.add_collection(LineCollection(lines, colors=shade, lw=0.8))
-    top.scatter(*centers[:, :2].T, s=8, color="black", zorder=3)
-    top.scatter(*centers[found["seed"], :2].T, s=50, facecolors="none", edgecolors="black", zorder=4)
+    lines = centers[found["edges"], :2].numpy()
+    top.add_collection(LineCollection(lines, array=found["edge_strength"], cmap="Greys", lw=0.8))
+    top.scatter(*centers[:, :2].T, s=8, color="black")
+    top.scatter(
+        *centers[found["seed"], :2].T, s=50, facecolors="none", edgecolors="black", zorder=4
+    )
     data.save_figure(figure, path)
 
 
@@ -1101,6 +1127,7 @@ def demo() -> None:
     tasks = TUNED["all"][0]
     model.configure_stage(Stage("demo", tasks, PARTS, "tokens"))
 
+    # from points to tokens
     with torch.no_grad():
         S, _ = model.superpoints(scene)
         found = model.load_features(scene) | model.scene_tokens(scene)
@@ -1110,6 +1137,8 @@ def demo() -> None:
     print(f"graph, edges [E, 2]   {list(found['edges'].shape)}")
     print(f"merged z' [T, d]      {list(found['z'].shape)}")
     print(f"tokens [T, D]         {list(found['tokens'].shape)}")
+
+    # from tokens to answers
     samples = data.questions(scene, tasks, 24, np.random.default_rng(1))
     data.overfit_demo(model, scene, samples, steps=60, lr=3e-3)
 
@@ -1126,7 +1155,7 @@ class TinyModel(Model):
     """Fase3D around a small language model that starts from nothing."""
 
     scene_inputs = ("symbols", "words", "tokenizer", "tokens")
-    name_ids: Sequence[int] = ()  # the words that `encoder_loss` tells apart
+    name_ids = ()  # the words that `encoder_loss` tells apart
 
     def load_llm(self) -> nn.Module:
         """Make a small Qwen2 from its configuration: the same class that `from_pretrained` loads."""
@@ -1146,6 +1175,8 @@ class TinyModel(Model):
             attn_implementation="sdpa",
         )
         llm = Qwen2ForCausalLM(settings)
+
+        # weights from which so small a model learns
         data.start_weights(llm.model)
         data.start_decoder(llm.model, c.attention_heads)
         nn.init.normal_(llm.get_input_embeddings().weight)
@@ -1168,8 +1199,9 @@ class TinyModel(Model):
     def cache_features(self, scenes: Sequence[Scene], *args, **kwargs) -> None:
         """Do the frozen work, and note the first words of all names."""
         ids = {self.text.unk}
-        for thing in [thing for scene in scenes for thing in scene.objects]:
-            ids.update(self.words(thing))
+        for scene in scenes:
+            for thing in scene.objects:
+                ids.update(self.words(thing))
         for color in data.COLOURS:
             ids.update(self.text.encode(color)[:1])
         self.name_ids = sorted(ids)
@@ -1245,15 +1277,16 @@ LANGUAGE = mixture((0.35, QA), (0.1, CAPTION), (0.55, NAME))
 ALL = mixture((0.6, QA), (0.15, CAPTION), (0.25, NAME))
 TINY = dict(lr=2e-3, weight_decay=0.01, batch=256, schedule="constant", steps=True)
 STAGES["tiny"] = [
-    Stage("0 language", LANGUAGE, ("lm", "place"), "symbols", iterations=800, recolour=True, **TINY),
-    Stage("0 words", ALL, ("lm", "place"), "words", iterations=300, recolour=True, per_scene=32,
-          **TINY),
-    Stage("0 tokenizer", {}, ("tokenizer",), "tokenizer", iterations=400, batch=16, lr=8e-3,
-          warmup=0.05),
-    Stage("1 generalist", ALL, PARTS, "tokens", iterations=500, files=GENERALIST, per_scene=32,
-          **TINY),
-    Stage("2 task", {}, PARTS, "tokens", iterations=300, per_scene=32,
-          **{**TINY, "schedule": "linear"}),
+    Stage("0 language", LANGUAGE, ("lm", "place"), "symbols",
+          iterations=800, recolour=True, **TINY),
+    Stage("0 words", ALL, ("lm", "place"), "words",
+          iterations=300, per_scene=32, recolour=True, **TINY),
+    Stage("0 tokenizer", {}, ("tokenizer",), "tokenizer",
+          iterations=400, batch=16, lr=8e-3, warmup=0.05),
+    Stage("1 generalist", ALL, PARTS, "tokens",
+          iterations=500, per_scene=32, files=GENERALIST, **TINY),
+    Stage("2 task", {}, PARTS, "tokens",
+          iterations=300, per_scene=32, **{**TINY, "schedule": "linear"}),
 ]  # fmt: skip
 
 
