@@ -5,61 +5,67 @@ public: neither equations nor sizes, losses or schedules. The parts below are bu
 and every choice is listed.
 
 Idea. A cloud of points becomes a few hundred *referents*, tokens that know where they are. Each gathers the points that
-vote for the same object (intra-referent), hears its neighbours (inter-referent) and looks back at the whole scene
+vote for the same object (intra-referent), hears its neighbors (inter-referent) and looks back at the whole scene
 (contextual). A language model reads them and writes locations as text: boxes, distances, edited layouts. Things are
 named by description ("the red chair") or by their box in text, never by an identifier.
 
-  cloud [N,3] + colour, normal, height [N,7] --PointNet++ (frozen)--> seeds f [M,C], p [M,3]
-  seeds --FFN--> votes v [M,3] --farthest points, balls, max--> referents h [R,C] at their votes
-  h --k-NN graph, 2 layers--> h --cross-attention to the seeds, Fourier positions--> h [R,C], boxes [R,6]
-  projector(h) + code(boxes) = scene tokens [R,D] -> Llama with LoRA -> "red chair [1.25, -0.80, 0.45, ...] ... = 2.03"
+  cloud p [N, 3], f [N, 7] = color, normal, height
+    | PointNet2: four set abstractions, two feature propagations; trained by its own stage, then frozen
+  seeds f [M, C] at p [M, 3]
+    | IntraReferent: every seed votes for an object's center; balls around the votes of the first R seeds, pooled
+  referents h [R, C] at their votes q [R, 3]
+    | InterReferentGraph: two graph convolutions over the nearest referents
+    | ReferentSceneAttention: cross-attention to all seeds
+  referents h [R, C] -> boxes [R, 6]
+    | projector(h) + location(boxes)
+  scene tokens [R, D] -> Llama with LoRA -> "... = [1.25, -0.80, 0.45, 0.50, 0.50, 0.90]"
 
-Axes: B scenes, N points, M seeds, R referents, P points of a ball, C channels, H heads, K scene tokens (= R), D width
-of the language model, S packed rows (one per scene), n positions read at a time, Q questions, T text, A answer tokens.
+Axes: B scenes, N points, M seeds, R referents, P points of a ball, C channels, H heads, K scene tokens (K = R), D width
+of the language model, T text. In the code f are features, p places of points or seeds, q centers, v votes, h referents.
 
-| paper                                     | here                                                   |
-| scene encoder, PointNet++, frozen         | SetAbstraction, FeaturePropagation, PointNet           |
-| intra-referent clustering and abstraction | Abstraction                                            |
-| inter-referent message passing            | neighbour_graph, Graph                                 |
-| contextual referent-scene interaction     | FourierPosition, Context                               |
-| location-enriched scene embeddings        | LocationCode, Model.encode                             |
-| Vicuna-7B, instruction tuning             | load_llm, STAGES                                       |
-| MODLE (abstract: 263K annotations)        | TASKS, write_modle; metrics: evaluate's rooms/modle_*  |
-| ablations of the three modules            | Config.intra, .inter, .context, .positions; last part  |
+| paper                                     | here                                                           |
+| scene encoder, PointNet++, frozen         | SetAbstraction, FeaturePropagation, PointNet2                  |
+| intra-referent clustering and abstraction | IntraReferent                                                  |
+| inter-referent message passing            | neighbor_graph, InterReferentGraph                             |
+| contextual referent-scene interaction     | ReferentSceneAttention                                         |
+| location-enriched scene embeddings        | FourierCode, Model.encode                                      |
+| Vicuna-7B, instruction tuning             | load_llm, STAGES["paper"]                                      |
+| MODLE (abstract: 263K annotations)        | modle_distance, modle_edit, write_modle, BENCHMARKS            |
+| ablations of the three modules            | Config.intra, .inter, .context, .positions; INTER              |
 
-What is not public, and what we chose
+What is not public, and what we chose (all sizes below are ours or a relative's)
 - Encoder: VoteNet's backbone, set abstractions 2048/0.2 m, 1024/0.4, 512/0.8, 256/1.2 with 64, 32, 16, 16 points and
-  two feature propagations to 1,024 seeds of 256 channels. A ball takes its *nearest* points, not the first in memory:
-  the order of the points changes nothing. All levels and the referents are prefixes of one farthest-point order.
-- Votes: Vote2Cap-DETR's vote query, which the descriptions match step by step: FFN to an offset and a feature, sampling
-  on the seeds before they move, grouping after, radius 0.3 m, 16 votes, max pool, 256 referents.
-- Graph: Scan2Cap's 10 neighbours by centre, symmetric, with self loops; H + ReLU(D^-1/2 A D^-1/2 LN(H) W), two layers.
+  two feature propagations to 1,024 seeds of 256 channels; LayerNorm in place of BatchNorm, so that a scene's features
+  depend on no other scene. A ball takes its *nearest* points, not the first in memory: the order of the points changes
+  nothing. All levels and the referents are prefixes of one farthest-point order.
+- Votes: Vote2Cap-DETR's vote query, which the descriptions match step by step: an FFN gives an offset and a feature,
+  referents are sampled from the seeds before they move and grouped after, radius 0.3 m, 16 votes, max pool, 256
+  referents.
+- Graph: Scan2Cap's 10 neighbors by center, symmetric, with self loops; H + ReLU(D^-1/2 A D^-1/2 LN(H) W), two layers.
 - Context: one pre-norm cross-attention over all seeds and an FFN, 8 heads, random Fourier features of places. What a
   referent sees is written relative to its own place.
-- Boxes: an MLP on the referent gives the rest of the way to the object's centre, and its size. The language model reads
+- Boxes: an MLP on the referent gives the rest of the way to the object's center, and its size. The language model reads
   the six numbers through one linear map of their Fourier features (wavelengths 0.5 to 16 m), added to the token.
-- Encoder training: votes (smooth L1), boxes (smooth L1 on centre and log size) and semantic class, told by the nearest
-  word vectors of the language model (category and colour). The same loss, at 0.2, goes on beside the questions, for the
-  three modules only: the encoder stays frozen.
+- Encoder training: votes (smooth L1), boxes (smooth L1 on center and log size) and semantic class, told by the nearest
+  word vectors of the language model (category and color). The same loss, at 0.2, goes on beside the questions, for the
+  three modules only: the encoder stays frozen. A trained encoder starts another run (`train.py --init RUN --stages`).
+- A frozen encoder sees a scene as it was scanned, and so do the modules behind it; where training turns the scene, the
+  boxes and votes are turned after them.
 - Language: LoRA of rank 32 on q, k, v, o and the schedule of the same group's 3DMIT (2 epochs, batch 128, 5e-4);
-  loss on the answer only. Boxes in metres with two decimals, or 0-255 integers (`locations="grid"`).
-- All of MODLE (see its section). The paper's RefCOCO and CLEVR checks are images, outside the scope of this file.
-- The tiny preset has nothing pre-trained. In its place: an initialisation that looks back at the last words, attends to
-  what shares content and copies it (`start_tiny`), number tokens that start as the code of their own value, stages on
-  symbols (one token per object: its words and its true box), seeds spread by colour and normal too, so that small
-  things own some, and answers that write their steps. None of that touches a loaded model.
+  loss on the answer only. Boxes in meters with two decimals.
+- All of MODLE: see its section. The tiny preset: see the last section; none of it touches a loaded model.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import math
 import re
 import sys
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -67,26 +73,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 import data
-from data import (
-    DIRECTIONS,
-    DataError,
-    Facts,
-    Sample,
-    Scene,
-    SceneLanguageModel,
-    Source,
-    Stage,
-    facts,
-    listed,
-    metres,
-    pick,
-    several,
-)
+from data import DIRECTIONS, DataError, Sample, Scene, Source, Stage, facts, listed, metres, pick, several
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
 
@@ -97,17 +88,17 @@ class Config:
 
     llm: str | None = None  # a Llama (Vicuna) name or folder; None builds a tiny one from the fields below
     points: int = 40_000  # of the cloud that are read; VoteNet 40,000
-    centres: tuple[int, ...] = (2048, 1024, 512, 256)  # of the four set abstractions; the second level are the seeds
-    radii: tuple[float, ...] = (0.2, 0.4, 0.8, 1.2)  # metres, of their balls
+    centers: tuple[int, ...] = (2048, 1024, 512, 256)  # of the four set abstractions; the second level are the seeds
+    radii: tuple[float, ...] = (0.2, 0.4, 0.8, 1.2)  # meters, of their balls
     samples: tuple[int, ...] = (64, 32, 16, 16)  # nearest points per ball
-    pairs: int = 2  # layers of a set abstraction's MLP, after the first, that see every pair; PointNet++ 2
-    feature: int = 256  # channels of seeds and referents
-    spread: float = 0.0  # metres per unit of colour when centres are sampled; 0: by place alone
-    spread_normal: float = 0.0  # metres per unit of normal
+    widths: tuple[tuple[int, ...], ...] = ((64, 64, 128), (128, 128, 256), (128, 128, 256), (128, 128, 256))  # of MLPs
+    feature: int = 256  # channels C of seeds and referents
     referents: int = 256
-    ball: float = 0.3  # metres around a vote
+    ball: float = 0.3  # meters around a vote
     ball_samples: int = 16
-    neighbours: int = 10  # of the referents' graph
+    ball_widths: tuple[int, ...] = (256, 256, 256)  # of the MLP over a ball's votes; the last is `feature`
+    unit_votes: bool = True  # a vote's feature has length 1
+    neighbors: int = 10  # of the referents' graph
     graph_layers: int = 2
     context_heads: int = 8
     fourier: int = 128  # random features of the contextual positions
@@ -115,110 +106,110 @@ class Config:
     inter: str = "graph"  # a key of INTER
     context: bool = True  # False: referents never look back at the scene
     positions: bool = True  # False: nothing that the language model reads says where a referent is
-    locations: str = "metres"  # a key of LOCATIONS, of a loaded model: boxes as metres or as integers 0..255
-    teach: float = 0.2  # weight of the detection loss beside the questions
-    encoder: str | None = None  # file of a trained encoder (Model.save_encoder)
+    detection_weight: float = 0.2  # of the detection loss beside the questions
     lora_rank: int = 32  # of a loaded model; 3DMIT 32
     lora_alpha: int = 32
     lora_dropout: float = 0.1
-    # the tiny model, used only where llm is None
+    dtype: str = "bfloat16"  # of a loaded model's weights
+    # the tiny preset only: its language model, and how far color and normal spread the centers
     width: int = 128
     layers: int = 2
     heads: int = 4
     hidden: int = 256
-    dtype: str = "float32"
+    spread: float = 2.0  # meters per unit of color
+    spread_normal: float = 0.3  # meters per unit of normal
 
     @classmethod
-    def tiny(cls, **changes) -> Config:
-        small = dict(points=2048, centres=(512, 256, 128, 64), samples=(16, 16, 16, 16), pairs=0, feature=128,
-                     spread=2.0, spread_normal=0.3, referents=96, context_heads=4, fourier=48)  # fmt: skip
-        return cls(**{**small, **changes})
+    def tiny(cls) -> Config:
+        return cls(
+            points=2048,
+            centers=(512, 256, 128, 64),
+            samples=(16, 16, 16, 16),
+            widths=((64, 64, 64), (128, 128, 128), (128, 128, 128), (128, 128, 128)),
+            feature=128,
+            referents=96,
+            ball_widths=(128, 128),
+            unit_votes=False,
+            context_heads=4,
+            fourier=48,
+        )
 
     @classmethod
-    def paper(cls, **changes) -> Config:
-        return cls(**{**dict(llm="lmsys/vicuna-7b-v1.5", dtype="bfloat16"), **changes})
+    def paper(cls) -> Config:
+        return cls(llm="lmsys/vicuna-7b-v1.5")
 
 
 # ---- 1 geometry of a cloud, worked out once per scene ----------------------------------------------------------------
 
 
-def sample_order(space: np.ndarray, count: int) -> np.ndarray:
-    """Farthest-point order [count] of points space [N, D], from the one farthest from the centroid; where there are
-    fewer points they come again. Every prefix is itself a farthest-point sample, so one order serves all levels."""
-    x = np.asarray(space, dtype=np.float64)
-    square = np.square(x).sum(1)
-    nearest = np.full(len(x), np.inf)
-    order = np.empty(min(count, len(x)), dtype=np.int64)
-    index = int(np.square(x - x.mean(0)).sum(1).argmax())
-    for k in range(len(order)):
-        order[k] = index
-        np.minimum(nearest, square - 2 * (x @ x[index]) + square[index], out=nearest)
-        nearest[index] = -np.inf
-        index = int(nearest.argmax())
-    return np.resize(order, count)
+def ball_query(q: Tensor, p: Tensor, radius: float, samples: int) -> Tensor:
+    """Find the nearest `samples` points p [N, 3] within `radius` of every center q [M, 3]: indices [M, samples].
+
+    Places left over repeat the nearest point, which a maximum does not feel.
+    """
+    distance, index = data.knn(q, p, min(samples, len(p)))
+    nearest = index[:, :1]  # [M, 1]
+    index = torch.where(distance <= radius, index, nearest)
+    return torch.cat([index, nearest.expand(-1, samples - index.shape[1])], 1)
 
 
-def ball_query(centres: np.ndarray, points: np.ndarray, radius: float, samples: int) -> np.ndarray:
-    """The nearest `samples` points within `radius` of every centre: indices [M, samples]; places left over repeat the
-    nearest, which a maximum does not feel. centres [M, 3], points [N, 3]."""
-    from scipy.spatial import cKDTree
-
-    distance, index = cKDTree(points).query(centres, k=min(samples, len(points)))
-    distance, index = distance.reshape(len(centres), -1), index.reshape(len(centres), -1)
-    index = np.where(distance <= radius, index, index[:, :1])
-    return np.concatenate([index, np.repeat(index[:, :1], samples - index.shape[1], 1)], 1)
-
-
-def interpolation(fine: np.ndarray, coarse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The three nearest coarse points of every fine one [M, 3], and their weights by inverse distance [M, 3]."""
-    from scipy.spatial import cKDTree
-
-    distance, index = cKDTree(coarse).query(fine, k=[1, 2, 3] if len(coarse) > 2 else [1, 1, 1])
+def interpolation(fine: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the three nearest coarse points of every fine one [M, 3], and their weights by inverse distance [M, 3]."""
+    distance, index = data.knn(fine, coarse, min(3, len(coarse)))
     weight = 1 / (distance + 1e-8)
-    return index, (weight / weight.sum(1, keepdims=True)).astype(np.float32)
+    return index, (weight / weight.sum(1, keepdim=True)).float()
+
+
+def cloud_geometry(
+    p: Tensor, space: Tensor, counts: Sequence[int], radii: Sequence[float], samples: Sequence[int]
+) -> dict[str, Tensor]:
+    """Work out which points each level of PointNet++ looks at.
+
+    Args: p [N, 3] meters; space [N, .] in which centers are spread, p itself or more; per level the count of centers,
+    the radius of their balls, and how many points each takes.
+    Returns: "order" [M1] of the first level's centers; per level i "ball{i}" [M, P]; per propagation from level i + 1
+    to i "near{i}" and "weight{i}" [M, 3].
+    """
+    # every prefix of a farthest-point order is itself a farthest-point sample, so one order serves all levels; where
+    # there are fewer points they come again
+    order = data.farthest_point_sampling(space, counts[0])
+    order = order.repeat(-(-counts[0] // len(order)))[: counts[0]]  # [M1]
+    levels = [p, *(p[order[:count]] for count in counts)]
+
+    found = {"order": order}
+    for i, (fine, coarse) in enumerate(itertools.pairwise(levels)):
+        found[f"ball{i}"] = ball_query(coarse, fine, radii[i], samples[i])
+    for i in (3, 2):
+        found[f"near{i}"], found[f"weight{i}"] = interpolation(levels[i], levels[i + 1])
+    return found
 
 
 # ---- 2 scene encoder: PointNet++ -------------------------------------------------------------------------------------
 
 
 def gather(values: Tensor, index: Tensor) -> Tensor:
-    """values [B, N, C] at index [B, ...] -> [B, ..., C]."""
+    """Take values [B, N, C] at index [B, ...]: [B, ..., C]."""
     B, C = values.shape[0], values.shape[-1]
     flat = index.reshape(B, -1, 1).expand(-1, -1, C)
     return values.gather(1, flat).view(*index.shape, C)
 
 
-def gather_max(values: Tensor, index: Tensor) -> Tensor:
-    """max over P of values [B, N, C] at index [B, M, P] -> [B, M, C], without ever holding [B, M, P, C]."""
-    B, N, C = values.shape
-    rows = index + torch.arange(B, device=index.device)[:, None, None] * N  # [B, M, P] into B * N
-    return F.embedding_bag(rows.flatten(0, 1), values.reshape(B * N, C), mode="max").view(B, -1, C)
-
-
 class SetAbstraction(nn.Module):
-    """One level of PointNet++: over each ball the maximum of MLP([feature, (point - centre) / radius]).
+    """One level of PointNet++: over each ball the maximum of MLP([feature, (point - center) / radius])."""
 
-    The first layer is linear, so it runs once per point and once per centre instead of once per pair. `pairs` more
-    layers see every pair, as in the paper; with none (tiny) they follow the maximum, at a sixteenth of the work."""
-
-    def __init__(self, inputs: int, hidden: int, outputs: int, radius: float, pairs: int):
+    def __init__(self, inputs: int, widths: Sequence[int], radius: float):
         super().__init__()
         self.radius = radius
-        self.feature = nn.Linear(inputs, hidden)
-        self.place = nn.Linear(3, hidden, bias=False)
-        self.pairs = nn.Sequential(*(m for _ in range(pairs) for m in (nn.ReLU(), nn.Linear(hidden, hidden))))
-        self.out = nn.Sequential(nn.ReLU(), nn.Linear(hidden, outputs), nn.ReLU(), nn.Linear(outputs, outputs),
-                                 nn.LayerNorm(outputs))  # fmt: skip
+        layers = []
+        for a, b in itertools.pairwise([inputs + 3, *widths]):
+            layers += [nn.Linear(a, b), nn.LayerNorm(b), nn.ReLU()]
+        self.mlp = nn.Sequential(*layers)
 
     def forward(self, f: Tensor, p: Tensor, q: Tensor, index: Tensor) -> Tensor:
-        """f [B, N, C], p [B, N, 3], centres q [B, M, 3], index [B, M, P] of points in the ball -> [B, M, outputs]."""
-        place = self.place.weight.T / self.radius  # [3, hidden]
-        point, centre = self.feature(f) + p @ place, q @ place  # [B, N, hidden], [B, M, hidden]
-        if len(self.pairs):
-            h = self.pairs(gather(point, index) - centre[:, :, None]).amax(2)  # [B, M, hidden]
-        else:
-            h = gather_max(point, index) - centre  # [B, M, hidden]
-        return self.out(h)  # [B, M, outputs]
+        """Abstract f [B, N, C] at p [B, N, 3] to centers q [B, M, 3] with balls index [B, M, P]: [B, M, widths[-1]]."""
+        place = (gather(p, index) - q[:, :, None]) / self.radius  # [B, M, P, 3]
+        pairs = torch.cat([gather(f, index), place], -1)  # [B, M, P, C + 3]
+        return self.mlp(pairs).amax(2)  # [B, M, outputs]
 
 
 class FeaturePropagation(nn.Module):
@@ -231,95 +222,106 @@ class FeaturePropagation(nn.Module):
 
     def forward(self, coarse: Tensor, fine: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """coarse [B, M, C], fine [B, N, C'], index [B, N, 3] into M, weight [B, N, 3] -> [B, N, outputs]."""
-        carried = (gather(coarse, index) * weight[..., None]).sum(2)  # [B, N, C]
-        return self.norm(self.mlp(torch.cat([carried, fine], -1)))  # [B, N, outputs]
+        near = (gather(coarse, index) * weight[..., None]).sum(2)  # [B, N, C]
+        return self.norm(self.mlp(torch.cat([near, fine], -1)))  # [B, N, outputs]
 
 
-class PointNet(nn.Module):
-    """PointNet++ with four set abstractions and two feature propagations: the second level's centres are the seeds."""
+class PointNet2(nn.Module):
+    """PointNet++ with four set abstractions and two feature propagations: the second level's centers are the seeds."""
 
-    inputs = 7  # colour, normal, height
+    inputs = 7  # color, normal, height
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, level: type = SetAbstraction):
         super().__init__()
         C = config.feature
-        widths = [self.inputs, C // 2, C, C, C]
-        self.down = nn.ModuleList(SetAbstraction(a, b, b, r, config.pairs) for a, b, r in
-                                  zip(widths, widths[1:], config.radii, strict=False))  # fmt: skip
-        self.up = nn.ModuleList(FeaturePropagation(C, C, C) for _ in range(2))
+        inputs = [self.inputs, *(widths[-1] for widths in config.widths)]
+        levels = zip(inputs, config.widths, config.radii, strict=False)
+        self.down = nn.ModuleList(level(*sizes) for sizes in levels)
+        self.up = nn.ModuleList([FeaturePropagation(inputs[4], inputs[3], C), FeaturePropagation(C, inputs[2], C)])
 
-    def forward(self, f: Tensor, p: Tensor, order: Tensor, balls: Sequence[Tensor],
-                links: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Cloud f [B, N, 7], p [B, N, 3]; order [B, M1] of the first centres, of which every later level is a prefix;
-        balls [B, M, P] per level; links per propagation -> seed features [B, M2, C] and their places [B, M2, 3]."""
-        q = gather(p, order)  # [B, M1, 3]
+    def forward(self, f: Tensor, p: Tensor, cloud: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Encode a cloud f [B, N, 7], p [B, N, 3] along its geometry (`cloud_geometry`, batched).
+
+        Returns: seed features [B, M, C] and their places [B, M, 3].
+        """
+        # down: fewer centers with wider balls
+        first = gather(p, cloud["order"])  # [B, M1, 3]
         levels = []
-        for layer, index in zip(self.down, balls, strict=True):
-            centres = q[:, : index.shape[1]]  # [B, M, 3]
-            f, p = layer(f, p, centres, index), centres  # [B, M, C], [B, M, 3]
+        for i, layer in enumerate(self.down):
+            index = cloud[f"ball{i}"]
+            q = first[:, : index.shape[1]]  # [B, M, 3]
+            f, p = layer(f, p, q, index), q  # [B, M, C], [B, M, 3]
             levels.append(f)
-        for layer, fine, link in zip(self.up, (levels[2], levels[1]), links, strict=True):
-            f = layer(f, fine, *link)  # [B, finer, C]
-        return f, q[:, : f.shape[1]]  # [B, M2, C], [B, M2, 3]
+
+        # up again to the second level
+        for i, layer in zip((3, 2), self.up, strict=True):
+            f = layer(f, levels[i - 1], cloud[f"near{i}"], cloud[f"weight{i}"])  # [B, finer, C]
+        return f, first[:, : f.shape[1]]  # [B, M, C], [B, M, 3]
 
 
 # ---- 3 intra-referent clustering and abstraction ---------------------------------------------------------------------
 
 
-class Abstraction(nn.Module):
-    """Votes of the seeds, grouped in balls around the votes of the first R of them, pooled: referents with centres."""
+class IntraReferent(nn.Module):
+    """Votes of the seeds, grouped in balls around the votes of the first R of them, pooled: referents with centers."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, level: type = SetAbstraction):
         super().__init__()
         C = config.feature
-        self.ball, self.samples = config.ball, config.ball_samples
+        self.samples, self.unit = config.ball_samples, config.unit_votes
         self.vote = nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, C), nn.ReLU(), nn.Linear(C, 3 + C))
-        self.feature, self.place = nn.Linear(C, C), nn.Linear(3, C, bias=False)
-        self.out = nn.Sequential(nn.ReLU(), nn.Linear(C, C), nn.LayerNorm(C))
+        self.group = level(C, config.ball_widths, config.ball)
 
     def forward(self, f: Tensor, p: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Seeds f [B, M, C] at p [B, M, 3] in farthest-point order -> referents h [B, R, C] and the votes [B, M, 3] of
-        all seeds, of which the first R are the referents' centres."""
+        """Turn seeds f [B, M, C] at p [B, M, 3], in farthest-point order, into referents.
+
+        Returns: h [B, R, C] and the votes [B, M, 3] of all seeds, of which the first R are the referents' centers.
+        """
+        # every seed says how far away the center of its object is, and what changes in its feature on the way
         moved, change = self.vote(f).split((3, f.shape[-1]), -1)  # [B, M, 3], [B, M, C]
         v, f = p + moved, f + change  # [B, M, 3], [B, M, C]
+        if self.unit:
+            f = F.normalize(f, dim=-1)  # [B, M, C]
+
+        # the nearest votes of each referent; a vote too far away is replaced by the referent's own
         q = v[:, :count]  # [B, R, 3]
         with torch.no_grad():
-            far, index = torch.cdist(q, v).topk(min(self.samples, v.shape[1]), largest=False)  # [B, R, P]
-            own = torch.arange(q.shape[1], device=q.device)[:, None]  # what is too far is the referent itself again
-            index = torch.where(far <= self.ball, index, own)  # [B, R, P]
-        place = self.place.weight.T / self.ball  # [3, C]
-        h = gather_max(self.feature(f) + v @ place, index) - q @ place  # [B, R, C]
-        return self.out(h), v  # [B, R, C], [B, M, 3]
+            distance, index = torch.cdist(q, v).topk(min(self.samples, v.shape[1]), largest=False)  # [B, R, P]
+            own = torch.arange(q.shape[1], device=q.device)[:, None]
+            index = torch.where(distance <= self.group.radius, index, own)  # [B, R, P]
+        return self.group(f, v, q, index), v  # [B, R, C], [B, M, 3]
 
 
 # ---- 4 inter-referent message passing --------------------------------------------------------------------------------
 
 
-def neighbour_graph(centres: Tensor, k: int) -> Tensor:
-    """D^-1/2 A D^-1/2 of the symmetric graph in which every referent knows itself and its k nearest: centres
-    [B, R, 3] -> [B, R, R]."""
-    far = torch.cdist(centres, centres)  # [B, R, R]
-    near = far.topk(min(k + 1, far.shape[-1]), largest=False).indices  # [B, R, k + 1]
-    linked = torch.zeros_like(far).scatter_(-1, near, 1.0)  # [B, R, R]
+def neighbor_graph(q: Tensor, k: int) -> Tensor:
+    """Normalize the symmetric graph in which every referent knows itself and its k nearest: D^-1/2 A D^-1/2.
+
+    Args: q [B, R, 3] centers. Returns: [B, R, R].
+    """
+    distance = torch.cdist(q, q)  # [B, R, R]
+    near = distance.topk(min(k + 1, q.shape[1]), largest=False).indices  # [B, R, k + 1]
+    linked = torch.zeros_like(distance).scatter_(-1, near, 1.0)  # [B, R, R]
     linked = torch.maximum(linked, linked.mT)  # [B, R, R]
     linked.diagonal(dim1=-2, dim2=-1).fill_(1.0)  # of two referents at one place either may be the nearest
     degree = linked.sum(-1).rsqrt()  # [B, R]
     return degree[..., None] * linked * degree[..., None, :]  # [B, R, R]
 
 
-class Graph(nn.Module):
+class InterReferentGraph(nn.Module):
     """H <- H + ReLU(D^-1/2 A D^-1/2 LN(H) W), a few times."""
 
     def __init__(self, config: Config):
         super().__init__()
         C = config.feature
-        self.k = config.neighbours
+        self.k = config.neighbors
         self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(config.graph_layers))
         self.layers = nn.ModuleList(nn.Linear(C, C, bias=False) for _ in range(config.graph_layers))
 
-    def forward(self, h: Tensor, centres: Tensor) -> Tensor:
-        """h [B, R, C], centres [B, R, 3] -> [B, R, C]."""
-        graph = neighbour_graph(centres.detach(), self.k)  # [B, R, R]
+    def forward(self, h: Tensor, q: Tensor) -> Tensor:
+        """Pass messages between referents h [B, R, C] at q [B, R, 3]: [B, R, C]."""
+        graph = neighbor_graph(q.detach(), self.k)  # [B, R, R]
         for norm, layer in zip(self.norms, self.layers, strict=True):
             h = h + F.relu(graph @ layer(norm(h)))  # [B, R, C]
         return h
@@ -328,21 +330,26 @@ class Graph(nn.Module):
 # ---- 5 contextual referent-scene interaction -------------------------------------------------------------------------
 
 
-class FourierPosition(nn.Module):
-    """Random Gaussian Fourier features of a place (Tancik et al. 2020), and a linear map."""
+class FourierCode(nn.Module):
+    """A linear map of the cosines and sines of numbers in meters (Tancik et al. 2020).
 
-    def __init__(self, features: int, C: int, scale: float = 1.0):
+    frequencies [n, G, W], radians per meter: n numbers give G groups of W phases. A place has random frequencies that
+    mix its three numbers in one group; a box has the same W wavelengths for each of its six.
+    """
+
+    def __init__(self, frequencies: Tensor, width: int):
         super().__init__()
-        self.register_buffer("frequencies", torch.randn(3, features // 2) * (2 * math.pi * scale))
-        self.out = nn.Linear(features, C, bias=False)
+        self.register_buffer("frequencies", frequencies)
+        self.out = nn.Linear(2 * frequencies[0].numel(), width, bias=False)
 
-    def forward(self, places: Tensor) -> Tensor:
-        """places [..., 3] metres -> [..., C]."""
-        phase = places @ self.frequencies  # [..., waves]
-        return self.out(torch.cat([phase.cos(), phase.sin()], -1))  # [..., C]
+    def forward(self, x: Tensor) -> Tensor:
+        """Encode x [..., n] meters: [..., width]."""
+        with torch.autocast(x.device.type, enabled=False):  # half precision would blur meters to decimeters
+            phase = torch.tensordot(x.float(), self.frequencies, 1)  # [..., G, W]
+        return self.out(torch.cat([phase.cos(), phase.sin()], -1).flatten(-2))
 
 
-class Context(nn.Module):
+class ReferentSceneAttention(nn.Module):
     """Referents look at all seeds of the scene: pre-norm cross-attention with Fourier positions, and an FFN."""
 
     def __init__(self, config: Config):
@@ -350,290 +357,255 @@ class Context(nn.Module):
         C = config.feature
         self.heads = config.context_heads
         self.norm, self.norm_scene, self.norm_mlp = (nn.LayerNorm(C) for _ in range(3))
-        self.position = FourierPosition(config.fourier, C, 0.25)
+        self.position = FourierCode(torch.randn(3, 1, config.fourier // 2) * (2 * math.pi * 0.25), C)
         self.query, self.key, self.value, self.out = (nn.Linear(C, C) for _ in range(4))
         self.place = nn.Linear(3, C, bias=False)  # what is seen is written from the referent's own place
         self.mlp = nn.Sequential(nn.Linear(C, 2 * C), nn.ReLU(), nn.Linear(2 * C, C))
 
-    def forward(self, h: Tensor, centres: Tensor, scene: Tensor, places: Tensor) -> Tensor:
-        """Referents h [B, R, C] at centres [B, R, 3], seeds scene [B, M, C] at places [B, M, 3] -> [B, R, C]."""
-        B, R, C = h.shape
-        split = lambda x: x.view(B, -1, self.heads, C // self.heads).transpose(1, 2)  # noqa: E731
-        q, s = self.norm(h), self.norm_scene(scene)  # [B, R, C], [B, M, C]
-        q = split(self.query(q + self.position(centres)))  # [B, H, R, C / H]
-        k, v = split(self.key(s + self.position(places))), split(self.value(s) + self.place(places))  # [B, H, M, C / H]
-        seen = F.scaled_dot_product_attention(q, k, v)  # [B, H, R, C / H]
-        seen = seen.transpose(1, 2).reshape(B, R, C) - self.place(centres)  # [B, R, C]
+    def split(self, x: Tensor) -> Tensor:
+        """Part the channels of x [B, L, C] into heads: [B, H, L, C / H]."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def forward(self, h: Tensor, q: Tensor, f: Tensor, p: Tensor) -> Tensor:
+        """Let referents h [B, R, C] at q [B, R, 3] look at seeds f [B, M, C] at p [B, M, 3]: [B, R, C]."""
+        # where things are decides who is looked at (query, key) and is part of what is seen (value)
+        own, seeds = self.norm(h), self.norm_scene(f)  # [B, R, C], [B, M, C]
+        query = self.split(self.query(own + self.position(q)))  # [B, H, R, C / H]
+        key = self.split(self.key(seeds + self.position(p)))  # [B, H, M, C / H]
+        value = self.split(self.value(seeds) + self.place(p))  # [B, H, M, C / H]
+        seen = F.scaled_dot_product_attention(query, key, value)  # [B, H, R, C / H]
+
+        # attention weights sum to one: subtracting the own place leaves the way to what is seen
+        seen = seen.transpose(1, 2).flatten(2) - self.place(q)  # [B, R, C]
         h = h + self.out(seen)  # [B, R, C]
         return h + self.mlp(self.norm_mlp(h))  # [B, R, C]
 
 
-# ---- 6 the model -----------------------------------------------------------------------------------------------------
-
-WAVES = 6  # wavelengths 0.5, 1, ... 16 m
+# ---- 6 what referents are taught -------------------------------------------------------------------------------------
 
 
-def waves(values: Tensor) -> Tensor:
-    """[...] metres -> [..., 2 * WAVES]: cosines and sines of the value at WAVES wavelengths."""
-    phase = values[..., None] * (2 * math.pi / 0.5 / 2 ** torch.arange(WAVES, device=values.device))  # [..., WAVES]
-    return torch.cat([phase.cos(), phase.sin()], -1)  # [..., 2 * WAVES]
+def weighted_mean(loss: Tensor, weight: Tensor) -> Tensor:
+    return (loss * weight).sum() / weight.sum()
 
 
-class LocationCode(nn.Module):
-    """Where a token is, for the language model: a linear map of Fourier features of its box's six numbers."""
+def detection_loss(
+    seen: dict[str, Tensor], true: Tensor, named: Tensor, on: Tensor, words: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Say how far off votes, boxes and names are.
 
-    def __init__(self, width: int):
-        super().__init__()
-        self.out = nn.Linear(6 * 2 * WAVES, width, bias=False)
-
-    def forward(self, boxes: Tensor) -> Tensor:
-        """boxes [..., 6] metres -> [..., D]."""
-        return self.out(waves(boxes).flatten(-2))  # [..., D]
-
-
-def build_llm(config: Config, vocabulary: int):
-    """A small Llama from its configuration: the class that `from_pretrained` loads."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shape = LlamaConfig(vocab_size=vocabulary, hidden_size=config.width, intermediate_size=config.hidden,
-                        num_hidden_layers=config.layers, num_attention_heads=config.heads,
-                        num_key_value_heads=config.heads, max_position_embeddings=32768, pad_token_id=0, bos_token_id=1,
-                        eos_token_id=1, tie_word_embeddings=True, attention_bias=True,
-                        rope_parameters={"rope_type": "default", "rope_theta": 1e6})  # fmt: skip
-    shape._attn_implementation = "sdpa"
-    return LlamaForCausalLM(shape)
-
-
-def load_llm(config: Config):
-    """A pre-trained Llama, its attention adapted by LoRA (peft) on q, k, v and o."""
-    from peft import LoraConfig, inject_adapter_in_model
-    from transformers import AutoModelForCausalLM
-
-    llm = AutoModelForCausalLM.from_pretrained(config.llm, dtype=getattr(torch, config.dtype),
-                                               attn_implementation="sdpa")  # fmt: skip
-    lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-                      target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])  # fmt: skip
-    return inject_adapter_in_model(lora, llm)
-
-
-@torch.no_grad()
-def start_tiny(model: Model, text: data.TinyText) -> None:
-    """Give a model from a configuration what pre-training would: attend to what shares content, copy it unchanged
-    (`data.start_decoder`).
-
-    The weights are scaled for a width of 100s, not 1000s; embeddings have unit size and the logits a small gain. The
-    token of a number starts as the code that a referent with this number carries, so that reading a box is the same
-    copy as reading a name. All of it is trained on.
+    Args: seen, of `Model.see`: "votes" [B, M, 3] of seeds, "boxes" [B, R, 6] and "tokens" [B, R, D] of referents, which
+    are the first R seeds. Of every seed its true box true [B, M, 6] (on walls and floor its own place; the size there
+    counts for nothing), the numbers named [B, M, 2] of its category and color (0 = nothing), whether it lies on an
+    object on [B, M]. words: the language model's vectors of all categories and of all colors, each [., D].
+    Returns: the mean loss, and the share of referents on objects whose category and color are right.
     """
-    llm, D = model.llm.model, model.width
-    data.start_weights(llm)
-    data.start_decoder(llm, model.config.heads)
-    table = llm.embed_tokens.weight
-    nn.init.normal_(table)
-    maps = dict(zip("xyzwdhl", torch.randn(7, 2 * WAVES, D) / math.sqrt(WAVES), strict=True))  # l: lengths, of no axis
-    for token, (axis, value) in text.number.items():
-        table[token] = waves(torch.tensor(value)) @ maps[axis] + 0.3 * torch.randn(D)
-    # a place speaks softly at first, a size softer: full strength would drown the words that grounding needs
-    gain = dict(zip("xyzwdh", [0.35] * 3 + [0.25] * 3, strict=True))
-    model.code.out.weight.copy_(torch.cat([gain[a] * maps[a] for a in gain]).T)
+    close = partial(F.smooth_l1_loss, beta=0.1, reduction="none")
+    boxes = seen["boxes"]  # [B, R, 6]
+    R = boxes.shape[1]
 
-
-def detection_loss(boxes: Tensor, votes: Tensor, features: Tensor, true: Tensor, named: Tensor, on: Tensor,
-                   words: Sequence[Tensor]) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What referents should know: (mean loss, share of those on objects whose category and colour are right).
-
-    boxes [B, R, 6] and features [B, R, D] of referents, votes [B, M, 3] of seeds; of every seed the true box
-    true [B, M, 6] (of walls and floor: the seed's own place, its size counts for nothing), the numbers named [B, M, 2]
-    of its category and its colour (0 = nothing), and whether it lies on an object on [B, M]; words are the language
-    model's vectors of all categories and of all colours, each [., D]. Referents are the first R seeds.
-    """
-    R, mean = boxes.shape[1], lambda loss, weight: (loss * weight).sum() / weight.sum()
-    far = lambda a, b: F.smooth_l1_loss(a, b, beta=0.1, reduction="none").mean(-1)  # noqa: E731
-    share = lambda on, other: torch.where(on, 1.0, other)  # noqa: E731  (walls and floor are everywhere)
-    voted = mean(far(votes, true[..., :3]), share(on, 0.1))
+    # centers, in meters; most seeds lie on walls and floor, so these count a tenth
+    voted = weighted_mean(close(seen["votes"], true[..., :3]).mean(-1), torch.where(on, 1.0, 0.1))
     true, named, on = true[:, :R], named[:, :R], on[:, :R]
-    boxed = mean(far(boxes[..., :3], true[..., :3]), share(on, 0.1))
+    boxed = weighted_mean(close(boxes[..., :3], true[..., :3]).mean(-1), torch.where(on, 1.0, 0.1))
+
+    # sizes, as ratios
     if on.any():
-        boxed = boxed + 0.5 * far(boxes[..., 3:].log(), true[..., 3:].log())[on].mean()
-    z = F.normalize(features.float(), dim=-1)  # [B, R, D]
-    told, right, whole = 0.0, on, 0.0
+        boxed = boxed + 0.5 * close(boxes[..., 3:].log(), true[..., 3:].log()).mean(-1)[on].mean()
+
+    # names: the nearest word among all categories and among all colors (25: a sharp softmax of cosines), and the token
+    # as their sum
+    z = F.normalize(seen["tokens"].float(), dim=-1)  # [B, R, D]
+    told, whole, right = 0.0, 0.0, on
     for kind, vectors in enumerate(words):
         logits = 25 * z @ F.normalize(vectors, dim=-1).T  # [B, R, names]
-        told = told + F.cross_entropy(logits.mT, named[..., kind], reduction="none")  # [B, R] which name, and
-        right = right & (logits.argmax(-1) == named[..., kind])
-        whole = whole + vectors[named[..., kind]]
-    apart = 1 - F.cosine_similarity(z, whole, dim=-1)  # [B, R] written as their sum
-    loss = mean(told + apart, share(on, 0.3)) + 2 * (voted + boxed)
+        told = told + F.cross_entropy(logits.mT, named[..., kind], reduction="none")  # [B, R]
+        whole = whole + vectors[named[..., kind]]  # [B, R, D]
+        right = right & (logits.argmax(-1) == named[..., kind])  # [B, R]
+    apart = 1 - F.cosine_similarity(z, whole, dim=-1)  # [B, R]
+    loss = weighted_mean(told + apart, torch.where(on, 1.0, 0.3)) + 2 * (voted + boxed)
     return loss, right.sum() / on.sum().clamp(min=1)
 
 
-class Model(SceneLanguageModel):
+# ---- 7 the model -----------------------------------------------------------------------------------------------------
+
+
+def load_llm(config: Config) -> nn.Module:
+    """Load a pre-trained Llama, its attention adapted by LoRA (peft) on q, k, v and o."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, config.dtype)
+    llm = AutoModelForCausalLM.from_pretrained(config.llm, dtype=dtype, attn_implementation="sdpa")
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+    )
+    return inject_adapter_in_model(lora, llm)
+
+
+BOX_FREQUENCIES = 2 * math.pi / 0.5 / 2 ** torch.arange(6)  # of wavelengths 0.5, 1, ... 16 m
+
+
+class Model(data.SceneLanguageModel):
     """Spatial 3D-LLM around a Llama. See the file's docstring for shapes."""
 
-    scene_inputs = ("encoder", "symbols", "referents")
+    scene_inputs = ("encoder", "referents")
+    level = SetAbstraction  # of the encoder, and of votes
 
     def __init__(self, config: Config, text: data.TinyText | data.HubText):
         super().__init__(config, text)
-        data.choose(LOCATIONS, config.locations, "form of locations")
-        if config.locations != "metres" and config.llm is None:
-            raise DataError(f"locations = {config.locations}: the tiny tokenizer has metres only; leave it unset")
-        self.llm = build_llm(config, len(text)) if config.llm is None else load_llm(config)
+        if config.inter not in INTER:
+            raise DataError(f"inter = {config.inter!r}: choose one of {', '.join(INTER)}")
+        self.llm = self.make_llm()
+        pretrained = [name for name in self.llm.state_dict() if "lora_" not in name]
+        self.frozen_pretrained_names = tuple(f"llm.{name}" for name in pretrained)
         C, D = config.feature, self.llm.config.hidden_size
-        self.width = D
-        self.frozen_pretrained_names = () if config.llm is None else tuple(
-            f"llm.{name}" for name in self.llm.state_dict() if "lora_" not in name)  # fmt: skip
-        self.encoder, self.intra, self.context = PointNet(config), Abstraction(config), Context(config)
-        data.choose(INTER, config.inter, "inter-referent part")
+
+        # the paper's parts
+        self.encoder = PointNet2(config, self.level)
+        self.intra = IntraReferent(config, self.level)
+        self.context = ReferentSceneAttention(config)
         self.inter = nn.ModuleDict({name: part(config) for name, part in INTER.items()})  # all: runs share weights
         self.box = nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, 6))
         self.projector = nn.Sequential(nn.Linear(C, D), nn.GELU(), nn.Linear(D, D), nn.LayerNorm(D))
-        self.code = LocationCode(D)
+        self.code = FourierCode(torch.eye(6)[..., None] * BOX_FREQUENCIES, D)
         for part in (self.encoder, self.intra, self.inter, self.context, self.box, self.projector):
             data.start_weights(part)
-        scale = self.embeddings.detach().float().square().mean().sqrt()  # what is new speaks as loud as words
+
         with torch.no_grad():
+            # votes, boxes and messages begin near nothing; attention begins with what is alike and near
             for small in (self.intra.vote[-1], self.box[-1], *self.inter["graph"].layers):
                 small.weight.mul_(0.2)
-            self.context.key.weight.copy_(self.context.query.weight)  # look first at what is alike and near
-            nn.init.normal_(self.code.out.weight, std=float(scale) * (6 * WAVES) ** -0.5)
-            self.projector[-1].weight.fill_(1.0 if config.llm is None else float(scale))
-        if config.llm is None:
-            start_tiny(self, text)
-        if config.encoder:
-            self.load_encoder(Path(config.encoder))
+            self.context.key.weight.copy_(self.context.query.weight)
+            # new tokens start at the RMS of the word embeddings
+            scale = float(self.embeddings.float().square().mean().sqrt())
+            nn.init.normal_(self.code.out.weight, std=scale * (self.code.out.in_features / 2) ** -0.5)
+            self.projector[-1].weight.fill_(scale)
+
         self.encoder_trains = False
-        self.cache, self.names = {}, [[""], [""]]
+        self.names: list[dict[str, int]] = [{"": 0}, {"": 0}]  # categories and colors seen so far; "" = nothing
+        self.name_tokens: list[list[list[int]]] = [[], []]
+        self.no_name = text.eos  # the token that stands for ""
+
+    def make_llm(self) -> nn.Module:
+        return load_llm(self.config)
 
     @property
     def embeddings(self) -> Tensor:
         return self.llm.get_input_embeddings().weight
 
-    # -- what trains, and on what
+    # -- what trains
 
-    def parts(self) -> dict[str, list[nn.Module | nn.Parameter]]:
-        """What a stage may train; modules that are switched off take no part."""
+    def parts(self) -> dict[str, list]:
+        """Name what a stage may train; modules that are switched off take no part."""
         c = self.config
         lora = [p for name, p in self.llm.named_parameters() if "lora_" in name]
-        return {"encoder": [self.encoder], "code": [self.code] * c.positions, "lm": lora or [self.llm],
-                "scene": [self.projector, self.box, self.inter[c.inter], *[self.intra] * c.intra,
-                          *[self.context] * c.context]}  # fmt: skip
+        scene = [self.projector, self.box, self.inter[c.inter]]
+        if c.intra:
+            scene.append(self.intra)
+        if c.context:
+            scene.append(self.context)
+        code = [self.code] if c.positions else []
+        return {"encoder": [self.encoder], "scene": scene, "code": code, "lm": lora or [self.llm]}
 
     def configure_stage(self, stage: Stage) -> None:
+        """Freeze all but what trains; keep geometry of scenes for an encoder that trains, seeds of a frozen one."""
         super().configure_stage(stage)
-        self.encoder_trains = "encoder" in stage.trains
-        if self.encoder_trains:
+        trains = "encoder" in stage.trains
+        if trains or self.encoder_trains:
             self.feature_cache = {}
+        self.encoder_trains = trains
 
-    # -- clouds to seeds
+    # -- clouds to seeds: frozen work
 
-    def cloud(self, scene: Scene) -> dict:
-        """The geometry of a scene's cloud as it lies in memory, worked out once: f [N, 7] colour, normal, height;
-        p [N, 3]; order, balls and links as `PointNet.forward` takes them; inst [M] object ids of the seeds."""
-        key = ("cloud", scene.name)
-        if key not in self.cache:
-            c, back = self.config, scene.turn.T.astype(np.float32)
-            if scene.points is None or not len(scene.points):
-                raise DataError(f"{scene.name}: Spatial 3D-LLM reads a cloud, and this scene has no points")
-            kept = np.lexsort(scene.points.T)  # the order in memory means nothing
-            if len(kept) > c.points:
-                kept = kept[np.sort(np.random.default_rng(0).permutation(len(kept))[: c.points])]
-            p = scene.points[kept].astype(np.float32)
-            n = np.zeros_like(p) if scene.normals is None else scene.normals[kept]
-            rgb = np.full(p.shape, 0.5) if scene.colours is None else scene.colours[kept] / 255
-            p, n = p @ back.T, n @ back.T
-            f = np.concatenate([(rgb - 0.5) / 0.27, n, p[:, 2:] - 1], 1).astype(np.float32)  # all of unit size
-            order = sample_order(np.concatenate([p, c.spread * rgb, c.spread_normal * n], 1), c.centres[0])
-            levels = [p, *(p[order[:m]] for m in c.centres)]
-            balls = [ball_query(q, x, r, k) for x, q, r, k in zip(levels, levels[1:], c.radii, c.samples, strict=False)]
-            links = [interpolation(levels[i], levels[i + 1]) for i in (3, 2)]
-            inst = np.zeros(len(p), int) if scene.instances is None else scene.instances[kept]
-            self.cache[key] = {"f": f, "p": p, "order": order, "balls": balls, "links": links,
-                               "inst": inst[order[: c.centres[1]]]}  # fmt: skip
-        return self.cache[key]
+    def sampling_space(self, p: np.ndarray, color: np.ndarray, normal: np.ndarray) -> np.ndarray:
+        """Say where centers are spread [N, .]: by place alone."""
+        return p
 
-    def encode_clouds(self, clouds: Sequence[dict], turn: Tensor) -> tuple[Tensor, Tensor]:
-        """Clouds turned by turn [B, 3, 3] -> seed features [B, M, C] and places [B, M, 3]."""
-        stack = lambda rows: torch.from_numpy(np.stack(rows)).to(turn.device)  # noqa: E731
-        N = max(len(x["p"]) for x in clouds)
-        f, p = (stack([np.pad(x[k], ((0, N - len(x[k])), (0, 0))) for x in clouds]) for k in ("f", "p"))
-        f = torch.cat([f[..., :3], f[..., 3:6] @ turn.mT, f[..., 6:]], -1)  # [B, N, 7], normals turned
-        balls = [stack(level) for level in zip(*(x["balls"] for x in clouds), strict=True)]
-        links = [[stack([x["links"][i][j] for x in clouds]) for j in (0, 1)] for i in (0, 1)]
-        return self.encoder(f, p @ turn.mT, stack([x["order"] for x in clouds]), balls, links)
+    def read_cloud(self, scene: Scene) -> dict[str, Tensor]:
+        """Prepare a scene's cloud as it was scanned, whatever its turn and the order of its points.
 
-    def see(self, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Referents [B, R, C], their boxes [B, R, 6], of all seeds votes and places [B, M, 3] and object ids [B, M].
+        Returns: "f" [N, 7] color, normal, height; "p" [N, 3]; object ids "instances" [M] of the seeds; and
+        `cloud_geometry`.
+        """
+        c, back = self.config, scene.turn.astype(np.float32)
+        if scene.points is None or not len(scene.points):
+            raise DataError(f"{scene.name}: Spatial 3D-LLM reads a cloud, and this scene has no points")
 
-        While the encoder trains it sees the scenes as they are turned. A frozen one saw them once, unturned: what
-        follows from its cached seeds is turned afterwards, as features cannot be."""
-        turn = torch.from_numpy(np.stack([s.turn for s in scenes])).float().to(self.llm.device)
-        with torch.autocast(turn.device.type, enabled=False):  # metres stay float32
-            if self.encoder_trains:
-                clouds = [self.cloud(s) for s in scenes]
-                inst = torch.from_numpy(np.stack([x["inst"] for x in clouds])).to(turn.device)
-                f, p = self.encode_clouds(clouds, turn)
-                return *self.referents(f, p), p, inst
-            found = [self.load_features(s) for s in scenes]
-            f, p, inst = (torch.stack([x[k] for x in found]).to(turn.device) for k in ("f", "p", "inst"))
-            h, boxes, votes = self.referents(f.float(), p)
-            boxes = torch.cat([boxes[..., :3] @ turn.mT, boxes[..., 3:] @ turn.abs().mT], -1)
-            return h, boxes, votes @ turn.mT, p @ turn.mT, inst
+        # the same points under every turn: turned back, sorted, drawn
+        p = scene.points @ back  # [N, 3]
+        kept = np.lexsort(p.T)
+        kept = kept[np.sort(np.random.default_rng(0).permutation(len(kept))[: c.points])]
+        p = p[kept].astype(np.float32)  # [N, 3]
+        normal = np.zeros_like(p) if scene.normals is None else scene.normals[kept] @ back  # [N, 3]
+        color = np.full(p.shape, 0.5) if scene.colours is None else scene.colours[kept] / 255  # [N, 3]
+        instances = np.zeros(len(p), int) if scene.instances is None else scene.instances[kept]  # [N]
+
+        # features of about unit size
+        f = np.concatenate([(color - 0.5) / 0.27, normal, p[:, 2:] - 1], 1)  # [N, 7]
+        space = torch.from_numpy(self.sampling_space(p, color, normal))
+        p = torch.from_numpy(p)
+        geometry = cloud_geometry(p.double(), space, c.centers, c.radii, c.samples)
+        seeds = geometry["order"][: c.centers[1]]
+        return {"f": torch.from_numpy(f).float(), "p": p, "instances": torch.from_numpy(instances)[seeds], **geometry}
+
+    def encode_clouds(self, cloud: dict[str, Tensor], turn: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode clouds, turned by turn [B, 3, 3]: seed features [B, M, C] and places [B, M, 3]."""
+        f = cloud["f"]
+        f = torch.cat([f[..., :3], f[..., 3:6] @ turn.mT, f[..., 6:]], -1)  # [B, N, 7]
+        return self.encoder(f, cloud["p"] @ turn.mT, cloud)
+
+    def compute_features(self, scene: Scene) -> dict[str, Tensor]:
+        """Prepare the cloud of an encoder that trains; of a frozen one give its seeds "f", "p" and "instances"."""
+        cloud = self.read_cloud(scene)
+        if self.encoder_trains:
+            return cloud
+        batch = {key: value[None].to(self.device) for key, value in cloud.items()}
+        f, p = self.encode_clouds(batch, torch.eye(3, device=self.device)[None])
+        return {"f": f[0].half(), "p": p[0], "instances": cloud["instances"]}
 
     def feature_settings(self) -> tuple:
         c = self.config
-        return (c.points, c.centres, c.radii, c.samples, c.spread, c.spread_normal)
+        return (self.encoder_trains, c.points, c.centers, c.radii, c.samples, c.spread, c.spread_normal)
 
-    def feature_weights(self) -> nn.Module:
-        return self.encoder
+    def feature_weights(self) -> nn.Module | None:
+        return None if self.encoder_trains else self.encoder
 
-    def uses_features(self) -> bool:
-        return not self.encoder_trains and self.stage.scene_input != "symbols"
-
-    def compute_features(self, scene: Scene) -> dict[str, Tensor]:
-        """Seeds of the frozen encoder: {"f" [M, C] float16, "p" [M, 3] metres, "inst" [M]}."""
-        cloud = self.cloud(scene)
-        f, p = self.encode_clouds([cloud], torch.eye(3, device=self.llm.device)[None])
-        return {"f": f[0].half(), "p": p[0], "inst": torch.from_numpy(cloud["inst"]).long()}
-
-    def cache_features(self, scenes: Sequence[Scene], folder: Path | None = None,
-                       rank: int = 0, world: int = 1) -> None:  # fmt: skip
-        """Frozen work, once: the geometry of the clouds, or the seeds of the frozen encoder; and the categories and
-        colours that are told apart."""
-        for kind, of in enumerate((lambda o: o.category, lambda o: o.colour)):
-            found = {of(o) for s in scenes for o in s.objects} - data.STRUCTURE
-            self.names[kind] = sorted(found.union(self.names[kind], [""]))  # "" sorts first: nothing
-        if self.encoder_trains:
-            for scene in scenes[rank::world]:
-                self.cloud(scene)
+    def cache_features(
+        self, scenes: Sequence[Scene], folder: Path | None = None, rank: int = 0, world: int = 1
+    ) -> None:
+        """Do the frozen work, and learn the names of what is there."""
+        found = ({o.category for s in scenes for o in s.objects}, {o.colour for s in scenes for o in s.objects})
+        for kind, names in enumerate(found):
+            known = sorted(names.union(self.names[kind]) - data.STRUCTURE)  # "" sorts first
+            self.names[kind] = {name: i for i, name in enumerate(known)}
+            self.name_tokens[kind] = [self.text.encode(name) or [self.no_name] for name in known]
         super().cache_features(scenes, folder, rank, world)
-
-    def save_encoder(self, path: Path) -> None:
-        """The trained scene encoder as a file of its own, with the settings it belongs to."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        weights = {k: v.detach().float().cpu().contiguous() for k, v in self.encoder.state_dict().items()}
-        save_file(weights, path, {"settings": json.dumps(self.encoder_settings())})
-
-    def load_encoder(self, path: Path) -> None:
-        """Read a file of `save_encoder` into this model. Raises DataError where it is missing or of other settings."""
-        try:
-            with safe_open(path, "pt") as stored:
-                settings = json.loads((stored.metadata() or {}).get("settings", "null"))
-                weights = {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118 (not a dict)
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"{path}: no readable encoder ({error}); write one with python spatial3dllm.py encoder"
-                            ) from None  # fmt: skip
-        if settings != self.encoder_settings():
-            raise DataError(f"{path}: an encoder with {settings}; these settings are {self.encoder_settings()}")
-        self.encoder.load_state_dict(weights)
-
-    def encoder_settings(self) -> dict:
-        c = self.config
-        return {"centres": list(c.centres), "radii": list(c.radii), "pairs": c.pairs, "feature": c.feature}
 
     # -- seeds to tokens
 
+    def see(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
+        """Find what is there: "boxes" [B, R, 6] and "tokens" [B, R, D] of referents; of seeds "votes" and "places"
+        [B, M, 3] and object ids "instances" [B, M]."""
+        kept = [self.load_features(scene) for scene in scenes]
+        found = {key: pad_sequence([x[key] for x in kept], batch_first=True).to(self.device) for key in kept[0]}
+        turn = torch.from_numpy(np.stack([s.turn for s in scenes])).float().to(self.device)  # [B, 3, 3]
+        with torch.autocast(self.device.type, enabled=False):  # meters stay float32
+            if self.encoder_trains:
+                f, p = self.encode_clouds(found, turn)  # [B, M, C], [B, M, 3]
+                h, boxes, votes = self.referents(f, p)  # [B, R, C], [B, R, 6], [B, M, 3]
+            else:
+                # a frozen encoder saw the scenes unturned: what follows is turned afterwards, as features cannot be
+                h, boxes, votes = self.referents(found["f"].float(), found["p"])  # [B, R, C], [B, R, 6], [B, M, 3]
+                boxes = torch.cat([boxes[..., :3] @ turn.mT, boxes[..., 3:] @ turn.abs().mT], -1)  # [B, R, 6]
+                votes, p = votes @ turn.mT, found["p"] @ turn.mT  # [B, M, 3], [B, M, 3]
+            tokens = self.projector(h)  # [B, R, D]
+        return {"tokens": tokens, "boxes": boxes, "votes": votes, "places": p, "instances": found["instances"]}
+
     def referents(self, f: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Seeds f [B, M, C] at p [B, M, 3] -> referents [B, R, C], boxes [B, R, 6] and the seeds' votes [B, M, 3]."""
+        """Turn seeds f [B, M, C] at p [B, M, 3] into referents [B, R, C], boxes [B, R, 6] and the votes [B, M, 3]."""
         c = self.config
         h, v = self.intra(f, p, c.referents) if c.intra else (f[:, : c.referents], p)
         q = v[:, : c.referents]  # [B, R, 3]
@@ -643,679 +615,449 @@ class Model(SceneLanguageModel):
         box = self.box(h)  # [B, R, 6] the rest of the way, and log sizes
         return h, torch.cat([q + box[..., :3], (box[..., 3:] - 1).clamp(-5, 3).exp()], -1), v
 
-    def words_of(self, name: str) -> Tensor:
-        """The language model's vector [D] for a name, the mean over its tokens; "" = <unk>, nothing."""
-        ids = self.text.encode(name) if name else [getattr(self.text, "unk", self.text.eos)]
-        return self.embeddings[ids].float().mean(0)
-
-    def seen_loss(self, scenes: Sequence[Scene], features: Tensor, boxes: Tensor, votes: Tensor, places: Tensor,
-                  inst: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """`detection_loss` with the truth of the scenes; places [B, M, 3] and object ids inst [B, M] of the seeds."""
-        index = [{name: i for i, name in enumerate(names)} for names in self.names]
-        most = 1 + max(int(inst.max()), max((o.id for s in scenes for o in s.objects), default=0))
-        true, named = torch.ones(len(scenes), most, 6), torch.zeros(len(scenes), most, 2, dtype=torch.long)
-        on = torch.zeros(len(scenes), most, dtype=torch.bool)
-        for b, scene in enumerate(scenes):
-            for o in (o for o in scene.objects if o.category not in data.STRUCTURE):
-                on[b, o.id], true[b, o.id] = True, torch.from_numpy(o.box)
-                named[b, o.id] = torch.tensor([index[0].get(o.category, 0), index[1].get(o.colour, 0)])
-        at = torch.arange(len(scenes))[:, None], inst.cpu()
-        true, named, on = (x[at].to(inst.device) for x in (true, named, on))  # [B, M, 6], [B, M, 2], [B, M]
-        true = torch.where(on[..., None], true, torch.cat([places, torch.ones_like(places)], -1))
-        with torch.no_grad():
-            words = [torch.stack([self.words_of(name) for name in names]) for names in self.names]
-        return detection_loss(boxes, votes, features, true, named, on, words)
-
-    def symbols(self, scene: Scene) -> tuple[Tensor, Tensor]:
-        """The tiny preset's stand-in for referents, one per object in random order: words [n, D], true boxes [n, 6]."""
-        order = np.random.default_rng(list(scene.identifiers.values())).permutation(len(scene.objects))
-        things = [scene.objects[i] for i in order]
-        first = lambda name: (self.text.encode(name) or [self.text.unk])[0]  # noqa: E731
-        words = torch.tensor([[first(o.category), first(o.colour)] for o in things])  # [n, 2]
-        boxes = torch.from_numpy(np.stack([o.box for o in things])).float()
-        return F.layer_norm(self.embeddings[words].sum(1), (self.width,)), boxes.to(self.embeddings.device)
+    def add_locations(self, tokens: Tensor, boxes: Tensor) -> Tensor:
+        """Enrich tokens [B, K, D] by where they are, boxes [B, K, 6]: [B, K, D]."""
+        return tokens + self.code(boxes) if self.config.positions else tokens
 
     def scene_length(self, scene: Scene) -> int:
-        """How many tokens the scene will take."""
-        return len(scene.objects) if self.stage.scene_input == "symbols" else self.config.referents
-
-    def look(self, scenes: Sequence[Scene], teach: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Scene tokens [B, K, D], valid [B, K], and with `teach` the detection loss."""
-        if self.stage.scene_input == "symbols":
-            rows = [self.symbols(s) for s in scenes]
-            z, boxes = (nn.utils.rnn.pad_sequence(part, batch_first=True) for part in zip(*rows, strict=True))
-            valid = torch.arange(z.shape[1]) < torch.tensor([len(r[0]) for r in rows])[:, None]  # [B, K]
-            loss = torch.zeros(())
-        else:
-            h, boxes, *seeds = self.see(scenes)
-            z = self.projector(h)  # [B, K, D]
-            valid = torch.ones(z.shape[:2], dtype=torch.bool)
-            loss = self.seen_loss(scenes, z, boxes, *seeds)[0] if teach else torch.zeros(())
-        if self.config.positions:
-            z = z + self.code(boxes)  # [B, K, D]
-        return z, valid.to(z.device), loss
+        return self.config.referents
 
     def encode(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
-        """Scene tokens [B, K, D] and valid [B, K]; what they are depends on the stage."""
-        teach = self.training and self.stage.scene_input == "referents"
-        tokens, valid, seen = self.look(scenes, teach)
-        return {"tokens": tokens, "valid": valid} | ({"auxiliary_loss": self.config.teach * seen} if teach else {})
+        """Turn scenes into "tokens" [B, K, D], "valid" [B, K] and, where they train, the detection loss."""
+        seen = self.see(scenes)
+        tokens = self.add_locations(seen["tokens"], seen["boxes"])  # [B, K, D]
+        out = {"tokens": tokens, "valid": torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)}
+        if self.training:
+            out["auxiliary_loss"] = self.config.detection_weight * self.teach(scenes, seen)[0]
+        return out
 
-    # -- questions
+    # -- teaching
 
-    def object_to_text(self, scene: Scene, object_id: int) -> str:
-        """How a question names a marked object: by its box in text."""
-        return listed(scene.thing(object_id).box)
+    def seed_truth(self, scene: Scene, instances: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Say what seeds with object ids instances [M] at places [M, 3] lie on.
+
+        Returns: true boxes [M, 6], named [M, 2] and on [M] as `detection_loss` takes them.
+        """
+        true = torch.cat([places, torch.ones_like(places)], -1)  # [M, 6]
+        named = torch.zeros(len(places), 2, dtype=torch.long)  # [M, 2]
+        on = torch.zeros(len(places), dtype=torch.bool)  # [M]
+        categories, colors = self.names
+        for o in scene.objects:
+            if o.category not in data.STRUCTURE:
+                mine = instances == o.id
+                true[mine] = torch.from_numpy(o.box).float()
+                named[mine] = torch.tensor([categories.get(o.category, 0), colors.get(o.colour, 0)])
+                on |= mine
+        return true, named, on
+
+    def teach(self, scenes: Sequence[Scene], seen: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Compare what was seen with the truth: `detection_loss`."""
+        with torch.no_grad():
+            seeds = zip(scenes, seen["instances"].cpu(), seen["places"].cpu(), strict=True)
+            truth = [self.seed_truth(*seed) for seed in seeds]
+            true, named, on = (torch.stack(column).to(self.device) for column in zip(*truth, strict=True))
+            # a name's vector is the mean over its tokens
+            table = self.embeddings
+            words = [torch.stack([table[ids].float().mean(0) for ids in kind]) for kind in self.name_tokens]
+        return detection_loss(seen, true, named, on, words)
 
     def encoder_loss(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
-        """The detection loss per scene."""
-        h, boxes, *seeds = self.see(scenes)
-        loss, right = self.seen_loss(scenes, self.projector(h), boxes, *seeds)
-        weight = torch.tensor(float(len(scenes)), device=loss.device)
+        """Give the detection loss of a stage without questions, per scene."""
+        loss, right = self.teach(scenes, self.see(scenes))
+        weight = torch.tensor(float(len(scenes)), device=self.device)
         return {"loss": loss * weight, "weight": weight, "correct": right * weight}
 
-    # -- own scenes and pictures
+    # -- text and pictures
 
-    def refusal(self, scene: Scene, question: str) -> str | None:
-        """Why a question about a scene of one's own cannot be answered, or None: it names what several things are.
-
-        The model learns to say so itself (rooms/modle_refuse); where the truth is known nobody need rely on that."""
-        f, asked = facts(scene), question.lower()
-        for words in sorted(f.described.values(), key=len, reverse=True):
-            asked = asked.replace(f"the {words}", "it")
-        for key, members in f.groups.items():
-            if len(members) > 1 and re.search(rf"\bthe {re.escape(data.phrase(*key))}\b", asked):
-                return f"{AMBIGUOUS} {len(members)} {data.phrase(*key, many=True)} are here."
-        return None
+    def object_to_text(self, scene: Scene, object_id: int) -> str:
+        """Name a marked object in a question by its box."""
+        return listed(scene.thing(object_id).box)
 
     @torch.no_grad()
     def token_centers(self, scene: Scene) -> np.ndarray:
-        """Where the scene's tokens are [K, 3], for pictures."""
-        return self.see([scene])[1][0, :, :3].cpu().numpy()
-
-    def pictures(self, scenes: Sequence[Scene], folder: Path, count: int = 4) -> list[Path]:
-        """Some scenes with their referents, and a distance and an edited box as answered; returns the files."""
-        paths = []
-        for scene in scenes[:count]:
-            scene = scene if scene.identifiers else replace(
-                scene, identifiers=data.number_objects(scene, np.random.default_rng(0)))  # fmt: skip
-            asked = data.question_set([scene], ["modle_distance", "modle_move"], 1, 0)
-            answers = self.generate(self.batch([(scene, asked)])) if asked else []
-            said = [text.rpartition("=")[2].strip() for text in answers]
-            lines = [f"{s.question}  {t}  (true: {s.answer})" for s, t in zip(asked, said, strict=True)]
-            paths += [folder / f"{scene.name}.png", folder / f"{scene.name}_referents.png"]
-            data.draw_scene(scene, paths[-2], lines, self.token_centers(scene), answers)
-            self.draw_referents(scene, paths[-1])
-        return paths
+        return self.see([scene])["boxes"][0, :, :3].cpu().numpy()
 
     @torch.no_grad()
-    def told(self, scene: Scene) -> dict[str, np.ndarray | list[str]]:
-        """What the referents say of themselves: "box" [R, 6] and "name", the category nearest to each ("" = nothing),
-        with "sure" [R], its share among all; and the "seed" [M, 3] with its "vote" [M, 3]."""
-        h, boxes, votes, places, _ = (x[0] for x in self.see([scene]))
-        names = ["", *sorted(data.CATEGORIES)]
-        words = F.normalize(torch.stack([self.words_of(name) for name in names]).to(h.device), dim=-1)
-        alike = F.normalize(self.projector(h).float(), dim=-1) @ words.T  # [R, names]
-        sure, best = (25 * alike).softmax(-1).max(-1)
-        found = {"box": boxes, "sure": sure, "seed": places, "vote": votes}
-        return {k: v.float().cpu().numpy() for k, v in found.items()} | {"name": [names[i] for i in best.tolist()]}
-
-    def draw_referents(self, scene: Scene, path: Path) -> None:
-        """A picture of the way from points to referents: seeds, their votes, and of the referents that name something
-        the surest of every place with its box."""
-        found = self.told(scene)
-        kept = surest(found["box"], found["sure"] * [bool(name) for name in found["name"]])
-        title = (f"{scene.name}: {len(found['seed'])} seeds (grey) vote for the middle of their object (blue); "
-                 f"{len(found['box'])} referents gather them (black)")  # fmt: skip
-        lines = ["boxes and names: what the surest referent of each place says of its object"]
-        with data.board(scene, path, title, lines, "pale") as views:
-            for view in views:
-                view.lines(np.stack([found["seed"], found["vote"]], 1), colors="steelblue", lw=0.5, alpha=0.6, zorder=1)
-                view.dots(found["seed"], c="0.5", s=3, zorder=1)
-                view.dots(found["vote"], c="royalblue", s=5, zorder=2)
-                view.dots(found["box"][:, :3], c="black", s=9, zorder=3)
-                view.boxes(found["box"][kept], colors="crimson", lw=1.2, zorder=3)
-                view.labels(found["box"][kept, :3], [found["name"][i] for i in kept], 9)
-
-
-def surest(boxes: np.ndarray, sure: np.ndarray, overlap: float = 0.25) -> list[int]:
-    """Of boxes [R, 6] that overlap by more than that IoU, or lie within 0.3 m, the one with the highest `sure` [R];
-    surest first, zeros left out (greedy non-maximum suppression)."""
-    near = data.box_iou(boxes, boxes) > overlap
-    near |= np.linalg.norm(boxes[:, None, :3] - boxes[:, :3], axis=-1) < 0.3
-    kept: list[int] = []
-    for i in np.argsort(-sure, kind="stable"):
-        if sure[i] > 0 and not near[i, kept].any():
-            kept.append(int(i))
-    return kept
-
-
-# ---- 7 locations as text ---------------------------------------------------------------------------------------------
-
-GRID = 255  # the largest integer of the grid form (LL3DA's)
-
-
-def _span(size: int, bounds: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Zero and unit [size] of the grid: positions run from the lowest to the highest corner, sizes are shares of it."""
-    if bounds is None:
-        raise DataError("locations on the grid are shares of the room: the scene needs bounds; write metres instead")
-    span = np.maximum(np.diff(bounds, axis=0)[0], 1e-6)
-    return np.concatenate([bounds[0], np.zeros(3)])[:size], np.tile(span, 2)[:size]
-
-
-def write_metres(values: Sequence[float], bounds: np.ndarray | None = None) -> str:
-    """A point [3] or a box [6] in metres: "[1.25, -0.80, 0.45]"."""
-    return listed(values)
-
-
-def read_metres(values: np.ndarray, bounds: np.ndarray | None = None) -> np.ndarray:
-    return values
-
-
-def write_grid(values: Sequence[float], bounds: np.ndarray | None) -> str:
-    """A point or a box as integers 0..255 of the scene's bounds [2, 3] (LL3DA): "[128, 90, 12]". What lies outside is
-    written as the end of the range."""
-    zero, unit = _span(len(values), bounds)
-    return str(np.clip(np.round((np.asarray(values, float) - zero) / unit * GRID), 0, GRID).astype(int).tolist())
-
-
-def read_grid(values: np.ndarray, bounds: np.ndarray | None) -> np.ndarray:
-    zero, unit = _span(len(values), bounds)
-    return zero + values / GRID * unit
-
-
-LOCATIONS = {"metres": (write_metres, read_metres), "grid": (write_grid, read_grid)}
-
-
-def read_locations(text: str, size: int, bounds: np.ndarray | None = None, form: str = "metres") -> list[np.ndarray]:
-    """The points (size 3) or boxes (size 6) in an answer, [size] metres each; [] = it holds none. Never raises on text.
-
-    Read are bracketed lists of that length, else lists in parentheses, else all bare numbers in groups of that length
-    (3DMIT's rule). What is not finite, and a box without volume, is no location.
-    """
-    read = data.choose(LOCATIONS, form, "form of locations")[1]
-    found = data.tuples(text, size) or data.tuples(re.sub(r"\(([^()]*)\)", r"[\1]", text), size)
-    if not found:
-        numbers = np.array([float(n) for n in re.findall(r"(?<![\d.])-?\d{1,6}(?:\.\d{1,9})?(?![\d.]*\d)", text)])
-        found = list(numbers[: len(numbers) // size * size].reshape(-1, size))
-    located = [read(values, bounds) for values in found if values is not None]
-    return [v for v in located if np.isfinite(v).all() and (v[3:] > 0).all()]
-
-
-def translate(text: str, bounds: np.ndarray | None, source: str, target: str) -> str:
-    """The text with every bracketed point and box in another form: questions in metres become the grid's, a model's
-    answers on the grid become metres. Lists of other lengths stay as they are."""
-    (_, read), (write, _) = (data.choose(LOCATIONS, name, "form of locations") for name in (source, target))
-
-    def rewrite(found: re.Match) -> str:
-        values = next((v for size in (3, 6) for v in data.tuples(found[0], size)), None)
-        return found[0] if values is None else write(read(values, bounds), bounds)
-
-    return data.TUPLE.sub(rewrite, text)
+    def pictures(self, scenes: Sequence[Scene], folder: Path) -> list[Path]:
+        """Draw the way from points to referents, of four scenes: seeds, their votes, and the referents' boxes."""
+        paths = [folder / f"{data.safe_name(scene.name)}_referents.png" for scene in scenes[:4]]
+        for scene, path in zip(scenes, paths, strict=False):
+            seen = self.see([scene])
+            seeds, votes, boxes = (seen[key][0].cpu().numpy() for key in ("places", "votes", "boxes"))
+            ways = np.stack([seeds, votes, np.full_like(seeds, np.nan)], 1).reshape(-1, 3)  # NaN lifts the pen
+            title = f"{scene.name}: {len(seeds)} seeds (gray) vote (blue); {len(boxes)} referents (black, boxes)"
+            figure, axes = data.scene_figure(scene, title)
+            for axis, n in zip(axes, (2, 3), strict=True):  # from above: x and y
+                axis.plot(*ways[:, :n].T, c="lightsteelblue", lw=0.5)
+                axis.scatter(*seeds[:, :n].T, c="gray", s=3)
+                axis.scatter(*votes[:, :n].T, c="royalblue", s=5)
+                axis.scatter(*boxes[:, :n].T, c="black", s=9)
+                data.draw_boxes(axis, boxes, color="crimson", alpha=0.15)  # where referents agree the lines add up
+            data.save_figure(figure, path)
+        return paths
 
 
 # ---- 8 MODLE: distances measured, layouts edited ---------------------------------------------------------------------
 #
 # The composition, splits, wordings and scores of MODLE's 263K annotations are not public: all of this section is our
-# choice. Objects are named by descriptions that fit them alone (`data.describe`). Distances run from centre to centre
+# choice. Objects are named by descriptions that fit them alone (`data.describe`). Distances run from center to center
 # of the boxes. Directions are the axes of the scene, and a question says so: "along x to the right" = +x, "along y to
 # the back" = +y. What is moved keeps its size and its orientation. A thing that is placed is taken away in thought
 # only: the scene still shows it, but its old place counts as free, and an edit is asked only where source and target
-# overlap by less than 0.25 IoU, so that its old place is never an answer.
-#
-# Steps (written before the answer where a model reasons aloud) hold only what the scene shows, what stands just before,
-# or one sum of two neighbours:
-#   distance      red chair [x, y, z] bed [x, y, z] xa xb dx ya yb dy za zb dz = d
-#   move axis     red chair [box] x1.25 right 0.80 x2.05 = [box]
-#   move towards  red chair [box] bed [x, y, z] x1.25 left 0.80 x0.45 = [box]
-#   move beside   red chair [box] bed [x, y, z] x0.20 right 1.30 x1.50 = [box]            (from the bed's x, at its y)
-#   place floor   red vase [box] bed [x, y, z] x0.20 right 1.30 x1.50 z0.00 h0.36 z0.18 = [box]
-#   place top     red vase [box] table [box] z0.37 h0.74 z0.74 h0.36 z0.92 = [box]         (z + h / 2, twice)
-# The two sums have drills of their own: modle_add "x1.25 right 0.80 =" -> "x2.05" and modle_stack "z0.74 h0.36 =" ->
-# "z0.92"; data.TASKS has "subtract" and "norm" for distances.
+# overlap by less than 0.25 IoU, so that its old place is never an answer. Kinds of edits:
+#   move   axis      along an axis by an amount
+#          towards   along an axis towards another thing by an amount, not past it
+#          beside    to an amount along an axis from another thing's center, next to it
+#   place  floor     as beside, but on the floor
+#          top       in the middle on top of another thing
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
-    "modle_distance": ("from centre to centre, how far is the {what} from the {other}?",
-                       "in metres between centres, how far is the {what} from the {other}?",
-                       "what is the distance from the centre of the {what} to the centre of the {other}?",
-                       "measure from the centre of the {what} to the centre of the {other}."),
-    "modle_move_axis": ("move the {what} {direction} by {amount} metres.",
-                        "move the {what} by {amount} metres {direction}.",
-                        "shift the {what} {direction} by {amount} metres.",
-                        "shift the {what} {amount} metres {direction}."),
-    "modle_move_towards": ("move the {what} along {axis} towards the {other} by {amount} metres.",
-                           "move the {what} by {amount} metres along {axis} towards the {other}.",
-                           "shift the {what} along {axis} towards the {other} by {amount} metres."),
-    "modle_move_beside": ("move the {what} next to the {other}, {direction} of its centre by {amount} metres.",
-                          "move the {what} next to the {other}: {amount} metres {direction} of its centre.",
-                          "shift the {what} next to the {other}, {amount} metres {direction} of its centre."),
+    "modle_distance": (
+        "from centre to centre, how far is the {what} from the {other}?",
+        "in metres between centres, how far is the {what} from the {other}?",
+        "what is the distance from the centre of the {what} to the centre of the {other}?",
+        "measure from the centre of the {what} to the centre of the {other}.",
+    ),
+    "modle_move_axis": (
+        "move the {what} {direction} by {amount} metres.",
+        "move the {what} by {amount} metres {direction}.",
+        "shift the {what} {direction} by {amount} metres.",
+        "shift the {what} {amount} metres {direction}.",
+    ),
+    "modle_move_towards": (
+        "move the {what} along {axis} towards the {other} by {amount} metres.",
+        "move the {what} by {amount} metres along {axis} towards the {other}.",
+        "shift the {what} along {axis} towards the {other} by {amount} metres.",
+    ),
+    "modle_move_beside": (
+        "move the {what} next to the {other}, {direction} of its centre by {amount} metres.",
+        "move the {what} next to the {other}: {amount} metres {direction} of its centre.",
+        "shift the {what} next to the {other}, {amount} metres {direction} of its centre.",
+    ),
     "modle_place_floor": (
         "take the {what} away and put it on the floor, {direction} of the centre of the {other} by {amount} metres.",
-        "remove the {what}, then set it on the floor: {amount} metres {direction} of the centre of the {other}."),
-    "modle_place_top": ("take the {what} away and put it in the middle on top of the {other}.",
-                        "remove the {what}, then set it on top of the {other}, in the middle."),
-    "modle_contradiction": ("move the {what} {direction} and {opposite} by {amount} metres.",
-                            "shift the {what} by {amount} metres {direction} and {opposite}.",
-                            "move the {what} {amount} metres towards the {what}.",
-                            "take the {what} away and put it in the middle on top of the {what}."),
-    # the second set: never trained on
-    "modle_distance_loose": ("how many metres lie between the middle of the {what} and the middle of the {other}?",
-                             "the {what} and the {other}: how far apart are their centres?",
-                             "give me the length of a straight line from the {what} to the {other}, centre to centre."),
-    "modle_move_axis_loose": ("i want the {what} {amount} metres further {direction}.",
-                              "could you push the {what} {direction}? {amount} metres will do.",
-                              "where is the {what} after it went {amount} metres {direction}?"),
-    "modle_move_towards_loose": ("could you bring the {what} {amount} metres closer to the {other}, only along {axis}?",
-                                 "i want the {what} closer to the {other}: {amount} metres along {axis}."),
-    "modle_move_beside_loose": ("the {what} should be beside the {other}: centre {amount} metres {direction} of it.",
-                                "i want the {what} beside the {other}, {amount} metres {direction}."),
-    "modle_place_floor_loose": (
-        "what if the {what} stood on the floor, {amount} metres {direction} of the {other}? where would it be?",
-        "i want the {what} gone from there. it should stand on the floor, {amount} metres {direction} of the {other}."),
-    "modle_place_top_loose": ("what if the {what} stood at the centre of the {other}, on it? where would it be?",
-                              "i want the {what} gone from there. it should stand on the {other}, at its centre."),
-    "modle_contradiction_loose": ("i want the {what} {amount} metres further {direction} and also {opposite}.",
-                                  "could you push the {what} {direction}, but {opposite}? {amount} metres will do.",
-                                  "i want the {what} gone from there. it should stand on the {what}, at its centre."),
-    # what fills the wordings, and the fixed answers
+        "remove the {what}, then set it on the floor: {amount} metres {direction} of the centre of the {other}.",
+    ),
+    "modle_place_top": (
+        "take the {what} away and put it in the middle on top of the {other}.",
+        "remove the {what}, then set it on top of the {other}, in the middle.",
+    ),
     "modle_direction": ("along x to the left", "along x to the right", "along y to the front", "along y to the back"),
-    "modle_refusal": ("more than one thing fits.", "this contradicts itself."),
-    "modle_add": ("{numbers} =",), "modle_stack": ("{numbers} =",),
-}  # fmt: skip
-DIRECTION = {side: next(t for t in TEMPLATES["modle_direction"] if t.endswith(side)) for side in DIRECTIONS}
-OPPOSITE = {"left": "right", "right": "left", "front": "back", "back": "front"}
-AMBIGUOUS, CONTRADICTORY = TEMPLATES["modle_refusal"]
-AMOUNTS = np.arange(2, 31) / 10  # metres of a move
-NEXT_TO = 0.6  # metres: the widest gap between what is put next to each other
-APART = 0.3  # metres: along the axis of a move "towards", so that the side is clear
+}
+DIRECTION = dict(zip(DIRECTIONS, TEMPLATES["modle_direction"], strict=True))
+EDITS = {"modle_move": ("axis", "towards", "beside"), "modle_place": ("floor", "top")}
+AMOUNTS = np.arange(2, 31) / 10  # meters of a move
+NEXT_TO = 0.6  # meters: the widest gap between what is put next to each other
+APART = 0.3  # meters: along the axis of a move "towards", so that the side is clear
 SAME_PLACE = 0.25  # IoU of source and target at and above which an edit is not asked
-TOUCH = 0.01  # metres: boxes that share more along every axis collide
+TOUCH = 0.01  # meters: boxes that share more along every axis collide
+FLAT = 0.05  # meters: what is lower, a rug, is no obstacle
 TOPS = {*data.SURFACES, "coffee table", "end table", "side table", "dining table", "kitchen counter", "counter",
         "cabinet", "kitchen cabinet", "tv stand", "file cabinet"}  # fmt: skip
 
 
-def tight(f: Facts) -> np.ndarray:
-    """[2, 3] the room: its bounds, or the corners of all boxes where a scan gives none."""
-    ends = f.boxes[:, :3] - f.boxes[:, 3:] / 2, f.boxes[:, :3] + f.boxes[:, 3:] / 2
-    return np.stack([ends[0].min(0), ends[1].max(0)]) if f.bounds is None else f.bounds
+def ends(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Give the lowest and the highest corners [..., 3] of boxes [..., 6]."""
+    return boxes[..., :3] - boxes[..., 3:] / 2, boxes[..., :3] + boxes[..., 3:] / 2
 
 
-def allowed(f: Facts, i: int, boxes: np.ndarray) -> np.ndarray:
-    """Which boxes [m, 6] may be the new place of thing i, [m] bool: inside the room (to 2 cm), in nothing else
-    (`data.collide`), held by the floor, by a wall or by one other thing (`data.carried`; not asked of what stands on
-    unknown ground already), and elsewhere than before (SAME_PLACE)."""
+def collide(a: np.ndarray, b: np.ndarray, slack: float) -> np.ndarray:
+    """Say which boxes a [m, 6] stand in boxes b [n, 6], [m, n] bool.
+
+    They do if along every axis they share more than `slack` meters or than half of the thinner one.
+    """
+    low, high = ends(a)
+    lows, highs = ends(b)
+    shared = np.minimum(high[:, None], highs) - np.maximum(low[:, None], lows)  # [m, n, 3]
+    thin = np.minimum(a[:, None, 3:], b[:, 3:]) / 2  # [m, n, 3]
+    return (shared > np.minimum(thin, slack)).all(-1) & (b[:, 5] >= FLAT)
+
+
+def carried(boxes: np.ndarray, tops: np.ndarray, bounds: np.ndarray | None) -> tuple[np.ndarray, ...]:
+    """Say what may hold boxes [m, 6].
+
+    Returns: floor [m], the bottom is less than 5 cm above z = 0; wall [m], within 2 cm of a side of the bounds [2, 3];
+    carries [m, n], which of tops [n, 6], at least 10 cm high, ends within 5 cm of the bottom and below the center.
+    """
+    (low, high), (_, top) = ends(boxes), ends(tops)
+    room_low, room_high = (-np.inf, np.inf) if bounds is None else bounds[:, :2]
+    gap = np.minimum(low[:, :2] - room_low, room_high - high[:, :2])  # [m, 2]
+    below = (np.abs(boxes[:, None, :2] - tops[:, :2]) <= tops[:, 3:5] / 2).all(-1)  # [m, n]
+    level = np.abs(low[:, None, 2] - top[:, 2]) < 0.05  # [m, n]
+    return low[:, 2] < 0.05, (gap < 0.02).any(1), below & level & (tops[:, 5] >= 0.1)
+
+
+def room_ends(f: data.Facts) -> tuple[np.ndarray, np.ndarray]:
+    """Give the corners [3] of the room: its bounds, or those of all boxes where a scan gives none."""
+    low, high = ends(f.boxes)
+    return (low.min(0), high.max(0)) if f.bounds is None else tuple(f.bounds)
+
+
+def in_room(f: data.Facts, boxes: np.ndarray, slack: float) -> np.ndarray:
+    """Say which boxes [m, 6] keep inside the room: [m] bool."""
+    (low, high), (room_low, room_high) = ends(boxes), room_ends(f)
+    return ((low >= room_low - slack) & (high <= room_high + slack)).all(1)
+
+
+def allowed(f: data.Facts, i: int, boxes: np.ndarray) -> np.ndarray:
+    """Say which boxes [m, 6] may be the new place of thing i: [m] bool."""
     others = np.delete(f.boxes, i, axis=0)
-    room = tight(f)
-    inside = (boxes[:, :3] - boxes[:, 3:] / 2 >= room[0] - 0.02).all(1)
-    inside &= (boxes[:, :3] + boxes[:, 3:] / 2 <= room[1] + 0.02).all(1)
-    free = ~data.collide(boxes, others, TOUCH).any(1)
-    floor, wall, carries = data.carried(boxes, others, f.bounds)
+    free = in_room(f, boxes, 0.02) & ~collide(boxes, others, TOUCH).any(1)
+
+    # held by the floor, a wall or one other thing; of what stands on unknown ground already that is not asked
+    floor, wall, carries = carried(boxes, others, f.bounds)
     held = floor | (carries.sum(1) + wall == 1) | (f.support[i] == data.NOTHING)
-    return inside & free & held & (data.box_iou(boxes, f.boxes[i : i + 1])[:, 0] < SAME_PLACE)
+    return free & held & (data.box_iou(boxes, f.boxes[i : i + 1])[:, 0] < SAME_PLACE)
 
 
-def movable(f: Facts) -> list[int]:
-    """Things with words of their own that are no part of a wall, no rug, and hold nothing."""
+def movable(f: data.Facts) -> list[int]:
+    """List the things with words of their own that are no part of a wall, no rug, and hold nothing."""
     holding = set(f.support.tolist())
-    return [i for i in f.described if f.things[i].category not in data.BUILT and i not in holding
-            and f.boxes[i, 5] >= data.FLAT]  # fmt: skip
+    free = [i for i in f.described if f.things[i].category not in data.BUILT and i not in holding]
+    return [i for i in free if f.boxes[i, 5] >= FLAT]
 
 
-def shifts(start: np.ndarray) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """A box [6] moved by every amount in every direction: sides, amounts [m] and boxes [m, 6]."""
-    sides, boxes = [], []
-    for side, (axis, sign) in DIRECTIONS.items():
-        moved = np.repeat(start[None], len(AMOUNTS), axis=0)
-        moved[:, axis] += sign * AMOUNTS
-        sides += [side] * len(AMOUNTS)
-        boxes.append(moved)
-    return sides, np.tile(AMOUNTS, len(DIRECTIONS)), np.concatenate(boxes)
+def anchors(f: data.Facts, i: int, kind: str) -> list[int]:
+    """List the things from which a kind of edit of thing i may be told."""
+    others = [j for j in f.described if j != i]
+    if kind == "floor":
+        return [j for j in others if f.support[j] == data.FLOOR]
+    if kind == "top":
+        wide = (f.boxes[:, 3:5] >= f.boxes[i, 3:5]).all(1)
+        return [j for j in others if f.category(j) in TOPS and wide[j]]
+    return others
 
 
-def add_up(axis: int, value: float, side: str, amount: float) -> tuple[str, float]:
-    """The steps of a shift, "x1.25 right 0.80 x2.05", and the sum of the printed numbers."""
-    total = round(round(value, 2) + DIRECTIONS[side][1] * amount, 2)
-    return f"{'xyz'[axis]}{metres(value)} {side} {metres(amount)} {'xyz'[axis]}{metres(total)}", total
-
-
-def half_up(z: float, height: float) -> tuple[str, float]:
-    """The steps of half a height, "h0.36 z0.92", and the printed sum z + height / 2."""
-    total = round(round(z, 2) + round(height, 2) / 2, 2)
-    return f"h{metres(height)} z{metres(total)}", total
-
-
-def modle_distance(scene: Scene, rng: np.random.Generator, task: str) -> Sample | None:
-    """Metres between the centres of two described things; `value` is exact, the answer follows from the printed steps.
-    modle_distance_one_view: one of them at least is seen in one frame only."""
-    f = facts(scene)
-    for i, j in filter(None, (pair_of(f, rng, task) for _ in range(4))):
-        (a, p), (b, q) = ((f.described[k], f.boxes[k, :3].tolist()) for k in (i, j))
-        steps, length = data.chain(p, q)
-        if length >= 0.1:
-            text, slots = {"what": a, "other": b}, {"a": f.category(i), "b": f.category(j)}
-            return data.ask(scene, rng, task, metres(length), text, slots, wording_of(task),
-                            steps=f"{a} {listed(p)} {b} {listed(q)} {steps} =", value=float(f.apart[1, i, j]),
-                            about=[f.things[i].id, f.things[j].id])  # fmt: skip
-    return None
-
-
-def wording_of(task: str, kind: str = "") -> str:
-    """The template of a task: modle_move_loose, kind "axis" -> modle_move_axis_loose."""
-    base, loose, _ = task.removesuffix("_one_view").partition("_loose")
-    return f"{base}{'_' * bool(kind)}{kind}{loose}"
-
-
-def seen_once(f: Facts) -> set[int]:
-    return {i for i, views in f.views.items() if len(views) == 1} if f.frames is not None else set()
-
-
-def pair_of(f: Facts, rng: np.random.Generator, task: str) -> list[int]:
-    """Two different described things in random order."""
-    if not task.endswith("_one_view"):
-        return several(rng, list(f.described), 2)
-    first = pick(rng, sorted(seen_once(f) & f.described.keys()))
-    rest = [i for i in f.described if i != first]
-    return [] if first is None or not rest else several(rng, [first, pick(rng, rest)], 2)
-
-
-def modle_move(scene: Scene, rng: np.random.Generator, task: str) -> Sample | None:
-    """A described thing moved along an axis: by an amount ("axis"), by an amount towards another thing and not past it
-    ("towards"), or to an amount from another's centre ("beside"). The answer is its new box. The direction and amount
-    are drawn from all that are `allowed`. modle_move_one_view: of a thing seen in one frame only."""
-    f = facts(scene)
-    things = movable(f)
-    if task.endswith("_one_view"):
-        things = sorted(seen_once(f).intersection(things))
-    for i in several(rng, things, min(4, len(things))):
-        kind = pick(rng, ("axis", "towards", "beside"))
-        j = None if kind == "axis" else pick(rng, [j for j in f.described if j != i])
-        if kind == "axis" or j is not None:
-            sample = move_to(scene, rng, task, kind, i, j)
-            if sample:
-                return sample
-    return None
-
-
-def move_to(scene: Scene, rng: np.random.Generator, task: str, kind: str, i: int, j: int | None) -> Sample | None:
-    f = facts(scene)
-    box = f.boxes[i]
-    start = box.copy()
-    if kind == "beside":
+def targets(f: data.Facts, i: int, j: int | None, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """List where a kind of edit of thing i, told from thing j, can lead: sides [m], amounts [m] and boxes [m, 6]."""
+    box, start = f.boxes[i], f.boxes[i].copy()
+    if kind in ("beside", "floor", "top"):
         start[:2] = f.boxes[j, :2]
-    sides, amounts, boxes = shifts(start)
-    good = allowed(f, i, boxes)
-    axes, signs = np.array([DIRECTIONS[s] for s in sides]).T
+    if kind == "floor":
+        start[2] = box[5] / 2
+    if kind == "top":
+        start[2] = f.boxes[j, 2] + (f.boxes[j, 5] + box[5]) / 2
+        return np.array(["left"]), np.zeros(1), start[None]
+
+    # every direction and amount
+    sides, amounts = np.repeat(list(DIRECTIONS), len(AMOUNTS)), np.tile(AMOUNTS, len(DIRECTIONS))
+    axes, signs = np.array([DIRECTIONS[side] for side in sides]).T
+    boxes = np.repeat(start[None], len(sides), axis=0)
+    boxes[np.arange(len(sides)), axes] += signs * amounts
+
+    # those that the words mean
+    fits = np.full(len(sides), True)
     if kind == "towards":
         way = (f.boxes[j] - box)[axes] * signs
-        good &= (way >= APART) & (amounts <= way)
-    if kind == "beside":
-        good &= amounts <= ((f.boxes[j] + box)[axes + 3] / 2 + NEXT_TO)
-    k = pick(rng, np.flatnonzero(good))
-    if k is None:
-        return None
-    side, amount, axis = sides[k], float(amounts[k]), int(axes[k])
-    sums, new = add_up(axis, start[axis], side, amount)
-    answer = start.copy()
-    answer[axis] = new
-    anchor = "" if j is None else f"{f.described[j]} {listed(f.boxes[j, :3])} "
-    steps = f"{f.described[i]} {listed(box)} {anchor}{sums} ="
-    return edit(scene, rng, task, kind, i, j, answer, boxes[k], steps, side, amount)
+        fits = (way >= APART) & (amounts <= way)
+    if kind in ("beside", "floor"):
+        fits = amounts <= (f.boxes[j] + box)[axes + 3] / 2 + NEXT_TO
+    return sides[fits], amounts[fits], boxes[fits]
 
 
-def edit(scene: Scene, rng: np.random.Generator, task: str, kind: str, i: int, j: int | None, answer: np.ndarray,
-         box: np.ndarray, steps: str, side: str = "", amount: float = 0.0) -> Sample | None:  # fmt: skip
-    """The Sample of an edit: `box` is exact, `answer` follows from the printed steps."""
+def modle_distance(scene: Scene, rng: np.random.Generator) -> Sample | None:
+    """Ask for the meters between the centers of two described things."""
     f = facts(scene)
-    things = [i] if j is None else [i, j]
-    text = dict(zip(("what", "other"), (f.described[k] for k in things), strict=False))
-    if side:
-        text |= {"direction": DIRECTION[side], "axis": "xy"[DIRECTIONS[side][0]], "amount": metres(amount)}
-    slots = {"side": side, "what": f.category(i), "amount": metres(amount)}
-    return data.ask(scene, rng, task, listed(answer), text, slots, wording_of(task, kind), steps=steps, kind=kind,
-                    box=box, about=[f.things[k].id for k in things])  # fmt: skip
-
-
-def modle_place(scene: Scene, rng: np.random.Generator, task: str) -> Sample | None:
-    """A described thing taken away and put back: on the floor at an amount from the centre of another thing that stands
-    there ("floor"), or in the middle on top of one whose flat top is wide enough ("top"). The answer is its box."""
-    f = facts(scene)
-    things = [i for i in movable(f) if f.support[i] != data.WALL]
-    for i in several(rng, things, min(4, len(things))):
-        kind = pick(rng, ("floor", "top"))
-        fits = {"floor": lambda j: f.support[j] == data.FLOOR,
-                "top": lambda j, i=i: f.category(j) in TOPS and (f.boxes[j, 3:5] >= f.boxes[i, 3:5]).all()}[kind]
-        j = pick(rng, [j for j in f.described if j != i and fits(j)])
-        sample = None if j is None else PLACES[kind](scene, rng, task, i, j)
-        if sample:
-            return sample
+    for _ in range(4):
+        pair = several(rng, list(f.described), 2)
+        length = float(f.apart[1][tuple(pair)]) if pair else 0.0
+        if length >= 0.1:
+            text = {"what": f.described[pair[0]], "other": f.described[pair[1]]}
+            about = [f.things[k].id for k in pair]
+            return data.ask(scene, rng, "modle_distance", metres(length), text, value=length, about=about)
     return None
 
 
-def place_on_floor(scene: Scene, rng: np.random.Generator, task: str, i: int, j: int) -> Sample | None:
+def modle_edit(scene: Scene, rng: np.random.Generator, task: str) -> Sample | None:
+    """Ask for the new box of a described thing that is moved or placed, by one of the kinds of EDITS."""
     f = facts(scene)
-    box, other = f.boxes[i], f.boxes[j]
-    start = np.array([*other[:2], box[5] / 2, *box[3:]])
-    sides, amounts, boxes = shifts(start)
-    axes = np.array([DIRECTIONS[s][0] for s in sides])
-    near = amounts <= (other + box)[axes + 3] / 2 + NEXT_TO
-    k = pick(rng, np.flatnonzero(near & allowed(f, i, boxes)))
-    if k is None:
-        return None
-    side, amount, axis = sides[k], float(amounts[k]), int(axes[k])
-    sums, new = add_up(axis, start[axis], side, amount)
-    up, z = half_up(0.0, box[5])
-    answer = start.copy()
-    answer[axis], answer[2] = new, z
-    steps = f"{f.described[i]} {listed(box)} {f.described[j]} {listed(other[:3])} {sums} z0.00 {up} ="
-    return edit(scene, rng, task, "floor", i, j, answer, boxes[k], steps, side, amount)
+    things = movable(f)
+    if task == "modle_place":
+        things = [i for i in things if f.support[i] != data.WALL]
+    for i in several(rng, things, min(4, len(things))):
+        # how it is told
+        kind = pick(rng, EDITS[task])
+        j = None if kind == "axis" else pick(rng, anchors(f, i, kind))
+        if j is None and kind != "axis":
+            continue
 
+        # one of the free places that this can mean
+        sides, amounts, boxes = targets(f, i, j, kind)
+        free = np.flatnonzero(allowed(f, i, boxes))
+        if not len(free):
+            continue
+        k = free[0] if kind == "top" else pick(rng, free)
 
-def place_on_top(scene: Scene, rng: np.random.Generator, task: str, i: int, j: int) -> Sample | None:
-    f = facts(scene)
-    box, other = f.boxes[i], f.boxes[j]
-    target = np.array([*other[:2], other[2] + (other[5] + box[5]) / 2, *box[3:]])
-    if not allowed(f, i, target[None])[0]:
-        return None
-    first, top = half_up(other[2], other[5])
-    second, z = half_up(top, box[5])
-    answer = target.copy()
-    answer[2] = z
-    steps = f"{f.described[i]} {listed(box)} {f.described[j]} {listed(other)} z{metres(other[2])} {first} {second} ="
-    return edit(scene, rng, task, "top", i, j, answer, target, steps)
-
-
-PLACES = {"floor": place_on_floor, "top": place_on_top}
-
-
-def modle_refuse(scene: Scene, rng: np.random.Generator, task: str) -> Sample | None:
-    """Requests that nobody can follow, with the fixed sentence that says so: "ambiguous" (a measurement, a move or a
-    placement that says "the chair" where there are several, or "the red thing" where nothing has a category),
-    "contradictory" (opposite directions at once, a thing towards or on itself)."""
-    f = facts(scene)
-    kind, loose = pick(rng, ("ambiguous", "contradictory")), "_loose" * task.endswith("_loose")
-    groups = {key: members for key, members in f.groups.items() if len(members) > 1}
-    key = pick(rng, [k for k in groups if not k[1]] or [k for k in groups if not k[0]])  # colours where no names are
-    known = pick(rng, list(f.described.values()))
-    if known is None or (kind == "ambiguous" and key is None):
-        return None
-    side, amount = pick(rng, tuple(DIRECTIONS)), metres(pick(rng, AMOUNTS))
-    text = {"what": known, "direction": DIRECTION[side], "opposite": DIRECTION[OPPOSITE[side]], "amount": amount}
-    if kind == "contradictory":
-        return data.ask(scene, rng, task, CONTRADICTORY, text, template="modle_contradiction" + loose, kind=kind)
-    words = data.phrase(*key)
-    template = pick(rng, ("modle_distance", "modle_move_axis", "modle_move_towards", "modle_place_floor"))
-    what, other = (words, "") if template == "modle_move_axis" else several(rng, [known, words], 2)
-    text |= {"what": what, "other": other, "axis": "xy"[DIRECTIONS[side][0]]}
-    # the slots of those that can be answered, or a blind guess would know
-    slots = {"a": what, "b": other} if template == "modle_distance" else {"side": side, "what": what, "amount": amount}
-    return data.ask(scene, rng, task, AMBIGUOUS, text, slots, template + loose, kind=kind)
-
-
-def modle_drill(scene: Scene, rng: np.random.Generator, task: str) -> Sample | None:
-    """Text only, inside the room: modle_add "x1.25 right 0.80 =" -> "x2.05", modle_stack "z0.74 h0.36 =" -> "z0.92"."""
-    f = facts(scene)
-    if not len(f.boxes):
-        return None
-    lo, hi = tight(f)
-    if task == "modle_stack":
-        z = 0.0 if rng.random() < 0.3 else rng.uniform(0, max(hi[2] / 2, 0.1))  # things are put on floors, and on tops
-        steps, value = half_up(z, rng.uniform(0.05, max(hi[2] - z, 0.1)))
-        numbers, answer = f"z{metres(z)} {steps}".rsplit(" ", 1)
-    else:
-        side = pick(rng, tuple(DIRECTIONS))
-        axis = DIRECTIONS[side][0]
-        steps, value = add_up(axis, rng.uniform(lo[axis], hi[axis]), side, float(pick(rng, AMOUNTS)))
-        numbers, answer = steps.rsplit(" ", 1)
-    return data.ask(scene, rng, task, answer, {"numbers": numbers}, value=value)
+        named = [i] if j is None else [i, j]
+        text = dict(zip(("what", "other"), (f.described[n] for n in named), strict=False))
+        text |= {"direction": DIRECTION[sides[k]], "axis": "xy"[DIRECTIONS[sides[k]][0]], "amount": metres(amounts[k])}
+        answer, about = listed(boxes[k]), [f.things[n].id for n in named]
+        return data.ask(scene, rng, task, answer, text, template=f"{task}_{kind}", kind=kind, box=boxes[k], about=about)
+    return None
 
 
 TASKS: dict[str, Callable[[Scene, np.random.Generator], Sample | None]] = {
-    task: partial(make, task=task)
-    for make, tasks in (
-        (modle_distance, ("modle_distance", "modle_distance_loose", "modle_distance_one_view")),
-        (modle_move, ("modle_move", "modle_move_loose", "modle_move_one_view")),
-        (modle_place, ("modle_place", "modle_place_loose")),
-        (modle_refuse, ("modle_refuse", "modle_refuse_loose")),
-        (modle_drill, ("modle_add", "modle_stack")),
-    )
-    for task in tasks
+    "modle_distance": modle_distance,
+    "modle_move": partial(modle_edit, task="modle_move"),
+    "modle_place": partial(modle_edit, task="modle_place"),
 }
+METRIC = set(TASKS)  # answers are meters
 GEOMETRY_TASKS = tuple(TASKS)  # none needs a category
-# what `data.adopt` takes, beside TASKS and TEMPLATES, into the tables that `data.ask` and the baselines read
-METRIC = {task for task in TASKS if "refuse" not in task}
-NEVER_TRAINED = {task for task in TASKS if task.endswith(("_loose", "_one_view"))}
+UNLABELLED = ("ground_superlative", "modle_distance", "modle_move")  # what stands in for questions that need names
 
-# Writing them down. 219 questions for each of ScanNet's 1,201 training scans are the paper's 263K.
+# Scores of an answer: functions of (text, sample, scene).
 
-SHARES = {"modle_distance": 0.40, "modle_move": 0.35, "modle_place": 0.20, "modle_refuse": 0.05}
-WORDINGS = {"train": ("",), "val": ("", "_loose")}  # the looser ones are for validation only
-PER_SCENE = 219
+FAR = 10.0  # meters: no error counts more, no answer counts as much
 
 
-def distinct(scene: Scene, task: str, seed: int, patience: int = 100) -> Iterator[Sample]:
-    """Different questions of a task until `patience` draws in a row bring no new one. The random stream belongs to
-    (seed, scene, task), so a subset of scenes or tasks gets the same questions."""
-    rng = np.random.default_rng([seed, zlib.crc32(scene.name.encode()), zlib.crc32(task.encode())])
-    seen, idle = set(), 0
-    while idle < patience:
-        sample = TASKS[task](scene, rng)
-        idle = 0 if sample and sample.question not in seen else idle + 1
-        if idle == 0:
-            seen.add(sample.question)
-            sample.id = f"{scene.name}/{task}/{len(seen) - 1}"
-            yield sample
+def distance_error(text: str, sample: Sample) -> float:
+    """Meters between the first number of an answer and the truth."""
+    found = re.search(r"\d+(\.\d+)?", data.TUPLE.sub(" ", text))
+    return min(abs(float(found[0]) - sample.value), FAR) if found else FAR
 
 
-def share_out(streams: Sequence[Iterator[Sample]], total: int) -> list[Sample]:
-    """`total` samples, one of every stream in turn; what a poor scene cannot give, the others do."""
-    samples, streams = [], list(streams)
-    while streams and len(samples) < total:
-        row = [next(stream, None) for stream in streams[: total - len(samples)]]
-        streams = [stream for stream, s in itertools.zip_longest(streams, row, fillvalue=True) if s is not None]
-        samples += [s for s in row if s is not None]
-    return samples
+def relative_error(text: str, sample: Sample) -> float:
+    """The distance error over the true distance, at most 1."""
+    return min(distance_error(text, sample) / sample.value, 1.0)
+
+
+def mean_relative_accuracy(text: str, sample: Sample) -> float:
+    """VSI-Bench's MRA: the share of the thresholds 0.50, 0.55 .. 0.95 that 1 - relative error reaches."""
+    return float(np.mean(relative_error(text, sample) <= 1 - np.linspace(0.5, 0.95, 10)))
+
+
+def read_box(text: str) -> np.ndarray | None:
+    """The first bracketed six numbers of an answer [6], or None, also for a box without volume."""
+    found = data.tuples(text, 6)[:1]
+    return found[0] if found and found[0] is not None and (found[0][3:] > 0).all() else None
+
+
+def accuracy(text: str, sample: Sample, threshold: float) -> float:
+    """1 if the answered and the true box overlap by that IoU."""
+    found = read_box(text)
+    return float(found is not None and data.box_iou(found[None], sample.box[None])[0, 0] >= threshold)
+
+
+def center_error(text: str, sample: Sample) -> float:
+    """Meters between the centers of the answered and the true box."""
+    found = read_box(text)
+    return FAR if found is None else min(float(np.linalg.norm((found - sample.box)[:3])), FAR)
+
+
+def error_over_move(text: str, sample: Sample, scene: Scene) -> float:
+    """The center error over the length of the true move: 0 = there, 1 = as good as not moved, at most 2."""
+    move = (sample.box - scene.thing(sample.about[0]).box)[:3]
+    return min(center_error(text, sample) / max(float(np.linalg.norm(move)), 1e-6), 2.0)
+
+
+def collides(text: str, sample: Sample, scene: Scene) -> float:
+    """1 if the answered box stands in another thing or out of the room by over 5 cm, or is none."""
+    found, f = read_box(text), facts(scene)
+    if found is None:
+        return 1.0
+    others = f.boxes[[o.id != sample.about[0] for o in f.things]]
+    return float(collide(found[None], others, 0.05).any() or not in_room(f, found[None], 0.05)[0])
+
+
+DISTANCE = {
+    "within_20_percent/number": lambda text, sample, scene: float(relative_error(text, sample) <= 0.2),
+    "within_10_percent/number": lambda text, sample, scene: float(relative_error(text, sample) <= 0.1),
+    "mae_m/capped": lambda text, sample, scene: distance_error(text, sample),
+    "relative_error/capped": lambda text, sample, scene: relative_error(text, sample),
+    "mra/number": lambda text, sample, scene: mean_relative_accuracy(text, sample),
+}
+EDIT = {
+    "acc@0.25/box": lambda text, sample, scene: accuracy(text, sample, 0.25),
+    "acc@0.5/box": lambda text, sample, scene: accuracy(text, sample, 0.5),
+    "center_error_over_move/capped": error_over_move,
+    "center_error_m/capped": lambda text, sample, scene: center_error(text, sample),
+    "collision_rate/5_cm": collides,
+}
+BENCHMARKS = {  # the first metric is the headline; tokens: the longest answer
+    "rooms/modle_distance": dict(tasks=("modle_distance",), metrics=DISTANCE, tokens=64),
+    "rooms/modle_move": dict(tasks=("modle_move",), metrics=EDIT, tokens=64),
+    "rooms/modle_place": dict(tasks=("modle_place",), metrics=EDIT, tokens=64),
+}
+
+# Writing it down. 219 questions for each of ScanNet's 1,201 training scans are the paper's 263K.
+
+PER_SCENE = {"modle_distance": 88, "modle_move": 77, "modle_place": 54}
+FRAME = "meters in the scan's aligned axes: x to the right, y to the back, z up; boxes [cx, cy, cz, w, d, h]"
 
 
 def annotation(sample: Sample, scene: Scene) -> dict:
-    """A question as JSON: metres, boxes [cx, cy, cz, w, d, h] in the scan's aligned axes, ScanNet's own object numbers.
-    `source` is the box before an edit: whoever wants the thing gone from the cloud drops the first of object_ids."""
-    value = sample.value and round(sample.value, 4)
-    exact = {"value": value} if sample.box is None else {
-        "box": sample.box.round(4).tolist(), "source": scene.thing(sample.about[0]).box.round(4).tolist()}  # fmt: skip
-    return {"id": sample.id, "scene_id": sample.scene, "task": sample.task, "kind": sample.kind,
-            "question": sample.question, "answers": [sample.answer], "steps": sample.steps,
-            "object_ids": [i - 1 for i in sample.about], **exact}  # fmt: skip
+    """Write a question as JSON, with ScanNet's own object numbers.
+
+    "source" is the box before an edit: whoever wants the thing gone from the cloud drops the first of "object_ids".
+    """
+    row = {"id": sample.id, "scene_id": scene.name, "task": sample.task, "kind": sample.kind}
+    row |= {"question": sample.question, "answers": [sample.answer], "object_ids": [i - 1 for i in sample.about]}
+    if sample.box is None:
+        return row | {"value": round(sample.value, 4)}
+    boxes = {"box": sample.box, "source": scene.thing(sample.about[0]).box}
+    return row | {key: box.round(4).tolist() for key, box in boxes.items()}
 
 
-def write_modle(root: Path, out: Path, per_scene: int = PER_SCENE, seed: int = 0) -> dict:
-    """MODLE for the scans below a ScanNet-layout root (`data.scan_ids` splits them): OUT/train.json and OUT/val.json,
-    and OUT/manifest.json with the seed, the wordings and the counts per task and scene, which is returned. Each split
-    has `per_scene` questions times its scans, shared out over tasks by SHARES, as far as its scans can give them; the
-    validation scans are asked as many once more in the looser wordings. The same seed gives the same files."""
-    data.adopt(sys.modules[__name__])
-    if per_scene < 1:
-        raise DataError(f"--per-scene {per_scene}: give at least 1 question per scan")
-    manifest = {"seed": seed, "per_scene": per_scene, "shares": SHARES, "wordings": TEMPLATES}
+def write_modle(root: Path, out: Path, seed: int = 0) -> dict:
+    """Write MODLE for the scans below a ScanNet-layout root: OUT/train.json, OUT/val.json and OUT/manifest.json.
+
+    A scan gives as many different questions of each task as PER_SCENE says, or as many as it can. The same seed gives
+    the same files. Returns: the manifest, with the counts per task.
+    """
+    manifest = {"seed": seed, "frame": FRAME, "per_scene": PER_SCENE}
     out.mkdir(parents=True, exist_ok=True)
-    for split, ids in zip(("train", "val"), data.scan_ids(root).values(), strict=True):
-        scenes = {}
-        for scene_id in ids:  # only what questions need is kept
-            scan = data.read_scannet(root, scene_id, max_frames=0)
-            scenes[scene_id] = Scene(scene_id, scan.source, scan.objects, bounds=scan.bounds)
-        samples = []
-        for task, share in SHARES.items():
-            for wording in WORDINGS[split]:
-                streams = [distinct(scene, task + wording, seed) for scene in scenes.values()]
-                samples += share_out(streams, round(share * per_scene * len(scenes)))
-        rows = [json.dumps(annotation(s, scenes[s.scene])) for s in samples]
-        (out / f"{split}.json").write_text("[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8")
-        counts = {scene_id: Counter(s.task for s in samples if s.scene == scene_id) for scene_id in scenes}
-        manifest[split] = {"questions": len(rows), "tasks": Counter(s.task for s in samples), "scenes": counts,
-                           "wordings": ["loose" if w else "trained" for w in WORDINGS[split]]}  # fmt: skip
+    for split, scans in zip(("train", "val"), data.scan_ids(root).values(), strict=True):
+        rows = []
+        for scan in scans:
+            scene = data.read_scannet(root, scan, max_frames=0)
+            for task, count in PER_SCENE.items():
+                rows += [annotation(s, scene) for s in data.question_set([scene], [task], count, seed)]
+        lines = ",\n".join(map(json.dumps, rows))
+        (out / f"{split}.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        manifest[split] = Counter(row["task"] for row in rows)
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     return manifest
-
-
-def modle_main(arguments: Sequence[str]) -> None:
-    """`python spatial3dllm.py modle --root SCANS --out modle/`. Raises DataError."""
-    parser = data.Parser(prog="spatial3dllm.py modle", description=write_modle.__doc__)
-    parser.add_argument("--root", type=Path, required=True, help="a folder of scans in ScanNet's layout")
-    parser.add_argument("--out", type=Path, required=True, help="folder for train.json, val.json and manifest.json")
-    parser.add_argument("--per-scene", type=int, default=PER_SCENE, help="questions per scan, on average")
-    parser.add_argument("--seed", type=int, default=0)
-    a = parser.parse_args(arguments)
-    manifest = write_modle(a.root, a.out, a.per_scene, a.seed)
-    for split in WORDINGS:
-        tasks = ", ".join(f"{task} {n}" for task, n in manifest[split]["tasks"].items())
-        counts = f"{manifest[split]['questions']} questions about {len(manifest[split]['scenes'])} scans"
-        print(f"{a.out / split}.json: {counts}; {tasks}")
-    print(a.out / "manifest.json")
 
 
 # ---- 9 the recipe ----------------------------------------------------------------------------------------------------
 
 INSTRUCTIONS = {  # official files beside MODLE; the paper's counts are not public: these are the training files' own
-    "ScanQA": Source("scanqa", 25_563), "SQA3D": Source("sqa3d", 26_623),
+    "ScanQA": Source("scanqa", 25_563),
+    "SQA3D": Source("sqa3d", 26_623),
     "ScanRefer": Source("scanrefer", 36_665, "id"),
-    "Scan2Cap": Source("scan2cap", 36_665), "3D-LLM planning": Source("3dllm/planning", 1864),
+    "Scan2Cap": Source("scan2cap", 36_665),
+    "3D-LLM planning": Source("3dllm/planning", 1864),
     "3D-LLM descriptions": Source("3dllm/description", 1033),
-}  # fmt: skip
-_USUAL = {"colour": 0.04, "what": 0.05, "where": 0.03, "count": 0.03, "exist": 0.06, "caption": 0.04}
-_EDIT = {"modle_distance": 0.2, "modle_move": 0.2, "modle_place": 0.08, "modle_refuse": 0.08}
-_TINY = dict(lr=2e-3, weight_decay=0.01, per_scene=16, batch=256, schedule="constant", warmup=0.1, steps=True)
+}
+GROUNDING = {"ground": 0.15, "multi": 0.05, "situated": 0.05}
+USUAL = {"colour": 0.04, "what": 0.05, "where": 0.03, "count": 0.03, "exist": 0.06, "caption": 0.04}
+MODLE = {"modle_distance": 0.2, "modle_move": 0.2, "modle_place": 0.08}
 
 STAGES = {
     "paper": [  # not public: VoteNet's encoder training, 3DMIT's instruction tuning
         Stage("0 encoder", {}, ("encoder", "scene"), "encoder", epochs=180, batch=8, lr=1e-3, weight_decay=0.01),
-        Stage("I instructions", {"ground": 0.15, "multi": 0.05, "situated": 0.05, **_USUAL, **_EDIT},
-              ("scene", "code", "lm"), "referents", epochs=2, samples=263_000, batch=128, per_scene=8, lr=5e-4,
-              betas=(0.9, 0.95), weight_decay=1e-3, warmup=0.03, files=INSTRUCTIONS),
-    ],
-    "tiny": [  # the encoder comes third: its classes are the word vectors that the first two have taught
-        Stage("I locations", {"ground": 0.4, "ground_multiple": 0.2, "ground_category": 0.2, "colour": 0.2},
-              ("code", "lm"), "symbols", iterations=340, recolour=True, **_TINY),
-        Stage("II steps", {"subtract": 0.27, "norm": 0.05, "modle_add": 0.24, "modle_stack": 0.03, "ground": 0.06,
-                           "colour": 0.02, "what": 0.03, "exist": 0.05, "count": 0.02, "modle_distance": 0.13,
-                           "modle_move": 0.15, "modle_refuse": 0.06},
-              ("code", "lm"), "symbols", iterations=800, recolour=True, **{**_TINY, "batch": 192, "per_scene": 12}),
-        Stage("III encoder", {}, ("encoder", "scene"), "encoder", iterations=900, batch=16, lr=3e-3, schedule="cosine",
-              warmup=0.04, weight_decay=0.01),
-        Stage("IV referents", {"ground": 0.08, "subtract": 0.06, "modle_add": 0.1, "modle_stack": 0.03, **_USUAL,
-                               **_EDIT},
-              ("scene", "code", "lm"), "referents", iterations=600,
-              **{**_TINY, "schedule": "trapezoid", "batch": 128, "per_scene": 8}),
-    ],
-}  # fmt: skip
+        Stage(
+            "I instructions",
+            GROUNDING | USUAL | MODLE,
+            ("scene", "code", "lm"),
+            "referents",
+            epochs=2,
+            samples=537_000,  # of which MODLE's share is its 263,000
+            batch=128,
+            per_scene=8,
+            lr=5e-4,
+            betas=(0.9, 0.95),
+            weight_decay=1e-3,
+            warmup=0.03,
+            files=INSTRUCTIONS,
+        ),
+    ]
+}
 
 
 def recipe(config: Config, stages: list[Stage]) -> list[Stage]:
-    """The stages for a configuration: a loaded encoder is frozen from the start, and only what follows it trains."""
-    if config.encoder is None:
-        return stages
-    return [replace(s, trains=("scene",)) if s.scene_input == "encoder" else s for s in stages]
-
-
-UNLABELLED = ("ground_superlative", "modle_distance", "modle_move")  # what stands in for questions that need names
+    """Give the stages for a configuration: a loaded language model needs no symbols to learn words from."""
+    return [s for s in stages if config.llm is None or s.scene_input != "symbols"]
 
 
 # ---- 10 alternatives the paper compares with -------------------------------------------------------------------------
@@ -1326,28 +1068,28 @@ class Concatenation(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.k, C = config.neighbours, config.feature
+        self.k, C = config.neighbors, config.feature
         self.norm, self.out = nn.LayerNorm(C), nn.Linear((self.k + 1) * C, C)
 
-    def forward(self, h: Tensor, centres: Tensor) -> Tensor:
-        """h [B, R, C], centres [B, R, 3] -> [B, R, C]; with fewer than k others the nearest come again."""
+    def forward(self, h: Tensor, q: Tensor) -> Tensor:
+        """Read h [B, R, C] at q [B, R, 3] with its neighbors: [B, R, C]; of fewer than k the nearest come again."""
         R, k = h.shape[1], self.k
-        near = torch.cdist(centres, centres).topk(min(k + 1, R), largest=False).indices  # [B, R, k + 1]
+        near = torch.cdist(q, q).topk(min(k + 1, R), largest=False).indices  # [B, R, .]
         near = near[..., torch.arange(k + 1, device=h.device) % R]  # [B, R, k + 1]
         return h + F.relu(self.out(gather(self.norm(h), near).flatten(2)))  # [B, R, C]
 
 
-class Nothing(nn.Module):
-    """Referents stay as they are."""
+class NoMessages(nn.Module):
+    """Instead of the graph: referents stay as they are."""
 
     def __init__(self, config: Config):
         super().__init__()
 
-    def forward(self, h: Tensor, centres: Tensor) -> Tensor:
+    def forward(self, h: Tensor, q: Tensor) -> Tensor:
         return h
 
 
-INTER = {"graph": Graph, "concat": Concatenation, "off": Nothing}
+INTER = {"graph": InterReferentGraph, "concat": Concatenation, "off": NoMessages}
 
 
 # ---- 11 demo and command line ----------------------------------------------------------------------------------------
@@ -1359,52 +1101,322 @@ def build(config: Config, text) -> Model:
 
 
 def demo() -> None:
-    """One room from points to an answer, with real shapes, and a tiny model that learns its questions by heart."""
+    """Take one room from points to an answer, with real shapes, by a tiny model that learns its questions by heart."""
     torch.manual_seed(0)
     scene = data.room(1, views=0)
     scene.identifiers = data.number_objects(scene, np.random.default_rng(0))
-    model = Model(Config.tiny(), data.TinyText(data.vocabulary()))
-    stage = Stage("demo", {"modle_distance": 1.0, "modle_move": 1.0}, ("scene", "code", "lm"), "referents", steps=True)
-    model.configure_stage(stage)
+    model = build(Config.tiny(), data.TinyText(data.vocabulary()))
+    tasks = {"modle_distance": 1.0, "modle_move": 1.0}
+    model.configure_stage(Stage("demo", tasks, ("scene", "code", "lm"), "referents", steps=True))
     model.cache_features([scene])
-    shape = lambda *tensors: ", ".join(str(list(t.shape)) for t in tensors)  # noqa: E731
+    samples = data.questions(scene, tasks, 8, np.random.default_rng(1))
+
     with torch.no_grad():
-        h, boxes, votes, _, seeds = model.see([scene])
-        tokens, _ = model.encode([scene])
-    print(f"cloud [N, 3]                 {shape(scene.points)}")
-    print(f"seeds [B, M]                 {shape(seeds)}")
-    print(f"votes [B, M, 3]              {shape(votes)}")
-    print(f"referents, boxes [B, R, .]   {shape(h, boxes)}")
-    print(f"graph [B, R, R]              {shape(neighbour_graph(boxes[..., :3], model.config.neighbours))}")
-    print(f"scene tokens [B, K, D]       {shape(tokens)}")
-    samples = data.questions(scene, stage.tasks, 8, np.random.default_rng(1))
-    batch = model.batch([(scene, samples)])
-    print(f"packed questions [S, T]      {shape(batch['ids'])}, {len(samples)} of them")
-    trained = [p for p in model.parameters() if p.requires_grad]
-    print(f"parameters that train        {sum(p.numel() for p in trained):,}")
-    optimizer = torch.optim.AdamW(trained, lr=3e-3)
-    for step in range(61):
-        out = model(batch)
-        loss = out["loss"] / out["weight"]
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        if step % 10 == 0:
-            print(f"step {step:3d}  loss {loss.item():.3f}")
-    answer = model.generate(model.batch([(scene, samples[:1])]))[0]
-    print(f"{samples[0].question}  ->  {answer}")
-    print(f"(true: {samples[0].answer}; learned by heart, python train.py --model spatial3dllm learns to see)")
+        seen = model.see([scene])
+        shown = {
+            "cloud [N, 3]": scene.points,
+            "seeds [B, M, 3]": seen["places"],
+            "votes [B, M, 3]": seen["votes"],
+            "graph [B, R, R]": neighbor_graph(seen["boxes"][..., :3], model.config.neighbors),
+            "boxes of referents [B, R, 6]": seen["boxes"],
+            "scene tokens [B, K, D]": model.encode([scene])["tokens"],
+            "packed questions [S, T]": model.batch([(scene, samples)])["ids"],
+        }
+    for name, values in shown.items():
+        print(f"{name:30}{list(values.shape)}")
+    data.overfit_demo(model, scene, samples, 61, 3e-3)
 
 
 @data.command
 def main(arguments: Sequence[str]) -> None:
-    """Without arguments the demo; `modle` writes annotations."""
+    """Show the demo, or write MODLE's annotations."""
     data.adopt(sys.modules[__name__])
-    if arguments:
-        data.choose({"modle": modle_main}, arguments[0], "command")(arguments[1:])
+    parser = argparse.ArgumentParser(description="Spatial 3D-LLM: without arguments a demo.")
+    modle = parser.add_subparsers(dest="command").add_parser("modle", help="write MODLE's annotations for scans")
+    modle.add_argument("--root", type=Path, required=True, help="a folder of scans in ScanNet's layout")
+    modle.add_argument("--out", type=Path, required=True, help="folder for train.json, val.json and manifest.json")
+    modle.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args(arguments)
+    if a.command == "modle":
+        print(json.dumps(write_modle(a.root, a.out, a.seed), indent=1))
     else:
         demo()
+
+
+# ==== tiny preset: trains from nothing on a CPU; not in the paper, skip on a first reading ==========================
+#
+# Nothing is pre-trained here. In its place: an initialization that attends to what shares content and copies it,
+# number tokens that start as the code of their own value, stages on *symbols* (one token per object: its words and its
+# true box), cheap set abstractions, seeds spread by color and normal too, so that small things own some, and answers
+# that write their steps. Steps hold only what the scene shows, what stands just before, or one sum of two neighbors:
+#   distance  red chair [x, y, z] bed [x, y, z] xa xb dx ya yb dy za zb dz = d
+#   axis      red chair [box] x1.25 right 0.80 x2.05 = [box]
+#   towards   red chair [box] bed [x, y, z] x1.25 left 0.80 x0.45 = [box]
+#   beside    red chair [box] bed [x, y, z] x0.20 right 1.30 x1.50 = [box]          (from the bed's x, at its y)
+#   floor     red vase [box] bed [x, y, z] x0.20 right 1.30 x1.50 z0.00 h0.36 z0.18 = [box]
+#   top       red vase [box] table [box] z0.37 h0.74 z0.74 h0.36 z0.92 = [box]      (z + h / 2, twice)
+
+
+class TinySetAbstraction(nn.Module):
+    """A set abstraction whose MLP is one linear layer before the maximum, and the rest behind it.
+
+    A linear layer of [feature, (point - center) / radius] runs once per point and once per center, not once per pair.
+    """
+
+    def __init__(self, inputs: int, widths: Sequence[int], radius: float):
+        super().__init__()
+        self.radius = radius
+        self.feature, self.place = nn.Linear(inputs, widths[0]), nn.Linear(3, widths[0], bias=False)
+        layers = []
+        for a, b in itertools.pairwise(widths):
+            layers += [nn.ReLU(), nn.Linear(a, b)]
+        self.out = nn.Sequential(*layers, nn.LayerNorm(widths[-1]))
+
+    def forward(self, f: Tensor, p: Tensor, q: Tensor, index: Tensor) -> Tensor:
+        """Abstract f [B, N, C] at p [B, N, 3] to centers q [B, M, 3] with balls index [B, M, P]: [B, M, widths[-1]]."""
+        place = self.place.weight.T / self.radius  # [3, hidden]
+        points = self.feature(f) + p @ place  # [B, N, hidden]
+
+        # the maximum over each ball, as a bag of rows of all scenes: [B, M, P, hidden] is never held
+        B, N, _ = points.shape
+        rows = index + torch.arange(B, device=index.device)[:, None, None] * N  # [B, M, P]
+        h = F.embedding_bag(rows.flatten(0, 1), points.flatten(0, 1), mode="max")  # [B*M, hidden]
+        return self.out(h.view(B, -1, points.shape[2]) - q @ place)
+
+
+def build_llm(config: Config, vocabulary: int) -> nn.Module:
+    """Build a small Llama from its configuration: the class that `from_pretrained` loads."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=config.width,
+        intermediate_size=config.hidden,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        max_position_embeddings=32768,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+        tie_word_embeddings=True,
+        attention_bias=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(shape)
+
+
+@torch.no_grad()
+def start_tiny(model: Model, text: data.TinyText) -> None:
+    """Give a model from a configuration what pre-training would: attend to what shares content, copy it unchanged.
+
+    The weights are scaled for a width of 100s, not 1000s; embeddings have unit size and the logits a small gain. The
+    token of a number starts as the code that a referent with this number carries, so that reading a box is the same
+    copy as reading a name. All of it is trained on.
+    """
+    llm, D = model.llm.model, model.config.width
+    data.start_weights(llm)
+    data.start_decoder(llm, model.config.heads)
+    model.projector[-1].weight.fill_(1.0)
+
+    # one random map from Fourier features to embeddings per axis; l are lengths, of no axis
+    table, W = llm.embed_tokens.weight, len(BOX_FREQUENCIES)
+    nn.init.normal_(table)
+    maps = dict(zip("xyzwdhl", torch.randn(7, 2 * W, D) / math.sqrt(W), strict=True))
+    for token, (axis, value) in text.number.items():
+        phase = value * BOX_FREQUENCIES
+        table[token] = torch.cat([phase.cos(), phase.sin()]) @ maps[axis] + 0.3 * torch.randn(D)
+
+    # a place starts at a third of its words' strength, a size at a quarter: at full strength both would drown the words
+    # that grounding needs
+    gain = dict(zip("xyzwdh", [0.35] * 3 + [0.25] * 3, strict=True))
+    model.code.out.weight.copy_(torch.cat([gain[axis] * maps[axis] for axis in gain]).T)
+
+
+class TinyModel(Model):
+    """The model around a small Llama from a configuration, which may also read symbols and writes steps."""
+
+    scene_inputs = ("encoder", "symbols", "referents")
+    level = TinySetAbstraction
+
+    def __init__(self, config: Config, text: data.TinyText):
+        super().__init__(config, text)
+        self.frozen_pretrained_names = ()
+        self.no_name = text.unk
+        start_tiny(self, text)
+
+    def make_llm(self) -> nn.Module:
+        return build_llm(self.config, len(self.text))
+
+    def sampling_space(self, p: np.ndarray, color: np.ndarray, normal: np.ndarray) -> np.ndarray:
+        """Spread centers by place, color and normal, so that small things own some: [N, 9]."""
+        return np.concatenate([p, self.config.spread * color, self.config.spread_normal * normal], 1)
+
+    def uses_features(self) -> bool:
+        return self.stage.scene_input != "symbols"
+
+    def scene_length(self, scene: Scene) -> int:
+        return len(scene.objects) if self.stage.scene_input == "symbols" else super().scene_length(scene)
+
+    def symbols(self, scene: Scene) -> tuple[Tensor, Tensor]:
+        """Stand in for referents, one per object in random order: words [n, D], true boxes [n, 6]."""
+        order = np.random.default_rng(list(scene.identifiers.values())).permutation(len(scene.objects))
+        things = [scene.objects[i] for i in order]
+        names = [[self.text.encode(name) or [self.no_name] for name in (o.category, o.colour)] for o in things]
+        first = torch.tensor([[ids[0] for ids in pair] for pair in names], device=self.device)  # [n, 2]
+        boxes = torch.from_numpy(np.stack([o.box for o in things])).float()  # [n, 6]
+        return F.layer_norm(self.embeddings[first].sum(1), (self.config.width,)), boxes.to(self.device)
+
+    def encode(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
+        """Turn scenes into "tokens" [B, K, D] and "valid" [B, K]: symbols or referents."""
+        if self.stage.scene_input != "symbols":
+            return super().encode(scenes)
+        rows = [self.symbols(scene) for scene in scenes]
+        words, boxes = (pad_sequence(part, batch_first=True) for part in zip(*rows, strict=True))
+        lengths = torch.tensor([len(scene.objects) for scene in scenes])
+        valid = torch.arange(words.shape[1]) < lengths[:, None]  # [B, K]
+        return {"tokens": self.add_locations(words, boxes), "valid": valid.to(self.device)}
+
+    def write_marks(self, scene: Scene, sample: Sample) -> Sample:
+        """Write the steps of an answer too, and the answer that follows from them."""
+        if self.training and sample.task in BENCHMARK_TASKS:
+            steps, answer = written_steps(scene, sample)
+            sample = replace(sample, steps=f"{steps} =", answer=answer)
+        return super().write_marks(scene, sample)
+
+
+BENCHMARK_TASKS = ("modle_distance", *EDITS)
+
+
+def shift_steps(axis: int, value: float, side: str, amount: float) -> tuple[str, float]:
+    """Write a shift, "x1.25 right 0.80 x2.05"; give the sum of the printed numbers too."""
+    total = round(round(value, 2) + DIRECTIONS[side][1] * amount, 2)
+    return f"{'xyz'[axis]}{metres(value)} {side} {metres(amount)} {'xyz'[axis]}{metres(total)}", total
+
+
+def stack_steps(z: float, height: float) -> tuple[str, float]:
+    """Write the steps of half a height, "z0.74 h0.36 z0.92"; give the printed sum z + height / 2 too."""
+    total = round(round(z, 2) + round(height, 2) / 2, 2)
+    return f"z{metres(z)} h{metres(height)} z{metres(total)}", total
+
+
+def written_steps(scene: Scene, sample: Sample) -> tuple[str, str]:
+    """Write the steps of one of MODLE's questions; give the answer that follows from their printed numbers too."""
+    things = [scene.thing(i) for i in sample.about]
+    names, boxes = [data.describe(scene, thing) for thing in things], [thing.box for thing in things]
+    if sample.task == "modle_distance":
+        sums, length = data.chain(*(box[:3].tolist() for box in boxes))
+        return " ".join(f"{n} {listed(b[:3])}" for n, b in zip(names, boxes, strict=True)) + f" {sums}", metres(length)
+
+    # where things are
+    steps = [f"{names[0]} {listed(boxes[0])}"]
+    for name, box in zip(names[1:], boxes[1:], strict=True):
+        steps.append(f"{name} {listed(box if sample.kind == 'top' else box[:3])}")
+
+    # along the floor: from the own place, or from the other thing's
+    answer = sample.box.copy()
+    if sample.kind != "top":
+        start = boxes[0 if sample.kind in ("axis", "towards") else 1]
+        move = (sample.box - start)[:2]
+        axis = int(np.abs(move).argmax())
+        side = next(side for side, (k, sign) in DIRECTIONS.items() if k == axis and sign * move[k] > 0)
+        shift, answer[axis] = shift_steps(axis, start[axis], side, abs(move[axis]))
+        steps.append(shift)
+
+    # and up
+    z = 0.0
+    if sample.kind == "top":
+        climb, z = stack_steps(boxes[1][2], boxes[1][5])
+        steps.append(climb)
+    if sample.kind in ("floor", "top"):
+        climb, answer[2] = stack_steps(z, boxes[0][5])
+        steps.append(climb if sample.kind == "floor" else climb.partition(" ")[2])
+    return " ".join(steps), listed(answer)
+
+
+def modle_drill(scene: Scene, rng: np.random.Generator, task: str) -> Sample | None:
+    """Text only, inside the room: modle_add "x1.25 right 0.80 =" -> "x2.05", modle_stack "z0.74 h0.36 =" -> "z0.92"."""
+    f = facts(scene)
+    if not len(f.boxes):
+        return None
+    lo, hi = room_ends(f)
+    if task == "modle_stack":
+        z = 0.0 if rng.random() < 0.3 else rng.uniform(0, max(hi[2] / 2, 0.1))  # things are put on floors, and on tops
+        steps, value = stack_steps(z, rng.uniform(0.05, max(hi[2] - z, 0.1)))
+    else:
+        side = pick(rng, tuple(DIRECTIONS))
+        axis = DIRECTIONS[side][0]
+        steps, value = shift_steps(axis, rng.uniform(lo[axis], hi[axis]), side, float(pick(rng, AMOUNTS)))
+    numbers, answer = steps.rsplit(" ", 1)
+    return data.ask(scene, rng, task, answer, {"numbers": numbers}, value=value)
+
+
+def modle_refuse(scene: Scene, rng: np.random.Generator) -> Sample | None:
+    """Ask what nobody can follow, answered by a fixed sentence.
+
+    Ambiguous is a request that says "the chair" where there are several, or "the red thing" where nothing has a
+    category; contradictory are opposite directions at once, and a thing towards or on itself.
+    """
+    f = facts(scene)
+    kind = pick(rng, ("ambiguous", "contradictory"))
+    several_of = [key for key, members in f.groups.items() if len(members) > 1]
+    key = pick(rng, [k for k in several_of if not k[1]] or [k for k in several_of if not k[0]])
+    known = pick(rng, list(f.described.values()))
+    if known is None or (kind == "ambiguous" and key is None):
+        return None
+
+    side, amount = pick(rng, tuple(DIRECTIONS)), metres(pick(rng, AMOUNTS))
+    opposite = next(s for s, (axis, _) in DIRECTIONS.items() if axis == DIRECTIONS[side][0] and s != side)
+    text = {"what": known, "direction": DIRECTION[side], "opposite": DIRECTION[opposite], "amount": amount}
+    ambiguous, contradictory = TEMPLATES["modle_refusal"]
+    if kind == "contradictory":
+        return data.ask(scene, rng, "modle_refuse", contradictory, text, template="modle_contradiction")
+
+    template = pick(rng, ("modle_distance", "modle_move_axis", "modle_move_towards", "modle_place_floor"))
+    words = data.phrase(*key)
+    what, other = (words, "") if template == "modle_move_axis" else several(rng, [known, words], 2)
+    text |= {"what": what, "other": other, "axis": "xy"[DIRECTIONS[side][0]]}
+    return data.ask(scene, rng, "modle_refuse", ambiguous, text, template=template)
+
+
+TEMPLATES |= {
+    "modle_contradiction": (
+        "move the {what} {direction} and {opposite} by {amount} metres.",
+        "shift the {what} by {amount} metres {direction} and {opposite}.",
+        "move the {what} {amount} metres towards the {what}.",
+        "take the {what} away and put it in the middle on top of the {what}.",
+    ),
+    "modle_refusal": ("more than one thing fits.", "this contradicts itself."),
+    "modle_add": ("{numbers} =",),
+    "modle_stack": ("{numbers} =",),
+}
+DRILLS = {task: partial(modle_drill, task=task) for task in ("modle_add", "modle_stack")}
+TASKS |= DRILLS | {"modle_refuse": modle_refuse}
+METRIC |= set(DRILLS)
+GEOMETRY_TASKS += (*DRILLS, "modle_refuse")
+
+_TINY = dict(lr=2e-3, weight_decay=0.01, per_scene=16, batch=256, schedule="constant", warmup=0.1, steps=True)
+
+STAGES["tiny"] = [  # the encoder comes third: its classes are the word vectors that the first two have taught
+    Stage("I locations", {"ground": 0.4, "ground_multiple": 0.2, "ground_category": 0.2, "colour": 0.2},
+          ("code", "lm"), "symbols", iterations=340, recolour=True, **_TINY),
+    Stage("II steps", {"subtract": 0.27, "norm": 0.05, "modle_add": 0.24, "modle_stack": 0.03, "ground": 0.06,
+                       "colour": 0.02, "what": 0.03, "exist": 0.05, "count": 0.02, "modle_distance": 0.13,
+                       "modle_move": 0.15, "modle_refuse": 0.06},
+          ("code", "lm"), "symbols", iterations=800, recolour=True, **{**_TINY, "batch": 192, "per_scene": 12}),
+    Stage("III encoder", {}, ("encoder", "scene"), "encoder", iterations=900, batch=16, lr=3e-3, schedule="cosine",
+          warmup=0.04, weight_decay=0.01),
+    Stage("IV referents", {"ground": 0.08, "subtract": 0.06, "modle_add": 0.1, "modle_stack": 0.03, **USUAL, **MODLE,
+                           "modle_refuse": 0.08},
+          ("scene", "code", "lm"), "referents", iterations=600,
+          **{**_TINY, "schedule": "trapezoid", "batch": 128, "per_scene": 8}),
+]  # fmt: skip
+
+
+def build(config: Config, text: data.TinyText | data.HubText) -> Model:
+    """Build the model of a configuration: from nothing where it names no language model."""
+    return TinyModel(config, text) if config.llm is None else Model(config, text)
 
 
 if __name__ == "__main__":
