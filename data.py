@@ -45,14 +45,11 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial, wraps
 from pathlib import Path
 from textwrap import wrap
-
-from zipfile import BadZipFile
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 

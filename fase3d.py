@@ -1118,11 +1118,6 @@ def draw_graph(scene: Scene, centers: Tensor, found: dict, path: Path) -> None:
 # ---- 12 demo -------------------------------------------------------------------------------------
 
 
-def build(config: Config, text) -> Model:
-    """The model of a configuration."""
-    return Model(config, text)
-
-
 def demo() -> None:
     """Show one room from points to tokens, with real shapes, and learn its questions by heart."""
     torch.manual_seed(0)

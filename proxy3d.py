@@ -877,11 +877,6 @@ def draw_attention(model: Model, scene: Scene, sample: Sample, answer: str, path
 # ---- 10 demo -------------------------------------------------------------------------------------
 
 
-def build(config: Config, text) -> Model:
-    """The model of a configuration."""
-    return Model(config, text)
-
-
 def demo() -> None:
     """Follow one room from pixels to an answer; a tiny model learns its questions by heart."""
     # a room and a model that knows nothing

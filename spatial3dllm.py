@@ -1095,11 +1095,6 @@ INTER = {"graph": InterReferentGraph, "concat": Concatenation, "off": NoMessages
 # ---- 11 demo and command line ----------------------------------------------------------------------------------------
 
 
-def build(config: Config, text) -> Model:
-    """The model of a configuration."""
-    return Model(config, text)
-
-
 def demo() -> None:
     """Take one room from points to an answer, with real shapes, by a tiny model that learns its questions by heart."""
     torch.manual_seed(0)
