@@ -36,7 +36,6 @@ import os
 import re
 import sys
 import tempfile
-import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -44,7 +43,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial, wraps
 from pathlib import Path
-from textwrap import wrap
 from typing import NamedTuple
 
 import numpy as np
@@ -4171,366 +4169,104 @@ def with_tracks(scene: Scene, tracks: np.ndarray, limit: int = 100_000) -> Scene
 
 # ---- 10 pictures -----------------------------------------------------------------------------------------------------
 
-DPI = 90  # of all pictures
-PICTURES = (".png", ".jpg", ".pdf", ".svg")
+CORNERS = np.array(list(itertools.product((-0.5, 0.5), repeat=3)))  # [8, 3] of a box of size 1
+EDGES = [(a, b) for a, b in itertools.combinations(range(8), 2) if np.abs(CORNERS[a] - CORNERS[b]).sum() == 1]  # 12
+ANSWERS = ("crimson", "royalblue", "seagreen", "darkorange")  # colours of the first answer, the second, ...
 
 
-def palette(count: int) -> np.ndarray:
-    """Colours [count + 1, 3] of objects by id: neighbours in number far apart in hue; 0, the room itself, is pale."""
-    from matplotlib.colors import hsv_to_rgb
-
-    i = np.arange(count + 1)
-    colours = hsv_to_rgb(np.stack([i * 0.618 % 1, np.array([0.7, 0.4, 0.85])[i % 3], 0.95 - 0.25 * (i // 3 % 2)], 1))
-    colours[0] = 0.87
-    return colours
+def axes_of(axis) -> int:
+    """Say how many coordinates a picture's axis takes: 2 from above, 3 in perspective."""
+    return 3 if axis.name == "3d" else 2
 
 
-def z_buffer(pixels: np.ndarray, depth: np.ndarray, radius: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Which point shows in every pixel of an image of `size` (H, W): [H, W] index, -1 = none. Points are discs of
-    `radius` [N] pixels at pixels [N, 2] (x, y; NaN = unseen), and the one of least depth [N] shows."""
-    H, W = size
-    order = np.argsort(-depth, kind="stable")  # far first: of several in one pixel the last written, the nearest, stays
-    order = order[np.isfinite(pixels[order]).all(1)]
-    at, radius, depth = np.floor(pixels[order]).astype(int), radius[order], depth[order]
-    which, near = np.full(H * W, -1), np.full(H * W, np.inf)
-    reach = int(np.ceil(radius.max(initial=0)))
-    for dy, dx in itertools.product(range(-reach, reach + 1), repeat=2):
-        x, y = at[:, 0] + dx, at[:, 1] + dy
-        here = (dx * dx + dy * dy <= radius * radius) & (x >= 0) & (x < W) & (y >= 0) & (y < H)
-        flat, z = (y * W + x)[here], depth[here]
-        front = z < near[flat]
-        near[flat[front]], which[flat[front]] = z[front], order[here][front]
-    return which.reshape(H, W)
+def draw_boxes(axis, boxes: Iterable[np.ndarray], **style) -> None:
+    """Draw the edges of boxes [n, 6] on an axis of `scene_figure`."""
+    for box in boxes:
+        corners = (box[:3] + CORNERS * box[3:])[:, : axes_of(axis)]
+        for a, b in EDGES:
+            axis.plot(*corners[[a, b]].T, **style)
 
 
-def shade(which: np.ndarray, depth: np.ndarray, span: float) -> np.ndarray:
-    """Brightness [H, W] of a `z_buffer`: a pixel behind its neighbours is darker, up to `span` metres; so edges show
-    without normals (eye-dome lighting: Boucheny 2009)."""
-    z = np.pad(np.where(which >= 0, depth[which] if len(depth) else 0.0, np.inf), 2, constant_values=np.inf)
-    behind = np.zeros(which.shape)
-    for dy, dx in itertools.product((-2, 0, 2), repeat=2):
-        around = np.roll(z, (dy, dx), (0, 1))[2:-2, 2:-2]
-        with np.errstate(invalid="ignore"):
-            behind += np.nan_to_num(np.clip((z[2:-2, 2:-2] - around) / span, 0, 1)) * np.isfinite(around)
-    return 1 - 0.09 * np.where(which >= 0, behind, 0)
+def scene_figure(scene: Scene, title: str, lines: Sequence[str] = ()) -> tuple:
+    """Begin a picture of a scene: its cloud from above and in perspective, two frames below it, lines of text.
 
-
-def corner_camera(low: np.ndarray, high: np.ndarray, sides: tuple[int, int],
-                  size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Intrinsics [3, 3] and pose [4, 4] of a camera that looks from above over one corner of the box low..high [3], the
-    one at `sides` (-1 or 1 along x and y), and has all of it in an image of `size` (H, W)."""
-    centre, reach = (low + high) / 2, np.linalg.norm(high - low)
-    away = np.array([*(np.array(sides) * np.maximum(high - low, 0.3 * reach)[:2]), 0.0])
-    away = away / np.linalg.norm(away) + [0, 0, 0.75]
-    pose = _look((centre + 1.05 * reach * away)[None], centre[None])[0]
-    corners = np.array(list(itertools.product(*zip(low, high, strict=True))))
-    flat, _ = project(corners, np.eye(3), pose)
-    least, most = flat.min(0), flat.max(0)
-    focal = 0.97 * min(np.array(size[::-1]) / (most - least))
-    K = np.diag([focal, focal, 1.0])
-    K[:2, 2] = np.array(size[::-1]) / 2 - focal * (least + most) / 2
-    return K, pose
-
-
-def spread_labels(anchors: np.ndarray, sizes: np.ndarray, limits: tuple[float, float],
-                  taken: np.ndarray) -> np.ndarray:  # fmt: skip
-    """Centres [n, 2] for labels of `sizes` [n, 2] near their anchors [n, 2], none over another or over the rectangles
-    `taken` [m, 4] (centre, half size) and all inside (0, 0)..limits; NaN where there is no room within 90 pixels.
-    Greedy, in the order given."""
-    angle = np.arange(16) * np.pi / 8
-    rings = np.concatenate([[[0.0, 0.0]], *(r * np.stack([np.sin(angle), -np.cos(angle)], 1) for r in range(8, 91, 6))])
-    placed = np.full((len(anchors), 2), np.nan)
-    for i, (anchor, half) in enumerate(zip(anchors, sizes / 2, strict=True)):
-        tries = anchor + rings * [1.6, 1.0]  # labels are wider than high
-        free = ((tries - half >= 0) & (tries + half <= limits)).all(1)
-        gap = np.abs(tries[:, None] - taken[:, :2]) - half - taken[:, 2:]
-        free &= (gap >= 0).any(2).all(1)
-        if free.any():
-            placed[i] = tries[free.argmax()]
-            taken = np.concatenate([taken, [[*placed[i], *half]]])
-    return placed
-
-
-class View:
-    """One panel of a picture: the cloud as it looks from there, and whatever is drawn over it, all in metres.
-
-    Without a camera it looks from straight above and its axes are metres; with one, (K, pose), they are pixels."""
-
-    def __init__(self, axis, size: tuple[int, int], low: np.ndarray, high: np.ndarray, camera: tuple | None = None,
-                 unit: str = " (m)"):  # fmt: skip
-        self.axis, self.size, self.camera, self.span = axis, size, camera, float(np.linalg.norm(high - low))
-        H, W = size
-        self.scale, self.start, self.top, self.taken = 1.0, np.zeros(2), high[2], np.zeros((0, 4))
-        if camera is None:
-            self.scale = min(W / (high - low)[0], H / (high - low)[1]) * 0.96  # pixels per metre
-            self.start = (low + high)[:2] / 2 - np.array([W, H]) / self.scale / 2
-            axis.set(xlabel=f"x{unit}", ylabel=f"y{unit}")
-        else:
-            axis.set(xticks=[], yticks=[])
-        x, y = self.start + np.array([W, H]) / self.scale
-        axis.set(xlim=(self.start[0], x), ylim=(self.start[1], y) if camera is None else (H, 0))
-
-    def place(self, points: np.ndarray) -> np.ndarray:
-        """Points [..., 3] metres -> [..., 2] in the panel's own units; NaN behind the camera."""
-        return np.asarray(points)[..., :2] if self.camera is None else project(points, *self.camera)[0]
-
-    def pixels(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Points [..., 3] -> pixels [..., 2], downwards, and how far they are from the eye [...]."""
-        if self.camera is not None:
-            return project(points, *self.camera)
-        x, y = np.moveaxis((points[..., :2] - self.start) * self.scale, -1, 0)
-        return np.stack([x, self.size[0] - y], -1), self.top - points[..., 2]
-
-    def faces(self, cloud: dict) -> np.ndarray:
-        """Mask [N]: False where the outer walls and the ceiling turn their backs, to look into the room."""
-        points, normals, low, high = (cloud[k] for k in ("points", "normals", "low", "high"))
-        if self.camera is None:
-            return (normals[:, 2] > -0.3) | (points[:, 2] < low[2] + 0.9 * (high - low)[2])
-        return (normals * unit(self.camera[1][:3, 3] - points)).sum(1) > -0.1
-
-    def show(self, cloud: dict, look: str) -> None:
-        """Draw a `shown_cloud`, coloured as LOOKS says, its points as discs that close the gaps between them."""
-        points, spacing, colours = cloud["points"], cloud["spacing"], LOOKS[look][1](cloud["ids"], cloud["true"])
-        pixels, depth = self.pixels(points)
-        pixels[~self.faces(cloud)] = np.nan
-        grain = self.scale if self.camera is None else self.camera[0][0, 0] / np.maximum(depth, 1e-3)
-        most = min(14.0, (4e6 / max(len(points), 1)) ** 0.5)
-        which = z_buffer(pixels, depth, np.clip(0.6 * spacing * grain, 0.8, most), self.size)
-        image = np.ones((*self.size, 3))
-        image[which >= 0] = colours[which[which >= 0]]
-        image *= shade(which, depth, 0.04 * self.span)[..., None]
-        (x0, x1), (y0, y1) = self.axis.get_xlim(), self.axis.get_ylim()
-        self.axis.imshow(image, extent=(x0, x1, y0, y1), interpolation="bilinear", aspect="auto", zorder=0)
-
-    def dots(self, points: np.ndarray, **style):
-        """matplotlib's scatter at points [n, 3]."""
-        return self.axis.scatter(*self.place(points).T, **style)
-
-    def lines(self, paths: np.ndarray, **style) -> None:
-        """Polylines through paths [n, m, 3]; see matplotlib's LineCollection."""
-        from matplotlib.collections import LineCollection
-
-        self.axis.add_collection(LineCollection(self.place(np.asarray(paths)), **style), autolim=False)
-
-    def boxes(self, boxes: np.ndarray, **style) -> None:
-        """Outlines of boxes [n, 6]: their twelve edges; from above, a rectangle each."""
-        steps = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 0], [0, 0, 1], [1, 0, 1], [1, 1, 1],
-                          [0, 1, 1], [0, 0, 1]]) - 0.5  # fmt: skip
-        rest = np.array([[[1, 0, 0], [1, 0, 1]], [[1, 1, 0], [1, 1, 1]], [[0, 1, 0], [0, 1, 1]]]) - 0.5
-        for path in [steps] if self.camera is None else [steps, *rest]:
-            self.lines(boxes[:, None, :3] + boxes[:, None, 3:] * path, **style)
-
-    def labels(self, points: np.ndarray, texts: Sequence[str], size: float = 8, **style) -> int:
-        """Write texts at points [n, 3], moved apart where they would overlap, then with a line to their place. Returns
-        for how many there was no room."""
-        from matplotlib.patheffects import withStroke
-
-        wide = [0.62 * size * max(map(len, t.split("\n"))) + 4 for t in texts]
-        high = [1.25 * size * (t.count("\n") + 1) for t in texts]
-        pixels = self.pixels(np.asarray(points, float).reshape(-1, 3))[0]
-        sizes = np.stack([wide, high], 1).reshape(-1, 2) * DPI / 72
-        seen = (np.isfinite(pixels) & (pixels >= 0) & (pixels <= self.size[::-1])).all(1)
-        placed = np.full(pixels.shape, np.nan)
-        placed[seen] = spread_labels(pixels[seen], sizes[seen], self.size[::-1], self.taken)
-        self.taken = np.concatenate([self.taken, np.concatenate([placed, sizes / 2], 1)[np.isfinite(placed).all(1)]])
-        back = lambda p: p if self.camera else self.start + np.array([p[0], self.size[0] - p[1]]) / self.scale  # noqa: E731
-        for at, to, text in zip(pixels, placed, texts, strict=True):
-            if np.isfinite(to).all():
-                if np.abs(at - to).max() > 12:
-                    self.axis.plot(*np.stack([back(at), back(to)]).T, color="0.25", lw=0.6, zorder=4)
-                self.axis.text(*back(to), text, fontsize=size, ha="center", va="center", zorder=5,
-                               path_effects=[withStroke(linewidth=2, foreground="white")], **style)
-        return int(seen.sum() - np.isfinite(placed).all(1).sum())
-
-
-LOOKS = {  # how a cloud is coloured: in words, and from ids [N] and true colours [N, 3] of 0..1
-    "segments": ("a colour per object, grey is the room itself", lambda ids, true: np.where(
-        ids[:, None] > 0, palette(int(ids.max(initial=0)))[ids], 0.4 * true + 0.55)),
-    "true": ("true colours", lambda ids, true: true),
-    "pale": ("true colours, pale", lambda ids, true: 0.35 * true + 0.6),
-}  # fmt: skip
-
-
-def spacing_of(points: np.ndarray) -> np.ndarray:
-    """Distance [N] of every point to its fourth neighbour, at most twice the median: discs of that size close gaps."""
-    if len(points) < 2:
-        return np.full(len(points), 0.05)
-    gap = nearest(points, points, 5)[0][:, -1]
-    return np.minimum(gap, 2 * np.median(gap))
-
-
-def shown_cloud(scene: Scene) -> dict[str, np.ndarray]:
-    """What pictures show of a scene: points [N, 3], normals [N, 3], true colours [N, 3] of 0..1 (height where there is
-    none), object ids [N], spacing [N] in metres; and the corners low, high [3] of it all."""
-    from matplotlib import colormaps
-
-    points, colours, normals = surface(scene)
-    points = np.zeros((0, 3)) if points is None else points
-    if normals is None:
-        normals = estimate_normals(points) if len(points) > 2 else np.tile([0.0, 0.0, 1.0], (len(points), 1))
-    ids = np.zeros(len(points), np.int64)
-    if len(points) and points is scene.points and scene.instances is not None:
-        ids = scene.instances
-    elif len(points) and scene.frames is not None:
-        ids = read_masks(points, scene.frames)
-    extremes = [o.box[:3] + side * o.box[3:] / 2 for o in scene.objects for side in (-1, 1)]
-    extremes += [*np.percentile(points, [0.2, 99.8], axis=0)] if len(points) else []
-    low, high = np.min(extremes or [np.zeros(3)], 0), np.max(extremes or [np.zeros(3)], 0)
-    pad = np.maximum(0.02 * np.linalg.norm(high - low) - (high - low), 0.02)
-    if colours is None:
-        true = colormaps["viridis"](np.clip((points[:, 2] - low[2]) / (high - low + pad)[2], 0, 1))[:, :3] * 0.8 + 0.1
-    else:
-        true = colours / 255
-    return dict(points=points, normals=normals, true=true, ids=ids, spacing=spacing_of(points), low=low - pad,
-                high=high + pad)  # fmt: skip
-
-
-def perspective(axis, size: tuple[int, int], cloud: dict) -> View:
-    """The view over that corner of the room from which most of the objects (or, without any, of the cloud) is seen."""
-    views, seen = [], []
-    step = max(1, len(cloud["points"]) // 5000)
-    few = {k: v[::step] if k not in ("low", "high") else v for k, v in cloud.items()}
-    thing = (few["ids"] > 0) | ~few["ids"].any()
-    for sides in itertools.product((-1, 1), repeat=2):
-        camera = corner_camera(cloud["low"], cloud["high"], sides, size)
-        views.append(View(axis, size, cloud["low"], cloud["high"], camera))
-        pixels, depth = views[-1].pixels(few["points"])
-        pixels[~views[-1].faces(few)] = np.nan
-        which = z_buffer(pixels / 8, depth, np.ones(len(depth)), (size[0] // 8, size[1] // 8))
-        seen.append(thing[which[which >= 0]].sum())
-    return views[int(np.argmax(seen))]
-
-
-@contextmanager
-def board(scene: Scene, path: Path, title: str, lines: Sequence[str] = (), look: str = "segments",
-          images: Sequence[tuple[str, np.ndarray]] = (), inks: Sequence[str] = ()) -> Iterator[list[View]]:  # fmt: skip
-    """A picture of a scene, written to `path` on leaving: its cloud from above and in perspective (coloured as LOOKS
-    says), a row of images (caption, [H, W, 3]) and lines of text below, in the colours `inks` (black where they end).
-    Yields the two views, to draw over them."""
+    Returns: the figure, and its two axes (from above, in perspective). `save_figure` ends the picture.
+    """
     from matplotlib.figure import Figure
-    from matplotlib.text import Text
 
-    cloud, wide, high = shown_cloud(scene), 16.4, 6.4
-    lines = [(part, ink) for line, ink in itertools.zip_longest(lines, inks[: len(lines)], fillvalue="black")
-             for part in wrap(line, 190)]  # fmt: skip
-    row, foot = 2.6 * bool(images), 0.25 * len(lines) + 0.1
-    total = 0.65 + high + 0.6 + row + foot
-    figure = Figure(figsize=(wide, total))
-    inches = lambda x, y, w, h: figure.add_axes((x / wide, 1 - (y + h) / total, w / wide, h / total))  # noqa: E731
-    size = (int(high * DPI), int(7.4 * DPI))
-    above, corner = inches(0.7, 0.65, 7.4, high), inches(8.5, 0.65, 7.4, high)
-    unit = " (m)" if scene.metric else ""
-    views = [View(above, size, cloud["low"], cloud["high"], unit=unit), perspective(corner, size, cloud)]
-    meaning = LOOKS[look][0] if scene.colours is not None or look == "segments" else "colours: height"
-    above.set_title(f"from above; {meaning}", fontsize=10)
-    corner.set_title("in perspective", fontsize=10)
-    figure.text(0.7 / wide, 1 - 0.3 / total, title, fontsize=12, weight="bold")
-    for view in views:
-        view.show(cloud, look)
-    left = 0.3
-    for caption, image in images:
-        width = (row - 0.45) * image.shape[1] / image.shape[0]
-        axis = inches(left, 0.65 + high + 0.85, width, row - 0.45)
-        axis.imshow(image, aspect="auto")
-        axis.set_axis_off()
-        axis.set_title(caption, fontsize=9)
-        left += width + 0.25
-    for i, (line, ink) in enumerate(lines):
-        figure.text(0.3 / wide, (foot - 0.25 * i - 0.2) / total, line, fontsize=10, color=ink)
-    yield views
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)  # a question may name dollars
-    with warnings.catch_warnings(), writing(path):
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # another script: empty squares
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=DPI)
+    # what the cameras saw where there are any, else the cloud itself; 30,000 points show enough
+    frames = scene.frames
+    if frames is not None:
+        seen = frames.depth > 0
+        points = unproject(frames.depth, frames.intrinsics, frames.poses)[seen]
+        colors = frames.colour[seen] / 255
+    else:
+        points = scene.points
+        colors = np.full(points.shape, 0.6) if scene.colours is None else scene.colours / 255
+    some = np.random.default_rng(0).permutation(len(points))[:30_000]
 
+    # the ceiling would hide the room; from above the highest is drawn last
+    some = some[points[some, 2] < points[:, 2].min() + 2.3]
+    some = some[np.argsort(points[some, 2])]
+    points, colors = points[some], colors[some]
 
-def read_answer(text: str) -> tuple[list[tuple[str, np.ndarray]], list[np.ndarray], str]:
-    """An answer's places: those named before its last "=" as (words before it, [3] or [6]), those after it, and what
-    else stands there. Without "=" all count as after it."""
-    before, _, after = text.rpartition("=")
-    numbers = lambda t: [v for size in (3, 6) for v in tuples(t[0], size) if v is not None]  # noqa: E731
-    named, last = [], 0
-    for found in TUPLE.finditer(before):
-        words = re.sub(r"[^A-Za-z<>0-9 ]", " ", before[last : found.start()]).strip()
-        named += [(words, v) for v in numbers(found)]
-        last = found.end()
-    return named, [v for found in TUPLE.finditer(after) for v in numbers(found)], TUPLE.sub("", after).strip()
+    figure = Figure(figsize=(15, 8 if frames is None else 11), layout="constrained")
+    grid = figure.add_gridspec(2, 4, height_ratios=(3, 0.01 if frames is None else 1))
+    top = figure.add_subplot(grid[0, :2], aspect="equal", xlabel="x in metres", ylabel="y in metres")
+    view = figure.add_subplot(grid[0, 2:], projection="3d", computed_zorder=False)
+    top.scatter(*points[:, :2].T, c=colors, s=4, zorder=0)
+    view.scatter(*points.T, c=colors, s=2, depthshade=False, zorder=0)
+    view.set_box_aspect(np.ptp(points, axis=0) + 0.1, zoom=1.2)
+    view.set_axis_off()
+
+    # the first and the last frame, each with its objects beside it
+    for place, v in enumerate((0, -1) if frames is not None else ()):
+        for image, name, column in ((frames.colour[v], "a frame", 0), (frames.masks[v] % 20, "its objects", 1)):
+            axis = figure.add_subplot(grid[1, 2 * place + column], title=name)
+            axis.imshow(image, cmap="tab20")
+            axis.set_axis_off()
+    figure.suptitle(title, parse_math=False)
+    figure.supxlabel("\n".join(lines), parse_math=False)
+    return figure, (top, view)
 
 
-ANSWERS = ("crimson", "royalblue", "seagreen", "darkorange")  # the colours of the first answer, the second, ...
-
-
-def draw_answer(view: View, text: str, shade: str, unit: str = " m") -> None:
-    """The places that an answer writes. A number that follows two of them is the length of the line between their
-    centres; a box that follows from another is where that one (dashed) is moved to."""
-    named, places, rest = read_answer(text)
-    boxes = [v for _, v in named if len(v) == 6]
-    moved = bool(boxes and len(places) == 1 and len(places[0]) == 6)
-    if moved:
-        old, new = boxes[0], places[0]
-        view.boxes(old[None], colors=shade, lw=1.8, linestyles="dashed", zorder=3)
-        view.lines([[old[:3], new[:3]]], colors=shade, lw=1.5, linestyles="dotted", zorder=3)
-        view.labels(np.stack([old[:3], new[:3]]), [f"{named[0][0]}\nbefore", f"{named[0][0]}\nafter"], 9, color=shade)
-    elif re.fullmatch(r"\d+(\.\d+)?", rest) and len(named) > 1:
-        ends = np.stack([v[:3] for _, v in named[:2]])
-        view.lines(ends[None], colors=shade, lw=2.5, zorder=3)
-        view.dots(ends, c=shade, s=40, zorder=4)
-        view.labels(np.stack([ends.mean(0), *ends]), [rest + unit, named[0][0], named[1][0]], 10, color=shade)
-    for place in places:
-        if len(place) == 6:
-            view.boxes(place[None], colors=shade, lw=2.2, zorder=4)
-        view.dots(place[None, :3], c=shade, s=30, zorder=4)
-    if len(places) > 1:
-        view.lines([[p[:3] for p in places]], colors=shade, lw=1.5, zorder=3)
-
-
-def draw_things(view: View, scene: Scene) -> None:
-    """Boxes of all objects in the colours of their segments, with identifier and category (colour, where that is
-    unknown). Of very many only identifiers are written in perspective; the title says for how many there is no room."""
-    if not scene.objects:
-        return
-    things = sorted(scene.objects, key=lambda o: o.box[3:].prod())  # the small ones choose their places first
-    crowded = len(things) > 60
-    shades = 0.65 * palette(max(o.id for o in things))[[o.id for o in things]]
-    view.boxes(np.stack([o.box for o in things]), colors=shades, lw=0.5 if crowded else 0.9, zorder=2)
-    places = np.stack([o.box[:3] for o in things])
-    places[:, 2] += np.array([o.box[5] / 2 for o in things]) * bool(view.camera)  # in perspective on top of the box
-    words = [o.category or o.colour if view.camera is None or not crowded else "" for o in things]
-    texts = [f"{scene.identifiers.get(o.id, '')} {w}".strip() for o, w in zip(things, words, strict=True)]
-    missing = view.labels(places, texts, 6.5 if len(things) > 35 else 8)
-    if missing:
-        view.axis.set_title(f"{view.axis.get_title()} ({missing} names left out)", fontsize=10)
-
-
-def frame_images(frames: Frames | None, shown: Sequence[int] = (0, -1)) -> list[tuple[str, np.ndarray]]:
-    """Some frames with their masks beside them, as images of `board`."""
-    if frames is None:
-        return []
-    images, colours = [], palette(int(frames.masks.max(initial=0)))
-    for v in sorted({i % len(frames.colour) for i in shown}):
-        images += [(f"frame {v}", frames.colour[v]), ("its masks", colours[frames.masks[v]])]
-    return images
+def save_figure(figure, path: Path) -> None:
+    """Write a figure, with the folder that it goes to."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
 
 
 def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.ndarray | None = None,
                answers: Sequence[str] = ()) -> None:  # fmt: skip
-    """A picture: the cloud from above and in perspective, coloured by object, boxes with identifiers and categories,
-    scene tokens [K, 3] as crosses, the places written in answers, each answer in a colour of its own (`draw_answer`);
-    below, two frames with their masks and lines of text."""
-    nameless = bool(scene.objects) and not any(o.category for o in scene.objects)
-    title = f"{scene.name}, {len(scene.objects)} objects" + " without categories, named by their true colour" * nameless
-    if tokens is not None:
-        title += f"; the {len(tokens)} crosses are where the model's scene tokens are"
-    look, inks = "segments" if scene.objects else "true", [ANSWERS[i % len(ANSWERS)] for i in range(len(answers))]
-    with board(scene, path, title, lines, look, frame_images(scene.frames), inks) as views:
-        for view in views:
-            if tokens is not None:
-                view.dots(tokens, c="black", marker="x", s=9, lw=0.6, zorder=2)
-            for answer, shade in zip(answers, inks, strict=True):
-                draw_answer(view, answer, shade, " m" if scene.metric else "")
-            draw_things(view, scene)
+    """Draw a scene with its objects' boxes, identifiers and names, and what a model sees and answers.
+
+    tokens [K, 3] in metres are crosses; the boxes, points and identifiers that an answer writes are drawn in a colour
+    per answer.
+    """
+    from matplotlib import colormaps
+
+    figure, axes = scene_figure(scene, f"{scene.name}: {len(scene.objects)} objects", lines)
+    by_identifier = {number: i for i, number in scene.identifiers.items()}
+    palette = colormaps["tab20"].colors
+    for axis in axes:
+        n = axes_of(axis)
+        for thing in scene.objects:
+            color, top = palette[thing.id % 20], thing.box[:3] + np.array([0, 0, thing.box[5] / 2])
+            draw_boxes(axis, [thing.box], color=color, lw=0.8)
+            name = f"{scene.identifiers.get(thing.id, '')} {thing.category or thing.colour}".strip()
+            axis.text(*top[:n], name, fontsize=7, ha="center", parse_math=False)
+        if tokens is not None:
+            axis.scatter(*tokens[:, :n].T, c="black", marker="x", s=12, lw=0.7)
+
+        # an answer names objects by identifier, or writes boxes and points in metres
+        for color, text in zip(itertools.cycle(ANSWERS), answers):
+            named = [by_identifier[int(i)] for i in re.findall(r"<OBJ(\d{3})>", text) if int(i) in by_identifier]
+            boxes = [scene.thing(i).box for i in named] + [box for box in tuples(text, 6) if box is not None]
+            draw_boxes(axis, boxes, color=color, lw=2.5)
+            for point in tuples(text, 3):
+                if point is not None:
+                    axis.scatter(*point[:n], c=color, s=60, zorder=4)
+    save_figure(figure, path)
 
 
 # ---- 11 scenes of one's own, command line ----------------------------------------------------------------------------

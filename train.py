@@ -396,7 +396,7 @@ class QuestionDataset(torch.utils.data.Dataset):
         base, changed = self.by_name[scene.name], {}
         for field in fields(Scene):
             value = getattr(scene, field.name)
-            if value is not getattr(base, field.name):
+            if field.init and value is not getattr(base, field.name):
                 changed[field.name] = value
         return scene.name, changed
 
