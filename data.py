@@ -170,6 +170,7 @@ def fingerprint(scene: Scene) -> str:
     Frames on disk are known by their `key`, others by every 16th pixel. Turning a scene does not
     change the result.
     """
+    # lengths do not change with a turn, places do
     digest = hashlib.sha256(f"{scene.name} {scene.source}".encode())
     arrays = [scene.colours, scene.superpoints, scene.instances]
     if scene.points is not None:
@@ -180,7 +181,7 @@ def fingerprint(scene: Scene) -> str:
         f = scene.frames
         arrays += [f.poses, *(pixels[:, ::16, ::16] for pixels in (f.colour, f.depth, f.masks))]
 
-    # about 4,096 rows of each are enough to tell scenes apart
+    # some 4,096 rows of each are enough to tell scenes apart
     for array in arrays:
         if array is not None:
             digest.update(np.ascontiguousarray(array[:: 1 + len(array) // 4096]).tobytes())
@@ -224,6 +225,7 @@ def augment(scene: Scene, rng: np.random.Generator, recolour: bool = False, mirr
     if not mirror and np.linalg.det(turn) < 0:
         turn = np.diag([-1.0, 1.0, 1.0]) @ turn
 
+    # boxes keep along their axes
     objects = []
     for o in scene.objects:
         box = np.concatenate([turn @ o.box[:3], np.abs(turn) @ o.box[3:]])
@@ -259,6 +261,8 @@ def knn(
     """
     if not 1 <= k <= len(points):
         raise ValueError(f"knn: k = {k} neighbors of {len(points)} points")
+
+    # a tree on the CPU
     if points.device.type == "cpu":
         from scipy.spatial import cKDTree
 
@@ -266,7 +270,7 @@ def knn(
         distance, index = tree.query(queries.numpy(), k=np.arange(1, k + 1), workers=-1)
         return torch.from_numpy(distance).to(points), torch.from_numpy(index)
 
-    # M x N distances do not fit into memory at once
+    # all distances on a GPU, in chunks: M x N of them do not fit into memory at once
     found = []
     for part in queries.split(chunk):
         found.append(torch.cdist(part, points).topk(k, dim=1, largest=False))
@@ -286,11 +290,13 @@ def farthest_point_sampling(points: torch.Tensor, count: int, first: int | None 
     Args: points [N, 3]; count, at most N are taken; first: index to start at, by default the point
     farthest from the centroid. Returns: indices [count].
     """
+    # start at the rim, so that the choice does not depend on the order of the points
     count = min(count, len(points))
     chosen = torch.empty(count, dtype=torch.long, device=points.device)
     if first is None:
         first = (points - points.mean(0)).square().sum(1).argmax()
 
+    # then always where the nearest chosen point is farthest
     index = first
     distance = torch.full_like(points[:, 0], float("inf"))  # [N] squared, to the nearest chosen point
     for i in range(count):
@@ -318,6 +324,7 @@ def unproject(depth: np.ndarray, intrinsics: np.ndarray, poses: np.ndarray) -> n
     Args: depth [V, H, W], intrinsics [V, 3, 3], poses [V, 4, 4]. The first pixel's center is at
     (0.5, 0.5).
     """
+    # the centers of the pixels
     V, H, W = depth.shape
     u, v = np.meshgrid(np.arange(W) + 0.5, np.arange(H) + 0.5)
 
@@ -1165,6 +1172,7 @@ def scene_graph(scene: Scene) -> SceneGraph:
 
 def _support(boxes: np.ndarray, bounds: np.ndarray | None) -> np.ndarray:
     """Find what boxes [n, 6] stand or hang on: [n] FLOOR, WALL, the place of what carries it, NOTHING."""
+    # it stands on the floor to 5 cm
     low, high = box_ends(boxes)
     floor = low[:, 2] < 0.05
 
@@ -1220,6 +1228,8 @@ def _words(g, i):
     """Find words that fit object i alone: a name, a relation to a unique object or a superlative."""
     if i in g.names:
         return g.names[i]
+
+    # the first that fits, in the order in which people would say it
     o = g.things[i]
     kind = (o.category, "")
     tries = [(how, kind, anchor) for how in RELATIONS for anchor in g.unique if o.category]
@@ -1847,6 +1857,7 @@ def tuples(text: str, size: int) -> list[np.ndarray | None]:
     """Find every bracketed list of `size` entries: [size] float, None where one is no finite number."""
     found = []
     for inside in TUPLE.findall(text):
+        # "1.2, 3" and "1.2 3" alike; what a model wrote may hold anything
         entries = re.split(r"[,;\s]+", inside.strip())
         if len(entries) == size:
             try:
@@ -1868,11 +1879,14 @@ class TinyText:
     template = ("", "", "")  # text before the scene tokens, behind them, between question and answer
 
     def __init__(self, words: Iterable[str]):
-        identifiers = [f"<obj{i:03d}>" for i in range(100)]
-        numbers = {}  # piece -> (axis, meters)
+        # number tokens: piece -> (axis, meters)
+        numbers = {}
         for axis, (low, high) in NUMBERS.items():
             for i in range((high - low) * BINS + 1):
                 numbers[f"{axis}#{i}"] = (axis, low + i / BINS)
+
+        # every piece once; a run's words decide the rest, in an order of their own
+        identifiers = [f"<obj{i:03d}>" for i in range(100)]
         counts = [str(i) for i in range(301)]
         self.words = sorted(set(words))
         pieces = ["<pad>", "<eos>", "<unk>", *identifiers, *numbers, *counts, *".,?!:;=-()", *self.words]
@@ -2099,17 +2113,19 @@ NUMBER = re.compile(r"([xyzwdhl])#(\d+)")
 
 def number_pieces(word: str) -> list[str]:
     """Split a word of TinyText into number tokens: "[1.25, -0.80, 0.45]" -> "x#148", "y#115", "z#23"."""
+    # which axes its numbers belong to
     if word[0] == "[":
-        numbers = re.findall(r"-?\d+\.?\d*", word)
-        axes = "xyzwdh"[: len(numbers)] if len(numbers) in (3, 6) else "l" * len(numbers)
+        axes, numbers = "xyzwdh", re.findall(r"-?\d+\.?\d*", word)
     elif "." in word and word[0] in "xyzwdh":
         axes, numbers = word[0], [word[1:]]
     elif "." in word and word[-1].isdigit():
         axes, numbers = "l", [word.lstrip("-")]
     else:
         return [word]
+
+    # the nearest bin of the axis' range
     pieces = []
-    for axis, number in zip(axes, numbers, strict=True):
+    for axis, number in zip(axes, numbers, strict=False):
         low, high = NUMBERS[axis]
         value = min(max(float(number), low), high)
         pieces.append(f"{axis}#{round((value - low) * BINS)}")
@@ -2117,14 +2133,17 @@ def number_pieces(word: str) -> list[str]:
 
 
 def join_numbers(text: str) -> str:
-    """Invert `number_pieces` in a text: runs of x y z (w d h) become bracketed tuples, the others keep their axis."""
+    """Invert `number_pieces` in a text: runs of x y z (w d h) become tuples, others keep their axis."""
 
     def write(found: re.Match) -> str:
-        axis = found[1]
-        return f"{axis}{NUMBERS[axis][0] + int(found[2]) / BINS:.2f}".removeprefix("l")
+        axis, i = found.groups()
+        return f"{axis}{NUMBERS[axis][0] + int(i) / BINS:.2f}".removeprefix("l")
 
-    text = PLACE.sub(lambda run: "[" + ", ".join(NUMBER.sub(write, p)[1:] for p in run[0].split()) + "]", text)
-    return NUMBER.sub(write, text)
+    def write_tuple(run: re.Match) -> str:
+        numbers = [NUMBER.sub(write, piece)[1:] for piece in run[0].split()]
+        return f"[{', '.join(numbers)}]"
+
+    return NUMBER.sub(write, PLACE.sub(write_tuple, text))
 
 
 def distance_steps(a: Iterable[float], b: Iterable[float]) -> tuple[str, float]:
@@ -2146,7 +2165,7 @@ METRIC.update(("subtract", "norm"))
 
 @generator("subtract", "norm")
 def drill(g, rng, task):
-    """Ask for arithmetic, text only, on two random points inside the bounds (of the centers, where there are none).
+    """Ask for arithmetic, text only, on two random points inside the bounds, or those of the centers.
 
     subtract: "x1.25 x0.50 =" -> "0.75"; norm: the nine numbers of a distance's steps -> the length.
     """
@@ -2154,7 +2173,10 @@ def drill(g, rng, task):
     if not len(span):
         return None
     low, high = span.min(0), span.max(0)
-    numbers, length = distance_steps(*(low + rng.random((2, 3)) * (high - low)).tolist())
+    a, b = (low + rng.random((2, 3)) * (high - low)).tolist()
+    numbers, length = distance_steps(a, b)
+
+    # one axis of the three
     if task == "subtract":
         axis = 3 * int(rng.random() * 3)
         *pair, difference = numbers.split()[axis : axis + 3]
@@ -2178,6 +2200,7 @@ def start_decoder(decoder: torch.nn.Module, heads: int) -> None:
     With keys = queries and output = transposed values every head is "find the token like me and add
     it unchanged", two heads of the first layer look back, and the last norm keeps logits small.
     """
+    # like finds like: the score of two tokens is the product of the same projection of both
     for layer in decoder.layers:
         layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
         layer.self_attn.o_proj.weight.copy_(layer.self_attn.v_proj.weight.T)
@@ -2194,12 +2217,17 @@ def look_back(attention: torch.nn.Module, heads: int, gain: float = 2.0) -> None
     size = attention.q_proj.out_features // heads
     theta = 1e6 ** (-torch.arange(size // 2) * 2.0 / size)[:4]  # the four fastest rotary pairs
     strength = math.sqrt(gain * math.sqrt(size))
+
+    # a query at angle 0 and a key at angle 1 or 2 meet where the rotation by their distance is the
+    # same
     for head in range(2):
         rows = slice(head * size, (head + 1) * size)
         for projection, turn in ((attention.q_proj, 0.0), (attention.k_proj, head + 1.0)):
             projection.weight[rows] = 0
             projection.bias[rows][:4] = strength * (turn * theta).cos()
             projection.bias[rows][size // 2 : size // 2 + 4] = strength * (turn * theta).sin()
+
+        # and what they find is heard above what the others add
         attention.v_proj.weight[rows] *= 1.5
         attention.o_proj.weight[:, rows] *= 1.5
 

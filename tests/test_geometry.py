@@ -88,28 +88,24 @@ def test_a_group_mean_equals_a_loop_and_is_zero_where_a_group_is_empty():
 # ---- point maps and boxes --------------------------------------------------------------------------------------------
 
 
-def test_unproject_equals_a_loop_over_pixels_and_project_inverts_it():
+def test_unproject_follows_the_camera_model_and_project_inverts_it():
     """Pixel centers lie at half-integers, depth runs along the camera's z axis; missing depth is NaN."""
     rng = np.random.default_rng(0)
     V, H, W = 2, 3, 4
     depth = rng.uniform(1, 3, (V, H, W)).astype(np.float32)
     depth[1, 2, 3] = 0
-    K = np.stack([[[5.0 + v, 0, 2.1], [0, 6.0, 1.4], [0, 0, 1]] for v in range(V)])
+    K = np.array([[[5.0 + v, 0, 2.1], [0, 6.0, 1.4], [0, 0, 1]] for v in range(V)])
     poses = np.tile(np.eye(4), (V, 1, 1))
     poses[:, :3, :3] = np.linalg.qr(rng.normal(size=(V, 3, 3)))[0]
     poses[:, :3, 3] = rng.normal(size=(V, 3))
     points = unproject(depth, K, poses)
     assert points.shape == (V, H, W, 3) and points.dtype == np.float32
-    for v, i, j in itertools.product(range(V), range(H), range(W)):
-        d = depth[v, i, j]
-        if d == 0:
-            assert np.isnan(points[v, i, j]).all()
-            continue
-        x = (j + 0.5 - K[v, 0, 2]) / K[v, 0, 0] * d
-        y = (i + 0.5 - K[v, 1, 2]) / K[v, 1, 1] * d
-        assert np.allclose(points[v, i, j], (poses[v] @ [x, y, d, 1.0])[:3], atol=1e-5)
+    assert np.isnan(points[1, 2, 3]).all()
+    for v, i, j in list(itertools.product(range(V), range(H), range(W)))[:-1]:
+        camera = np.linalg.inv(K[v]) @ [j + 0.5, i + 0.5, 1] * depth[v, i, j]
+        assert np.allclose(points[v, i, j], (poses[v] @ [*camera, 1])[:3], atol=1e-5)
         pixel, back = project(points[v, i, j], K[v], poses[v])
-        assert np.allclose([*pixel, back], [j + 0.5, i + 0.5, d], atol=1e-4)
+        assert np.allclose([*pixel, back], [j + 0.5, i + 0.5, depth[v, i, j]], atol=1e-4)
 
 
 def test_iou_of_all_pairs_equals_a_loop_with_any_leading_axes():
@@ -149,13 +145,11 @@ def test_identifiers_are_different_random_and_belong_to_the_largest_things():
     """An identifier that leaned on the order of objects would be learned instead of looked at."""
     rng = np.random.default_rng(0)
     heights = [1 + (37 * i) % 130 for i in range(130)]
-    things = [Thing(i + 1, "box", "red", np.array([0, 0, 0, 1, 1, h])) for i, h in enumerate(heights)]
-    first, second = (number_objects(Scene("s", "rooms", things), rng) for _ in range(2))
-    largest = {o.id for o in sorted(things, key=lambda o: -o.box[5])[:100]}
-    assert set(first) == set(second) == largest and sorted(first.values()) == list(range(100))
-    assert first != second
-    drawn = [number_objects(Scene("s", "rooms", things[:1]), rng)[1] for _ in range(3000)]
-    assert set(drawn) == set(range(100))
+    things = [Thing(i, "box", "red", np.array([0, 0, 0, 1, 1, h])) for i, h in enumerate(heights)]
+    drawn = [number_objects(Scene("s", "rooms", things), rng) for _ in range(300)]
+    assert all(set(d) == {i for i, h in enumerate(heights) if h > 30} for d in drawn)
+    assert all(sorted(d.values()) == list(range(100)) for d in drawn)
+    assert len({d[heights.index(130)] for d in drawn}) > 80
 
 
 def test_augmentation_moves_everything_alike(scene):
@@ -174,11 +168,9 @@ def test_augmentation_moves_everything_alike(scene):
             own = np.array([box[i] for i in ids[ids > 0]])
             assert (np.abs(points[ids > 0] - own[:, :3]) <= own[:, 3:] / 2 + 1e-4).all()
         assert np.allclose(other.normals, scene.normals @ other.turn.T) and other.points.dtype == np.float32
-        assert (other.points >= other.bounds[0] - 1e-4).all() and (other.points <= other.bounds[1] + 1e-4).all()
-        assert (other.turn[2] == [0, 0, 1]).all() and np.allclose(other.turn @ other.turn.T, np.eye(3))
+        assert np.allclose(other.bounds, np.sort(scene.bounds @ other.turn.T, axis=0))
     assert len(turns) == 8  # every mirroring and transposition of the floor plan
-    turned = [np.linalg.det(augment(scene, rng, mirror=False).turn) for _ in range(9)]
-    assert np.allclose(turned, 1)
+    assert all(np.linalg.det(augment(scene, rng, mirror=False).turn) > 0 for _ in range(9))
 
 
 def test_augmentation_leaves_the_original_alone_and_can_be_repeated(scene):
