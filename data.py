@@ -2632,8 +2632,9 @@ def stage_of(values: dict) -> Stage:
 
 # ---- 7 scenes from disk ----------------------------------------------------------------------------------------------
 #
-# A damaged file becomes one line of text in `reading`, and every scene is checked once, in `check_scene`. Frames of all
-# programs pass one reader, `read_views`: a row of LAYOUTS lists a program's files, and VGGT fills in what they lack.
+# A damaged file becomes one line of text in `reading`, and every scene is checked once, in
+# `check_scene`. Frames of all programs pass one reader, `read_views`: a row of LAYOUTS lists a
+# program's files, and VGGT fills in what they lack.
 
 VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
@@ -2645,10 +2646,14 @@ INSTALL = {  # optional package -> how to install it
     "vggt": "pip install git+https://github.com/facebookresearch/vggt",
     "sam2": "SAM2_BUILD_CUDA=0 pip install --no-build-isolation sam2",
 }
-DEPTH_SCALES = "millimeters 1000, TUM and ICL-NUIM 5000, Replica of NICE-SLAM 6553.5, RealSense L515 4000"
-UP = {f"{sign}{name}": float(f"{sign}1") * np.eye(3)[i] for i, name in enumerate("xyz") for sign in "+-"}
+DEPTH_SCALES = (
+    "millimeters 1000, TUM and ICL-NUIM 5000, Replica of NICE-SLAM 6553.5, RealSense L515 4000"
+)
+UP = {
+    f"{sign}{name}": float(f"{sign}1") * np.eye(3)[i] for i, name in enumerate("xyz") for sign in "+-"
+}
 SAME, DOWN, TURNED = np.diag([1.0, 1, 1, 1]), np.diag([1.0, -1, 1, 1]), np.diag([1.0, -1, -1, 1])
-CONVENTIONS = {  # poses in a file -> the camera's axes in OpenCV's, the world's in right-handed ones, world to camera?
+CONVENTIONS = {  # of poses -> the camera's axes in OpenCV's, the world's, whether they map world to camera
     "opencv": (SAME, SAME, False),
     "opengl": (TURNED, SAME, False),
     "opencv_inverse": (SAME, SAME, True),
@@ -2659,31 +2664,29 @@ CONVENTIONS = {  # poses in a file -> the camera's axes in OpenCV's, the world's
 
 @contextmanager
 def reading(path, what):
-    """Turn whatever a missing or damaged file raises, in any library, into a DataError of one line that names it."""
+    """Turn whatever a missing or damaged file raises, in any library, into a DataError of one
+    line that names it."""
     try:
         yield
     except DataError:
         raise
     except FileNotFoundError:
-        raise DataError(f"{path}: {what} missing; `python data.py check DIR` says what is needed") from None
+        raise DataError(
+            f"{path}: {what} missing; `python data.py check DIR` says what is needed"
+        ) from None
     except Exception as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:90]
         raise DataError(f"{path}: not a whole {what} ({why}); copy or export it again") from None
 
 
-@contextmanager
-def whole(path: Path):
-    """Write to a temporary file that becomes `path` on success, so that nobody ever reads half a file."""
+def write_npz(path: Path, **arrays: np.ndarray) -> None:
+    """Write named arrays as one file, which becomes `path` when it is whole: nobody ever reads
+    half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    yield part
-    os.replace(part, path)
-
-
-def write_npz(path: Path, **arrays):
-    """Write named arrays as one file, atomically."""
-    with whole(path) as part, open(part, "wb") as file:
+    with open(part, "wb") as file:
         np.savez(file, **arrays)
+    os.replace(part, path)
 
 
 def read_json(path: Path):
@@ -2692,7 +2695,8 @@ def read_json(path: Path):
 
 
 def read_words(path):
-    """Split the lines of a table at blanks and commas, without remarks and a header that begins with "timestamp"."""
+    """Split the lines of a table at blanks and commas, without remarks and a header that begins
+    with "timestamp"."""
     lines = [line.replace(",", " ").split() for line in path.read_text().splitlines()]
     return [words for words in lines if words and not words[0].startswith(("#", "timestamp"))]
 
@@ -2705,7 +2709,8 @@ def read_numbers(path, columns, rows=None):
 
 
 def need(module, what):
-    """Import a module of an optional package; without it, raise a DataError that says how to install it."""
+    """Import a module of an optional package; without it, raise a DataError that says how to
+    install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -2722,30 +2727,39 @@ def choose(table: dict, key: str, what: str):
 
 def file_key(files):
     """Name a state of files by their paths, sizes and times of change, without reading them."""
-    return "|".join(f"{file.resolve()}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)
+    return "|".join(
+        f"{file.resolve()}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files
+    )
 
 
 def check_scene(scene: Scene, trusted: bool = False) -> Scene:
-    """Check what a reader made and note its size: finite points, an attribute for each, boxes, and, unless its unit is
-    `trusted`, an extent of 0.5 to 30 meters. Raises DataError."""
+    """Check what a reader made, and note its size.
+
+    Points and boxes are finite, every array is as long as the points, and, unless the unit is
+    `trusted`, the scene is 0.5 to 30 meters large. Raises DataError.
+    """
     arrays = [scene.points, scene.colours, scene.normals, scene.superpoints, scene.instances]
-    lengths = {len(a) for a in arrays if a is not None}
+    lengths = {len(array) for array in arrays if array is not None}
     with reading(scene.name, "scene of boxes with six numbers"):
         boxes = np.array([o.box for o in scene.objects], float).reshape(-1, 6)
     finite = np.isfinite(scene.points).all() and np.isfinite(boxes).all()
     if len(lengths) > 1 or min(lengths) < 2 or not finite:
-        raise DataError(f"{scene.name}: arrays of {lengths} points, or numbers that are not finite; export it again")
-    for o in scene.objects:
-        o.box[3:] = np.maximum(o.box[3:], 0.001)  # a flat thing's side of 0 has no logarithm in a loss
+        what = f"arrays of {lengths} points, or numbers that are not finite"
+        raise DataError(f"{scene.name}: {what}; export it again")
 
+    # what lies flat on a plane has a side of 0, which has no logarithm in a loss
+    for o in scene.objects:
+        o.box[3:] = np.maximum(o.box[3:], 0.001)
+
+    # a wrong unit shows in the size, which everybody can judge
     size = np.ptp(scene.points, axis=0)
     said = f"size {size[0]:.2f} x {size[1]:.2f} x {size[2]:.2f} m"
     if not scene.metric:
-        said += ", guessed: questions in meters are refused; if a length is known, give --scale TRUE/GUESSED"
+        said += ", guessed: questions in meters are refused; of a known length give --scale TRUE/GUESSED"
     elif not trusted and not 0.5 <= size.max() <= 30:
         raise DataError(
-            f"{scene.name}: {said} is hardly a room; give --scale (0.001 if in millimeters, 1 if it is right), or of "
-            f"frames --depth-scale ({DEPTH_SCALES})"
+            f"{scene.name}: {said} is hardly a room; give --scale (0.001 if in millimeters, 1 if it is "
+            f"right), or of frames --depth-scale ({DEPTH_SCALES})"
         )
     if said not in scene.notes:
         scene.notes.append(said)
@@ -2767,8 +2781,8 @@ class FrameFiles(NamedTuple):
 
 def pictures(folder, pattern="*"):
     """List the images in a folder, frame10 after frame9; hidden files are none."""
-    files = [file for file in folder.glob(pattern) if file.suffix.lower() in IMAGES and file.name[0] != "."]
-    return sorted(files, key=lambda file: (len(file.name), file.name))
+    found = (file for file in folder.glob(pattern) if file.suffix.lower() in IMAGES)
+    return sorted((file for file in found if file.name[0] != "."), key=lambda file: (len(file.name), file.name))
 
 
 def pinhole(fx, fy, cx, cy):
@@ -2780,10 +2794,12 @@ def json_camera(held, focal="f"):
 
 
 def rigid(position, turn):
-    """Build a pose [4, 4] from a position and a quaternion (x, y, z, w) or an axis times its angle."""
+    """Build a pose [4, 4] from a position and a quaternion (x, y, z, w) or an axis times its
+    angle."""
     from scipy.spatial.transform import Rotation
 
-    pose, rotation = np.eye(4), Rotation.from_quat(turn) if len(turn) == 4 else Rotation.from_rotvec(turn)
+    rotation = Rotation.from_quat(turn) if len(turn) == 4 else Rotation.from_rotvec(turn)
+    pose = np.eye(4)
     pose[:3, :3], pose[:3, 3] = rotation.as_matrix(), position
     return pose
 
@@ -2794,10 +2810,11 @@ def seconds(files):
 
 
 def in_time(images, times, values, within=0.02):
-    """Pick for each image the value of the nearest time (ascending), None beyond `within` seconds."""
+    """Pick for each image the value of the nearest time, None beyond `within` seconds."""
     wanted, times = seconds(images), np.array(times)
     index = np.searchsorted((times[1:] + times[:-1]) / 2, wanted)
-    return [values[i] if abs(times[i] - t) <= within else None for i, t in zip(index, wanted, strict=True)]
+    near = np.abs(times[index] - wanted) <= within
+    return [values[i] if n else None for i, n in zip(index, near, strict=True)]
 
 
 def named_views(mark, images, depth, pose, cameras):
@@ -2806,16 +2823,22 @@ def named_views(mark, images, depth, pose, cameras):
     camera = next((base / name for name in cameras if (base / name).exists()), None)
     for image in pictures(mark if mark.is_dir() else base, images):
         name = image.stem.removesuffix(".color")
-        yield FrameFiles(image, base / depth.format(name), base / pose.format(name), camera, base / f"instance-filt/{name}.png")
+        files = (base / pattern.format(name) for pattern in (depth, pose, "instance-filt/{}.png"))
+        depth_file, pose_file, mask = files
+        yield FrameFiles(image, depth_file, pose_file, camera, mask)
 
 
 def replica(mark):
-    """results/frame*.jpg and depth*.png; traj.txt has a pose of 16 numbers per line; cam_params.json is here or above."""
-    about = next(base / "cam_params.json" for base in mark.parents if (base / "cam_params.json").exists())
-    camera = json_camera(read_json(about)["camera"])
+    """results/frame*.jpg and depth*.png; traj.txt has a pose of 16 numbers per line.
+
+    cam_params.json lies beside it or above.
+    """
+    above = [folder / "cam_params.json" for folder in mark.parents]
+    camera = json_camera(read_json(next(file for file in above if file.exists()))["camera"])
     poses = read_numbers(mark, 16).reshape(-1, 4, 4)
     for image, pose in zip(pictures(mark.parent / "results", "frame*"), poses, strict=False):
-        yield FrameFiles(image, image.with_name(image.stem.replace("frame", "depth") + ".png"), pose, camera)
+        depth = image.with_name(image.stem.replace("frame", "depth") + ".png")
+        yield FrameFiles(image, depth, pose, camera)
 
 
 TUM_CAMERAS = {  # part of a sequence's name -> its published camera
@@ -2829,26 +2852,31 @@ TUM_CAMERAS = {  # part of a sequence's name -> its published camera
 
 def tum(mark):
     """rgb/ and depth/ named by seconds; lines "second x y z qx qy qz qw"."""
-    images, depths, rows = pictures(mark.parent / "rgb"), pictures(mark.parent / "depth"), read_numbers(mark, 8)
-    numbers = next(numbers for name, numbers in TUM_CAMERAS.items() if name in mark.parent.resolve().name)
+    base, rows = mark.parent, read_numbers(mark, 8)
+    images, depths = pictures(base / "rgb"), pictures(base / "depth")
+    cameras = (camera for name, camera in TUM_CAMERAS.items() if name in base.resolve().name)
+    K = pinhole(*next(cameras))
     depths = in_time(images, seconds(depths), depths)
     poses = in_time(images, rows[:, 0], [rigid(row[1:4], row[4:]) for row in rows])
-    for view in zip(images, depths, poses, strict=True):
-        yield FrameFiles(*view, pinhole(*numbers))
+    for image, depth, pose in zip(images, depths, poses, strict=True):
+        yield FrameFiles(image, depth, pose, K)
 
 
 def arkitscenes(mark):
-    """lowres_wide/, lowres_depth/, lowres_wide_intrinsics/ named ID_SECONDS; lines "second rx ry rz x y z"."""
+    """lowres_wide/, lowres_depth/, lowres_wide_intrinsics/ named ID_SECONDS; lines "second rx ry rz
+    x y z"."""
     base, rows = mark.parent, read_numbers(mark, 7)
-    images, files = pictures(base / "lowres_wide"), sorted((base / "lowres_wide_intrinsics").glob("*.pincam"))
+    images = pictures(base / "lowres_wide")
     depths = [base / "lowres_depth" / image.name for image in images]
     poses = in_time(images, rows[:, 0], [rigid(row[4:], row[1:4]) for row in rows], 0.01)
+    files = sorted((base / "lowres_wide_intrinsics").glob("*.pincam"))
     cameras = [pinhole(*read_numbers(file, 6)[0, 2:]) for file in files]  # behind width and height
     yield from map(FrameFiles, images, depths, poses, in_time(images, seconds(files), cameras))
 
 
 def stray_scanner(mark):
-    """rgb.mp4 or rgb/NUMBER.png, depth/NUMBER.png; lines "second, number, x, y, z, qx, qy, qz, qw"."""
+    """rgb.mp4 or rgb/NUMBER.png, depth/NUMBER.png; lines "second, number, x, y, z, qx, qy, qz,
+    qw"."""
     base = mark.parent
     images = {int(image.stem): image for image in pictures(base / "rgb")}
     for _, number, *pose in read_numbers(mark, 9):
@@ -2858,24 +2886,30 @@ def stray_scanner(mark):
 
 
 def polycam(mark):
-    """keyframes/ with images/, depth/, cameras/; corrected_ ones, where there are any, have the better poses."""
+    """keyframes/ with images/, depth/, cameras/; corrected_ ones, where there are any, have the
+    better poses."""
     kind = "corrected_" if (mark / "corrected_cameras").exists() else ""
     for file in sorted((mark / f"{kind}cameras").glob("*.json")):
         held, pose = read_json(file), np.eye(4)
         pose[:3] = [[held[f"t_{i}{j}"] for j in range(4)] for i in range(3)]
-        yield FrameFiles(mark / f"{kind}images/{file.stem}.jpg", mark / f"depth/{file.stem}.png", pose, json_camera(held))
+        image, depth = mark / f"{kind}images/{file.stem}.jpg", mark / f"depth/{file.stem}.png"
+        yield FrameFiles(image, depth, pose, json_camera(held))
 
 
 def nerfstudio(mark):
-    """transforms.json: per frame file_path, transform_matrix, perhaps depth_file_path; intrinsics per frame or once."""
+    """transforms.json: per frame file_path, transform_matrix, perhaps depth_file_path; intrinsics
+    per frame or once."""
     held = read_json(mark)
     for frame in held["frames"]:
-        image, depth = (frame.get(name) and mark.parent / frame[name] for name in ("file_path", "depth_file_path"))
-        yield FrameFiles(image, depth, np.array(frame["transform_matrix"], float), json_camera(held | frame, "fl_"))
+        files = (frame.get("file_path"), frame.get("depth_file_path"))
+        image, depth = (name and mark.parent / name for name in files)
+        pose = np.array(frame["transform_matrix"], float)
+        yield FrameFiles(image, depth, pose, json_camera(held | frame, "fl_"))
 
 
 def colmap(mark):
-    """cameras.txt and images.txt of a sparse model; export undistorted images, for lens distortion is not undone."""
+    """cameras.txt and images.txt of a sparse model; export undistorted images, for lens
+    distortion is not undone."""
     base = next(folder / "images" for folder in mark.parents if (folder / "images").is_dir())
     cameras = {}
     for id, model, _, _, *numbers in read_words(mark.with_name("cameras.txt")):
@@ -2916,15 +2950,17 @@ LAYOUTS = (  # the first that fits is taken
     Layout("results/, traj.txt (Replica of NICE-SLAM)", ("traj.txt",), replica, 6553.5, "+z"),
     Layout("rgb/, depth/, groundtruth.txt (TUM RGB-D)", ("groundtruth.txt",), tum, 5000.0, "+z"),
     Layout("rgb/, depth/, *.gt.freiburg (ICL-NUIM)", ("*.gt.freiburg",), tum, 5000.0, "-y", "povray"),
-    Layout("lowres_wide/ (ARKitScenes)", ("lowres_wide.traj", "*/lowres_wide.traj"), arkitscenes, 1000.0, "+z",
-           "opencv_inverse"),
-    Layout("odometry.csv, depth/ (Stray Scanner)", ("odometry.csv",), stray_scanner, 1000.0, "+y"),
-    Layout("keyframes/ (Polycam)", ("keyframes",), polycam, 1000.0, "+y", "opengl"),
-    Layout("transforms.json (nerfstudio)", ("transforms.json",), nerfstudio, 1000.0, "+z", "opengl", False),
-    Layout("images/, sparse/ (COLMAP text)", ("images.txt", "sparse/**/images.txt"), colmap, 1000.0, "auto",
-           "opencv_inverse", False),
+    Layout("lowres_wide/ (ARKitScenes)", ("lowres_wide.traj", "*/lowres_wide.traj"), arkitscenes,
+           up="+z", convention="opencv_inverse"),
+    Layout("odometry.csv, depth/ (Stray Scanner)", ("odometry.csv",), stray_scanner, up="+y"),
+    Layout("keyframes/ (Polycam)", ("keyframes",), polycam, up="+y", convention="opengl"),
+    Layout("transforms.json (nerfstudio)", ("transforms.json",), nerfstudio, up="+z",
+           convention="opengl", metric=False),
+    Layout("images/, sparse/ (COLMAP text)", ("images.txt", "sparse/**/images.txt"), colmap,
+           convention="opencv_inverse", metric=False),
     Layout("color/, depth/, pose/, intrinsic/ (ScanNet)", ("color", "rgb", "images"), EXPORTED),
-    Layout("NAME.jpg, NAME.png, NAME.txt (EmbodiedScan)", ("depth_intrinsic.txt", "intrinsic.txt"), POSED_IMAGES),
+    Layout("NAME.jpg, NAME.png, NAME.txt (EmbodiedScan)", ("depth_intrinsic.txt", "intrinsic.txt"),
+           POSED_IMAGES),
     Layout("images alone", ("*",), photographs),
 )  # fmt: skip
 VIDEO = Layout("video", (), photographs)
@@ -2938,9 +2974,13 @@ def existing(part):
 
 
 def find_frames(folder: Path) -> tuple[Layout | None, list[FrameFiles]]:
-    """Find the layout that fits a folder, and its views, with None for missing files; (None, []) without any image."""
+    """Find the layout that fits a folder, and its frames, with None for missing files.
+
+    Returns (None, []) where there is no image.
+    """
     for layout in LAYOUTS:
-        for mark in [file for pattern in layout.marks for file in sorted(folder.glob(pattern))[:1]]:
+        marks = [file for pattern in layout.marks for file in sorted(folder.glob(pattern))[:1]]
+        for mark in marks:
             with reading(mark, layout.name):
                 views = [FrameFiles(*map(existing, view)) for view in layout.views(mark)]
             if any(view.image for view in views):
@@ -2952,7 +2992,8 @@ def find_frames(folder: Path) -> tuple[Layout | None, list[FrameFiles]]:
 
 
 def read_image(path, mode=None):
-    """Read an image in a mode of PIL ("RGB", "I" = integers), or a frame of a video; its rows as the camera wrote them."""
+    """Read an image in a mode of PIL ("RGB", "I" = integers), or a frame of a video; its rows as
+    the camera wrote them."""
     if path.parent.is_file():
         return video_frame(path.parent, int(path.name))
     with reading(path, "image"), Image.open(path) as image:
@@ -2963,12 +3004,14 @@ def read_depth(path, scale):
     """Read depth [H, W] in float32 meters; 0 = missing, as 65535 is in the file."""
     depth = read_image(path)
     if depth.ndim != 2 or depth.dtype.kind not in "iu" or depth.dtype == np.uint8:
-        raise DataError(f"{path}: {depth.dtype} {depth.shape} is a picture of depth (8 bits end at 255); export 16 bits")
+        what = f"{depth.dtype} {depth.shape} is a picture of depth (8 bits end at 255)"
+        raise DataError(f"{path}: {what}; export 16 bits")
     return np.where(depth == 65535, 0, depth).astype(np.float32) / np.float32(scale)
 
 
 def read_pose(pose, convention):
-    """Read a pose [4, 4] as camera to world with OpenCV's axes; None where it is not finite, or mirrored."""
+    """Read a pose [4, 4] as camera to world with OpenCV's axes; None where it is not finite, or
+    mirrored."""
     pose = read_numbers(pose, 4, 4) if isinstance(pose, Path) else pose
     camera, world, inverse = choose(CONVENTIONS, convention, "--convention")
     if not np.isfinite(pose).all():
@@ -2984,72 +3027,90 @@ def read_pose(pose, convention):
 def read_camera(camera, sizes):
     """Read a camera matrix [3, 3] for an image of size 1 x 1.
 
-    Files do not say whether it is the color's or the depth's: of `sizes` (H, W) take the one whose middle is nearest to
-    the principal point. Raises DataError where that is near none.
+    Files do not say whether it is the color's or the depth's: of `sizes` (H, W) take the one
+    whose middle is nearest to the principal point. Raises DataError where that is near none.
     """
     K = read_numbers(camera, 3, 3) if isinstance(camera, Path) else camera
     scaled = [np.diag([1 / W, 1 / H, 1]) @ K for H, W in sizes]
     best = min(scaled, key=lambda K: np.abs(K[:2, 2] - 0.5).max())
     if not (np.abs(best[:2, 2] - 0.5).max() < 0.25 and np.diag(best).min() > 0):
-        raise DataError(f"intrinsics {K.tolist()} belong to no image of {sizes} (H, W); export those of these images ({camera})")
+        what = f"intrinsics {K.tolist()} belong to no image of (H, W) = {sizes}"
+        raise DataError(f"{what}; export those of these images ({camera})")
     return best
 
 
 def read_view(view, layout, longest):
-    """Read a frame at the size of its depth, else of its image, at most `longest` pixels: (color [H, W, 3] u8, depth
-    [H, W] f32 meters, mask [H, W] i32, intrinsics [3, 3], pose [4, 4]), None for what no file holds.
+    """Read one frame, at the size of its depth or else of its image, at most `longest` pixels.
 
-    Returns why not, a string, where the pose is none or the depth empty.
+    Returns color [H, W, 3] u8, depth [H, W] f32 meters, mask [H, W] i32, intrinsics [3, 3], pose
+    [4, 4], with None for what no file holds; or, where the frame is of no use, the reason, a str.
     """
-    color, depth, K, pose = read_image(view.image, "RGB"), None, None, None
+    depth, K, pose = None, None, None
+    color = read_image(view.image, "RGB")
     sizes = [color.shape[:2]]
+
+    # ScanNet has poses that are not finite, and depth that is empty
     if view.pose is not None:
         pose = read_pose(view.pose, layout.convention)
         if pose is None:
             return "a pose that is not finite, or mirrored"
     if view.depth is not None:
         depth = read_depth(view.depth, layout.depth_scale)
-        sizes.insert(0, depth.shape)
         if not depth.any():
             return "no depth"
-        if abs(np.divide(*sizes[0]) / np.divide(*sizes[1]) - 1) > 0.03:
-            raise DataError(f"{view.depth}: depth and color have different shapes {sizes}; export depth registered to color")
 
-    # bring all to one size
+        # color of another shape shows another part of the room
+        sizes.insert(0, depth.shape)
+        if abs(np.divide(*sizes[0]) / np.divide(*sizes[1]) - 1) > 0.03:
+            what = f"depth and color have different shapes {sizes}"
+            raise DataError(f"{view.depth}: {what}; export depth registered to color")
+
+    # bring all to one size; the intrinsics follow
     H, W = fit_longest(*sizes[0], longest)
+    depth = depth if depth is None else resize(depth, (H, W))
     mask = np.zeros((H, W), np.int32)
     if view.mask is not None:
         mask = resize(read_image(view.mask, "I"), (H, W))
     if view.camera is not None:
         K = np.diag([W, H, 1]) @ read_camera(view.camera, sizes)
-    return resize(color, (H, W)), depth if depth is None else resize(depth, (H, W)), mask, K, pose
+    return resize(color, (H, W)), depth, mask, K, pose
 
 
-def read_frames(where, layout: Layout, views: list[FrameFiles], max_frames: int, longest: float, notes: list[str]) -> Frames:
-    """Read at most `max_frames` views, evenly spaced, as Frames; what no file holds is None. Dropped and counted are
-    frames that lack a file that others have, whose pose is not finite, or whose depth is empty."""
+def read_frames(where, layout, views, max_frames: int, longest: float, notes: list[str]) -> Frames:
+    """Read at most `max_frames` views, evenly spaced, as Frames; what no file holds is None.
+
+    Dropped and counted are frames that lack a file that others have, whose pose is not finite, or
+    whose depth is empty. Raises DataError where none is left.
+    """
     known = [part for part in range(4) if any(view[part] is not None for view in views)]
+    chosen = np.linspace(0, len(views) - 1, min(max_frames, len(views))).round().astype(int)
     rows = []
-    for i in np.unique(np.linspace(0, len(views) - 1, min(max_frames, len(views))).round().astype(int)):
-        complete = all(views[i][part] is not None for part in known)
-        rows.append(read_view(views[i], layout, longest) if complete else "a missing file")
+    for view in [views[i] for i in np.unique(chosen)]:
+        complete = all(view[part] is not None for part in known)
+        rows.append(read_view(view, layout, longest) if complete else "a missing file")
+
+    # say what was lost, and why
     lost = Counter(row for row in rows if isinstance(row, str))
     rows = [row for row in rows if not isinstance(row, str)]
     notes += [f"dropped {n} of {len(views)} frames with {why}" for why, n in lost.items()]
     notes.append(f"{len(rows)} of {len(views)} frames used; layout {layout.name}")
     if len({row[0].shape for row in rows}) != 1:
-        raise DataError(f"{where}: {'; '.join(notes)}: none is usable, or their sizes differ; export the frames again")
-    return Frames(*(None if column[0] is None else np.stack(column) for column in zip(*rows, strict=True)))
+        what = f"{'; '.join(notes)}: none is usable, or their sizes differ"
+        raise DataError(f"{where}: {what}; export the frames again")
+    columns = zip(*rows, strict=True)
+    return Frames(*(None if column[0] is None else np.stack(column) for column in columns))
 
 
 def agreement(frames: Frames, reach: float = 0.1) -> float:
-    """Share of some frames' depth that others confirm to `reach` meters, among what these do not see hidden."""
+    """Share of some frames' depth that others confirm to `reach` meters, among what these do not
+    see hidden."""
     points = unproject(frames.depth, frames.intrinsics, frames.poses)
     some = range(0, len(points), 1 + len(points) // 8)
     confirmed, denied = 1, 0
     for v, other in itertools.permutations(some, 2):
         seen = points[v][frames.depth[v] > 0][::16]
-        _, row, column, z = in_view(seen, frames.intrinsics[other], frames.poses[other], frames.depth.shape[1:])
+        camera = frames.intrinsics[other], frames.poses[other], frames.depth.shape[1:]
+        _, row, column, z = in_view(seen, *camera)
         beyond = frames.depth[other][row, column] - z
         confirmed += (np.abs(beyond) <= reach).sum()
         denied += (beyond > reach).sum()
@@ -3066,47 +3127,55 @@ def read_views(
 ) -> Scene:
     """Read a video, images, or frames in one of LAYOUTS as a scene without objects.
 
-    What no file holds of depth, poses and intrinsics VGGT finds. Its unit becomes meters by the known poses or depth; else
-    it is guessed, and the scene not metric. scale: true meters per meter of that. longest: side of the frames in pixels, by
-    default 320, or 640 for VGGT. documented: up (UP or "auto"), convention (CONVENTIONS), depth_scale, in place of those
-    of the layout. Raises DataError.
+    What no file holds of depth, poses and intrinsics VGGT finds. Its unit becomes meters by the
+    known poses or depth; else it is guessed, and the scene not metric. scale: true meters per
+    meter of that. longest: side of the frames in pixels, by default 320, or 640 for VGGT.
+    documented: up (UP or "auto"), convention (CONVENTIONS), depth_scale, in place of those of the
+    layout. Raises DataError.
     """
     path, notes = Path(path), []
     layout, views = find_frames(path) if path.is_dir() else (VIDEO, [])
     if layout is None:
-        inside = ", ".join(sorted(file.name for file in path.iterdir())[:8])
-        raise DataError(f"{path}: holds no frames, but {inside or 'nothing'}; known layouts: {KNOWN_LAYOUTS}")
+        inside = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
+        raise DataError(f"{path}: holds no frames, but {inside}; known layouts: {KNOWN_LAYOUTS}")
     layout = replace(layout, **documented)
-    has_depth, has_pose = (any(view[i] is not None for view in views) for i in (1, 2))
+    has_depth, has_pose = (any(view[part] is not None for view in views) for part in (1, 2))
     measured = has_depth and has_pose
     longest = longest or (320 if measured else 640)
 
-    # what the files hold; VGGT sees the rest in the images
+    # what the files hold
     if has_depth or has_pose:
         frames = read_frames(path, layout, views, max_frames, longest, notes)
     else:
         read = read_photographs if views else read_video
         images = read(path, views, max_frames, longest, notes)
         frames = Frames(images, None, np.zeros(images.shape[:3], np.int32), None, None)
-    if any(part is None for part in vars(frames).values()):
+
+    # VGGT sees the rest in the images, in the unit of what is known; without any it is guessed
+    if any(array is None for array in vars(frames).values()):
         frames = fill_in(path, frames, vggt)
     metric = has_depth or (has_pose and layout.metric)
     guess = 1.0 if metric else GUESS / float(np.median(frames.depth[frames.depth > 0]))
     rescale(frames, guess * (scale or 1.0))
 
-    # frames that contradict each other were read with a wrong convention or scale: 0.92 on good poses, else below 0.5
+    # a wrong convention or scale makes frames contradict each other: 0.92 where all is right, else
+    # below 0.5
     share = agreement(frames) if has_depth or has_pose else 1.0
     if share < 0.6:
         raise DataError(
-            f"{path}, read as {layout.name}: only {share:.0%} of the depth fits other frames; name the poses' --convention "
-            f"({', '.join(CONVENTIONS)}) or the --depth-scale ({DEPTH_SCALES})"
+            f"{path}, read as {layout.name}: only {share:.0%} of the depth fits other frames; name the "
+            f"poses' --convention ({', '.join(CONVENTIONS)}) or the --depth-scale ({DEPTH_SCALES})"
         )
-    points, colors, normals, voxel = fuse(zip(frames.colour, frames.depth, frames.intrinsics, frames.poses, strict=True))
+
+    # the cloud is what the frames show, and both are turned upright
+    views = zip(frames.colour, frames.depth, frames.intrinsics, frames.poses, strict=True)
+    points, colors, normals, voxel = fuse(views)
     world, said = align_to_gravity(points, normals, layout.up, frames.poses)
     frames.poses = world @ frames.poses
     notes += [f"{len(points)} points in voxels of {voxel * 100:.1f} cm", said]
-    scene = Scene(path.resolve().stem, "rgbd" if measured else "video", [], notes=notes, **move(points, normals, world))
-    scene.colours, scene.frames, scene.metric = colors, frames, metric or scale is not None
+    source, cloud = "rgbd" if measured else "video", move(points, normals, world)
+    scene = Scene(path.resolve().stem, source, [], colours=colors, frames=frames, notes=notes, **cloud)
+    scene.metric = metric or scale is not None
     return check_scene(scene, trusted=scale is not None or "depth_scale" in documented)
 
 
@@ -3117,7 +3186,8 @@ def fit_longest(height, width, longest):
 
 
 def resize(image, size):
-    """Resize to (H, W): colors [h, w, 3] are averaged over a pixel's area; of depth and ids [h, w] the nearest is taken."""
+    """Resize to (H, W): colors [h, w, 3] are averaged over a pixel's area; of depth and ids [h,
+    w] the nearest is taken."""
     method = Image.Resampling.BOX if image.ndim == 3 else Image.Resampling.NEAREST
     return np.asarray(Image.fromarray(image).resize(size[::-1], method))
 
@@ -3127,7 +3197,8 @@ def resize(image, size):
 
 def unit(vectors):
     """Scale vectors [..., 3] to length 1, float32."""
-    return (vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-9)).astype(np.float32)
+    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return (vectors / np.maximum(length, 1e-9)).astype(np.float32)
 
 
 def move(points, normals, world):
@@ -3145,32 +3216,38 @@ def voxel_of(points, voxel):
 
 
 def voxel_mean(rows, weight, voxel):
-    """Average rows [N, C], whose first columns are x, y, z, in each occupied voxel: rows [n, C] and summed weights [n]."""
+    """Average rows [N, C], whose first columns are x, y, z, in each occupied voxel: rows [n, C]
+    and summed weights [n]."""
     index = voxel_of(rows[:, :3], voxel)
     total = np.bincount(index, weight)
-    return np.stack([np.bincount(index, weight * column) for column in rows.T], axis=1) / total[:, None], total
+    sums = np.stack([np.bincount(index, weight * column) for column in rows.T], axis=1)
+    return sums / total[:, None], total
 
 
 def voxel_downsample(rows, weight, voxel, limit):
-    """Average rows [N, 9] of point, color and normal in the least voxels, from `voxel` meters up, that leave at most
-    `limit`: points [n, 3] f32, colors [n, 3] u8, unit normals [n, 3] f32, voxel."""
+    """Average rows [N, 9] of point, color and normal in the least voxels, from `voxel` meters up,
+    that leave at most `limit`: points [n, 3] f32, colors [n, 3] u8, unit normals [n, 3] f32,
+    voxel."""
     rows, weight = voxel_mean(rows, weight, voxel)
     while len(rows) > limit:
         voxel *= 1.2
         rows, weight = voxel_mean(rows, weight, voxel)
-    return rows[:, :3].astype(np.float32), rows[:, 3:6].round().astype(np.uint8), unit(rows[:, 6:]), voxel
+    points, colors = rows[:, :3].astype(np.float32), rows[:, 3:6].round().astype(np.uint8)
+    return points, colors, unit(rows[:, 6:]), voxel
 
 
 def fuse(frames: Iterable[tuple], limit: int = 100_000) -> tuple:
-    """Fuse frames (color [H, W, 3], depth [H, W], intrinsics [3, 3], pose [4, 4]) to one cloud: points [N, 3] f32, colors
-    [N, 3] u8, unit normals [N, 3] f32 towards the cameras, voxel in meters: 2.5 cm, or a pixel's footprint if larger."""
+    """Fuse frames (color [H, W, 3], depth [H, W], intrinsics [3, 3], pose [4, 4]) to one cloud:
+    points [N, 3] f32, colors [N, 3] u8, unit normals [N, 3] f32 towards the cameras, voxel in
+    meters: 2.5 cm, or a pixel's footprint if larger."""
     parts = []
     for color, depth, K, pose in frames:
         if not parts:
             footprint = float(np.median(depth[depth > 0])) / K[0, 0]
             voxel = max(0.025, footprint)
 
-        # normals from differences of the point map: NaN beside missing depth, grazing ones at the edges of things
+        # normals from differences of the point map: NaN beside missing depth, grazing ones at the
+        # edges of things
         points = unproject(depth[None], K[None], pose[None])[0]
         normals = unit(np.cross(np.gradient(points, axis=0), np.gradient(points, axis=1)))
         facing = (normals * unit(pose[:3, 3] - points)).sum(-1)
@@ -3187,7 +3264,8 @@ def fuse(frames: Iterable[tuple], limit: int = 100_000) -> tuple:
 
 
 def estimate_normals(points, k=24):
-    """Estimate unit normals [N, 3] float32: the least axis of each point's k neighbors, facing the centroid."""
+    """Estimate unit normals [N, 3] float32: the least axis of each point's k neighbors, facing
+    the centroid."""
     near = points[nearest(points, points, k)[1]].astype(np.float32)
     near = near - near.mean(1, keepdims=True)
     normals = np.linalg.eigh(np.einsum("nki,nkj->nij", near, near))[1][..., 0]
@@ -3195,14 +3273,17 @@ def estimate_normals(points, k=24):
     return np.where(inward, normals, -normals).astype(np.float32)
 
 
-COLORS = (  # names of three color fields in a .ply; the last ones are Gaussian splats' harmonics of degree 0
-    ("red", "green", "blue"), ("diffuse_red", "diffuse_green", "diffuse_blue"), ("r", "g", "b"),
-    ("f_dc_0", "f_dc_1", "f_dc_2"),
-)  # fmt: skip
+COLORS = (  # names of the three color fields of a .ply
+    ("red", "green", "blue"),
+    ("diffuse_red", "diffuse_green", "diffuse_blue"),
+    ("r", "g", "b"),
+    ("f_dc_0", "f_dc_1", "f_dc_2"),  # of Gaussian splats: spherical harmonics of degree 0
+)
 
 
 def load_mesh(path):
-    """Load a cloud or mesh: points [N, 3] f64, colors [N, 3] u8, normals [N, 3], faces [F, 3]; None for what it lacks."""
+    """Load a cloud or mesh: points [N, 3] f64, colors [N, 3] u8, normals [N, 3], faces [F, 3];
+    None for what it lacks."""
     import trimesh
 
     with reading(path, "cloud or mesh"):
@@ -3216,23 +3297,24 @@ def load_mesh(path):
             points[faces]  # a face of a vertex that is not there ends here
 
         # what a .ply calls its fields
-        held = mesh.metadata["_ply_raw"]["vertex"] if "_ply_raw" in mesh.metadata else {"data": {}, "length": 1}
-        points[held["length"] - 1]  # a text that is cut off ends here
-        fields = held["data"]
-        names = fields if isinstance(fields, dict) else fields.dtype.names
-        for group in (("nx", "ny", "nz"), *COLORS):
-            if group[0] in names:
-                values = np.stack([np.ravel(fields[name]) for name in group], axis=1)
-                if group[0] == "nx":
+        if "_ply_raw" in mesh.metadata:
+            held = mesh.metadata["_ply_raw"]["vertex"]
+            points[held["length"] - 1]  # a text that is cut off ends here
+            for names in (("nx", "ny", "nz"), *COLORS):
+                if not set(names) <= set(held["properties"]):
+                    continue
+                values = np.stack([np.ravel(held["data"][name]) for name in names], axis=1)
+                if names[0] == "nx":
                     normals = values
                 else:
-                    colors = eight_bit(0.5 + 0.2821 * values if group[0] == "f_dc_0" else values)
+                    colors = eight_bit(0.5 + 0.2821 * values if names[0] == "f_dc_0" else values)
     return points, colors, normals, faces
 
 
 def eight_bit(values):
-    """Colors [N, 3] uint8 from values up to 1, 255 or 65535, whichever they reach."""
-    full = 65535 if values.max() > 255 else 255 if values.dtype.kind in "iu" or values.max() > 4 else 1
+    """Bring colors [N, 3] up to 1, 255 or 65535, whichever they reach, to uint8."""
+    whole = values.dtype.kind in "iu"
+    full = 65535 if values.max() > 255 else 255 if whole or values.max() > 4 else 1
     return np.nan_to_num(values * (255.0 / full)).round().clip(0, 255).astype(np.uint8)
 
 
@@ -3245,8 +3327,11 @@ def write_ply(path, points, colours, normals):
 
 
 def points_of_faces(points, colors, normals, faces, limit):
-    """Draw points, colors, normals from the faces of a mesh, one in 3 x 3 cm, where its corners are much fewer: they alone
-    do not show a wall. Faces that fill the space like no surface are left alone."""
+    """Draw points, colors, normals from the faces of a mesh, one in 3 x 3 cm, where its corners
+    are much fewer: they alone do not show a wall.
+
+    Faces that fill the space like no surface are left alone.
+    """
     import trimesh
 
     mesh = trimesh.Trimesh(points, faces, process=False)
@@ -3257,15 +3342,18 @@ def points_of_faces(points, colors, normals, faces, limit):
     return drawn, None if colors is None else colors[faces[face]].mean(1), mesh.face_normals[face]
 
 
-def read_cloud(path: str | Path, up: str = "auto", scale: float | None = None, limit: int = 200_000) -> Scene:
-    """Read a cloud or mesh (CLOUDS) as a scene without objects or frames, at most `limit` points, averaged in voxels.
+def read_cloud(
+    path: str | Path, up: str = "auto", scale: float | None = None, limit: int = 200_000
+) -> Scene:
+    """Read a cloud or mesh (CLOUDS) as a scene without objects or frames, at most `limit` points,
+    averaged in voxels.
 
     `up`: UP or "auto"; `scale`: meters per unit. Raises DataError.
     """
     path = Path(path)
     points, colors, normals, faces = load_mesh(path)
     points = points * (scale or 1.0)
-    notes = [f"{len(points)} points" if faces is None else f"{len(points)} corners of {len(faces)} faces"]
+    notes = [f"{len(points)} points in the file" + (f", {len(faces)} faces" if faces is not None else "")]
     if faces is not None:
         points, colors, normals = points_of_faces(points, colors, normals, faces, limit)
 
@@ -3293,15 +3381,18 @@ def read_cloud(path: str | Path, up: str = "auto", scale: float | None = None, l
 
 
 def up_of_cameras(points, normals, poses):
-    """Find gravity's up [3] from cameras [V, 4, 4] and the surfaces they see, whose normals face them."""
+    """Find gravity's up [3] from cameras [V, 4, 4] and the surfaces they see, whose normals face
+    them."""
     up, right = -poses[:, :3, 1].mean(0), poses[:, :3, 0].mean(0)
 
-    # a phone held upright writes frames turned by a quarter; floor and tops, seen from above, tell which side is up
+    # a phone held upright writes frames turned by a quarter; floor and tops, seen from above,
+    # tell which side is up
     if np.linalg.norm(right) > 1.5 * np.linalg.norm(up):
         tilt = normals @ unit(right)
         up = right * np.sign(tilt[np.abs(tilt) > 0.8].sum())
 
-    # towards the surfaces that face up, however steeply the cameras look down: no wall in front of a camera does
+    # towards the surfaces that face up, however steeply the cameras look down: no wall in front
+    # of a camera does
     up = unit(up)
     for degrees in (75, 30, 15, 8):
         tilt = normals @ up
@@ -3324,8 +3415,8 @@ def up_of_cameras(points, normals, poses):
 
 
 def up_of_cloud(points, normals):
-    """Weigh for x, y and z what speaks for its pointing up (down, where negative): level surfaces and things lie low, and
-    rooms are 2 to 3.5 meters high."""
+    """Weigh for x, y and z what speaks for its pointing up (down, where negative): level surfaces
+    and things lie low, and rooms are 2 to 3.5 meters high."""
     low, high = np.percentile(points, (1, 99), axis=0)
     size = np.maximum(high - low, 1e-6)
     place = (points - low) / size - 0.5  # [N, 3], -0.5 to 0.5
@@ -3336,7 +3427,10 @@ def up_of_cloud(points, normals):
 
 
 def find_up(points, normals, up, poses):
-    """Find the direction [3] that points up, and why. `up`: an axis that a user or a layout names, or "auto"."""
+    """Find the direction [3] that points up, and why.
+
+    `up`: an axis that a user or a layout names, or "auto".
+    """
     if poses is not None:
         found, sure = up_of_cameras(points, normals, poses), True
     else:
@@ -3347,18 +3441,21 @@ def find_up(points, normals, up, poses):
     if up == "auto" and sure:
         return found, f"what is level and lies low, near {axis}"
     up = "+z" if up == "auto" else up
-    doubt = "" if choose(UP, up, "--up") @ found > 0.8 else f"; if it lies on its side, --up={axis} fits better"
-    return UP[up], f"up = {up}{doubt}"
+    direction = choose(UP, up, "--up")
+    doubt = "" if direction @ found > 0.8 else f"; if it lies on its side, --up={axis} fits better"
+    return direction, f"up = {up}{doubt}"
 
 
 def align_to_gravity(points, normals, up, poses=None):
-    """Find the rigid 4x4 that turns a cloud z-up, walls along x and y, floor at z = 0; and a line that says how."""
+    """Find the rigid 4x4 that turns a cloud z-up, walls along x and y, floor at z = 0; and a line
+    that says how."""
     from scipy.spatial.transform import Rotation
 
     up, said = find_up(points, normals, up, poses)
     turn = Rotation.align_vectors([[0, 0, 1]], [up])[0]
 
-    # walls agree modulo a quarter turn, so as complex numbers their fourth powers do; twice without what stands askew
+    # walls agree modulo a quarter turn, so as complex numbers their fourth powers do; twice
+    # without what stands askew
     wall = turn.apply(normals)
     quarter = (wall[:, 0] + 1j * wall[:, 1])[np.abs(wall[:, 2]) < 0.2] ** 4
     if len(quarter) >= 100 and abs(quarter.mean()) > 0.1:
@@ -3381,34 +3478,31 @@ def align_to_gravity(points, normals, up, poses=None):
 
 
 def scan_folder(root: Path, scene_id: str) -> Path:
-    """Find the folder of a scan in a ScanNet root, or in what was given as its own folder."""
-    for place in (root / scene_id, root / "scans" / scene_id, root / "scans_test" / scene_id, root):
+    """Find the folder of a scan below a ScanNet root."""
+    for place in (root / scene_id, root / "scans" / scene_id, root / "scans_test" / scene_id):
         if (place / f"{scene_id}{SCAN_FILES[0]}").exists():
             return place
-    raise DataError(f"{root}: no {scene_id}/{scene_id}{SCAN_FILES[0]} or under scans/, scans_test/; see data.py check")
+    lacking = f"no {scene_id}/{scene_id}{SCAN_FILES[0]} or under scans/, scans_test/"
+    raise DataError(f"{root}: {lacking}; see python data.py check {root}")
 
 
-def scan_fields(path: Path) -> dict[str, str]:
-    """Read the `key = value` lines of a scan's .txt."""
-    with reading(path, "scan description"):
-        pairs = [line.split(" = ") for line in path.read_text().splitlines() if " = " in line]
-        return {key: value for key, value in pairs}
+def read_scannet(
+    root: str | Path, scene_id: str, max_frames: int = 32, longest: float = math.inf
+) -> Scene:
+    """Read a ScanNet scan: its own files and, when they are looked at, `max_frames` of the frames
+    exported beside them or below posed_images/<id> or frames/<id>, at most `longest` pixels.
 
-
-def read_scannet(root: str | Path, scene_id: str, max_frames: int = 32, longest: float = math.inf) -> Scene:
-    """Read a ScanNet scan: its own files and, when they are looked at, `max_frames` of the frames exported beside them or
-    below posed_images/<id> or frames/<id>, at most `longest` pixels.
-
-    The axis alignment is the only transform. Instance = objectId + 1; wall, floor and ceiling are no objects; boxes are
-    the extent of an object's points. Masks are read from instance-filt/ or else rendered. Raises DataError.
+    The axis alignment is the only transform. Instance = objectId + 1; wall, floor and ceiling are
+    no objects; boxes are the extent of an object's points. Masks are read from instance-filt/ or
+    else rendered. Raises DataError.
     """
     root, notes = Path(root), []
     folder = scan_folder(root, scene_id)
     mesh, segs, aggregation, info = (folder / f"{scene_id}{suffix}" for suffix in SCAN_FILES)
     points, colors, normals, faces = load_mesh(mesh)
-    alignment = scan_fields(info).get("axisAlignment", "1 0 0 0 0 1 0 0 0 0 1 0 0 0 0 1")  # a few scans have none
-    with reading(info, "axisAlignment of 16 numbers"):
-        world = np.array(alignment.split(), float).reshape(4, 4)
+    with reading(info, "scan description with an axisAlignment of 16 numbers"):
+        aligned = re.search("axisAlignment = (.+)", info.read_text())  # scans for testing have none
+        world = np.array(aligned[1].split(), float).reshape(4, 4) if aligned else np.eye(4)
     if normals is None:
         normals = estimate_normals(points) if faces is None else unit(vertex_normals(points, faces))
     scene = Scene(scene_id, "scannet", [], colours=colors, notes=notes, **move(points, normals, world))
@@ -3426,7 +3520,8 @@ def read_scannet(root: str | Path, scene_id: str, max_frames: int = 32, longest:
     found = [frames for frames in map(find_frames, places) if any(view.depth for view in frames[1])]
     if found and max_frames:
         load = partial(scan_frames, scene, world, *found[0], max_frames, longest)
-        scene.frames = LazyFrames(load, file_key([mesh, *(view.image for view in found[0][1] if view.image)]))
+        files = [view.image for view in found[0][1] if view.image]
+        scene.frames = LazyFrames(load, file_key([mesh, *files]))
     elif max_frames:
         notes.append("no exported frames (color/, depth/, pose/, intrinsic/): points only")
     return check_scene(scene, trusted=True)
@@ -3435,20 +3530,26 @@ def read_scannet(root: str | Path, scene_id: str, max_frames: int = 32, longest:
 def add_objects(scene, segs, aggregation):
     """Give a scan its superpoints, objects and instances."""
     with reading(segs, "list of segIndices"):
-        values, scene.superpoints = np.unique(np.array(read_json(segs)["segIndices"], np.int64), return_inverse=True)
+        segments = np.array(read_json(segs)["segIndices"], np.int64)
+    values, scene.superpoints = np.unique(segments, return_inverse=True)
     seen = []
     with reading(aggregation, "list of segGroups with objectId, label, segments"):
         for group in read_json(aggregation)["segGroups"]:
-            id, label, parts = group["objectId"] + 1, group["label"].replace("_", " "), set(group["segments"])
+            id, label = group["objectId"] + 1, group["label"].replace("_", " ")
+            parts = set(group["segments"])
             if label in SHELL or parts in seen:  # scene0217_00 lists its objects twice
                 continue
             seen.append(parts)
             mine = np.isin(values, list(parts))[scene.superpoints]
             if not mine.any() or len(mine) != len(scene.points):
-                raise DataError(f"{aggregation}: {label} (objectId {id - 1}) and the mesh do not fit; copy one scan's files")
+                what = f"{label} (objectId {id - 1}) and the mesh do not fit"
+                raise DataError(f"{aggregation}: {what}; copy one scan's files")
             scene.instances[mine] = id
+
+            # two keys are of write_scannet: boxes and colors that points can only approach
             box = np.array(group["alignedBox"]) if "alignedBox" in group else extent(scene.points[mine])
-            scene.objects.append(Thing(id, label, group.get("colour") or colour_name(scene.colours, mine), box))
+            color = group.get("colour") or colour_name(scene.colours, mine)
+            scene.objects.append(Thing(id, label, color, box))
 
 
 def scan_frames(scene, world, layout, views, max_frames, longest) -> Frames:
@@ -3464,10 +3565,12 @@ def scan_frames(scene, world, layout, views, max_frames, longest) -> Frames:
 
 
 def write_scannet(scene: Scene, out: str | Path) -> Path:
-    """Write a room as the ScanNet scan <out>/<name>, unaligned as scans are; read_scannet gives it back.
+    """Write a room as the ScanNet scan <out>/<name>, unaligned as scans are; read_scannet gives
+    it back.
 
-    Superpoints are cut at instances, depth is rounded to 1 mm. Color is written as PNG, so that nothing is lost; two extra
-    keys per object (alignedBox, colour) hold what ScanNet has no place for.
+    Superpoints are cut at instances, depth is rounded to 1 mm. Color is written as PNG, so that
+    nothing is lost; two extra keys per object (alignedBox, colour) hold what ScanNet has no place
+    for.
     """
     folder = Path(out) / scene.name
     for part in ("color", "depth", "pose", "intrinsic", "instance-filt"):
@@ -3480,12 +3583,13 @@ def write_scannet(scene: Scene, out: str | Path) -> Path:
     info.write_text(f"axisAlignment = {' '.join(map(str, world.ravel().tolist()))}\n")
 
     # a segment belongs to one object
-    pairs, segment = np.unique(np.stack([scene.superpoints, scene.instances]), axis=1, return_inverse=True)
+    both = np.stack([scene.superpoints, scene.instances])
+    pairs, segment = np.unique(both, axis=1, return_inverse=True)
     segs.write_text(json.dumps({"segIndices": segment.ravel().tolist()}))
     groups = []
     for o in scene.objects:
-        segments = np.flatnonzero(pairs[1] == o.id).tolist()
-        groups.append(dict(objectId=o.id - 1, label=o.category, segments=segments, alignedBox=o.box.tolist(), colour=o.colour))
+        group = dict(objectId=o.id - 1, label=o.category, alignedBox=o.box.tolist(), colour=o.colour)
+        groups.append(group | {"segments": np.flatnonzero(pairs[1] == o.id).tolist()})
     aggregation.write_text(json.dumps({"segGroups": groups}))
 
     frames, camera = scene.frames, np.eye(4)
@@ -3493,10 +3597,16 @@ def write_scannet(scene: Scene, out: str | Path) -> Path:
     np.savetxt(folder / "intrinsic/intrinsic_depth.txt", camera, "%.17g")
     for i, pose in enumerate(back @ frames.poses):
         np.savetxt(folder / f"pose/{i}.txt", pose, "%.17g")
-        images = {"color": frames.colour[i], "depth": frames.depth[i] * 1000, "instance-filt": frames.masks[i]}
+        images = {
+            "color": frames.colour[i],
+            "depth": frames.depth[i] * 1000,
+            "instance-filt": frames.masks[i],
+        }
         for part, image in images.items():
             kind = np.uint8 if part == "color" else np.uint16
-            Image.fromarray(image.round().astype(kind)).save(folder / part / f"{i}.png", compress_level=1)
+            Image.fromarray(image.round().astype(kind)).save(
+                folder / part / f"{i}.png", compress_level=1
+            )
     return folder
 
 
@@ -3506,7 +3616,8 @@ GUESS = 2.0  # meters: the median depth of frames whose scale nobody knows
 
 
 def sharpness(gray) -> float:
-    """Measure the sharpness of an image [h, w]: the mean squared difference of neighboring pixels, which blur lowers."""
+    """Measure the sharpness of an image [h, w]: the mean squared difference of neighboring
+    pixels, which blur lowers."""
     gray = np.asarray(gray, np.float32)
     return float(sum(np.square(np.diff(gray, axis=axis)).mean() for axis in (0, 1)))
 
@@ -3514,7 +3625,9 @@ def sharpness(gray) -> float:
 def frames_from(container, stream, second):
     """Yield the frames of a video from `second` on, decoded from the key frame before."""
     container.seek(max(0, int(second / stream.time_base)), stream=stream)
-    yield from (frame for frame in container.decode(stream) if frame.time is not None and frame.time >= second - 1e-6)
+    for frame in container.decode(stream):
+        if frame.time is not None and frame.time >= second - 1e-6:
+            yield frame
 
 
 def video_frame(path, number):
@@ -3522,12 +3635,16 @@ def video_frame(path, number):
     av = need("av", "reading a video")
     with reading(path, "video"), av.open(str(path)) as container:
         stream = container.streams.video[0]
-        return next(frames_from(container, stream, (number - 0.5) / stream.average_rate)).to_ndarray(format="rgb24")
+        frame = next(frames_from(container, stream, (number - 0.5) / stream.average_rate))
+        return frame.to_ndarray(format="rgb24")
 
 
 def read_video(path, _, count, longest, notes, tries=8):
-    """Decode up to `count` frames [V, H, W, 3] uint8 of a video, upright: of each of as many equal intervals of time the
-    sharpest of its first `tries` frames. What cannot be decoded, as the end of a torn recording, is left out."""
+    """Decode up to `count` frames [V, H, W, 3] uint8 of a video, upright: of each of as many
+    equal intervals of time the sharpest of its first `tries` frames.
+
+    What cannot be decoded, as the end of a torn recording, is left out.
+    """
     av = need("av", "reading a video")
     images = []
     with reading(path, "video"), av.open(str(path), metadata_errors="replace") as container:
@@ -3535,25 +3652,32 @@ def read_video(path, _, count, longest, notes, tries=8):
             raise DataError(f"{path}: has no pictures; give a video")
         stream = container.streams.best("video")  # not a cover picture
         stream.thread_type = "AUTO"
-        start, length = ((time or 0) / av.time_base for time in (container.start_time, container.duration))
-        edges = start + np.linspace(0, length, count + 1)
-        for begin, end in itertools.pairwise(edges):
+        times = container.start_time, container.duration
+        start, length = ((time or 0) / av.time_base for time in times)
+        for begin, end in itertools.pairwise(start + np.linspace(0, length, count + 1)):
+            # the first frames of an interval, as far as they can be decoded
             frames = []
             with suppress(av.FFmpegError):
                 for frame in itertools.islice(frames_from(container, stream, begin), tries):
                     frames.append(frame)
             frames = [frame for frame in frames if frame.time < end]
+
+            # of these the sharpest, turned as the tag of a phone held upright says
             if frames:
                 best = max(frames, key=lambda frame: sharpness(frame.to_ndarray(format="gray")))
-                image = np.rot90(best.to_ndarray(format="rgb24"), round(best.rotation / 90))  # the tag of a phone
-                images.append(resize(np.ascontiguousarray(image), fit_longest(*image.shape[:2], longest)))
+                image = np.rot90(best.to_ndarray(format="rgb24"), round(best.rotation / 90))
+                size = fit_longest(*image.shape[:2], longest)
+                images.append(resize(np.ascontiguousarray(image), size))
         notes.append(f"{len(images)} frames of {length:.1f} s, each the sharpest of up to {tries}")
-        return np.stack(images)  # none can be decoded: not a whole video
+        return np.stack(images)  # where none can be decoded this is no whole video
 
 
 def read_photographs(where, views, count, longest, notes, tries=8):
-    """Read up to `count` images [V, H, W, 3] uint8, upright as their EXIF tags say: of each of as many equal parts of the list
-    the sharpest of its first `tries`. Depth and confidence maps (16 bits, or few values) are left out."""
+    """Read up to `count` images [V, H, W, 3] uint8, upright as their EXIF tags say: of each of as
+    many equal parts of the list the sharpest of its first `tries`.
+
+    Depth and confidence maps (16 bits, or few values) are left out.
+    """
     images, maps = [], 0
     for part in np.array_split(np.arange(len(views)), min(count, len(views))):
         photos = []
@@ -3564,7 +3688,8 @@ def read_photographs(where, views, count, longest, notes, tries=8):
             maps += bool(is_map)
             photos += [] if is_map else [resize(photo, fit_longest(*photo.shape[:2], longest))]
         images += sorted(photos, key=lambda photo: sharpness(photo.mean(2)))[-1:]
-    notes.append(f"{len(images)} of {len(views)} images, each the sharpest of up to {tries}; {maps} depth or confidence maps")
+    said = f"{len(images)} of {len(views)} images, each the sharpest of up to {tries}"
+    notes.append(f"{said}; {maps} depth or confidence maps")
     if len({image.shape for image in images}) != 1:
         raise DataError(f"{where}: {notes[-1]}: no photographs of one size; known: {KNOWN_LAYOUTS}")
     return np.stack(images)
@@ -3572,7 +3697,8 @@ def read_photographs(where, views, count, longest, notes, tries=8):
 
 @lru_cache(maxsize=1)
 def load_vggt(name: str):
-    """Load VGGT (Wang et al., CVPR 2025) by its hub name or a folder of its weights, on a GPU where there is one."""
+    """Load VGGT (Wang et al., CVPR 2025) by its hub name or a folder of its weights, on a GPU
+    where there is one."""
     vggt = need("vggt.models.vggt", "depth and cameras from bare frames")
     with reading(f"--vggt {name}", "VGGT, whose weights are on the hub as facebook/VGGT-1B"):
         return vggt.VGGT.from_pretrained(name).eval().to("cuda" if torch.cuda.is_available() else "cpu")
@@ -3580,30 +3706,36 @@ def load_vggt(name: str):
 
 @torch.no_grad()
 def vggt_geometry(images, model, longest=518):
-    """See depth and cameras in images [V, H, W, 3] uint8: depth [V, H, W], confidence [V, H, W] >= 1, intrinsics [V, 3, 3]
-    of this size, poses [V, 4, 4] camera to world in the first camera's axes, all in VGGT's own unit.
+    """See depth and cameras in images [V, H, W, 3] uint8: depth [V, H, W], confidence [V, H, W]
+    >= 1, intrinsics [V, 3, 3] of this size, poses [V, 4, 4] camera to world in the first camera's
+    axes, all in VGGT's own unit.
 
-    Depth and cameras come from their own heads, whose un-projection VGGT's authors recommend over the point map. The
-    longer side is brought to `longest` pixels, both to whole patches.
+    Depth and cameras come from their own heads, whose un-projection VGGT's authors recommend over
+    the point map. The longer side is brought to `longest` pixels, both to whole patches.
     """
     pose_enc = need("vggt.utils.pose_enc", "depth and cameras from bare frames")
     V, H, W, _ = images.shape
     patch, device = model.aggregator.patch_size, next(model.parameters()).device
     h, w = (max(1, round(n * longest / max(H, W) / patch)) * patch for n in (H, W))
-    x = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float() / 255  # [V, 3, H, W]
-    x = torch.nn.functional.interpolate(x, (h, w), mode="bicubic", antialias=True).clamp(0, 1)[None]  # [1, V, 3, h, w]
+    x = torch.from_numpy(np.ascontiguousarray(images)).to(device)  # [V, H, W, 3]
+    x = x.permute(0, 3, 1, 2).float() / 255  # [V, 3, H, W]
+    x = torch.nn.functional.interpolate(x, (h, w), mode="bicubic", antialias=True)  # [V, 3, h, w]
+    x = x.clamp(0, 1)[None]  # [1, V, 3, h, w]
+
+    # one pass of the transformer, two heads
     with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
         tokens, first = model.aggregator(x)
     code = model.camera_head(tokens)[-1]  # [1, V, 9]
-    depth, confidence = model.depth_head(tokens, images=x, patch_start_idx=first)  # [1, V, h, w, 1], [1, V, h, w]
-    camera, K = pose_enc.pose_encoding_to_extri_intri(code, (h, w))  # [1, V, 3, 4] world to camera, [1, V, 3, 3]
+    maps = model.depth_head(tokens, images=x, patch_start_idx=first)  # [1, V, h, w, 1], [1, V, h, w]
+    camera, K = pose_enc.pose_encoding_to_extri_intri(code, (h, w))  # [1, V, 3, 4], [1, V, 3, 3]
 
     # arrays of the images' size
-    maps = torch.stack([depth[0, ..., 0], confidence[0]]).float()  # [2, V, h, w]
-    maps = torch.nn.functional.interpolate(maps, (H, W), mode="nearest-exact").cpu().numpy()  # [2, V, H, W]
+    maps = torch.cat([m.reshape(1, V, h, w) for m in maps]).float()  # [2, V, h, w]
+    maps = torch.nn.functional.interpolate(maps, (H, W), mode="nearest-exact")  # [2, V, H, W]
+    K = np.diag([W / w, H / h, 1]) @ K[0].double().cpu().numpy()
     poses = np.tile(np.eye(4), (V, 1, 1))
-    poses[:, :3] = camera[0].double().cpu().numpy()
-    return *maps, np.diag([W / w, H / h, 1]) @ K[0].double().cpu().numpy(), np.linalg.inv(poses)
+    poses[:, :3] = camera[0].double().cpu().numpy()  # world to camera
+    return *maps.cpu().numpy(), K, np.linalg.inv(poses)
 
 
 def rescale(frames: Frames, unit: float) -> None:
@@ -3613,10 +3745,11 @@ def rescale(frames: Frames, unit: float) -> None:
 
 
 def fill_in(where, frames: Frames, vggt: str) -> Frames:
-    """Put VGGT's depth, intrinsics and poses in place of those that are None, in the unit of those that are known.
+    """Put VGGT's depth, intrinsics and poses in place of those that are None, in the unit of
+    those that are known.
 
-    The unit is the median ratio of known to found depth, else of the cameras' distances from their middle. A fifth of the
-    found depth, the least certain, is dropped. Raises DataError.
+    The unit is the median ratio of known to found depth, else of the cameras' distances from
+    their middle. A fifth of the found depth, the least certain, is dropped. Raises DataError.
     """
     try:
         depth, confidence, K, poses = vggt_geometry(frames.colour, load_vggt(vggt))
@@ -3625,7 +3758,8 @@ def fill_in(where, frames: Frames, vggt: str) -> Frames:
         raise DataError(f"{where}: has no {', '.join(lacking)}; {error}") from None
     sure = (depth > 0) & (confidence >= np.quantile(confidence, 0.2))
     if not (sure.any() and all(np.isfinite(a).all() for a in (depth, K, poses))):
-        raise DataError(f"{where}: no depth and cameras were found in its frames; record it again, slowly and in light")
+        what = "no depth and cameras were found in its frames"
+        raise DataError(f"{where}: {what}; record it again, slowly and in light")
     seen = Frames(frames.colour, np.where(sure, depth, 0), frames.masks, K, poses)
 
     # known poses have other axes than the found ones, but the same distances
@@ -3636,7 +3770,8 @@ def fill_in(where, frames: Frames, vggt: str) -> Frames:
         at = np.stack([frames.poses, poses])[:, :, :3, 3]  # [2, V, 3]
         known, found = np.median(np.linalg.norm(at - at.mean(1, keepdims=True), axis=2), axis=1)
         if known < 0.02:
-            raise DataError(f"{where}: the camera hardly moves, so its poses give no scale; leave them out")
+            what = "the camera hardly moves, so its poses give no scale"
+            raise DataError(f"{where}: {what}; leave them out")
         rescale(seen, known / max(found, 1e-9))
     return replace(seen, **{name: array for name, array in vars(frames).items() if array is not None})
 
@@ -4222,6 +4357,7 @@ def scene_figure(scene: Scene, title: str, lines: Sequence[str] = ()) -> tuple:
     """
     from matplotlib.figure import Figure
 
+<<<<<<< HEAD
     # what the cameras saw where there are any, else the cloud itself; 30,000 points show enough
     frames = scene.frames
     if frames is not None:
@@ -4256,6 +4392,42 @@ def scene_figure(scene: Scene, title: str, lines: Sequence[str] = ()) -> tuple:
     figure.suptitle(title, parse_math=False)
     figure.supxlabel("\n".join(lines), parse_math=False)
     return figure, (top, view)
+=======
+    cloud, wide, high = shown_cloud(scene), 16.4, 6.4
+    lines = [(part, ink) for line, ink in itertools.zip_longest(lines, inks[: len(lines)], fillvalue="black")
+             for part in wrap(line, 190)]  # fmt: skip
+    row, foot = 2.6 * bool(images), 0.25 * len(lines) + 0.1
+    total = 0.65 + high + 0.6 + row + foot
+    figure = Figure(figsize=(wide, total))
+    inches = lambda x, y, w, h: figure.add_axes((x / wide, 1 - (y + h) / total, w / wide, h / total))  # noqa: E731
+    size = (int(high * DPI), int(7.4 * DPI))
+    above, corner = inches(0.7, 0.65, 7.4, high), inches(8.5, 0.65, 7.4, high)
+    unit = " (m)" if scene.metric else ""
+    views = [View(above, size, cloud["low"], cloud["high"], unit=unit), perspective(corner, size, cloud)]
+    meaning = LOOKS[look][0] if scene.colours is not None or look == "segments" else "colours: height"
+    above.set_title(f"from above; {meaning}", fontsize=10)
+    corner.set_title("in perspective", fontsize=10)
+    figure.text(0.7 / wide, 1 - 0.3 / total, title, fontsize=12, weight="bold")
+    for view in views:
+        view.show(cloud, look)
+    left = 0.3
+    for caption, image in images:
+        width = (row - 0.45) * image.shape[1] / image.shape[0]
+        axis = inches(left, 0.65 + high + 0.85, width, row - 0.45)
+        axis.imshow(image, aspect="auto")
+        axis.set_axis_off()
+        axis.set_title(caption, fontsize=9)
+        left += width + 0.25
+    for i, (line, ink) in enumerate(lines):
+        figure.text(0.3 / wide, (foot - 0.25 * i - 0.2) / total, line, fontsize=10, color=ink)
+    yield views
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a question may name dollars
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # another script: empty squares
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=DPI)
+>>>>>>> readers
 
 
 def save_figure(figure, path: Path) -> None:
@@ -4309,23 +4481,33 @@ def split_fifths(rows: list) -> dict[str, list]:
 
 
 def scan_ids(root: Path) -> dict[str, list[str]]:
-    """List the scans below a ScanNet root as {"train", "test"}, by scannetv2_{train,val}.txt where both lie there."""
+    """List the scans below a ScanNet root as {"train", "test"}, by scannetv2_{train,val}.txt
+    where both lie there."""
     meshes = [file for place in ("", "scans/") for file in root.glob(f"{place}*/*{SCAN_FILES[0]}")]
     found = sorted(file.parent.name for file in meshes)
     if not found:
-        raise DataError(f"{root}: no <id>/<id>{SCAN_FILES[0]} here or under scans/; see python data.py check {root}")
-    lists = {split: root / f"scannetv2_{name}.txt" for split, name in (("train", "train"), ("test", "val"))}
+        raise DataError(
+            f"{root}: no <id>/<id>{SCAN_FILES[0]} here or under scans/; see python data.py check {root}"
+        )
+    lists = {
+        split: root / f"scannetv2_{name}.txt" for split, name in (("train", "train"), ("test", "val"))
+    }
     if not all(file.exists() for file in lists.values()):
         return split_fifths(found)
-    return {split: [name for name in file.read_text().split() if name in found] for split, file in lists.items()}
+    return {
+        split: [name for name in file.read_text().split() if name in found]
+        for split, file in lists.items()
+    }
 
 
 def load_scenes(
     source: str, split: str, root: Path | None = None, count: int = 800, workers: int = 0, **options
 ) -> list[Scene]:
-    """Load the scenes of a split, "train" or "test", of one of SOURCES: rooms, scans, or own scenes below `root`.
+    """Load the scenes of a split, "train" or "test", of one of SOURCES: rooms, scans, or own
+    scenes below `root`.
 
-    Own scenes in which no object is found are left out, and said. options: of `open_scene`. Raises DataError.
+    Own scenes in which no object is found are left out, and said. options: of `open_scene`.
+    Raises DataError.
     """
     if source == "rooms":
         return rooms(ROOM_SEEDS[split][:count], workers + 1)
@@ -4342,7 +4524,9 @@ def load_scenes(
         else:
             print(f"{path}: no object was found, so nothing can be asked; left out")
     if not scenes:
-        raise DataError(f"--root {root}: no scenes with objects for the {split} split; see python data.py check {root}")
+        raise DataError(
+            f"--root {root}: no scenes with objects for the {split} split; see python data.py check {root}"
+        )
     return scenes
 
 
@@ -4350,7 +4534,7 @@ SCENE_OPTIONS = {  # flags of a scene of one's own -> arguments of argparse
     "scale": dict(type=float, help="meters per unit of a cloud; true meters per guessed one of a video"),
     "up": dict(choices=("auto", *UP), help="axis of the files that points up, as --up=-y (default: found)"),
     "convention": dict(choices=CONVENTIONS, help="of the poses (default: the layout's)"),
-    "depth_scale": dict(type=float, help=f"units of the depth images per meter (default: the layout's; {DEPTH_SCALES})"),
+    "depth_scale": dict(type=float, help=f"units of depth per meter (default: the layout's; {DEPTH_SCALES})"),
     "max_frames": dict(type=int, help="frames to use at most (default: 32)"),
     "longest": dict(type=int, help="longer side of the frames in pixels (default: 320; 640 for VGGT)"),
     "vggt": dict(help="name or folder of VGGT's weights, for frames without depth or poses"),
@@ -4367,7 +4551,9 @@ def add_scene_options(parser: argparse.ArgumentParser) -> None:
 
 def scene_options(args: argparse.Namespace) -> dict:
     """Pick those of SCENE_OPTIONS that were given."""
-    return {name: value for name, value in vars(args).items() if name in SCENE_OPTIONS and value is not None}
+    return {
+        name: value for name, value in vars(args).items() if name in SCENE_OPTIONS and value is not None
+    }
 
 
 def read_scan(path: Path, **options) -> Scene:
@@ -4385,21 +4571,28 @@ def choose_reader(path: Path) -> tuple[Callable, set[str]]:
         return read_views, set(SCENE_OPTIONS)
     if kind in CLOUDS:
         return read_cloud, {"up", "scale"}
-    raise DataError(f"{path}: no scene; give {', '.join((*CLOUDS, *VIDEOS))}, a scan, or a folder of frames")
+    raise DataError(
+        f"{path}: no scene; give {', '.join((*CLOUDS, *VIDEOS))}, a scan, or a folder of frames"
+    )
 
 
 def open_scene(path: str | Path, masks: str | None = None, sam2: str | None = None, **options) -> Scene:
     """Read a scene of one's own, and find objects where none are labelled.
 
-    masks: "files" (beside its frames, the default where they lie), "segments" of its cloud, "sam2" (tracks; sam2 names the
-    weights), or "none". Options: those of its reader; another one is a DataError.
+    masks: "files" (beside its frames, the default where they lie), "segments" of its cloud,
+    "sam2" (tracks; sam2 names the weights), or "none". Options: those of its reader; another one
+    is a DataError.
     """
     path = Path(path)
     if not path.exists():
-        raise DataError(f"{path}: no such scene; give a video, a folder of frames, a cloud or a scan's folder")
+        raise DataError(
+            f"{path}: no such scene; give a video, a folder of frames, a cloud or a scan's folder"
+        )
     reader, takes = choose_reader(path)
     if strange := sorted(set(options) - takes):
-        raise DataError(f"--{strange[0].replace('_', '-')}: has no part in {path}; known here: {', '.join(sorted(takes))}")
+        raise DataError(
+            f"--{strange[0].replace('_', '-')}: has no part in {path}; known here: {', '.join(sorted(takes))}"
+        )
     scene = reader(path, **options)
     if scene.objects or reader is load_scene or masks == "none":
         return scene
@@ -4424,7 +4617,11 @@ def with_files(scene: Scene, _=None) -> Scene:
     return with_tracks(scene, scene.frames.masks)
 
 
-SEGMENTERS = {"files": with_files, "segments": lambda scene, _: with_own_segments(scene), "sam2": with_sam2}
+SEGMENTERS = {
+    "files": with_files,
+    "segments": lambda scene, _: with_own_segments(scene),
+    "sam2": with_sam2,
+}
 FRAME_ARRAYS = ("colour", "depth", "masks", "intrinsics", "poses")
 
 
@@ -4434,15 +4631,23 @@ def save_scene(scene: Scene, path: Path) -> None:
     if scene.frames is not None:
         arrays |= {f"frames.{name}": getattr(scene.frames, name) for name in FRAME_ARRAYS}
     objects = [[o.id, o.category, o.colour, *map(float, o.box)] for o in scene.objects]
-    about = dict(name=scene.name, source=scene.source, metric=scene.metric, notes=scene.notes, objects=objects)
+    about = dict(
+        name=scene.name, source=scene.source, metric=scene.metric, notes=scene.notes, objects=objects
+    )
     write_npz(path, about=np.array(json.dumps(about)), **arrays)
 
 
 def load_scene(path: Path) -> Scene:
-    """Load the scene that save_scene wrote; its frames are read when they are looked at. Raises DataError."""
+    """Load the scene that save_scene wrote; its frames are read when they are looked at.
+
+    Raises DataError.
+    """
     with reading(path, "kept scene"), np.load(path, allow_pickle=False) as held:
         about = json.loads(str(held["about"])) | {"name": path.stem}
-        objects = [Thing(i, category, color, np.array(box)) for i, category, color, *box in about.pop("objects")]
+        objects = [
+            Thing(i, category, color, np.array(box))
+            for i, category, color, *box in about.pop("objects")
+        ]
         arrays = {name: held[name] for name in held if name != "about" and "." not in name}
         scene = Scene(objects=objects, **about, **arrays)
         if "frames.masks" in held:
@@ -4455,8 +4660,16 @@ def load_frames(path: Path) -> Frames:
     with reading(path, "kept scene"), np.load(path, allow_pickle=False) as held:
         frames = Frames(*(held[f"frames.{name}"] for name in FRAME_ARRAYS))
     V, H, W = frames.masks.shape
-    if [a.shape for a in vars(frames).values()] != [(V, H, W, 3), (V, H, W), (V, H, W), (V, 3, 3), (V, 4, 4)]:
-        raise DataError(f"{path}: its frames do not belong together; make it again with python data.py cache")
+    if [a.shape for a in vars(frames).values()] != [
+        (V, H, W, 3),
+        (V, H, W),
+        (V, H, W),
+        (V, 3, 3),
+        (V, 4, 4),
+    ]:
+        raise DataError(
+            f"{path}: its frames do not belong together; make it again with python data.py cache"
+        )
     return frames
 
 
@@ -4468,17 +4681,21 @@ def is_scene(path: Path) -> bool:
 
 
 def find_scenes(path: Path) -> list[Path]:
-    """Find all scenes that lie in a folder, or else in the folders in it; what is a scene itself, or holds none, is alone."""
+    """Find all scenes that lie in a folder, or else in the folders in it; what is a scene itself,
+    or holds none, is alone."""
     if not path.is_dir() or is_scene(path):
         return [path]
-    return sorted(filter(is_scene, path.glob("*"))) or sorted(filter(is_scene, path.glob("*/*"))) or [path]
+    return (
+        sorted(filter(is_scene, path.glob("*"))) or sorted(filter(is_scene, path.glob("*/*"))) or [path]
+    )
 
 
 def cache_scenes(path: Path, out: Path, **options) -> int:
-    """Write every scene of `path`, through its frozen encoders (VGGT, SAM 2, segments), once as out/<name>.npz.
+    """Write every scene of `path`, through its frozen encoders (VGGT, SAM 2, segments), once as
+    out/<name>.npz.
 
-    Under torchrun a process takes every world-th scene and its own GPU. What is there already stays, so done again it goes
-    on where it stopped. Prints failures and returns their number.
+    Under torchrun a process takes every world-th scene and its own GPU. What is there already
+    stays, so done again it goes on where it stopped. Prints failures and returns their number.
     """
     from tqdm import tqdm
 
@@ -4506,27 +4723,43 @@ SCANNET_TERMS = (
 
 
 def check(path: Path, **options) -> list[str]:
-    """Describe what lies at `path`: the lines of `data.py check DIR`. Scenes are opened, but no objects looked for."""
-    places = [file for folder in ("", "scans/", "scans_test/") for file in sorted(path.glob(f"{folder}scene*_*"))]
+    """Describe what lies at `path`: the lines of `data.py check DIR`.
+
+    Scenes are opened, but no objects looked for.
+    """
+    places = [
+        file
+        for folder in ("", "scans/", "scans_test/")
+        for file in sorted(path.glob(f"{folder}scene*_*"))
+    ]
     scans = [place for place in places if place.is_dir()]
     if scans:
-        lines = [f"{path}: {len(scans)} scans, {sum(any(find_frames(scan)[1]) for scan in scans)} with frames beside them"]
+        lines = [
+            f"{path}: {len(scans)} scans, {sum(any(find_frames(scan)[1]) for scan in scans)} with frames beside them"
+        ]
         for suffix in SCAN_FILES:
             lacking = [scan.name for scan in scans if not (scan / f"{scan.name}{suffix}").exists()]
-            lines += [f"missing <id>{suffix} of {len(lacking)} scans, first {lacking[0]}; {SCANNET_TERMS}"] if lacking else []
+            lines += (
+                [f"missing <id>{suffix} of {len(lacking)} scans, first {lacking[0]}; {SCANNET_TERMS}"]
+                if lacking
+                else []
+            )
         return lines
     lines = []
     for place in find_scenes(path):
         try:
             scene = open_scene(place, masks="none", **options)
-            lines.append(f"{place}: {len(scene.points)} points, {len(scene.objects)} objects; {'; '.join(scene.notes)}")
+            lines.append(
+                f"{place}: {len(scene.points)} points, {len(scene.objects)} objects; {'; '.join(scene.notes)}"
+            )
         except DataError as error:
             lines.append(str(error))
     return lines
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Make `main` return its exit status: its own or 0; 2 where something is wrong, which one line says."""
+    """Make `main` return its exit status: its own or 0; 2 where something is wrong, which one
+    line says."""
 
     @wraps(main)
     def status(*arguments) -> int:
@@ -4551,7 +4784,9 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     make.add_argument("--count", type=int, default=10)
     make.add_argument("--objects", type=int, help="objects per room (default: 8 to 16)")
     make.add_argument("--seed", type=int, default=0, help="of the first room")
-    keep = commands.add_parser("cache", help="scenes of one's own through VGGT, SAM 2 and segmentation, once")
+    keep = commands.add_parser(
+        "cache", help="scenes of one's own through VGGT, SAM 2 and segmentation, once"
+    )
     keep.add_argument("path", type=Path, help="a scene, or a folder of scenes")
     keep.add_argument("out", type=Path)
     add_scene_options(look)
@@ -4562,7 +4797,9 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     elif args.command == "rooms":
         for seed in range(args.seed, args.seed + args.count):
             scene = room(seed, args.objects, size=240, views=16, points=20_000)
-            print(write_scannet(replace(scene, name=f"scene{seed % 10_000:04d}_00"), args.out / "scans"))
+            print(
+                write_scannet(replace(scene, name=f"scene{seed % 10_000:04d}_00"), args.out / "scans")
+            )
     elif cache_scenes(args.path, args.out, **scene_options(args)):
         return 2
 

@@ -99,7 +99,9 @@ def test_a_cloud_and_one_in_which_nothing_is_found_can_be_asked(runs, scene, tmp
     """A blank wall has no segment; the answer may be empty, the command is not an error."""
     wall = np.abs(scene.points[:, 0] - scene.points[:, 0].min()) < 0.02
     for name, part in (("room", slice(None)), ("wall", wall)):
-        data.write_ply(tmp_path / f"{name}.ply", scene.points[part], scene.colours[part], scene.normals[part])
+        data.write_ply(
+            tmp_path / f"{name}.ply", scene.points[part], scene.colours[part], scene.normals[part]
+        )
         ask(runs, paper, tmp_path / f"{name}.ply")
 
 
@@ -110,7 +112,14 @@ def test_a_cloud_and_one_in_which_nothing_is_found_can_be_asked(runs, scene, tmp
 def test_what_is_no_scene_ends_in_one_line(runs, tmp_path, capsys, name, content, says):
     (tmp_path / name).write_bytes(content)
     for paper in PAPERS:
-        command = ["--run", str(runs / paper), "--scene", str(tmp_path / name), "--ask", "what is this?"]
+        command = [
+            "--run",
+            str(runs / paper),
+            "--scene",
+            str(tmp_path / name),
+            "--ask",
+            "what is this?",
+        ]
         assert evaluate.main(command) == 2
         said = capsys.readouterr().err
         assert says in said and said.count("\n") == 1

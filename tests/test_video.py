@@ -1,7 +1,6 @@
 """From a video, images, or frames without depth or poses to a scene, and scenes that are kept. What VGGT would find comes
 from a stand-in that knows the truth in a unit and a frame of its own; VGGT's own parts run where they are installed."""
 
-import json
 import struct
 from fractions import Fraction
 
@@ -74,7 +73,9 @@ def read_folder(folder, count=32, longest=640, notes=None):
 def test_frames_are_evenly_spaced_in_time_not_in_number(tmp_path):
     """Half of the frames lie in the first tenth of the time; they make a tenth of what is read."""
     seconds = np.concatenate([np.linspace(0, 1, 50, endpoint=False), np.linspace(1, 10, 50)])
-    found = number(read_video(encode(tmp_path / "a.mp4", numbered(100), seconds), count=10, tries=1), 100)
+    found = number(
+        read_video(encode(tmp_path / "a.mp4", numbered(100), seconds), count=10, tries=1), 100
+    )
     assert sum(n < 50 for n in found) == 1 and found == sorted(found) and len(found) == 10
 
 
@@ -88,7 +89,9 @@ def test_every_frame_comes_back_once_whatever_the_distance_of_key_frames(tmp_pat
 def test_the_sharpest_frame_of_an_interval_is_taken(tmp_path):
     images = numbered(40)
     for i in np.flatnonzero(np.arange(40) % 4 != 1):
-        images[i, 20:44, 20:44] = images[i, 20:44, 20:44].mean((0, 1))  # no pattern: as blurred as can be
+        images[i, 20:44, 20:44] = images[i, 20:44, 20:44].mean(
+            (0, 1)
+        )  # no pattern: as blurred as can be
     found = number(read_video(encode(tmp_path / "a.mp4", images), count=10), 40)
     assert found == [n for n in range(40) if n % 4 == 1]
 
@@ -112,7 +115,9 @@ def test_a_recording_that_broke_off_gives_what_it_has(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"not a video at all", bytes(range(256)) * 40])
 def test_a_broken_video_is_one_line(tmp_path, content):
     (tmp_path / "a.mp4").write_bytes(content)
-    with pytest.raises(DataError, match=r"a.mp4: not a whole video \(.*\); copy or export it again") as error:
+    with pytest.raises(
+        DataError, match=r"a.mp4: not a whole video \(.*\); copy or export it again"
+    ) as error:
         open_scene(tmp_path / "a.mp4")
     assert "\n" not in str(error.value)
 
@@ -122,7 +127,8 @@ def test_missing_packages_are_one_line_that_says_how_to_install_them(tmp_path, m
     monkeypatch.setitem(__import__("sys").modules, "vggt.models.vggt", None)
     data.load_vggt.cache_clear()
     with pytest.raises(
-        DataError, match=r"a.mp4: has no depth, intrinsics, poses; .*: pip install git\+https://github.com/"
+        DataError,
+        match=r"a.mp4: has no depth, intrinsics, poses; .*: pip install git\+https://github.com/",
     ):
         open_scene(path)
     monkeypatch.setitem(__import__("sys").modules, "av", None)
@@ -253,10 +259,16 @@ def test_what_is_known_makes_a_scene_metric_and_what_is_not_is_guessed(scene, tm
         np.testing.assert_allclose(extent(found), extent(true), atol=0.15)
     for kind in ("images", "video.mp4", "colmap"):
         found = read_views(tmp_path / kind)
-        assert not found.metric and "guessed" in found.notes[-1] and found.frames.depth.shape == (12, 96, 96)
+        assert (
+            not found.metric
+            and "guessed" in found.notes[-1]
+            and found.frames.depth.shape == (12, 96, 96)
+        )
         ratio = extent(found) / extent(true)
         assert ratio.std() < 0.05  # the same room in another unit
-        assert np.median(found.frames.depth[found.frames.depth > 0]) == pytest.approx(data.GUESS, rel=0.02)
+        assert np.median(found.frames.depth[found.frames.depth > 0]) == pytest.approx(
+            data.GUESS, rel=0.02
+        )
         scaled = read_views(tmp_path / kind, scale=2.0)  # a length that is twice the guessed one
         assert scaled.metric
         np.testing.assert_allclose(extent(scaled), 2 * extent(found), rtol=0.03)
@@ -266,7 +278,9 @@ def test_what_is_known_makes_a_scene_metric_and_what_is_not_is_guessed(scene, tm
         assert not tasks & data.METRIC and "relation" in tasks
 
 
-def test_poses_of_another_convention_and_cameras_that_stand_still_are_refused(scene, tmp_path, stand_in):
+def test_poses_of_another_convention_and_cameras_that_stand_still_are_refused(
+    scene, tmp_path, stand_in
+):
     """Found depth and known poses contradict each other then."""
     stand_in(oracle(scene.frames))
     folder = write_rgbd(scene, tmp_path / "a")
@@ -286,7 +300,9 @@ def test_one_frame_is_a_scene(scene, tmp_path, stand_in):
     assert one.frames.depth.shape[0] == 1 and not one.metric
 
 
-def test_the_uncertain_fifth_of_the_depth_is_dropped_and_none_at_all_is_one_line(scene, tmp_path, stand_in):
+def test_the_uncertain_fifth_of_the_depth_is_dropped_and_none_at_all_is_one_line(
+    scene, tmp_path, stand_in
+):
     path = encode(tmp_path / "a.mp4", scene.frames.colour)
 
     def unsure(images):
@@ -328,7 +344,9 @@ def test_the_kitchen_as_video_and_as_frames_with_poses(tmp_path, stand_in):
 
 def small_vggt(width=32):
     """VGGT from its own aggregator and heads, tiny and untrained, its cameras started at a usual field of view."""
-    vggt = pytest.importorskip("vggt.models.vggt", reason=f"VGGT itself was not run: {data.INSTALL['vggt']}")
+    vggt = pytest.importorskip(
+        "vggt.models.vggt", reason=f"VGGT itself was not run: {data.INSTALL['vggt']}"
+    )
     from vggt.heads.camera_head import CameraHead
     from vggt.heads.dpt_head import DPTHead
     from vggt.models.aggregator import Aggregator
@@ -336,13 +354,17 @@ def small_vggt(width=32):
     torch.manual_seed(0)
     model = vggt.VGGT.__new__(vggt.VGGT)
     torch.nn.Module.__init__(model)
-    model.aggregator = Aggregator(img_size=70, embed_dim=width, depth=4, num_heads=4, patch_embed="conv")
+    model.aggregator = Aggregator(
+        img_size=70, embed_dim=width, depth=4, num_heads=4, patch_embed="conv"
+    )
     model.camera_head = CameraHead(dim_in=2 * width, num_heads=4, trunk_depth=1)
     model.depth_head = DPTHead(2 * width, output_dim=2, activation="exp", conf_activation="expp1", features=16,
                                out_channels=[8, 16, 16, 16], intermediate_layer_idx=[0, 1, 2, 3])  # fmt: skip
     last = [m for m in model.camera_head.pose_branch.modules() if isinstance(m, torch.nn.Linear)][-1]
     torch.nn.init.normal_(last.weight, std=0.002)
-    last.bias.data.copy_(torch.tensor([0, 0, 0, 0, 0, 0, 0.25, 0.25, 0.25]))  # added four times: 1 radian
+    last.bias.data.copy_(
+        torch.tensor([0, 0, 0, 0, 0, 0, 0.25, 0.25, 0.25])
+    )  # added four times: 1 radian
     return model.eval()
 
 
@@ -350,13 +372,17 @@ def test_vggts_own_parts_give_depth_and_cameras_in_our_conventions(tmp_path, mon
     """Untrained, so where things are means nothing; every array has its shape and every number is finite."""
     images, model = room(2, views=3, size=60).frames.colour[:, :48], small_vggt()
     depth, confidence, K, poses = data.vggt_geometry(images, model, longest=70)
-    assert depth.shape == confidence.shape == (3, 48, 60) and (depth > 0).all() and (confidence >= 1).all()
+    assert (
+        depth.shape == confidence.shape == (3, 48, 60) and (depth > 0).all() and (confidence >= 1).all()
+    )
     np.testing.assert_allclose(K[:, :2, 2], np.tile([30, 24], (3, 1)), rtol=1e-5)
     turn = poses[:, :3, :3]
     np.testing.assert_allclose(turn @ turn.swapaxes(1, 2), np.tile(np.eye(3), (3, 1, 1)), atol=1e-5)
     monkeypatch.setattr(data, "load_vggt", lambda name: model)
     scene = open_scene(encode(tmp_path / "room.mp4", images))
-    assert scene.frames.depth.shape == (3, 48, 60) and np.isfinite(scene.points).all() and not scene.metric
+    assert (
+        scene.frames.depth.shape == (3, 48, 60) and np.isfinite(scene.points).all() and not scene.metric
+    )
 
 
 # ---- opening and keeping scenes
@@ -373,7 +399,9 @@ def test_every_kind_of_scene_has_its_reader_and_its_options(tmp_path):
         open_scene(write_rgbd(room(3, views=3, size=32), tmp_path / "a"), masks="x")
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd/scan.sens").write_text("x")
-    with pytest.raises(DataError, match=r"odd: holds no frames, but scan.sens; known layouts: .*COLMAP"):
+    with pytest.raises(
+        DataError, match=r"odd: holds no frames, but scan.sens; known layouts: .*COLMAP"
+    ):
         open_scene(tmp_path / "odd")
 
 
@@ -384,7 +412,9 @@ def test_masks_that_lie_beside_the_frames_are_the_objects(scene, tmp_path):
         save(folder / f"instance-filt/frame-{i:06d}.png", mask.astype(np.uint16))
     found = open_scene(folder)
     seen = [o for o in scene.objects if (scene.frames.masks == o.id).sum() > 100]
-    sizes = np.stack([np.sort(o.box[3:]) for o in found.objects])  # the cloud may lie a quarter turn off
+    sizes = np.stack(
+        [np.sort(o.box[3:]) for o in found.objects]
+    )  # the cloud may lie a quarter turn off
     near = [np.abs(sizes - np.sort(o.box[3:])).max(1).min() < 0.25 for o in seen]
     assert np.mean(near) > 0.8 and len(found.objects) <= len(scene.objects)
     assert not np.array_equal(open_scene(folder, masks="segments").frames.masks, found.frames.masks)
@@ -448,47 +478,39 @@ def test_kept_scenes_whose_arrays_do_not_belong_together_are_one_line(tmp_path):
     path, scene = tmp_path / "a.npz", data.with_own_segments(room(1, views=2, size=48))
     data.save_scene(scene, path)
     held = dict(np.load(path))
-    about = np.array(json.dumps(json.loads(str(held["about"])) | {"objects": [[1, "", "red", 0.0]]}))
-    for change in (
-        {"points": held["points"][:9]},
-        {"frames.poses": held["frames.poses"][:1]},
-        {"about": about},
-    ):
+    for change in ({"points": held["points"][:9]}, {"frames.poses": held["frames.poses"][:1]}):
         np.savez(path, **(held | change))
-        with pytest.raises(DataError, match=r"a: |a\.npz: ") as error:
+        with pytest.raises(DataError, match=r"arrays of {.*} points|do not belong together"):
             open_scene(path).frames.load()
-        assert "\n" not in str(error.value)
     path.write_bytes(b"")
     with pytest.raises(DataError, match="not a whole kept scene"):
         open_scene(path)
 
 
-@pytest.mark.parametrize("source", ["ply", "rgbd", "cached"])
+@pytest.mark.parametrize("source", ["ply", "cached"])
 def test_own_scenes_are_trained_on_without_those_in_which_nothing_was_found(tmp_path, capsys, source):
-    """Their options reach them, and boxes have sides that a loss can take the logarithm of."""
-    part = room(1, views=6, size=64)
-    flat = np.random.default_rng(0).uniform(-2, 2, (900, 3)).astype(np.float32) * [1, 1, 0]
+    """Boxes then have sides that a loss can take the logarithm of."""
     for i in range(3):
-        if source == "rgbd":
-            write_rgbd(part, tmp_path / f"in/{i}", scale=4000)
-        else:
-            data.write_ply(tmp_path / f"in{i}.ply", part.points, part.colours, part.normals)
-    options, root = (
-        ({"depth_scale": 4000.0, "up": "-y"}, tmp_path / "in")
-        if source == "rgbd"
-        else ({"up": "+z"}, tmp_path)
+        part = room(i, views=0)
+        data.write_ply(tmp_path / f"{i}.ply", part.points, part.colours, part.normals)
+    flat = np.random.default_rng(0).uniform(-2, 2, (900, 3)) * [1, 1, 0]
+    data.write_ply(
+        tmp_path / "0_empty.ply", flat, np.full((900, 3), 120, np.uint8), np.tile([0.0, 0, 1], (900, 1))
     )
-    if source != "rgbd":
-        data.write_ply(
-            tmp_path / "empty.ply", flat, np.full((900, 3), 120, np.uint8), np.tile([0.0, 0, 1], (900, 1))
-        )
+    root = tmp_path
     if source == "cached":
-        assert data.cache_scenes(tmp_path, tmp_path / "out", **options) == 0
-        options, root = {}, tmp_path / "out"
-    train, test = (data.load_scenes(source, split, root, **options) for split in ("train", "test"))
-    assert len(train) + len(test) == 3 and all(scene.objects for scene in train + test)
-    assert min(o.box[3:].min() for scene in train + test for o in scene.objects) >= 0.001
-    assert source == "rgbd" or "empty" in capsys.readouterr().out
+        root = tmp_path / "out"
+        assert data.cache_scenes(tmp_path, root) == 0
+    scenes = [scene for split in ("train", "test") for scene in data.load_scenes(source, split, root)]
+    assert len(scenes) == 3 and "0_empty" in capsys.readouterr().out
+    assert min(o.box[3:].min() for scene in scenes for o in scene.objects) >= 0.001
+
+
+def test_options_reach_the_scenes_of_a_folder(tmp_path):
+    for i in range(2):
+        write_rgbd(room(i, views=6, size=64), tmp_path / str(i), scale=4000)
+    (scene,) = data.load_scenes("rgbd", "test", tmp_path, depth_scale=4000.0, up="-y")
+    assert "up = -y" in "".join(scene.notes) and scene.frames.depth.max() < 10
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path, capsys):
