@@ -2605,6 +2605,8 @@ def read_tensors(run: Path, kind: str) -> dict[str, torch.Tensor]:
 def load_weights(model: torch.nn.Module, run: Path) -> None:
     """Copy a run's weights into a model that is not sharded: every name and shape must agree."""
     saved, own = read_tensors(run, "weights"), named_weights(model)
+
+    # a weight that stayed as it was drawn would not show
     for name in sorted(saved.keys() | own.keys()):
         there, here = (tuple(t[name].shape) if name in t else "missing" for t in (saved, own))
         if there != here:

@@ -438,6 +438,7 @@ def start_worker(worker: int) -> None:
 
 def load_steps(dataset: QuestionDataset, steps: range, workers: int) -> Iterator[list[dict]]:
     """Yield the micro-batches of each step, drawn ahead by loader processes."""
+    # a step is a batch of micro-batches
     n = dataset.stage.accumulate
     items = range(steps.start * n, steps.stop * n)
     options = {"multiprocessing_context": "fork", "worker_init_fn": start_worker} if workers else {}
@@ -908,6 +909,7 @@ def train(args: argparse.Namespace) -> nn.Module:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command: status 0, 2 and one line for what the user can mend, 128 + n after signal n."""
+    # what ends a run in an expected way is one line; anything else is a bug and shows its traceback
     args = parse_args(argv)
     status, message = 0, ""
     try:
