@@ -527,7 +527,7 @@ def test_the_frozen_tower_sees_every_symbol_once(text, monkeypatch):
 def test_what_is_trained_from_scratch_enters_at_the_scale_of_the_embeddings(text, scenes):
     """Tokens a hundred times smaller than words are not found by attention, larger ones drown them."""
     model = make(text)
-    words = proxy3d.rms(model.llm.get_input_embeddings().weight)
+    words = proxy3d.rms(model.llm.get_input_embeddings().weight.detach())
     z, _, _ = model.scene_tokens(scenes[0])
     for features in (
         model.symbols(IDENTIFIERS),
