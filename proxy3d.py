@@ -230,21 +230,21 @@ def cluster(points: Tensor, labels: Tensor, budget: int, floor: int = 2, method:
     """
     if len(points) == 0:
         raise ValueError("cluster: no patches with a measured point; check the scene's depth")
-    _, group, sizes = labels.cpu().unique(return_inverse=True, return_counts=True)
+    _, group, sizes = np.unique(labels.cpu(), return_inverse=True, return_counts=True)
     xyz = points.float().cpu().numpy()
 
     # proxies are numbered group by group
-    proxy, K = torch.full_like(group, -1), 0
-    for g, count in enumerate(allocate(sizes.tolist(), budget, floor)):
+    proxy, K = np.full(len(xyz), -1), 0
+    for g, count in enumerate(allocate(sizes, budget, floor)):
         if count:
             mine = group == g
-            owner = torch.from_numpy(CLUSTERING[method](xyz[mine], count))
+            owner = CLUSTERING[method](xyz[mine], count)
 
             # a cluster that nobody joined is no proxy
-            filled, owner = owner.unique(return_inverse=True)
+            filled, owner = np.unique(owner, return_inverse=True)
             proxy[mine] = K + owner
             K += len(filled)
-    return proxy.to(points.device)
+    return torch.from_numpy(proxy).to(points.device)
 
 
 def farthest_seeds(points: np.ndarray, count: int) -> np.ndarray:
@@ -689,8 +689,8 @@ class Model(data.SceneLanguageModel):
         """Draw four scenes with their tokens, and where the model looks to answer a question about each."""
         paths = []
         for scene in scenes[:4]:
-            numbers = data.number_objects(scene, np.random.default_rng(0))
-            scene = replace(scene, identifiers=numbers)
+            rng = np.random.default_rng(0)
+            scene = replace(scene, identifiers=data.number_objects(scene, rng))
             paths.append(folder / f"{scene.name}.png")
             data.draw_scene(scene, paths[-1], tokens=self.token_centers(scene))
 
@@ -717,7 +717,7 @@ def rms(x: Tensor) -> float:
 
 # ---- 7 the paper's recipe ------------------------------------------------------------------------
 
-TASKS: dict = {}  # Proxy3D needs no question types beyond data.TASKS
+TASKS = {}  # Proxy3D needs no question types beyond data.TASKS
 
 # supp. Table 2, training splits; its rounded rows give 319K, not 318K. fit: Chat-Scene's filter
 SPACESPAN = {
@@ -890,7 +890,7 @@ def demo() -> None:
     features = model.encode_images(torch.from_numpy(f.colour)).detach()
     points = torch.from_numpy(data.unproject(f.depth, f.intrinsics, f.poses))
     masks = torch.from_numpy(f.masks).long()
-    z, c, _ = make_proxies(features, points, masks, budget=96)
+    z, c, _ = make_proxies(features, points, masks, 96)
     print(f"frames [V, H, W, 3]       {list(f.colour.shape)}")
     print(f"features [V, h, w, C]     {list(features.shape)}")
     print(f"proxies z [K, C]          {list(z.shape)}, c [K, 3] {list(c.shape)}")
