@@ -64,7 +64,8 @@ def scenes():
     rng = np.random.default_rng(0)
     sizes = {0: 9, 1: 12, 4: 7}
     found = [
-        augment(room(s, objects=n, views=0, points=700), rng) for s, n in sizes.items()
+        augment(room(s, objects=n, views=0, points=700), rng)
+        for s, n in sizes.items()
     ]
     return found
 
@@ -75,7 +76,10 @@ def hubs(tmp_path_factory, text):
     from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, Qwen2Config
 
     same = dict(
-        vocab_size=len(text), hidden_size=32, num_hidden_layers=3, num_attention_heads=4
+        vocab_size=len(text),
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
     )
     same |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=1)
     configs = {
@@ -88,6 +92,7 @@ def hubs(tmp_path_factory, text):
         "llama": LlamaConfig(intermediate_size=40, tie_word_embeddings=False, **same),
         "opt": OPTConfig(ffn_dim=40, word_embed_proj_dim=32, **same),
     }
+
     # weights large enough for answers that vary
     folders = {}
     for family, config in configs.items():
@@ -128,7 +133,9 @@ def wake(model):
 def test_the_fourier_code_equals_its_formula():
     """sin of all phases, then cos: phase 100 x / 1000^(i / F), axis by axis."""
     x = torch.rand(2, 3)
-    for row, code in zip(x.tolist(), fase3d.fourier_code(x, 24).tolist(), strict=True):
+    for row, code in zip(
+        x.tolist(), fase3d.fourier_code(x, 24).tolist(), strict=True
+    ):
         phase = [100 * c / 1000 ** (i / 4) for c in row for i in range(4)]
         assert code == pytest.approx(
             [*map(math.sin, phase), *map(math.cos, phase)], abs=2e-5
@@ -169,6 +176,7 @@ def test_keys_number_a_full_grid_and_hilberts_steps_are_to_face_neighbors(bits):
 
 def hilbert_slowly(cell, bits):
     """Skilling's published loops (AxestoTranspose), on Python's whole numbers."""
+    # undo the turns, from the highest bit down
     x, q = list(cell), 1 << (bits - 1)
     while q > 1:
         for i in range(3):
@@ -179,6 +187,8 @@ def hilbert_slowly(cell, bits):
                 x[0] ^= swap
                 x[i] ^= swap
         q >>= 1
+
+    # Gray code
     x[1] ^= x[0]
     x[2] ^= x[1]
     t, q = 0, 1 << (bits - 1)
@@ -186,6 +196,8 @@ def hilbert_slowly(cell, bits):
         if x[2] & q:
             t ^= q - 1
         q >>= 1
+
+    # bits of the three axes in turn
     key = 0
     for bit in reversed(range(bits)):
         for axis in x:
@@ -212,12 +224,8 @@ def test_quantization_equals_equation_6():
     points = torch.tensor(
         [[0.0, 2.0, -1.0], [1.0, 2.0, 0.0], [0.5, 2.0, 1.0], [0.26, 2.0, 0.99]]
     )
-    assert fase3d.quantize(points, 2).tolist() == [
-        [0, 0, 0],
-        [3, 0, 1],
-        [1, 0, 3],
-        [0, 0, 2],
-    ]
+    cells = [[0, 0, 0], [3, 0, 1], [1, 0, 3], [0, 0, 2]]
+    assert fase3d.quantize(points, 2).tolist() == cells
     assert fase3d.quantize(points[:1], 10).tolist() == [[0, 0, 0]]
 
 
@@ -225,16 +233,14 @@ def test_quantization_equals_equation_6():
 def test_every_curve_is_the_plain_one_of_permuted_axes(name):
     """Transposed: x and y change places. Vertical: z comes in front. Ties are ordered by place."""
     points = torch.rand(300, 3)
-    axes = (
-        [1, 0, 2]
-        if "transposed" in name
-        else [2, 0, 1]
-        if "vertical" in name
-        else [0, 1, 2]
+    axes = {"transposed": [1, 0, 2], "vertical": [2, 0, 1]}.get(
+        name.split()[0], [0, 1, 2]
     )
     order = fase3d.curve_order(points, name, 10)
     plain = fase3d.curve_order(points[:, axes], name.split()[-1], 10)
     assert torch.equal(order, plain)
+
+    # and unlike every other curve
     others = [fase3d.curve_order(points, o, 10).tolist() for o in CURVES if o != name]
     assert order.tolist() not in others
 
@@ -260,6 +266,7 @@ def windowed_filter_slowly(x, gate):
             G = gate[c // (d // H)]
             mean = sum(x[start + t, c] for t in here) / len(here)
             u = {t: (x[start + t, c] - mean) * hann[t] for t in here}
+
             # its mean aside, the window times Hann goes through the gate
             spectrum = []
             for k in range(L):
@@ -267,6 +274,7 @@ def windowed_filter_slowly(x, gate):
                 spectrum.append(
                     wave * G[min(k, L - k)]
                 )  # a real signal's spectrum is symmetric
+
             # and comes back, times Hann again
             for t in here:
                 waves = [
@@ -275,6 +283,7 @@ def windowed_filter_slowly(x, gate):
                 ]
                 y = sum(waves).real / L
                 out[start + t, c] += (y + mean * G[0] * hann[t]) * hann[t]
+
         # what the windows add up to
         for t in here:
             norm[start + t] += hann[t] ** 2
@@ -329,6 +338,7 @@ def test_the_gate_starts_as_a_low_pass_of_each_heads_own_width():
     assert (gate[1:, 1:] > gate[:-1, 1:]).all()
     assert gate[0, 1] == pytest.approx(0.5)
     assert gate[3, 8] == pytest.approx(0.5)
+
     # the same under autocast, and every bin with a gradient
     S, orders = torch.randn(30, 8), torch.arange(30).repeat(2, 1)
     with torch.autocast("cpu", torch.bfloat16):
@@ -416,16 +426,20 @@ def test_seeds_of_a_line_by_hand():
     These are neighbors of kept seeds and step back; but all are covered by now, so they get the
     places that are left.
     """
+    # points every few centimeters around 0, 10, 20 ... meters
     sizes = torch.tensor([4, 4, 9, 4, 4, 4, 4])
     owner = torch.arange(7).repeat_interleave(sizes)
     along = torch.cat(
         [10.0 * m + torch.arange(n) / n for m, n in enumerate(sizes.tolist())]
     )
     points = torch.stack([along, along * 0, along * 0], 1)
+
     # what farthest points alone would give
     drawn = owner[data.farthest_point_sampling(points, 6)].tolist()
     assert drawn[:3] == [6, 0, 3]
     assert set(drawn[3:5]) == {1, 5}
+
+    # seeds are the same, in the same order
     for count in (3, 5, 6):
         assert (
             fase3d.choose_seeds(points, owner, chain(7), count)[0].tolist()
@@ -442,10 +456,13 @@ def test_free_places_go_to_what_no_seed_covers_and_the_largest_first():
     points = torch.zeros(39, 3)
     points[:31, 0] = torch.arange(31)
     points[31:, 0] = 30 + owner[31:] + 0.01 * torch.arange(8)
+
     # what farthest points alone would give
     drawn = owner[data.farthest_point_sampling(points, 4)].tolist()
     assert set(drawn[:2]) == {0, 5}
     assert drawn[2:] == [0, 0]
+
+    # the wall's second and third give way
     seeds, places = fase3d.choose_seeds(points, owner, chain(6), 4)
     assert seeds.tolist() == [*drawn[:2], 3, 1]
     assert places[3].tolist() == points[32].tolist(), (
@@ -464,6 +481,8 @@ def test_seeds_are_spread_before_they_are_neighbors(count):
         edges, _ = fase3d.nearest_edges(*votes, centers, 2)
         seeds, places = fase3d.choose_seeds(points, owner, edges, count)
         assert len(set(seeds.tolist())) == len(places) == min(count, M)
+
+        # every seed at one of its own points
         for s, place in zip(seeds.tolist(), places, strict=True):
             assert (points[owner == s] == place).all(1).any()
 
@@ -481,6 +500,8 @@ def test_pooled_tokens_equal_the_formula_written_as_a_loop():
     """z_t = sum_i w_i S_i / sum_i w_i: 1 for the seed, max(0, cos) * strength for a neighbor."""
     torch.manual_seed(0)
     S, seed = torch.randn(13, 7), torch.tensor([4, 12, 0, 9, 7])
+
+    # edges at the seeds: whose, to which superpoint, how strong
     token = torch.tensor([0, 0, 0, 2, 2, 3, 4, 4, 4, 4])  # token 1 stands alone
     member = torch.tensor([1, 5, 8, 3, 12, 2, 0, 1, 10, 11])
     strength = torch.rand(10)
@@ -509,7 +530,9 @@ def test_tokens_enter_at_the_size_of_the_word_vectors(text, scenes, hubs):
         assert rms(model.scene_tokens(scenes[0])["tokens"]) == pytest.approx(
             words, rel=0.02
         )
-        assert rms(model.place(torch.rand(500, 3) * 5)) == pytest.approx(words, rel=0.2)
+        assert rms(model.place(torch.rand(500, 3) * 5)) == pytest.approx(
+            words, rel=0.2
+        )
 
 
 # ---- 6 positions and the coordinate token --------------------------------------------------------
@@ -533,6 +556,8 @@ def test_the_coordinate_token_equals_a_loop_over_its_neighbors(k):
     c, z, places = torch.randn(4, 3), torch.randn(9, 12), torch.randn(9, 3)
     box = torch.tensor([[-2.0, -3.0, -2.5], [2.0, 2.5, 3.5]])
     size = box[1] - box[0]
+
+    # one click at a time
     for own, out in zip(c, token(c, box, z, places, k), strict=True):
         near = (places - own).norm(dim=1).argsort()[:k].tolist()
         around = [
@@ -551,6 +576,7 @@ def test_clicks_and_tokens_are_coded_in_one_box(text, scenes):
     far = replace(scene, points=scene.points.copy())
     far.points[left_out[0]] = 50.0
     seen, other = model.encode([scene]), model.encode([far])
+
     # nothing notices it
     expected = np.stack([scene.points[index].min(0), scene.points[index].max(0)])
     assert np.array_equal(seen["box"][0].numpy(), expected)
@@ -565,6 +591,8 @@ def test_the_filter_equals_a_dense_circulant_matrix_and_the_complex_fft():
     torch.manual_seed(0)
     z, gain, w = torch.randn(5, 24), torch.randn(3, 8), 8
     out = fase3d.global_filter(z, gain)
+
+    # head by head, a kernel from its gains
     for h, G in enumerate(gain.tolist()):
         waves = [
             [g * cmath.exp(2j * math.pi * k * t / w) for k, g in enumerate(G)]
@@ -573,7 +601,10 @@ def test_the_filter_equals_a_dense_circulant_matrix_and_the_complex_fft():
         kernel = [sum(wave).real / w for wave in waves]
         K = torch.tensor([[kernel[(i - j) % w] for j in range(w)] for i in range(w)])
         x = z[:, h * w : (h + 1) * w]
-        assert torch.allclose(out[:, h * w : (h + 1) * w], (x + x @ K.T) / 2, atol=1e-5)
+        assert torch.allclose(
+            out[:, h * w : (h + 1) * w], (x + x @ K.T) / 2, atol=1e-5
+        )
+
     # half of a spectrum is enough
     x = z.view(5, 3, 8)
     mixed = torch.fft.ifft(torch.fft.fft(x) * gain).real
@@ -592,6 +623,8 @@ def test_the_filter_is_the_identity_at_start():
 def test_decoupled_lora_equals_a_loop_over_tokens(name):
     """Base map for all; alpha / rank * B A x of the pair of its kind; a kind without one passes."""
     torch.manual_seed(0)
+
+    # twenty tokens of two kinds, pairs that are not zero
     vision = torch.rand(20) < 0.4
     index = {"vision": vision.nonzero()[:, 0], "text": (~vision).nonzero()[:, 0]}
     route = ADAPTERS[name]
@@ -599,6 +632,7 @@ def test_decoupled_lora_equals_a_loop_over_tokens(name):
     for pair in set(route.values()):
         layer.add(pair, 2)
         nn.init.normal_(layer.lora[pair][1].weight)
+
     # token by token
     x = torch.randn(4, 5, 6)
     out = layer(x).view(20, 9)
@@ -632,12 +666,15 @@ def test_at_start_adapters_change_nothing_and_the_filter_rounds(
     """B = 0 and G = 1: the frozen model answers as anybody loads it."""
     from transformers import AutoModelForCausalLM
 
+    # as anybody loads it
     plain = AutoModelForCausalLM.from_pretrained(hubs[family]).eval()
     model = load(hubs[family], text, adapters=adapters, filter="none")
     x, vision = some_input(model)
     with torch.no_grad():
         expected = plain.base_model(inputs_embeds=x).last_hidden_state
     assert torch.allclose(hidden(model, x, vision), expected, atol=1e-6)
+
+    # with the filter: the FFT there and back
     filtered = load(hubs[family], text, adapters=adapters, filter="both")
     assert (hidden(filtered, x, vision) - expected).abs().max() < 1e-5
 
@@ -651,6 +688,7 @@ def test_an_adapter_moves_the_paths_of_its_own_tokens_only(hubs, text, family, k
     mine = vision if kind == "vision" else ~vision
     layers = [m for m in model.llm.modules() if isinstance(m, fase3d.DecoupledLoRA)]
     assert len(layers) == 2 * (2 if family == "opt" else 3)
+
     # every token's output of the first map, with B and with -B
     seen = []
     hook = layers[0].register_forward_hook(
@@ -661,6 +699,8 @@ def test_an_adapter_moves_the_paths_of_its_own_tokens_only(hubs, text, family, k
         layer.lora[kind][1].weight.data.mul_(-1)
     after = hidden(model, x, vision)
     hook.remove()
+
+    # its own tokens in the FFN; in the model whatever can see one of them
     assert torch.equal((seen[1] - seen[0]).abs().amax(-1) > 1e-5, mine)
     moved = (after - before).abs().amax(-1) > 1e-5
     assert torch.equal(moved, mine.int().cummax(1).values.bool())
@@ -674,6 +714,7 @@ def test_the_filter_acts_on_the_tokens_it_is_for(hubs, text, family, where):
     filters = [m for m in model.llm.modules() if isinstance(m, fase3d.FourierFilter)]
     assert len(filters) == 2
     assert len(model.parts()["filter"]) == (0 if where == "none" else 2)
+
     # one pass says which token is which
     x, vision = some_input(model)
     hidden(model, x, vision)
@@ -745,6 +786,8 @@ def shuffled(scene, seed):
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(scene.points))
     names = rng.permutation(1000)[: scene.superpoints.max() + 1]
+
+    # every array moves along, superpoints under new names
     arrays = {
         key: getattr(scene, key)[order]
         for key in ("points", "colours", "normals", "instances")
@@ -770,6 +813,7 @@ def test_the_order_of_points_and_the_names_of_superpoints_change_no_token(
     for scene, samples in with_questions(scenes[:2], 4, {"id_category": 1}):
         mine = model.encode([scene])
         prompts = model.prompt_tokens(model.batch([(scene, samples)]), mine)
+
         # the same scene in another order
         other_scene = shuffled(scene, 0)
         other = model.encode([other_scene])
@@ -789,6 +833,7 @@ def test_a_turned_scene_keeps_the_geometry_of_the_unturned_one(text):
         turned = augment(plain, np.random.default_rng(seed))
         found = model.compute_features(turned)
         assert all(torch.equal(found[key], first[key]) for key in first)
+
         # every token at a point of the scene as it is now
         centers = model.token_centers(turned)
         assert np.allclose(centers, first["place"].numpy() @ turned.turn.T, atol=1e-5)
@@ -827,6 +872,7 @@ def test_stages_on_words_have_a_token_per_object_or_per_seed(
         ]  # a place tells which object it is
         if kind == "words":
             shown = model.load_features(scene)["shows"].tolist()
+
         # in words
         for t, i in enumerate(shown):
             ids = torch.tensor(words.get(i, [text.unk] * 2))
@@ -835,7 +881,9 @@ def test_stages_on_words_have_a_token_per_object_or_per_seed(
             assert torch.allclose(seen["tokens"][b, t], expected, atol=1e-4)
 
 
-def test_what_a_seed_shows_is_the_most_frequent_object_on_its_superpoint(text, scenes):
+def test_what_a_seed_shows_is_the_most_frequent_object_on_its_superpoint(
+    text, scenes
+):
     """The truth of the tokenizer's own stage."""
     found = {k: v.numpy() for k, v in make(text).load_features(scenes[0]).items()}
     instances = scenes[0].instances[found["index"]]
@@ -856,7 +904,9 @@ def test_things_of_unknown_category_or_color_pass_every_stage(
     scene = replace(scenes[0], name="bare", objects=objects)
     model = make(text, stage)
     model.cache_features([scene])
-    (group,) = with_questions([scene], 4, stage.tasks) if stage.tasks else [(scene, [])]
+    (group,) = (
+        with_questions([scene], 4, stage.tasks) if stage.tasks else [(scene, [])]
+    )
     assert torch.isfinite(model(model.batch([group]))["loss"])
 
 
@@ -865,16 +915,22 @@ def test_one_superpoint_is_a_scene(text):
     """A single wall, or a single point: no edges, a token, a proposal, an answer."""
     for n in (1, 40):
         points = np.random.default_rng(0).random((n, 3)).astype(np.float32)
+
+        # a gray scene of n points and no objects
         arrays = dict(
             colours=np.zeros((n, 3), np.uint8), normals=np.zeros((n, 3), np.float32)
         )
         scene = data.Scene(
             "wall", "ply", [], points=points, superpoints=np.zeros(n, int), **arrays
         )
+
+        # everything works on one token
         model = make(text).eval()
         assert model.encode([scene])["tokens"].shape == (1, 1, 32)
         assert len(model.propose(scene).objects) == 1
-        sample = data.Sample("q", "wall", "count", "what is the number of doors?", "0")
+        sample = data.Sample(
+            "q", "wall", "count", "what is the number of doors?", "0"
+        )
         assert len(model.generate(model.batch([(scene, [sample])]), 2)) == 1
 
 
@@ -886,7 +942,10 @@ def test_one_superpoint_is_a_scene(text):
     [
         ("points", "Fase3D needs points; this source has none"),
         ("superpoints", "no superpoints; make them with data.over_segment"),
-        ("colours", "the cloud has no color and this model never saw such; train with"),
+        (
+            "colours",
+            "the cloud has no color and this model never saw such; train with",
+        ),
         (
             "normals",
             "the cloud has no normals; make them with data.estimate_normals, or train",
@@ -920,10 +979,12 @@ def test_a_model_that_saw_colorless_scenes_answers_about_one(text, scenes):
     draws = [augment(scenes[0], np.random.default_rng(i)) for i in range(60)]
     hidden = [not model.point_features(s, index)[:, :3].any() for s in draws]
     assert 18 <= sum(hidden) <= 42
+
     # as if it had none
     dark = draws[hidden.index(True)]
     none = model.point_features(replace(dark, colours=None), index)
     assert torch.equal(model.point_features(dark, index), none)
+
     # without training nothing is hidden
     lit = model.eval().point_features(dark, index).numpy()
     assert np.allclose(
@@ -982,11 +1043,14 @@ def test_a_marked_object_is_asked_about_by_a_click_or_its_box(text, scenes):
     sample = data.Sample(
         "q", scene.name, "id_category", f"what is <obj {thing.id}>?", ""
     )
+
+    # forty draws
     prompts = []
     for seed in range(40):
         prompts.append(
             model.add_prompt(scene, sample, np.random.default_rng(seed)).prompt
         )
+
     # many clicks, all on the object; else the box
     clicks = [p for p in prompts if len(p) == 3]
     assert 10 <= len(clicks) <= 30 and len({c.tobytes() for c in clicks}) > 5
@@ -996,6 +1060,7 @@ def test_a_marked_object_is_asked_about_by_a_click_or_its_box(text, scenes):
     for seed in range(9):
         rng = np.random.default_rng(seed)
         assert model.eval().add_prompt(scene, sample, rng).prompt is thing.box
+
     # two objects would be one too many
     both = replace(sample, question="is <obj 1> above <obj 2>?")
     with pytest.raises(
@@ -1049,6 +1114,8 @@ def test_a_switch_changes_the_tokens_if_it_is_about_them(text, scenes, change):
 def test_farthest_seeds_lie_apart_and_are_not_merged(text, scenes):
     """Table E compares geometric sampling with merging: a token is its seed's superpoint."""
     points, owner = random_cloud(N=300)
+
+    # farthest points of the centers
     centers = fase3d.superpoint_mean(points, owner)
     seeds, places = fase3d.farthest_seeds(points, owner, None, 5)
     assert torch.equal(seeds, data.farthest_point_sampling(centers, 5))
@@ -1071,6 +1138,7 @@ def test_a_q_former_token_knows_its_place(text, scenes):
     model = make(text, selector="qformer").eval()
     S, seed = torch.randn(30, 24), torch.randperm(30)[:7]
     z = model.qformer(S[seed], S)
+
     # in another order
     order = torch.randperm(7)
     assert torch.allclose(model.qformer(S[seed[order]], S), z[order], atol=1e-5)
@@ -1080,24 +1148,21 @@ def test_a_q_former_token_knows_its_place(text, scenes):
 def test_the_papers_recipe():
     """Sec. 4.1: 100,000 iterations on everything, 30,000 on one task; "from scratch" without the first."""
     for stage, steps in zip(STAGES["paper"], (100_000, 30_000), strict=True):
-        found = (
-            stage.iterations,
-            stage.batch,
-            stage.lr,
-            stage.final_lr,
-            stage.weight_decay,
-        )
-        assert found == (steps, 8, 1e-4, 1e-6, 0.1)
-        assert stage.schedule == "cosine"
+        assert (stage.iterations, stage.batch) == (steps, 8)
+        assert (stage.lr, stage.final_lr) == (1e-4, 1e-6)
+        assert (stage.schedule, stage.weight_decay) == ("cosine", 0.1)
         assert stage.trains == ("tokenizer", "place", "prompt", "adapters", "filter")
-    for preset, task, pretrain in itertools.product(
-        ("paper", "tiny"), TUNED, (True, False)
-    ):
+
+    # two switches, the same in both presets
+    switches = itertools.product(("paper", "tiny"), TUNED, (True, False))
+    for preset, task, pretrain in switches:
         config = getattr(Config, preset)(task=task, pretrain=pretrain)
         stages = fase3d.recipe(config, STAGES[preset])
-        # two switches
-        names = [s.name for s in STAGES[preset] if pretrain or s.name != "1 generalist"]
-        assert [s.name for s in stages] == names and stages[-1].tasks == TUNED[task][0]
+        names = [
+            s.name for s in STAGES[preset] if pretrain or s.name != "1 generalist"
+        ]
+        assert [s.name for s in stages] == names
+        assert stages[-1].tasks == TUNED[task][0]
         assert list(stages[-1].files) == TUNED[task][1]
         assert stages[-1].files
         assert set().union(*(s.tasks for s in stages)) <= set(data.TASKS)
@@ -1129,8 +1194,11 @@ def test_spectral_clusters_of_separate_cliques_are_the_cliques(sizes):
 def test_spectral_clusters_cut_where_the_weights_are_small():
     """Two groups joined by a weak bridge, without which they would be one component."""
     owner, edges, weight = cliques([8, 8])
+
     # one edge of little weight
-    bridge = np.array([[np.flatnonzero(owner == 0)[0], np.flatnonzero(owner == 1)[0]]])
+    bridge = np.array(
+        [[np.flatnonzero(owner == 0)[0], np.flatnonzero(owner == 1)[0]]]
+    )
     edges = np.concatenate([edges, bridge, bridge[:, ::-1]])
     label = fase3d.spectral_clusters(edges, np.append(weight, [0.05, 0.05]), 16, 2)
     assert len(set(zip(owner, label, strict=True))) == 2
@@ -1148,10 +1216,13 @@ def test_proposals_are_clusters_of_superpoints_with_the_extent_of_their_points(
     labels = set(found.instances.tolist()) - {0}
     assert labels == {o.id for o in found.objects} and 1 < len(labels) <= count
     assert {(o.category, o.colour) for o in found.objects} == {("", "")}
+
+    # boxes span their points
     for o in found.objects:
         mine = scene.points[found.instances == o.id]
         box = np.concatenate([(mine.min(0) + mine.max(0)) / 2, np.ptp(mine, 0)])
         assert np.allclose(o.box, box, atol=1e-5)
+
     # whole superpoints, the same ones every time
     drawn = found.instances > 0
     pairs = set(zip(scene.superpoints[drawn], found.instances[drawn], strict=True))
