@@ -324,14 +324,14 @@ class Enhancer(nn.Module):
         bins = window // 2 + 1
         # low-passes of many widths, from one wave per window to all of them
         cut = (window / 2) ** (torch.arange(heads) / max(1, heads - 1))  # [H]
-        gate = 1 / (1 + (torch.arange(bins) / cut[:, None]) ** 2)  # [H, L/2 + 1]
+        gate = 1 / (1 + (torch.arange(bins) / cut[:, None]) ** 2)  # [H, bins]
         self.theta = nn.Parameter(gate.expm1().log().flatten())  # softplus(theta) = gate
         self.heads = heads
 
     def forward(self, S: Tensor, orders: Tensor) -> Tensor:
         """Spread context over S [M, d] along orders [C, M]: [M, d], always in float32."""
         with torch.autocast(S.device.type, enabled=False):
-            gate = F.softplus(self.theta.float()).view(self.heads, -1)  # [H, L/2 + 1]
+            gate = F.softplus(self.theta.float()).view(self.heads, -1)  # [H, bins]
             return enhance(S.float(), orders, gate)
 
 
@@ -542,14 +542,14 @@ class CoordinateToken(nn.Module):
 def global_filter(z: Tensor, gain: Tensor) -> Tensor:
     """Filter tokens z [n, D] along their channels, head by head: (z + iFFT(FFT(z) * G)) / 2.
 
-    gain [H, D/H], 1 = the identity. A real signal's spectrum is symmetric: the gains of +k and -k
-    act as their mean, and half of the spectrum is enough.
+    gain [H, w] for H heads of w = D / H channels; 1 = the identity. A real signal's spectrum is
+    symmetric: the gains of +k and -k act as their mean, and half of the spectrum is enough.
     """
-    size = gain.shape[1]
-    symmetric = (gain + gain.flip(-1).roll(1, -1)) / 2  # [H, D/H]
-    x = z.float().unflatten(-1, gain.shape)  # [n, H, D/H]
-    spectrum = torch.fft.rfft(x) * symmetric[:, : size // 2 + 1]  # [n, H, D/H/2 + 1]
-    mixed = torch.fft.irfft(spectrum, n=size)  # [n, H, D/H]
+    w = gain.shape[1]
+    symmetric = (gain + gain.flip(-1).roll(1, -1)) / 2  # [H, w]
+    x = z.float().unflatten(-1, gain.shape)  # [n, H, w]
+    spectrum = torch.fft.rfft(x) * symmetric[:, : w // 2 + 1]  # [n, H, w/2 + 1]
+    mixed = torch.fft.irfft(spectrum, n=w)  # [n, H, w]
     return ((x + mixed) / 2).flatten(-2).to(z)  # [n, D]
 
 
@@ -566,7 +566,7 @@ class FourierFilter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Filter the tokens x [..., D] of these kinds, and leave the others: [..., D]."""
         rows = x.flatten(0, -2)
-        gain = self.gain.float().view(self.heads, -1)  # [H, D/H]
+        gain = self.gain.float().view(self.heads, -1)  # [H, w]
         for kind in self.kinds:
             index = self.token_index[kind]
             if len(index):  # there is no FFT of nothing
