@@ -4359,7 +4359,6 @@ def scene_figure(scene: Scene, title: str, lines: Sequence[str] = ()) -> tuple:
     """
     from matplotlib.figure import Figure
 
-<<<<<<< HEAD
     # what the cameras saw where there are any, else the cloud itself; 30,000 points show enough
     frames = scene.frames
     if frames is not None:
@@ -4394,42 +4393,6 @@ def scene_figure(scene: Scene, title: str, lines: Sequence[str] = ()) -> tuple:
     figure.suptitle(title, parse_math=False)
     figure.supxlabel("\n".join(lines), parse_math=False)
     return figure, (top, view)
-=======
-    cloud, wide, high = shown_cloud(scene), 16.4, 6.4
-    lines = [(part, ink) for line, ink in itertools.zip_longest(lines, inks[: len(lines)], fillvalue="black")
-             for part in wrap(line, 190)]  # fmt: skip
-    row, foot = 2.6 * bool(images), 0.25 * len(lines) + 0.1
-    total = 0.65 + high + 0.6 + row + foot
-    figure = Figure(figsize=(wide, total))
-    inches = lambda x, y, w, h: figure.add_axes((x / wide, 1 - (y + h) / total, w / wide, h / total))  # noqa: E731
-    size = (int(high * DPI), int(7.4 * DPI))
-    above, corner = inches(0.7, 0.65, 7.4, high), inches(8.5, 0.65, 7.4, high)
-    unit = " (m)" if scene.metric else ""
-    views = [View(above, size, cloud["low"], cloud["high"], unit=unit), perspective(corner, size, cloud)]
-    meaning = LOOKS[look][0] if scene.colours is not None or look == "segments" else "colours: height"
-    above.set_title(f"from above; {meaning}", fontsize=10)
-    corner.set_title("in perspective", fontsize=10)
-    figure.text(0.7 / wide, 1 - 0.3 / total, title, fontsize=12, weight="bold")
-    for view in views:
-        view.show(cloud, look)
-    left = 0.3
-    for caption, image in images:
-        width = (row - 0.45) * image.shape[1] / image.shape[0]
-        axis = inches(left, 0.65 + high + 0.85, width, row - 0.45)
-        axis.imshow(image, aspect="auto")
-        axis.set_axis_off()
-        axis.set_title(caption, fontsize=9)
-        left += width + 0.25
-    for i, (line, ink) in enumerate(lines):
-        figure.text(0.3 / wide, (foot - 0.25 * i - 0.2) / total, line, fontsize=10, color=ink)
-    yield views
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)  # a question may name dollars
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # another script: empty squares
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=DPI)
->>>>>>> readers
 
 
 def save_figure(figure, path: Path) -> None:
