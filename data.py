@@ -2349,8 +2349,8 @@ class FrameFiles(NamedTuple):
 
 def pictures(folder, pattern="*"):
     """List the images in a folder, frame10 after frame9; hidden files are none."""
-    files = [file for file in folder.glob(pattern) if file.suffix.lower() in IMAGES]
-    shown = [file for file in files if file.name[0] != "."]
+    files = (file for file in folder.glob(pattern) if file.suffix.lower() in IMAGES)
+    shown = (file for file in files if file.name[0] != ".")
     return sorted(shown, key=lambda file: (len(file.name), file.name))
 
 
@@ -2369,7 +2369,8 @@ def rigid(position, turn):
 
     rotation = Rotation.from_quat(turn) if len(turn) == 4 else Rotation.from_rotvec(turn)
     pose = np.eye(4)
-    pose[:3, :3], pose[:3, 3] = rotation.as_matrix(), position
+    pose[:3, :3] = rotation.as_matrix()
+    pose[:3, 3] = position
     return pose
 
 
@@ -2392,9 +2393,8 @@ def named_views(mark, images, depth, pose, cameras):
     camera = next((base / name for name in cameras if (base / name).exists()), None)
     for image in pictures(mark if mark.is_dir() else base, images):
         name = image.stem.removesuffix(".color")
-        files = (base / pattern.format(name) for pattern in (depth, pose, "instance-filt/{}.png"))
-        depth_file, pose_file, mask = files
-        yield FrameFiles(image, depth_file, pose_file, camera, mask)
+        mask = base / "instance-filt" / f"{name}.png"
+        yield FrameFiles(image, base / depth.format(name), base / pose.format(name), camera, mask)
 
 
 def replica(mark):
@@ -2421,12 +2421,16 @@ TUM_CAMERAS = {  # part of a sequence's name -> its published camera
 
 def tum(mark):
     """rgb/ and depth/ named by seconds; lines "second x y z qx qy qz qw"."""
-    base, rows = mark.parent, read_numbers(mark, 8)
+    base = mark.parent
     images, depths = pictures(base / "rgb"), pictures(base / "depth")
     cameras = (camera for name, camera in TUM_CAMERAS.items() if name in base.resolve().name)
     K = pinhole(*next(cameras))
+
+    # colors, depth and poses have clocks of their own
+    rows = read_numbers(mark, 8)
+    poses = [rigid(row[1:4], row[4:]) for row in rows]
     depths = in_time(images, seconds(depths), depths)
-    poses = in_time(images, rows[:, 0], [rigid(row[1:4], row[4:]) for row in rows])
+    poses = in_time(images, rows[:, 0], poses)
     for image, depth, pose in zip(images, depths, poses, strict=True):
         yield FrameFiles(image, depth, pose, K)
 
@@ -2434,13 +2438,18 @@ def tum(mark):
 def arkitscenes(mark):
     """lowres_wide/, lowres_depth/, lowres_wide_intrinsics/ named ID_SECONDS; lines "second rx ry
     rz x y z"."""
-    base, rows = mark.parent, read_numbers(mark, 7)
+    base = mark.parent
     images = pictures(base / "lowres_wide")
     depths = [base / "lowres_depth" / image.name for image in images]
-    poses = in_time(images, rows[:, 0], [rigid(row[4:], row[1:4]) for row in rows], 0.01)
+
+    # intrinsics are named by times a millisecond off; poses are fewer than images
     files = sorted((base / "lowres_wide_intrinsics").glob("*.pincam"))
     cameras = [pinhole(*read_numbers(file, 6)[0, 2:]) for file in files]  # behind width and height
-    yield from map(FrameFiles, images, depths, poses, in_time(images, seconds(files), cameras))
+    cameras = in_time(images, seconds(files), cameras)
+    rows = read_numbers(mark, 7)
+    poses = [rigid(row[4:], row[1:4]) for row in rows]
+    poses = in_time(images, rows[:, 0], poses, 0.01)
+    yield from map(FrameFiles, images, depths, poses, cameras)
 
 
 def stray_scanner(mark):
@@ -2459,9 +2468,11 @@ def polycam(mark):
     better poses."""
     kind = "corrected_" if (mark / "corrected_cameras").exists() else ""
     for file in sorted((mark / f"{kind}cameras").glob("*.json")):
-        held, pose = read_json(file), np.eye(4)
+        held = read_json(file)
+        pose = np.eye(4)
         pose[:3] = [[held[f"t_{i}{j}"] for j in range(4)] for i in range(3)]
-        image, depth = mark / f"{kind}images/{file.stem}.jpg", mark / f"depth/{file.stem}.png"
+        image = mark / f"{kind}images/{file.stem}.jpg"
+        depth = mark / f"depth/{file.stem}.png"
         yield FrameFiles(image, depth, pose, json_camera(held))
 
 
@@ -2807,7 +2818,8 @@ def voxel_downsample(rows, weight, voxel, limit):
     while len(rows) > limit:
         voxel *= 1.2
         rows, weight = voxel_mean(rows, weight, voxel)
-    points, colors = rows[:, :3].astype(np.float32), rows[:, 3:6].round().astype(np.uint8)
+    points = rows[:, :3].astype(np.float32)
+    colors = rows[:, 3:6].round().astype(np.uint8)
     return points, colors, unit(rows[:, 6:]), voxel
 
 
@@ -2889,8 +2901,8 @@ def load_mesh(path):
 
 def eight_bit(values):
     """Bring colors [N, 3] up to 1, 255 or 65535, whichever they reach, to uint8."""
-    whole = values.dtype.kind in "iu"
-    full = 65535 if values.max() > 255 else 255 if whole or values.max() > 4 else 1
+    highest = values.max()
+    full = 65535 if highest > 255 else 255 if highest > 4 else 1
     return np.nan_to_num(values * (255.0 / full)).round().clip(0, 255).astype(np.uint8)
 
 
@@ -3048,7 +3060,8 @@ def align_to_gravity(points, normals, up, poses=None):
     level = level if len(level) else z
     floor = np.median(level[np.abs(level - np.percentile(level, 3)) < 0.08])
     world = np.eye(4)
-    world[:3, :3], world[2, 3] = turn.as_matrix(), -floor
+    world[:3, :3] = turn.as_matrix()
+    world[2, 3] = -floor
     return world, f"turned z-up by {said}"
 
 
