@@ -1,5 +1,8 @@
-"""From a video, images, or frames without depth or poses to a scene, and scenes that are kept. What VGGT would find comes
-from a stand-in that knows the truth in a unit and a frame of its own; VGGT's own parts run where they are installed."""
+"""From a video, images, or frames without depth or poses to a scene, and scenes that are kept.
+
+What VGGT would find comes from a stand-in that knows the truth in a unit and a frame of its own; VGGT's own
+parts run where they are installed.
+"""
 
 import struct
 from fractions import Fraction
