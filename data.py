@@ -2651,9 +2651,7 @@ INSTALL = {  # optional package -> how to install it
 DEPTH_SCALES = (
     "millimeters 1000, TUM and ICL-NUIM 5000, Replica of NICE-SLAM 6553.5, RealSense L515 4000"
 )
-UP = {
-    f"{sign}{name}": float(f"{sign}1") * np.eye(3)[i] for i, name in enumerate("xyz") for sign in "+-"
-}
+UP = {sign + "xyz"[i]: float(f"{sign}1") * np.eye(3)[i] for i in range(3) for sign in "+-"}
 SAME, DOWN, TURNED = np.diag([1.0, 1, 1, 1]), np.diag([1.0, -1, 1, 1]), np.diag([1.0, -1, -1, 1])
 CONVENTIONS = {  # of poses -> the camera's axes in OpenCV's, the world's, whether they map world to camera
     "opencv": (SAME, SAME, False),
@@ -2717,7 +2715,9 @@ def need(module, what):
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise DataError(f"{what} needs the package {package} ({error}): {INSTALL[package]}") from None
+        raise DataError(
+            f"{what} needs the package {package} ({error}): {INSTALL[package]}"
+        ) from None
 
 
 def choose(table: dict, key: str, what: str):
@@ -2783,8 +2783,9 @@ class FrameFiles(NamedTuple):
 
 def pictures(folder, pattern="*"):
     """List the images in a folder, frame10 after frame9; hidden files are none."""
-    found = (file for file in folder.glob(pattern) if file.suffix.lower() in IMAGES)
-    return sorted((file for file in found if file.name[0] != "."), key=lambda file: (len(file.name), file.name))
+    files = (file for file in folder.glob(pattern) if file.suffix.lower() in IMAGES)
+    shown = (file for file in files if file.name[0] != ".")
+    return sorted(shown, key=lambda file: (len(file.name), file.name))
 
 
 def pinhole(fx, fy, cx, cy):
@@ -2802,7 +2803,8 @@ def rigid(position, turn):
 
     rotation = Rotation.from_quat(turn) if len(turn) == 4 else Rotation.from_rotvec(turn)
     pose = np.eye(4)
-    pose[:3, :3], pose[:3, 3] = rotation.as_matrix(), position
+    pose[:3, :3] = rotation.as_matrix()
+    pose[:3, 3] = position
     return pose
 
 
@@ -2825,9 +2827,8 @@ def named_views(mark, images, depth, pose, cameras):
     camera = next((base / name for name in cameras if (base / name).exists()), None)
     for image in pictures(mark if mark.is_dir() else base, images):
         name = image.stem.removesuffix(".color")
-        files = (base / pattern.format(name) for pattern in (depth, pose, "instance-filt/{}.png"))
-        depth_file, pose_file, mask = files
-        yield FrameFiles(image, depth_file, pose_file, camera, mask)
+        mask = base / "instance-filt" / f"{name}.png"
+        yield FrameFiles(image, base / depth.format(name), base / pose.format(name), camera, mask)
 
 
 def replica(mark):
@@ -2854,26 +2855,35 @@ TUM_CAMERAS = {  # part of a sequence's name -> its published camera
 
 def tum(mark):
     """rgb/ and depth/ named by seconds; lines "second x y z qx qy qz qw"."""
-    base, rows = mark.parent, read_numbers(mark, 8)
+    base = mark.parent
     images, depths = pictures(base / "rgb"), pictures(base / "depth")
     cameras = (camera for name, camera in TUM_CAMERAS.items() if name in base.resolve().name)
     K = pinhole(*next(cameras))
+
+    # colors, depth and poses have clocks of their own
+    rows = read_numbers(mark, 8)
+    poses = [rigid(row[1:4], row[4:]) for row in rows]
     depths = in_time(images, seconds(depths), depths)
-    poses = in_time(images, rows[:, 0], [rigid(row[1:4], row[4:]) for row in rows])
+    poses = in_time(images, rows[:, 0], poses)
     for image, depth, pose in zip(images, depths, poses, strict=True):
         yield FrameFiles(image, depth, pose, K)
 
 
 def arkitscenes(mark):
-    """lowres_wide/, lowres_depth/, lowres_wide_intrinsics/ named ID_SECONDS; lines "second rx ry rz
-    x y z"."""
-    base, rows = mark.parent, read_numbers(mark, 7)
+    """lowres_wide/, lowres_depth/, lowres_wide_intrinsics/ named ID_SECONDS; lines "second rx ry
+    rz x y z"."""
+    base = mark.parent
     images = pictures(base / "lowres_wide")
     depths = [base / "lowres_depth" / image.name for image in images]
-    poses = in_time(images, rows[:, 0], [rigid(row[4:], row[1:4]) for row in rows], 0.01)
+
+    # intrinsics are named by times a millisecond off; poses are fewer than images
     files = sorted((base / "lowres_wide_intrinsics").glob("*.pincam"))
     cameras = [pinhole(*read_numbers(file, 6)[0, 2:]) for file in files]  # behind width and height
-    yield from map(FrameFiles, images, depths, poses, in_time(images, seconds(files), cameras))
+    cameras = in_time(images, seconds(files), cameras)
+    rows = read_numbers(mark, 7)
+    poses = [rigid(row[4:], row[1:4]) for row in rows]
+    poses = in_time(images, rows[:, 0], poses, 0.01)
+    yield from map(FrameFiles, images, depths, poses, cameras)
 
 
 def stray_scanner(mark):
@@ -2892,9 +2902,11 @@ def polycam(mark):
     better poses."""
     kind = "corrected_" if (mark / "corrected_cameras").exists() else ""
     for file in sorted((mark / f"{kind}cameras").glob("*.json")):
-        held, pose = read_json(file), np.eye(4)
+        held = read_json(file)
+        pose = np.eye(4)
         pose[:3] = [[held[f"t_{i}{j}"] for j in range(4)] for i in range(3)]
-        image, depth = mark / f"{kind}images/{file.stem}.jpg", mark / f"depth/{file.stem}.png"
+        image = mark / f"{kind}images/{file.stem}.jpg"
+        depth = mark / f"depth/{file.stem}.png"
         yield FrameFiles(image, depth, pose, json_camera(held))
 
 
@@ -2915,12 +2927,14 @@ def colmap(mark):
     base = next(folder / "images" for folder in mark.parents if (folder / "images").is_dir())
     cameras = {}
     for id, model, _, _, *numbers in read_words(mark.with_name("cameras.txt")):
-        one_focal_length = model in ("SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL")
-        cameras[id] = pinhole(numbers[0], *numbers[:3]) if one_focal_length else pinhole(*numbers[:4])
+        if model in ("SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL"):  # one focal length
+            numbers.insert(0, numbers[0])
+        cameras[id] = pinhole(*numbers[:4])
     for words in read_words(mark):
         if len(words) == 10:  # an image; the line behind it lists its points, three words each
             w, x, y, z, *position = map(float, words[1:8])
-            yield FrameFiles(base / words[9], None, rigid(position, (x, y, z, w)), cameras[words[8]])
+            pose = rigid(position, (x, y, z, w))
+            yield FrameFiles(base / words[9], None, pose, cameras[words[8]])
 
 
 def photographs(mark):
@@ -3176,8 +3190,8 @@ def read_views(
     frames.poses = world @ frames.poses
     notes += [f"{len(points)} points in voxels of {voxel * 100:.1f} cm", said]
     source, cloud = "rgbd" if measured else "video", move(points, normals, world)
-    scene = Scene(path.resolve().stem, source, [], colours=colors, frames=frames, notes=notes, **cloud)
-    scene.metric = metric or scale is not None
+    scene = Scene(path.resolve().stem, source, [], colours=colors, notes=notes, **cloud)
+    scene.frames, scene.metric = frames, metric or scale is not None
     return check_scene(scene, trusted=scale is not None or "depth_scale" in documented)
 
 
@@ -3206,8 +3220,12 @@ def unit(vectors):
 def move(points, normals, world):
     """Move a cloud by a rigid 4x4: points, normals and bounds as keyword arguments of Scene."""
     points = (points @ world[:3, :3].T + world[:3, 3]).astype(np.float32)
-    bounds = np.stack([points.min(0), points.max(0)]).astype(float)
-    return dict(points=points, normals=(normals @ world[:3, :3].T).astype(np.float32), bounds=bounds)
+    normals = (normals @ world[:3, :3].T).astype(np.float32)
+    return dict(
+        points=points,
+        normals=normals,
+        bounds=np.stack([points.min(0), points.max(0)]).astype(float),
+    )
 
 
 def voxel_of(points, voxel):
@@ -3234,7 +3252,8 @@ def voxel_downsample(rows, weight, voxel, limit):
     while len(rows) > limit:
         voxel *= 1.2
         rows, weight = voxel_mean(rows, weight, voxel)
-    points, colors = rows[:, :3].astype(np.float32), rows[:, 3:6].round().astype(np.uint8)
+    points = rows[:, :3].astype(np.float32)
+    colors = rows[:, 3:6].round().astype(np.uint8)
     return points, colors, unit(rows[:, 6:]), voxel
 
 
@@ -3290,7 +3309,8 @@ def load_mesh(path):
 
     with reading(path, "cloud or mesh"):
         mesh = trimesh.load(path, process=False, fix_texture=False)
-        mesh = mesh.to_mesh() if isinstance(mesh, trimesh.Scene) else mesh  # a .glb of several parts
+        if isinstance(mesh, trimesh.Scene):  # a .glb of several parts
+            mesh = mesh.to_mesh()
         visual = mesh.visual.to_color() if mesh.visual.kind == "texture" else mesh.visual
         points, faces, normals = np.asarray(mesh.vertices, float), None, None
         colors = visual.vertex_colors[:, :3] if visual.kind and len(visual.vertex_colors) else None
@@ -3315,8 +3335,8 @@ def load_mesh(path):
 
 def eight_bit(values):
     """Bring colors [N, 3] up to 1, 255 or 65535, whichever they reach, to uint8."""
-    whole = values.dtype.kind in "iu"
-    full = 65535 if values.max() > 255 else 255 if whole or values.max() > 4 else 1
+    highest = values.max()
+    full = 65535 if highest > 255 else 255 if highest > 4 else 1
     return np.nan_to_num(values * (255.0 / full)).round().clip(0, 255).astype(np.uint8)
 
 
@@ -3355,8 +3375,9 @@ def read_cloud(
     path = Path(path)
     points, colors, normals, faces = load_mesh(path)
     points = points * (scale or 1.0)
-    notes = [f"{len(points)} points in the file" + (f", {len(faces)} faces" if faces is not None else "")]
+    notes = [f"{len(points)} points in the file"]
     if faces is not None:
+        notes.append(f"{len(faces)} faces")
         points, colors, normals = points_of_faces(points, colors, normals, faces, limit)
 
     # without what is not finite, and floaters of a reconstruction
@@ -3367,8 +3388,8 @@ def read_cloud(
 
     # near the origin, where float32 is fine enough; what lies twice at a place is one point
     points = points - (low.round() if np.abs(low).max() > 1000 else 0)
-    color, normal = (np.zeros_like(points) if array is None else array for array in (colors, normals))
-    rows = np.concatenate([points, color, normal], axis=1)[near]
+    columns = [np.zeros_like(points) if a is None else a for a in (points, colors, normals)]
+    rows = np.concatenate(columns, axis=1)[near]
     points, color, normal, voxel = voxel_downsample(rows, np.ones(len(rows)), 0.005, limit)
     notes.append(f"{len(points)} points averaged in voxels of {voxel * 100:.1f} cm")
     if not (np.square(normal).sum(1) > 0.5).all():
@@ -3406,7 +3427,8 @@ def up_of_cameras(points, normals, poses):
     # fitted to the thickest layer of their points, without those that stick out
     floor = points[level].astype(np.float64)
     height = floor @ up
-    counts, edges = np.histogram(height, bins=np.arange(height.min() - 0.1, height.max() + 0.2, 0.1))
+    bins = np.arange(height.min() - 0.1, height.max() + 0.2, 0.1)
+    counts, edges = np.histogram(height, bins)
     floor = floor[np.abs(height - edges[counts.argmax()] - 0.05) < 0.1]
     for _ in range(6):
         offset = floor - floor.mean(0)
@@ -3472,7 +3494,8 @@ def align_to_gravity(points, normals, up, poses=None):
     level = level if len(level) else z
     floor = np.median(level[np.abs(level - np.percentile(level, 3)) < 0.08])
     world = np.eye(4)
-    world[:3, :3], world[2, 3] = turn.as_matrix(), -floor
+    world[:3, :3] = turn.as_matrix()
+    world[2, 3] = -floor
     return world, f"turned z-up by {said}"
 
 
@@ -3507,14 +3530,15 @@ def read_scannet(
         world = np.array(aligned[1].split(), float).reshape(4, 4) if aligned else np.eye(4)
     if normals is None:
         normals = estimate_normals(points) if faces is None else unit(vertex_normals(points, faces))
-    scene = Scene(scene_id, "scannet", [], colours=colors, notes=notes, **move(points, normals, world))
+    cloud = move(points, normals, world)
+    scene = Scene(scene_id, "scannet", [], colours=colors, notes=notes, **cloud)
 
     # objects are groups of segments; scans of the test split have neither
     scene.instances = np.zeros(len(points), np.int64)
     if segs.exists() or aggregation.exists():
         add_objects(scene, segs, aggregation)
     else:
-        notes.append("no segments or labels (a test scan): superpoints are our own, objects unknown")
+        notes.append("a test scan without labels: superpoints are our own, objects unknown")
         scene.superpoints = over_segment(points, None if faces is not None else normals, faces)
 
     # a thousand scans do not fit in memory, so frames stay on disk
@@ -3549,7 +3573,7 @@ def add_objects(scene, segs, aggregation):
             scene.instances[mine] = id
 
             # two keys are of write_scannet: boxes and colors that points can only approach
-            box = np.array(group["alignedBox"]) if "alignedBox" in group else extent(scene.points[mine])
+            box = np.array(group.get("alignedBox", extent(scene.points[mine])))
             color = group.get("colour") or colour_name(scene.colours, mine)
             scene.objects.append(Thing(id, label, color, box))
 
@@ -3590,8 +3614,9 @@ def write_scannet(scene: Scene, out: str | Path) -> Path:
     segs.write_text(json.dumps({"segIndices": segment.ravel().tolist()}))
     groups = []
     for o in scene.objects:
-        group = dict(objectId=o.id - 1, label=o.category, alignedBox=o.box.tolist(), colour=o.colour)
-        groups.append(group | {"segments": np.flatnonzero(pairs[1] == o.id).tolist()})
+        group = dict(objectId=o.id - 1, label=o.category, colour=o.colour)
+        group |= dict(alignedBox=o.box.tolist(), segments=np.flatnonzero(pairs[1] == o.id).tolist())
+        groups.append(group)
     aggregation.write_text(json.dumps({"segGroups": groups}))
 
     frames, camera = scene.frames, np.eye(4)
@@ -3703,7 +3728,8 @@ def load_vggt(name: str):
     where there is one."""
     vggt = need("vggt.models.vggt", "depth and cameras from bare frames")
     with reading(f"--vggt {name}", "VGGT, whose weights are on the hub as facebook/VGGT-1B"):
-        return vggt.VGGT.from_pretrained(name).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        model = vggt.VGGT.from_pretrained(name).eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @torch.no_grad()
@@ -3775,7 +3801,8 @@ def fill_in(where, frames: Frames, vggt: str) -> Frames:
             what = "the camera hardly moves, so its poses give no scale"
             raise DataError(f"{where}: {what}; leave them out")
         rescale(seen, known / max(found, 1e-9))
-    return replace(seen, **{name: array for name, array in vars(frames).items() if array is not None})
+    known = {name: array for name, array in vars(frames).items() if array is not None}
+    return replace(seen, **known)
 
 
 # ---- 9 superpoints and segments --------------------------------------------------------------------------------------
@@ -4446,23 +4473,20 @@ def split_fifths(rows: list) -> dict[str, list]:
 
 
 def scan_ids(root: Path) -> dict[str, list[str]]:
-    """List the scans below a ScanNet root as {"train", "test"}, by scannetv2_{train,val}.txt
-    where both lie there."""
+    """List the scans below a ScanNet root as {"train", "test"}.
+
+    By scannetv2_{train,val}.txt where both lie there, else every fifth is for testing.
+    """
     meshes = [file for place in ("", "scans/") for file in root.glob(f"{place}*/*{SCAN_FILES[0]}")]
     found = sorted(file.parent.name for file in meshes)
     if not found:
-        raise DataError(
-            f"{root}: no <id>/<id>{SCAN_FILES[0]} here or under scans/; see python data.py check {root}"
-        )
-    lists = {
-        split: root / f"scannetv2_{name}.txt" for split, name in (("train", "train"), ("test", "val"))
-    }
+        lacking = f"no <id>/<id>{SCAN_FILES[0]} here or under scans/"
+        raise DataError(f"{root}: {lacking}; see python data.py check {root}")
+    lists = {"train": root / "scannetv2_train.txt", "test": root / "scannetv2_val.txt"}
     if not all(file.exists() for file in lists.values()):
         return split_fifths(found)
-    return {
-        split: [name for name in file.read_text().split() if name in found]
-        for split, file in lists.items()
-    }
+    listed = {split: file.read_text().split() for split, file in lists.items()}
+    return {split: [name for name in names if name in found] for split, names in listed.items()}
 
 
 def load_scenes(
@@ -4478,9 +4502,13 @@ def load_scenes(
         return rooms(ROOM_SEEDS[split][:count], workers + 1)
     if root is None:
         raise DataError(f"--data {source}: name the folder with --root")
+    if options and source == "scannet":
+        raise DataError(f"--{next(iter(options))}: has no part in --data {source}")
     root, scenes = Path(root), []
     if source == "scannet":
         return [read_scannet(root, name) for name in scan_ids(root)[split]]
+
+    # what was kept once opens quickly, the rest is read and segmented now
     paths = sorted(root.glob("*.npz")) if source == "cached" else find_scenes(root)
     for path in split_fifths(paths)[split]:
         scene = open_scene(path, **options)
@@ -4489,22 +4517,29 @@ def load_scenes(
         else:
             print(f"{path}: no object was found, so nothing can be asked; left out")
     if not scenes:
-        raise DataError(
-            f"--root {root}: no scenes with objects for the {split} split; see python data.py check {root}"
-        )
+        lacking = f"no scenes with objects for the {split} split"
+        raise DataError(f"--root {root}: {lacking}; see python data.py check {root}")
     return scenes
 
 
+def positive(text: str) -> float:
+    """Read a number above 0 from a flag."""
+    number = int(text) if text.isdigit() else float(text)
+    if not 0 < number < math.inf:
+        raise ValueError(text)
+    return number
+
+
 SCENE_OPTIONS = {  # flags of a scene of one's own -> arguments of argparse
-    "scale": dict(type=float, help="meters per unit of a cloud; true meters per guessed one of a video"),
+    "scale": dict(type=positive, help="true meters per unit of a cloud, or per guessed meter of a video"),
     "up": dict(choices=("auto", *UP), help="axis of the files that points up, as --up=-y (default: found)"),
     "convention": dict(choices=CONVENTIONS, help="of the poses (default: the layout's)"),
-    "depth_scale": dict(type=float, help=f"units of depth per meter (default: the layout's; {DEPTH_SCALES})"),
-    "max_frames": dict(type=int, help="frames to use at most (default: 32)"),
-    "longest": dict(type=int, help="longer side of the frames in pixels (default: 320; 640 for VGGT)"),
+    "depth_scale": dict(type=positive, help=f"units of depth per meter (the layout's; {DEPTH_SCALES})"),
+    "max_frames": dict(type=positive, help="frames to use at most (default: 32)"),
+    "longest": dict(type=positive, help="longer side of frames in pixels (default: 320; 640 for VGGT)"),
     "vggt": dict(help="name or folder of VGGT's weights, for frames without depth or poses"),
-    "masks": dict(choices=("files", "segments", "sam2"), help="where objects come from: instance-filt/ beside the "
-                  "frames (the default where it lies), segments of the cloud (else the default), SAM 2"),
+    "masks": dict(choices=("files", "segments", "sam2"), help="where objects come from: instance-filt/ "
+                  "beside the frames (default where it lies), segments of the cloud (else), SAM 2"),
     "sam2": dict(help=f"name or checkpoint of SAM 2's weights (default: {SAM2})"),
 }  # fmt: skip
 
@@ -4516,9 +4551,8 @@ def add_scene_options(parser: argparse.ArgumentParser) -> None:
 
 def scene_options(args: argparse.Namespace) -> dict:
     """Pick those of SCENE_OPTIONS that were given."""
-    return {
-        name: value for name, value in vars(args).items() if name in SCENE_OPTIONS and value is not None
-    }
+    given = {name: getattr(args, name) for name in SCENE_OPTIONS}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def read_scan(path: Path, **options) -> Scene:
@@ -4536,12 +4570,13 @@ def choose_reader(path: Path) -> tuple[Callable, set[str]]:
         return read_views, set(SCENE_OPTIONS)
     if kind in CLOUDS:
         return read_cloud, {"up", "scale"}
-    raise DataError(
-        f"{path}: no scene; give {', '.join((*CLOUDS, *VIDEOS))}, a scan, or a folder of frames"
-    )
+    known = ", ".join((*CLOUDS, *VIDEOS))
+    raise DataError(f"{path}: no scene; give {known}, a scan, or a folder of frames")
 
 
-def open_scene(path: str | Path, masks: str | None = None, sam2: str | None = None, **options) -> Scene:
+def open_scene(
+    path: str | Path, masks: str | None = None, sam2: str | None = None, **options
+) -> Scene:
     """Read a scene of one's own, and find objects where none are labelled.
 
     masks: "files" (beside its frames, the default where they lie), "segments" of its cloud,
@@ -4550,14 +4585,13 @@ def open_scene(path: str | Path, masks: str | None = None, sam2: str | None = No
     """
     path = Path(path)
     if not path.exists():
-        raise DataError(
-            f"{path}: no such scene; give a video, a folder of frames, a cloud or a scan's folder"
-        )
+        raise DataError(f"{path}: no such scene; give a video, a cloud, or a folder of frames")
+    if sam2 is not None and masks != "sam2":
+        raise DataError("--sam2: names the weights for --masks sam2; add that, or leave it out")
     reader, takes = choose_reader(path)
     if strange := sorted(set(options) - takes):
-        raise DataError(
-            f"--{strange[0].replace('_', '-')}: has no part in {path}; known here: {', '.join(sorted(takes))}"
-        )
+        known = ", ".join(sorted(takes)) or "none"
+        raise DataError(f"--{strange[0].replace('_', '-')}: has no part in {path}; known here: {known}")
     scene = reader(path, **options)
     if scene.objects or reader is load_scene or masks == "none":
         return scene
@@ -4595,10 +4629,8 @@ def save_scene(scene: Scene, path: Path) -> None:
     arrays = {name: array for name, array in vars(scene).items() if isinstance(array, np.ndarray)}
     if scene.frames is not None:
         arrays |= {f"frames.{name}": getattr(scene.frames, name) for name in FRAME_ARRAYS}
-    objects = [[o.id, o.category, o.colour, *map(float, o.box)] for o in scene.objects]
-    about = dict(
-        name=scene.name, source=scene.source, metric=scene.metric, notes=scene.notes, objects=objects
-    )
+    about = dict(name=scene.name, source=scene.source, metric=scene.metric, notes=scene.notes)
+    about["objects"] = [[o.id, o.category, o.colour, *map(float, o.box)] for o in scene.objects]
     write_npz(path, about=np.array(json.dumps(about)), **arrays)
 
 
@@ -4609,10 +4641,8 @@ def load_scene(path: Path) -> Scene:
     """
     with reading(path, "kept scene"), np.load(path, allow_pickle=False) as held:
         about = json.loads(str(held["about"])) | {"name": path.stem}
-        objects = [
-            Thing(i, category, color, np.array(box))
-            for i, category, color, *box in about.pop("objects")
-        ]
+        rows = about.pop("objects")
+        objects = [Thing(i, category, color, np.array(box)) for i, category, color, *box in rows]
         arrays = {name: held[name] for name in held if name != "about" and "." not in name}
         scene = Scene(objects=objects, **about, **arrays)
         if "frames.masks" in held:
@@ -4625,16 +4655,9 @@ def load_frames(path: Path) -> Frames:
     with reading(path, "kept scene"), np.load(path, allow_pickle=False) as held:
         frames = Frames(*(held[f"frames.{name}"] for name in FRAME_ARRAYS))
     V, H, W = frames.masks.shape
-    if [a.shape for a in vars(frames).values()] != [
-        (V, H, W, 3),
-        (V, H, W),
-        (V, H, W),
-        (V, 3, 3),
-        (V, 4, 4),
-    ]:
-        raise DataError(
-            f"{path}: its frames do not belong together; make it again with python data.py cache"
-        )
+    shapes = [(V, H, W, 3), (V, H, W), (V, H, W), (V, 3, 3), (V, 4, 4)]
+    if [array.shape for array in vars(frames).values()] != shapes:
+        raise DataError(f"{path}: its frames do not belong together; make it with data.py cache again")
     return frames
 
 
@@ -4650,9 +4673,8 @@ def find_scenes(path: Path) -> list[Path]:
     or holds none, is alone."""
     if not path.is_dir() or is_scene(path):
         return [path]
-    return (
-        sorted(filter(is_scene, path.glob("*"))) or sorted(filter(is_scene, path.glob("*/*"))) or [path]
-    )
+    here, below = sorted(path.glob("*")), sorted(path.glob("*/*"))
+    return list(filter(is_scene, here)) or list(filter(is_scene, below)) or [path]
 
 
 def cache_scenes(path: Path, out: Path, **options) -> int:
@@ -4664,14 +4686,13 @@ def cache_scenes(path: Path, out: Path, **options) -> int:
     """
     from tqdm import tqdm
 
-    rank, world, failed = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), 0
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         torch.cuda.set_device(rank % torch.cuda.device_count())
-    files = {}
-    for scene in find_scenes(path):
+    failed = 0
+    for scene in tqdm(find_scenes(path)[rank::world], unit="scene"):
         name = "_".join(scene.relative_to(path).parts) or path.resolve().name
-        files[out / f"{safe_name(name.removesuffix(scene.suffix))}.npz"] = scene
-    for file, scene in tqdm(list(files.items())[rank::world], unit="scene"):
+        file = out / f"{safe_name(name)}.npz"
         try:
             if not file.exists():
                 save_scene(open_scene(scene, **options), file)
@@ -4682,41 +4703,38 @@ def cache_scenes(path: Path, out: Path, **options) -> int:
 
 
 SCANNET_TERMS = (
-    "ScanNet is had by its Terms of Use form (ScanNet/ScanNet on GitHub): four files per scan, 10.6 GB; frames are "
-    "exported from the .sens files (1.2 TB) as color/, depth/, pose/, intrinsic/"
+    "ScanNet is had by its Terms of Use form (ScanNet/ScanNet on GitHub): four files per scan, 10.6 GB; "
+    "frames are exported from the .sens files (1.2 TB) as color/, depth/, pose/, intrinsic/"
 )
+
+
+def check_scans(path: Path, scans: list[Path]) -> list[str]:
+    """Describe a ScanNet root: how many scans, and what they lack."""
+    shown = sum(bool(find_frames(scan)[1]) for scan in scans)
+    lines = [f"{path}: {len(scans)} scans, {shown} with frames beside them"]
+    for suffix in SCAN_FILES:
+        lacking = [scan.name for scan in scans if not (scan / f"{scan.name}{suffix}").exists()]
+        if lacking:
+            said = f"missing <id>{suffix} of {len(lacking)} scans, first {lacking[0]}"
+            lines.append(f"{said}; {SCANNET_TERMS}")
+    return lines
 
 
 def check(path: Path, **options) -> list[str]:
     """Describe what lies at `path`: the lines of `data.py check DIR`.
 
-    Scenes are opened, but no objects looked for.
+    Scenes are opened, but no objects looked for; of a ScanNet root only the files are counted.
     """
-    places = [
-        file
-        for folder in ("", "scans/", "scans_test/")
-        for file in sorted(path.glob(f"{folder}scene*_*"))
-    ]
-    scans = [place for place in places if place.is_dir()]
+    patterns = ("scene*_*/", "scans/scene*_*/", "scans_test/scene*_*/")
+    scans = [scan for pattern in patterns for scan in sorted(path.glob(pattern))]
     if scans:
-        lines = [
-            f"{path}: {len(scans)} scans, {sum(any(find_frames(scan)[1]) for scan in scans)} with frames beside them"
-        ]
-        for suffix in SCAN_FILES:
-            lacking = [scan.name for scan in scans if not (scan / f"{scan.name}{suffix}").exists()]
-            lines += (
-                [f"missing <id>{suffix} of {len(lacking)} scans, first {lacking[0]}; {SCANNET_TERMS}"]
-                if lacking
-                else []
-            )
-        return lines
+        return check_scans(path, scans)
     lines = []
     for place in find_scenes(path):
         try:
             scene = open_scene(place, masks="none", **options)
-            lines.append(
-                f"{place}: {len(scene.points)} points, {len(scene.objects)} objects; {'; '.join(scene.notes)}"
-            )
+            counts = f"{len(scene.points)} points, {len(scene.objects)} objects"
+            lines.append(f"{place}: {counts}; {'; '.join(scene.notes)}")
         except DataError as error:
             lines.append(str(error))
     return lines
@@ -4749,9 +4767,7 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     make.add_argument("--count", type=int, default=10)
     make.add_argument("--objects", type=int, help="objects per room (default: 8 to 16)")
     make.add_argument("--seed", type=int, default=0, help="of the first room")
-    keep = commands.add_parser(
-        "cache", help="scenes of one's own through VGGT, SAM 2 and segmentation, once"
-    )
+    keep = commands.add_parser("cache", help="scenes through VGGT, SAM 2 and segmentation, once")
     keep.add_argument("path", type=Path, help="a scene, or a folder of scenes")
     keep.add_argument("out", type=Path)
     add_scene_options(look)
@@ -4762,9 +4778,8 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     elif args.command == "rooms":
         for seed in range(args.seed, args.seed + args.count):
             scene = room(seed, args.objects, size=240, views=16, points=20_000)
-            print(
-                write_scannet(replace(scene, name=f"scene{seed % 10_000:04d}_00"), args.out / "scans")
-            )
+            named = replace(scene, name=f"scene{seed % 10_000:04d}_00")
+            print(write_scannet(named, args.out / "scans"))
     elif cache_scenes(args.path, args.out, **scene_options(args)):
         return 2
 

@@ -1,5 +1,8 @@
-"""From a video, images, or frames without depth or poses to a scene, and scenes that are kept. What VGGT would find comes
-from a stand-in that knows the truth in a unit and a frame of its own; VGGT's own parts run where they are installed."""
+"""From a video, images, or frames without depth or poses to a scene, and scenes that are kept.
+
+What VGGT would find comes from a stand-in that knows the truth in a unit and a frame of its own; VGGT's own
+parts run where they are installed.
+"""
 
 import struct
 from fractions import Fraction
@@ -437,7 +440,7 @@ def test_scenes_are_kept_once_and_what_failed_is_said_and_tried_again(videos, ca
     assert data.main(command) == 2
     said = capsys.readouterr().err
     assert "torn.mp4: not a whole video" in said
-    kept = open_scene(videos / "out/room0.npz")
+    kept = open_scene(videos / "out/room0.mp4.npz")
     assert len(kept.frames.depth) == 4 and not kept.metric and kept.objects
 
     encode(videos / "in/torn.mp4", room(5, views=4, size=48).frames.colour)  # recorded again
@@ -454,7 +457,7 @@ def test_processes_share_the_scenes(tmp_path, monkeypatch):
         (tmp_path / "in").mkdir(exist_ok=True)
         data.write_ply(tmp_path / f"in/{i}.ply", part.points, part.colours, part.normals)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, names in (("1", ["1.npz"]), ("0", ["0.npz", "1.npz", "2.npz"])):
+    for rank, names in (("1", ["1.ply.npz"]), ("0", ["0.ply.npz", "1.ply.npz", "2.ply.npz"])):
         monkeypatch.setenv("RANK", rank)
         assert data.cache_scenes(tmp_path / "in", tmp_path / "out") == 0
         assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
