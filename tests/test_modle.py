@@ -1,4 +1,4 @@
-"""MODLE: every question answered again from the boxes alone, the slow way; what its scores mean; its files."""
+"""MODLE: every question answered again from the boxes alone; what its scores mean; its files."""
 
 import json
 import math
@@ -66,7 +66,7 @@ FORMS = {
 
 
 def slots(sample):
-    """The words that fill the wording of a question; a slot that stands there twice holds the same."""
+    """The words that fill the wording of a question; a slot that is there twice holds the same."""
     for wording in TEMPLATES[sample.template]:
         pattern, seen = re.escape(wording), set()
         for name in re.findall(r"\\{(\w+)\\}", pattern):
