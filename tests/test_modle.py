@@ -374,7 +374,9 @@ def root(tmp_path_factory):
     """Six scans in ScanNet's layout: five to train, one to test."""
     root = tmp_path_factory.mktemp("scans")
     for seed in range(6):
-        scene = replace(data.room(seed, 8, views=0, points=3000), name=f"scene{seed:04d}_00")
+        scene = replace(
+            data.room(seed, 8, views=1, size=32, points=3000), name=f"scene{seed:04d}_00"
+        )
         data.write_scannet(scene, root)
     return root
 
