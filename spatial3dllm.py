@@ -220,7 +220,7 @@ class SetAbstraction(nn.Module):
         Returns: [B, M, widths[-1]].
         """
         place = (gather(p, index) - q[:, :, None]) / self.radius  # [B, M, P, 3]
-        pairs = torch.cat([gather(f, index), place], -1)  # [B, M, P, C + 3]
+        pairs = torch.cat([gather(f, index), place], -1)  # [B, M, P, inputs]
         return self.mlp(pairs).amax(2)  # [B, M, outputs]
 
 
@@ -269,7 +269,7 @@ class PointNet2(nn.Module):
         # up again to the second level
         for i, layer in zip((3, 2), self.up, strict=True):
             f = layer(f, levels[i - 1], cloud[f"near{i}"], cloud[f"weight{i}"])  # [B, finer, C]
-        return f, first[:, : f.shape[1]]  # [B, M, C], [B, M, 3]
+        return f, first[:, : f.shape[1]]  # [B, M2, C], [B, M2, 3]
 
 
 # ---- 3 intra-referent clustering and abstraction -------------------------------------------------
@@ -361,7 +361,7 @@ class FourierCode(nn.Module):
         """Encode x [..., n] meters: [..., width]."""
         # half precision would blur meters to decimeters
         with torch.autocast(x.device.type, enabled=False):
-            phase = torch.tensordot(x.float(), self.frequencies, 1)  # [..., G, W]
+            phase = torch.tensordot(x.float(), self.frequencies, 1)
         return self.out(torch.cat([phase.cos(), phase.sin()], -1).flatten(-2))
 
 
@@ -1144,7 +1144,7 @@ class Concatenation(nn.Module):
 
     def forward(self, h, q):
         """Read h [B, R, C] at q [B, R, 3] with its neighbors: [B, R, C]."""
-        near = torch.cdist(q, q).topk(self.k + 1, largest=False).indices  # [B, R, k + 1]
+        near = torch.cdist(q, q).topk(self.k + 1, largest=False).indices  # [B, R, P]
         return h + F.relu(self.out(gather(self.norm(h), near).flatten(2)))  # [B, R, C]
 
 

@@ -1,247 +1,156 @@
 """Spatial 3D-LLM: every part against a slow and obvious version, and what the whole model promises.
 
-MODLE, its questions and its text locations have a file of their own, test_modle.py."""
+What all papers promise is in test_contract.py; MODLE has a file of its own, test_modle.py.
+"""
 
-import json
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
-import full_rows
 import numpy as np
 import pytest
 import torch
-from shapes import wrong_shapes
-from test_text import save_tokenizer
+from papers import make, save_llm
 from torch import nn
 
 import data
 import spatial3dllm
-from data import DataError, HubText, Stage, TinyText, augment, questions, room
+from data import DataError, Stage, augment, room
 from spatial3dllm import (
     INTER,
-    STAGES,
-    Abstraction,
     Concatenation,
     Config,
-    Context,
     FeaturePropagation,
-    FourierPosition,
-    Graph,
-    LocationCode,
-    Model,
+    FourierCode,
+    InterReferentGraph,
+    IntraReferent,
+    ReferentSceneAttention,
     SetAbstraction,
+    TinySetAbstraction,
     ball_query,
-    build_llm,
+    cloud_geometry,
     detection_loss,
     gather,
-    gather_max,
     interpolation,
-    neighbour_graph,
-    recipe,
-    sample_order,
-    waves,
+    neighbor_graph,
 )
 
-SMALL = dict(width=32, heads=4, hidden=64, feature=16, points=300, centres=(64, 32, 16, 8), samples=(8, 8, 8, 8),
-             referents=12, fourier=8, context_heads=2, ball=3.0)  # fmt: skip
 ENCODER = Stage("encoder", {}, ("encoder", "scene"), "encoder")
-SYMBOLS = Stage("symbols", {}, ("code", "lm"), "symbols", steps=True)
-REFERENTS = Stage("referents", {}, ("scene", "code", "lm"), "referents", steps=True)
-MIX = {"modle_distance": 2, "modle_move": 2, "ground": 1, "colour": 1, "id_category": 1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tasks():
-    """The trainer adds a paper's own tasks to the shared ones; so does this file."""
-    data.adopt(spatial3dllm)
-
-
-@pytest.fixture(scope="module")
-def text():
-    return TinyText(data.vocabulary())
+REFERENTS = Stage("referents", {"modle_distance": 1}, ("scene", "code", "lm"), "referents")
+SYMBOLS = Stage("symbols", {"modle_distance": 1}, ("code", "lm"), "symbols")
 
 
 @pytest.fixture(scope="module")
 def scenes():
     """Three rooms with different numbers of objects, mirrored or transposed."""
     rng = np.random.default_rng(0)
-    found = [augment(room(s, objects=n, views=0, points=300), rng) for s, n in ((0, 9), (1, 12), (2, 7))]
-    assert len({s.turn.tobytes() for s in found}) > 1
-    return found
+    sizes = ((0, 9), (1, 12), (2, 7))
+    made = [room(seed, objects=n, views=0, points=300) for seed, n in sizes]
+    return [augment(scene, rng) for scene in made]
 
 
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    """A folder with a small Llama and a tokenizer, as a pre-trained model lies on disk."""
-    folder = tmp_path_factory.mktemp("llama")
-    name = save_tokenizer(folder)
-    torch.manual_seed(0)
-    llm = build_llm(Config.tiny(**SMALL), len(HubText(name)))
-    for p in llm.model.parameters():
-        if p.dim() == 2:
-            nn.init.normal_(p, std=2 * p.shape[1] ** -0.5)
-    llm.save_pretrained(folder)
-    return SimpleNamespace(name=name, weights={k: v.clone() for k, v in llm.state_dict().items()})
+def model_at(stage, **changes):
+    model = make("spatial3dllm", **changes).eval()
+    model.configure_stage(stage)
+    return model
 
 
-def make(text, seed=0, **changes):
-    torch.manual_seed(seed)
-    return Model(Config.tiny(**{**SMALL, **changes}), text)
+def points(count, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=(count, 3)))
 
 
-def load(hub, **changes):
-    torch.manual_seed(0)
-    small = {k: v for k, v in SMALL.items() if k not in ("width", "heads", "hidden")}
-    return Model(Config(llm=hub.name, lora_rank=4, **small, **changes), HubText(hub.name))
+def same(seen, other, rows=slice(None)):
+    """Whether two batches show the same; rows: of the first."""
+    return all(torch.allclose(seen[k][rows].double(), other[k].double(), atol=1e-5) for k in other)
 
 
-def asked(scenes, count=3, mix=MIX):
-    rng = np.random.default_rng(0)
-    return [(s, questions(s, mix, count, rng)) for s in scenes]
+# ---- 1 geometry ----------------------------------------------------------------------------------
 
 
-def random_points(n, seed=0):
-    return np.random.default_rng(seed).normal(size=(n, 3)).astype(np.float32)
-
-
-# ---- 1 geometry ------------------------------------------------------------------------------------------------------
-
-
-def test_the_farthest_order_equals_a_loop_and_its_prefixes_are_orders_of_their_own():
-    """One order serves all levels, so a prefix must be what sampling fewer gives, and sampling the sample must not
-    change it."""
-    points = random_points(40)
-    chosen = [int(np.linalg.norm(points - points.mean(0), axis=1).argmax())]
-    while len(chosen) < 15:
-        chosen.append(int(np.argmax([min(np.linalg.norm(p - points[j]) for j in chosen) for p in points])))
-    order = sample_order(points, 15)
-    assert order.tolist() == chosen
-    assert sample_order(points, 6).tolist() == chosen[:6]
-    assert sample_order(points[:4], 10).tolist() == np.resize(sample_order(points[:4], 4), 10).tolist()
+def test_every_level_is_the_farthest_point_sample_of_the_one_before():
+    """One order serves all levels, since every prefix of it is a sample of its own."""
+    p = points(60)
+    found = cloud_geometry(p, p, (20, 10, 5, 4), (0.5, 1, 2, 3), (4, 4, 4, 4))
+    order = found["order"]
+    for count in (10, 5, 4):
+        again = data.farthest_point_sampling(p[order], count, first=0)
+        assert torch.equal(p[order][again], p[order[:count]])
+    assert found["ball0"].shape == (20, 4) and found["ball2"].shape == (5, 4)
+    assert found["near3"].shape == (5, 3) and found["near2"].shape == (10, 3)
 
 
 def test_a_ball_holds_the_nearest_points_within_its_radius():
-    """Places left over repeat the nearest, which a maximum does not feel; also with fewer points than places."""
-    points, centres = random_points(30), random_points(30)[:7]
-    for samples in (4, 50):
-        index = ball_query(centres, points, 0.8, samples)
-        assert index.shape == (7, samples)
-        for q, row in zip(centres, index, strict=True):
-            far = np.linalg.norm(points - q, axis=1)
-            inside = [j for j in np.argsort(far, kind="stable") if far[j] <= 0.8][:samples]
-            assert list(dict.fromkeys(row.tolist())) == inside
-            assert all(j == row[0] for j in row[len(inside) :])
+    """Places left over repeat the nearest, which a maximum does not feel."""
+    p, q = points(30), points(30)[:7]
+    for row, center in zip(ball_query(q, p, 0.8, 9).tolist(), q, strict=True):
+        distance = (p - center).norm(dim=1)
+        inside = [j for j in distance.argsort().tolist() if distance[j] <= 0.8][:9]
+        assert list(dict.fromkeys(row)) == inside
 
 
 def test_features_are_carried_to_finer_points_by_inverse_distance():
-    """A point that is a coarse one itself takes its value; where there are only two, the nearest is also the third."""
-    coarse, fine = random_points(6), np.concatenate([random_points(5, 1), random_points(6)[2:3]])
+    coarse, fine = points(6), torch.cat([points(5, 1), points(6)[2:3]])
     index, weight = interpolation(fine, coarse)
     for p, row, w in zip(fine, index, weight, strict=True):
-        far = np.linalg.norm(coarse - p, axis=1)
-        assert row.tolist() == np.argsort(far)[:3].tolist()
-        assert w == pytest.approx((1 / (far[row] + 1e-8)) / (1 / (far[row] + 1e-8)).sum(), rel=1e-4)
-    assert weight[-1] == pytest.approx([1, 0, 0], abs=1e-5)
-    assert interpolation(fine, coarse[:2])[0].shape == (6, 3)
+        distance = (coarse - p).norm(dim=1)
+        assert row.tolist() == distance.argsort()[:3].tolist()
+        expected = 1 / (distance[row] + 1e-8)
+        assert torch.allclose(w.double(), expected / expected.sum(), rtol=1e-4)
+    assert torch.allclose(weight[-1], torch.tensor([1.0, 0, 0]), atol=1e-5), "it is a coarse point"
 
 
-# ---- 2 encoder -------------------------------------------------------------------------------------------------------
+# ---- 2 encoder -----------------------------------------------------------------------------------
 
 
-def test_gathering_equals_indexing():
-    """Scenes of a batch never mix."""
+def test_scenes_of_a_batch_never_mix():
     values, index = torch.randn(2, 5, 3), torch.randint(0, 5, (2, 4, 6))
     taken = gather(values, index)
     assert taken.shape == (2, 4, 6, 3)
     assert all(torch.equal(taken[b], values[b][index[b]]) for b in range(2))
-    assert torch.equal(gather_max(values, index), taken.amax(2))
 
 
-@pytest.mark.parametrize("pairs", [0, 2])
-def test_set_abstraction_equals_a_loop_over_balls(pairs):
-    """The MLP of every pair, then the maximum; with `pairs` = 0 the layers after the first follow the maximum, which
-    for that first, linear, layer is the same as seeing every pair."""
+@pytest.mark.parametrize("kind", [SetAbstraction, TinySetAbstraction])
+def test_a_set_abstraction_is_the_maximum_over_balls_of_an_mlp_per_pair(kind):
+    """The tiny one applies only its first, linear, layer per pair."""
     torch.manual_seed(0)
-    B, N, M, S, inputs, hidden, outputs = 2, 11, 4, 3, 5, 6, 7
-    layer = SetAbstraction(inputs, hidden, outputs, 0.5, pairs)
-    f, index = torch.randn(B, N, inputs), torch.randint(0, N, (B, M, S))
-    p, q = torch.randn(B, N, 3), torch.randn(B, M, 3)
+    layer = kind((5, 6, 8), 0.5)
+    f, p, q = torch.randn(2, 11, 5), torch.randn(2, 11, 3), torch.randn(2, 4, 3)
+    index = torch.randint(0, 11, (2, 4, 3))
     out = layer(f, p, q, index)
-    assert out.shape == (B, M, outputs)
-    for b in range(B):
-        for m in range(M):
+    for b in range(2):
+        for m in range(4):
             rows = []
             for j in index[b, m].tolist():
-                h = layer.feature(f[b, j]) + layer.place((p[b, j] - q[b, m]) / 0.5)
-                rows.append(layer.pairs(h) if pairs else h)
-            assert torch.allclose(out[b, m], layer.out(torch.stack(rows).amax(0)), atol=1e-5)
+                place = (p[b, j] - q[b, m]) / 0.5
+                if kind is SetAbstraction:
+                    rows.append(layer.mlp(torch.cat([f[b, j], place])))
+                else:
+                    rows.append(layer.feature(f[b, j]) + layer.place(place))
+            expected = torch.stack(rows).amax(0)
+            if kind is TinySetAbstraction:
+                expected = layer.out(expected)
+            assert torch.allclose(out[b, m], expected, atol=1e-5)
 
 
-def test_feature_propagation_equals_a_loop():
-    """Interpolated coarse features beside the fine ones, all axes different."""
+def test_feature_propagation_puts_interpolated_beside_own_features():
     torch.manual_seed(0)
-    layer = FeaturePropagation(4, 6, 5)
-    coarse, fine, index = torch.randn(2, 3, 4), torch.randn(2, 7, 6), torch.randint(0, 3, (2, 7, 3))
-    weight = torch.rand(2, 7, 3)
+    layer = FeaturePropagation(4)
+    coarse, fine = torch.randn(2, 3, 4), torch.randn(2, 7, 4)
+    index, weight = torch.randint(0, 3, (2, 7, 3)), torch.rand(2, 7, 3)
     out = layer(coarse, fine, index, weight)
-    assert out.shape == (2, 7, 5)
     for b in range(2):
         for n in range(7):
-            spread = sum(weight[b, n, i] * coarse[b, index[b, n, i]] for i in range(3))
-            assert torch.allclose(out[b, n], layer.norm(layer.mlp(torch.cat([spread, fine[b, n]]))), atol=1e-5)
+            near = sum(weight[b, n, i] * coarse[b, index[b, n, i]] for i in range(3))
+            expected = layer.norm(layer.mlp(torch.cat([near, fine[b, n]])))
+            assert torch.allclose(out[b, n], expected, atol=1e-5)
 
 
-def test_every_shape_column_with_all_axes_different(text, scenes):
-    """B 3, N 300, M 32 of 64, R 12, S 8, C 16, D 32."""
-    model = make(text)
-    model.configure_stage(ENCODER)
-    clouds = [model.cloud(s) for s in scenes]
-    f, p = model.encode_clouds(clouds, torch.eye(3).expand(3, 3, 3))
-    assert f.shape == (3, 32, 16) and p.shape == (3, 32, 3)
-    h, v = model.intra(f, p, 12)
-    assert h.shape == (3, 12, 16) and v.shape == (3, 32, 3)
-    assert all(part(h, v[:, :12]).shape == (3, 12, 16) for part in model.inter.values())
-    assert model.context(h, v[:, :12], f, p).shape == (3, 12, 16)
-    assert FourierPosition(8, 16)(p).shape == (3, 32, 16)
-    assert LocationCode(20)(torch.rand(3, 12, 6)).shape == (3, 12, 20)
-    h, boxes, votes = model.referents(f, p)
-    assert h.shape == (3, 12, 16) and boxes.shape == (3, 12, 6) and votes.shape == (3, 32, 3)
-    assert (boxes[..., 3:] > 0).all()
-    for stage, K in ((SYMBOLS, 12), (REFERENTS, 12)):
-        model.configure_stage(stage)
-        z, valid = model.encode(scenes)
-        assert z.shape == (3, K, 32) and valid.shape == (3, K)
-    model.configure_stage(SYMBOLS)
-    assert model.encode(scenes)[1].sum(1).tolist() == [9, 12, 7]
+# ---- 3 to 5 the three modules --------------------------------------------------------------------
 
 
-def test_every_shape_in_a_comment_is_true_with_all_axes_different(text, hub, scenes):
-    """Statement by statement (`shapes.wrong_shapes`): N 300, M 64, 31, 18, 8, R 13, P 7, C 20, D 32."""
-    odd = dict(centres=(64, 31, 18, 8), feature=20, samples=(7,) * 4, ball_samples=7, neighbours=5, context_heads=4,
-               referents=13)  # fmt: skip
-
-    def run():
-        for change in ({}, {"pairs": 1}, {"inter": "concat"}, {"locations": "metres"}):
-            model = make(text, **odd, **change)
-            for stage in (ENCODER, SYMBOLS, REFERENTS):
-                model.configure_stage(stage)
-                model.cache_features(scenes)
-                model(model.batch(asked(scenes) if stage is not ENCODER else [(s, []) for s in scenes]))
-        model.generate(model.batch(asked(scenes, 4)), 1)
-        model.told(scenes[0])
-
-    assert wrong_shapes(spatial3dllm, run, ({"B", "S"}, {"R", "K"})) == []
-
-
-# ---- 3 to 5 the three modules ----------------------------------------------------------------------------------------
-
-
-def test_abstraction_equals_a_loop_over_votes():
-    """Votes move, referents are the first seeds, groups are the nearest votes within the ball of a referent's own, and
-    one that nobody joins is its own group."""
+def test_referents_pool_the_votes_that_fall_near_their_own():
+    """The first seeds' votes are centers; one that nobody joins is its own group."""
     torch.manual_seed(0)
-    part = Abstraction(Config.tiny(feature=6, ball=0.5, ball_samples=3))
+    part = IntraReferent(Config.tiny(feature=6, ball=0.5, ball_samples=3))
     f, p = torch.randn(2, 9, 6), 0.4 * torch.randn(2, 9, 3)
     h, v = part(f, p, 4)
     moved = part.vote(f)
@@ -249,50 +158,71 @@ def test_abstraction_equals_a_loop_over_votes():
     alone = 0
     for b in range(2):
         for r in range(4):
-            far = (v[b] - v[b, r]).norm(dim=1)
-            group = [j for j in far.argsort().tolist()[:3] if far[j] <= 0.5]
+            distance = (v[b] - v[b, r]).norm(dim=1)
+            group = [j for j in distance.argsort().tolist()[:3] if distance[j] <= 0.5]
             alone += group == [r]
-            rows = [part.feature((f + moved[..., 3:])[b, j]) + part.place((v[b, j] - v[b, r]) / 0.5) for j in group]
-            assert torch.allclose(h[b, r], part.out(torch.stack(rows).amax(0)), atol=1e-4)
+            index = torch.tensor([[group + [r] * (3 - len(group))]])
+            expected = part.group(
+                (f + moved[..., 3:])[b : b + 1], v[b : b + 1], v[b : b + 1, r : r + 1], index
+            )
+            assert torch.allclose(h[b, r], expected[0, 0], atol=1e-4)
     assert 0 < alone < 8
 
 
 def test_the_graph_layer_equals_dense_matrices():
-    """A: each referent's k nearest, made symmetric, with self loops; H + ReLU(D^-1/2 A D^-1/2 LN(H) W), twice."""
+    """A: each referent's k nearest, made symmetric, with self loops."""
     torch.manual_seed(0)
-    part = Graph(Config.tiny(feature=5, neighbours=3))
-    h, centres = torch.randn(2, 8, 5), torch.randn(2, 8, 3)
-    out = part(h, centres)
+    part = InterReferentGraph(Config.tiny(feature=5, neighbors=3))
+    h, q = torch.randn(2, 8, 5), torch.randn(2, 8, 3)
+    out = part(h, q)
     for b in range(2):
-        far = (centres[b, :, None] - centres[b, None]).norm(dim=-1)
+        distance = (q[b, :, None] - q[b]).norm(dim=-1)
         A = torch.eye(8)
         for i in range(8):
-            for j in far[i].argsort()[1:4].tolist():
+            for j in distance[i].argsort()[1:4].tolist():
                 A[i, j] = A[j, i] = 1
         D = torch.diag(A.sum(1).pow(-0.5))
-        assert torch.allclose(neighbour_graph(centres, 3)[b], D @ A @ D, atol=1e-6)
+        assert torch.allclose(neighbor_graph(q, 3)[b], D @ A @ D, atol=1e-6)
         expected = h[b]
         for norm, layer in zip(part.norms, part.layers, strict=True):
             expected = expected + torch.relu(D @ A @ D @ norm(expected) @ layer.weight.T)
         assert torch.allclose(out[b], expected, atol=1e-5)
 
 
-def test_the_graph_takes_fewer_referents_than_neighbours_and_twins():
-    """Two referents at one place: either may come first among the nearest; the graph stays symmetric and finite."""
-    graph = neighbour_graph(torch.zeros(1, 4, 3), 10)
-    assert torch.allclose(graph, torch.full((1, 4, 4), 0.25))
+def test_referents_at_one_place_are_still_linked_with_themselves():
+    graph = neighbor_graph(torch.zeros(1, 6, 3), 2)
+    assert torch.equal(graph, graph.mT) and (graph.diagonal(dim1=1, dim2=2) > 0).all()
 
 
-def test_context_is_cross_attention_seen_from_the_own_place():
-    """Against softmax written out, per head; moving the whole scene does not change it but through the positions."""
+def test_a_fourier_code_is_a_linear_map_of_cosines_and_sines_also_in_half_precision():
+    """Groups: a place mixes its numbers; each number of a box has phases of its own."""
+    x, waves = 8 * torch.rand(4, 6), torch.tensor([1.0, 2.0])
+    code = FourierCode(torch.eye(6)[..., None] * waves, 5)
+    phases = x[..., None] * waves  # [4, 6, 2]
+    features = torch.cat([phases.cos(), phases.sin()], -1).flatten(1)
+    assert torch.allclose(code(x), features @ code.out.weight.T, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (
+            torch.allclose(code(x).float(), code(x.float()).float())
+            and (code(x) - code.out(features)).abs().max() < 0.05
+        )
+
+
+def test_referents_attend_to_seeds_and_see_them_from_their_own_place():
+    """Against softmax written out, per head."""
     torch.manual_seed(0)
-    part = Context(Config.tiny(feature=6, context_heads=2, fourier=4))
-    h, q, f, p = torch.randn(2, 3, 6), torch.randn(2, 3, 3), torch.randn(2, 5, 6), torch.randn(2, 5, 3)
+    part = ReferentSceneAttention(Config.tiny(feature=6, context_heads=2, fourier=4))
+    h, q, f, p = (
+        torch.randn(2, 3, 6),
+        torch.randn(2, 3, 3),
+        torch.randn(2, 5, 6),
+        torch.randn(2, 5, 3),
+    )
     out = part(h, q, f, p)
     for b in range(2):
         query = part.query(part.norm(h[b]) + part.position(q[b]))
-        s = part.norm_scene(f[b])
-        key, value = part.key(s + part.position(p[b])), part.value(s)
+        seeds = part.norm_scene(f[b])
+        key, value = part.key(seeds + part.position(p[b])), part.value(seeds)
         for r in range(3):
             seen = []
             for n in (slice(0, 3), slice(3, 6)):
@@ -302,373 +232,239 @@ def test_context_is_cross_attention_seen_from_the_own_place():
             assert torch.allclose(out[b, r], x + part.mlp(part.norm_mlp(x)), atol=1e-4)
 
 
-def test_concatenation_sets_neighbours_side_by_side():
-    """The ablation's rival of the graph; with fewer referents than places the nearest come again."""
+def test_concatenation_sets_neighbors_side_by_side():
     torch.manual_seed(0)
-    part = Concatenation(Config.tiny(feature=4, neighbours=2))
-    h, centres = torch.randn(1, 5, 4), torch.randn(1, 5, 3)
-    near = (centres[0, 1] - centres[0]).norm(dim=1).argsort()[:3]
+    part = Concatenation(Config.tiny(feature=4, neighbors=2))
+    h, q = torch.randn(1, 5, 4), torch.randn(1, 5, 3)
+    near = (q[0, 1] - q[0]).norm(dim=1).argsort()[:3]
     expected = h[0, 1] + torch.relu(part.out(part.norm(h[0, near]).flatten()))
-    assert torch.allclose(part(h, centres)[0, 1], expected, atol=1e-6)
-    assert part(h[:, :2], centres[:, :2]).shape == (1, 2, 4)
+    assert torch.allclose(part(h, q)[0, 1], expected, atol=1e-6)
 
 
-def test_number_tokens_start_as_the_code_of_their_value(text):
-    """Reading a coordinate is then the same copy as reading a name: the token of x = 1.25 is nearest, of all x tokens,
-    to the code of a box at x = 1.25; so for all six numbers."""
-    model = make(text, width=128)
-    table = model.embeddings.detach()
-    for axis, value in zip("xyzwdh", (1.25, -2.0, 0.75, 1.5, 0.5, 2.0), strict=True):
-        own = {t: v for t, (a, v) in text.number.items() if a == axis}
-        part = model.code.out.weight.view(128, 6, -1)[:, "xyzwdh".index(axis)] @ waves(torch.tensor(value))
-        near = max(own, key=lambda t: float(table[t] @ part))
-        assert abs(own[near] - value) <= 0.125
+# ---- 6 what referents are taught -----------------------------------------------------------------
 
 
 def test_the_detection_loss_of_the_truth_is_nearly_nothing_and_grows_with_each_fault():
-    """Votes, boxes, names: each counts, of the background only its place, and a scene without objects is no fault."""
+    """Votes, boxes, names: each counts, of the background only its place."""
     words = nn.functional.one_hot(torch.arange(8), 16).float().mul(3).split((5, 3))
     true = torch.rand(2, 6, 6, generator=torch.Generator().manual_seed(0)) + 0.2
     named = torch.tensor([[[1, 2], [3, 1], [1, 1], [0, 0], [2, 2], [0, 0]]] * 2)
     on = named[..., 0] > 0
-    features = (words[0][named[..., 0]] + words[1][named[..., 1]])[:, :4]
-    truth = dict(true=true, named=named, on=on, words=words)
-    perfect = dict(boxes=true[:, :4], votes=true[..., :3], features=features, **truth)
-    best, right = detection_loss(**perfect)
+    tokens = (words[0][named[..., 0]] + words[1][named[..., 1]])[:, :4]
+    perfect = {"boxes": true[:, :4], "votes": true[..., :3], "tokens": tokens}
+
+    def loss_with(**changes):
+        return detection_loss({**perfect, **changes}, true, named, on, words)
+
+    def moved(key, row, column, amount):
+        values = perfect[key].clone()
+        values[:, row, column] += amount
+        return {key: values}
+
+    best, right = loss_with()
     assert right == 1 and best < 0.01
-    far, big, votes, nowhere = true[:, :4].clone(), true[:, :4].clone(), true[..., :3].clone(), true[:, :4].clone()
-    far[:, 0, :3] += 1
-    big[:, 0, 3:] *= 3
-    votes[:, 4] += 1
-    for change in (dict(boxes=far), dict(boxes=big), dict(votes=votes), dict(features=features.roll(1, 1))):
-        assert detection_loss(**{**perfect, **change})[0] > best + 0.1
-    assert detection_loss(**{**perfect, "features": features.roll(1, 1)})[1] == 0
-    nowhere[:, 3, 3:] *= 5
-    assert detection_loss(**{**perfect, "boxes": nowhere})[0] == best  # walls have no size, but they stay in place
-    nowhere[:, 3, :3] += 1
-    assert detection_loss(**{**perfect, "boxes": nowhere})[0] > best + 0.02
-    assert torch.isfinite(detection_loss(**{**perfect, "named": named * 0, "on": on & False})[0])
+    center, size = slice(0, 3), slice(3, 6)
+    for change in (
+        moved("boxes", 0, center, 1),
+        moved("boxes", 0, size, 1),
+        moved("votes", 4, center, 1),
+    ):
+        assert loss_with(**change)[0] > best + 0.1
+    renamed, wrong = loss_with(tokens=tokens.roll(1, 1))
+    assert renamed > best + 0.1 and wrong == 0
+    assert loss_with(**moved("boxes", 3, size, 5))[0] == best, "a wall has no size"
+    assert loss_with(**moved("boxes", 3, center, 1))[0] > best + 0.02, "but a place"
+    nothing = detection_loss(perfect, true, named * 0, on & False, words)
+    assert torch.isfinite(nothing[0])
 
 
-# ---- the whole model -------------------------------------------------------------------------------------------------
+def test_seeds_are_told_what_they_lie_on(scenes):
+    """Box and names of their object; of the background its own place."""
+    model = model_at(ENCODER)
+    model.cache_features(scenes)
+    seen = model.see(scenes)
+    true, named, on = model.seed_truth(scenes, seen["instances"], seen["places"])
+    assert 0 < on.float().mean() < 1
+    for b, scene in enumerate(scenes):
+        for m, object_id in enumerate(seen["instances"][b].tolist()):
+            thing = next((o for o in scene.objects if o.id == object_id), None)
+            names = [
+                list(known)[i] for known, i in zip(model.names, named[b, m].tolist(), strict=True)
+            ]
+            if thing is None:
+                assert not on[b, m] and names == ["", ""]
+                assert torch.equal(true[b, m, :3], seen["places"][b, m])
+            else:
+                assert on[b, m] and names == [thing.category, thing.colour]
+                assert torch.allclose(true[b, m].double(), torch.from_numpy(thing.box), atol=1e-6)
 
 
-def told(model, groups):
-    """Logits of the answer tokens of every question."""
-    model.eval()
-    seen = []
-    with torch.no_grad():
-        for b in (model.batch([g]) for g in groups):
-            tokens, valid = model.encode(b["scenes"])
-            how = {"attention_mask": data.packed_mask(b["block"]), "position_ids": b["positions"], "use_cache": False}
-            hidden = model.llm.model(inputs_embeds=model.embed(b["ids"], tokens, valid), **how)
-            seen.append(model.llm.lm_head(hidden.last_hidden_state[b["labels"] != data.IGNORE]))
-    return seen
+# ---- 7 the model ---------------------------------------------------------------------------------
 
 
-def test_the_order_of_the_points_changes_nothing(text, scenes):
-    """Seeds, referents and boxes, to 1e-5: a cloud has no order."""
+@pytest.mark.parametrize("stage", [ENCODER, REFERENTS], ids=lambda stage: stage.name)
+def test_neither_the_order_of_the_points_nor_the_turn_of_a_room_changes_its_seeds(scenes, stage):
+    """A cloud has no order, and two processes meet the same scene turned differently."""
     scene = scenes[0]
     order = np.random.default_rng(1).permutation(len(scene.points))
     arrays = {k: getattr(scene, k)[order] for k in ("points", "colours", "normals", "instances")}
-    for stage in (ENCODER, REFERENTS):
-        results = []
-        for s in (scene, replace(scene, name="shuffled", **arrays)):
-            model = make(text)
-            model.configure_stage(stage)
-            results.append(model.see([s]))
-        for a, b in zip(*results, strict=True):
-            assert torch.allclose(a.double(), b.double(), atol=1e-5)
+    shuffled = replace(scene, name="shuffled", **arrays)
+    assert same(model_at(stage).see([scene]), model_at(stage).see([shuffled]))
+
+    model = model_at(stage)
+    cloud = model.read_cloud(scene)
+    turned = [augment(scene, np.random.default_rng(seed)) for seed in range(6)]
+    assert len({s.turn.tobytes() for s in turned}) > 3
+    for other in map(model.read_cloud, turned):
+        assert all(torch.equal(cloud[key], other[key]) for key in cloud)
 
 
-def test_batch_companions_and_padding_change_nothing(text, scenes):
-    """Clouds of different sizes share a batch, and so do questions of different lengths."""
-    few = replace(scenes[1], name="few", **{k: getattr(scenes[1], k)[::3] for k in
-                                            ("points", "colours", "normals", "instances")})  # fmt: skip
-    model = make(text)
-    model.configure_stage(ENCODER)
-    together = model.see([scenes[0], few, scenes[2]])
-    for i, scene in enumerate([scenes[0], few, scenes[2]]):
-        for whole, alone in zip(together, model.see([scene]), strict=True):
-            assert torch.allclose(whole[i : i + 1].double(), alone.double(), atol=1e-5)
-    for stage in (SYMBOLS, REFERENTS):
-        model.configure_stage(stage)
-        model.config.teach = 0.0  # its mean is over the batch
-        groups = asked(scenes)
-        alone = [float(model(model.batch([(s, [q])]))["loss"].detach()) for s, qs in groups for q in qs]
-        assert float(model(model.batch(groups))["loss"].detach()) == pytest.approx(sum(alone), rel=1e-4)
-
-
-def test_cached_seeds_follow_a_turned_scene(text, scenes):
-    """A frozen encoder saw the scene once; boxes and votes of its mirrored and transposed copies are turned with it."""
-    base = replace(scenes[0], name="base", points=scenes[0].points @ scenes[0].turn.astype(np.float32),
-                   normals=scenes[0].normals @ scenes[0].turn.astype(np.float32), turn=np.eye(3))  # fmt: skip
-    model = make(text)
-    model.configure_stage(REFERENTS)
-    _, boxes, votes, *_ = model.see([base])
+def test_boxes_and_votes_of_a_frozen_encoder_follow_a_turned_scene(scenes):
+    back = scenes[0].turn.astype(np.float32)
+    straight = dict(
+        points=scenes[0].points @ back, normals=scenes[0].normals @ back, turn=np.eye(3)
+    )
+    base = replace(scenes[0], **straight)
+    model = model_at(REFERENTS)
+    before = model.see([base])
     for seed in range(4):
         turned = augment(base, np.random.default_rng(seed))
-        _, b, v, *_ = model.see([turned])
-        turn = torch.from_numpy(turned.turn).float()
-        assert torch.allclose(b[..., :3], boxes[..., :3] @ turn.T, atol=1e-5)
-        assert torch.allclose(b[..., 3:], boxes[..., 3:] @ turn.abs().T, atol=1e-5)
-        assert torch.allclose(v, votes @ turn.T, atol=1e-5)
+        turn, after = torch.from_numpy(turned.turn).float(), model.see([turned])
+        center, size = before["boxes"].split(3, -1)
+        expected = torch.cat([center @ turn.T, size @ turn.abs().T], -1)
+        assert torch.allclose(after["boxes"], expected, atol=1e-5)
+        assert torch.allclose(after["votes"], before["votes"] @ turn.T, atol=1e-5)
 
 
-STAGE_CASES = [(s, False) for s in STAGES["tiny"]] + [(s, loaded) for s in STAGES["paper"] for loaded in (False, True)]
-
-
-@pytest.mark.parametrize(("stage", "loaded"), STAGE_CASES, ids=lambda v: v.name if isinstance(v, Stage) else str(v))
-@pytest.mark.parametrize("change", [{}, dict(intra=False, inter="off", context=False), dict(positions=False)], ids=str)
-def test_gradients_reach_all_that_trains_and_nothing_frozen(text, hub, scenes, stage, loaded, change):
-    """With every switch of the ablations; of a loaded model LoRA trains and its own weights rest."""
-    model = load(hub, **change) if loaded else make(text, **change)
-    model.configure_stage(stage)
-    model.cache_features(scenes)
-    out = model(model.batch(asked(scenes, 6, stage.tasks) if stage.tasks else [(s, []) for s in scenes]))
-    (out["loss"] / out["weight"]).backward()
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert {n for n, p in model.named_parameters() if p.grad is not None} == trained
-    whole = not loaded and "lm" in stage.trains
-    assert trained and all("lora_" in n for n in trained if n.startswith("llm.")) is not whole
-    silent = [n for n in trained if not model.get_parameter(n).grad.abs().max() > 0 and "lora_A" not in n
-              and (model.config.positions or n != "context.place.weight")]
-    assert not silent, silent
-
-
-def test_the_language_model_on_disk_loads_with_every_weight(hub, scenes):
-    """Config(llm=...) takes a Llama as it lies there; only LoRA is added, and as yet it changes nothing."""
-    model = load(hub)
-    now = {k.replace(".base_layer", ""): v for k, v in model.llm.state_dict().items() if "lora_" not in k}
-    assert now.keys() == hub.weights.keys() and all(torch.equal(now[k], v) for k, v in hub.weights.items())
-    adapted = {k.split(".")[-4] for k in model.llm.state_dict() if "lora_A" in k}
-    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    model.configure_stage(REFERENTS)
-    model.cache_features(scenes)
-    z, _ = model.encode(scenes)
-    loud = float(model.embeddings.square().mean().sqrt())
-    assert 0.5 * loud < float(z.square().mean().sqrt()) < 2.5 * loud
-    assert len(model.generate(model.batch(asked(scenes, 2)), 4)) == 6
-
-
-@pytest.mark.parametrize("stage", STAGES["paper"], ids=lambda s: s.name)
-def test_half_precision_changes_the_loss_by_a_rounding(hub, scenes, stage):
-    """Weights in bfloat16, as a paper run loads them, and autocast, as the trainer runs them: points, features and
-    words of different types meet in one token."""
-    losses = []
-    for dtype, auto in (("float32", False), ("float32", True), ("bfloat16", False), ("bfloat16", True)):
-        model = load(hub, dtype=dtype)
-        model.configure_stage(stage)
-        model.cache_features(scenes)
-        with torch.autocast("cpu", torch.bfloat16, enabled=auto):
-            batch = model.batch(asked(scenes, 3, stage.tasks) if stage.tasks else [(s, []) for s in scenes])
-            out = model(batch)
-            out["loss"].backward()
-            losses.append(float(out["loss"].detach()))
-            if stage.tasks:
-                assert len(model.generate(batch, 1)) == 9
-    assert losses[1:] == pytest.approx(losses[:1] * 3, rel=0.02) and len(set(losses)) > 1
-
-
-def test_boxes_as_integers_are_written_and_read_back(hub, scenes, monkeypatch):
-    """The grid form: what the model reads holds integers, what it answers is metres again; the tiny tokenizer has no
-    such tokens and says so."""
-    model = load(hub, locations="grid")
-    model.configure_stage(replace(REFERENTS, steps=False))
-    scene = scenes[0]
-    sample = data.question_set([scene], ["ground"], 1, 0)[0]
-    batch = model.batch([(scene, [sample])])
-    written = model.text.decode([i for i in batch["labels"][0].tolist() if i != data.IGNORE])
-    low, span = scene.bounds[0], scene.bounds[1] - scene.bounds[0]
-    box = scene.thing(sample.targets[0]).box
-    expected = np.round((box - [*low, 0, 0, 0]) / np.tile(span, 2) * 255)
-    assert np.abs(np.array(json.loads(written)) - expected).max() <= 1
-    monkeypatch.setattr(data, "answer", lambda *_: [written])
-    assert np.abs(data.tuples(model.generate(batch)[0], 6)[0] - box).max() < 0.03
-    with pytest.raises(DataError, match="tiny tokenizer has metres only"):
-        Model(Config.tiny(**SMALL, locations="grid"), TinyText([]))
-
-
-def test_generation_is_step_by_step_argmax(text, scenes):
-    """Scenes and questions of different lengths in one batch, against the whole row again per token."""
-    model = make(text)
-    full_rows.vary(model.llm.model)
-    for stage in (SYMBOLS, REFERENTS):
-        model.configure_stage(stage)
-        groups, expected = asked(scenes), []
-        for scene, sample in ((s, q) for s, qs in groups for q in qs):
-            batch = model.batch([(scene, [sample])])
-            tokens, valid = model.encode([scene])
-            start = int((batch["labels"][0] != data.IGNORE).nonzero()[0]) + 1
-            ids = batch["ids"][0, :start].tolist()
-            while len(ids) < start + 9 and text.eos not in ids[start:]:
-                out = model.llm.model(inputs_embeds=model.embed(torch.tensor([ids]), tokens, valid), use_cache=False)
-                ids.append(int(model.llm.lm_head(out.last_hidden_state[0, -1]).argmax()))
-            expected.append(text.decode(ids[start:]))
-        assert len(set(expected)) > 5
-        assert model.generate(model.batch(groups), max_new_tokens=9) == expected
-
-
-@pytest.mark.parametrize("loaded", [False, True], ids=["tiny", "loaded"])
-def test_ten_questions_about_a_scene_are_answered_as_each_alone(text, hub, scenes, loaded):
-    """The scene's tokens go through the language model once, and are found again in the next call, unchanged."""
-    model = load(hub).eval() if loaded else make(text)
-    if not loaded:
-        full_rows.vary(model.llm.model)
-    model.configure_stage(SYMBOLS)
-    full_rows.compare(model, [*asked(scenes[:1], 10), *asked(scenes[1:2], 1), *asked(scenes[2:])])
-
-
-def test_answers_depend_on_the_scene_and_on_positions(text, scenes):
-    """The same question about another scene has other logits; without positions, moving everything changes nothing."""
-    (_, samples), *_ = asked(scenes, 2, {"modle_distance": 1})
-    for positions in (True, False):
-        model = make(text, positions=positions)
-        model.configure_stage(SYMBOLS)
-        moved = replace(scenes[0], objects=[replace(o, box=o.box + np.eye(6)[0]) for o in scenes[0].objects])
-        here, there = (told(model, [(s, samples)])[0] for s in (scenes[0], moved))
-        assert torch.allclose(here, there, atol=1e-4) is not positions
-    model.configure_stage(REFERENTS)
-    model.cache_features(scenes)
-    assert not torch.allclose(*(told(model, [(s, samples)])[0] for s in scenes[:2]), atol=1e-3)
-
-
-@pytest.mark.parametrize("change", [dict(intra=False), dict(inter="off"), dict(inter="concat"), dict(context=False),
-                                    dict(positions=False)], ids=str)  # fmt: skip
-def test_every_switch_of_the_ablations_runs_and_changes_the_tokens(text, scenes, change):
-    """All variants hold the same parameters, so that they can start from the same run."""
-    default, model = make(text), make(text, **change)
-    assert [(n, p.shape) for n, p in default.named_parameters()] == [(n, p.shape) for n, p in model.named_parameters()]
-    for m in (default, model):
-        m.configure_stage(REFERENTS)
-        m.prepare(scenes)
-    assert not torch.allclose(default.encode(scenes)[0], model.encode(scenes)[0], atol=1e-4)
-    batch = model.batch(asked(scenes[:2]))
-    assert torch.isfinite(model(batch)["loss"]) and len(model.generate(batch, 2)) == 6
-
-
-def test_an_unknown_part_or_form_is_refused_with_the_known_ones(text):
-    with pytest.raises(DataError, match="graph, concat, off"):
-        make(text, inter="gcn")
-    with pytest.raises(DataError, match="metres, grid"):
-        make(text, locations="feet")
-    assert list(INTER) == ["graph", "concat", "off"]
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
-def test_an_encoder_file_gives_the_same_seeds_in_another_model(text, scenes, tmp_path):
-    """Weights and the settings they belong to; a loaded encoder is frozen from the start."""
-    first = make(text, seed=1)
-    first.save_encoder(tmp_path / "encoder.safetensors")
-    second = make(text, seed=2, encoder=str(tmp_path / "encoder.safetensors"))
-    for model in (first, second):
-        model.configure_stage(REFERENTS)
-    a, b = (m.load_features(scenes[0]) for m in (first, second))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    assert first.cache_key() == second.cache_key() != make(text, seed=3).cache_key()
-    stages = recipe(second.config, STAGES["tiny"])
-    assert [s.trains for s in stages if s.scene_input == "encoder"] == [("scene",)]
-    assert recipe(first.config, STAGES["tiny"]) == STAGES["tiny"]
-
-
-def test_a_wrong_encoder_file_is_refused_in_one_line(text, tmp_path):
-    make(text).save_encoder(tmp_path / "small.safetensors")
-    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "small.safetensors").read_bytes()[:100])
-    with pytest.raises(DataError, match=r"small.safetensors: an encoder with .*64.*these settings are .*48"):
-        make(text, centres=(48, 32, 16, 8), encoder=str(tmp_path / "small.safetensors"))
-    for name in ("cut", "absent"):
-        with pytest.raises(DataError, match=rf"{name}.safetensors: no readable .*python spatial3dllm.py encoder"):
-            make(text, encoder=str(tmp_path / f"{name}.safetensors"))
-
-
-def test_cached_seeds_are_read_back_equal_and_shared_by_ranks(text, scenes, tmp_path, monkeypatch):
-    """Another process reads what the first one wrote; rank r computes scenes r, r + world, ..."""
-    first, second = make(text), make(text)
-    for model in (first, second):
-        model.configure_stage(REFERENTS)
-    first.prepare(scenes, tmp_path, rank=1, world=2)
-    assert [p.stem for p in tmp_path.rglob("*.npz")] == [scenes[1].name]
-    first.prepare(scenes, tmp_path)
-    monkeypatch.setattr(second, "encode_clouds", lambda *_: pytest.fail("computed again"))
-    second.prepare(scenes, tmp_path)
-    assert all(torch.equal(x, y) for x, y in zip(first.see(scenes), second.see(scenes), strict=True))
-
-
-def test_a_scene_without_points_is_refused(text, scenes):
-    model = make(text)
-    model.configure_stage(REFERENTS)
-    with pytest.raises(DataError, match="has no points"):
-        model.cache_features([replace(scenes[0], name="bare", points=None)])
-
-
-def test_one_point_and_bare_clouds_are_read(text, scenes):
-    """A cloud without colours or normals, and one of a single point, give finite referents."""
-    model = make(text)
-    model.configure_stage(REFERENTS)
+def test_small_and_bare_clouds_share_a_batch_and_change_nothing_for_others(scenes):
+    """Fewer points than are read, a single one, no colors, normals or objects."""
+    keys = ("points", "colours", "normals", "instances")
+    few = replace(scenes[1], name="few", **{k: getattr(scenes[1], k)[::3] for k in keys})
     bare = replace(scenes[0], name="bare", colours=None, normals=None, instances=None)
     one = replace(bare, name="one", points=scenes[0].points[:1])
-    for seen in model.see([bare, one]):
-        assert torch.isfinite(seen).all()
+    batch = [scenes[0], few, bare, one]
+    model = model_at(ENCODER)
+    together = model.see(batch)
+    for i, scene in enumerate(batch):
+        assert same(together, model.see([scene]), slice(i, i + 1))
+    assert all(torch.isfinite(values).all() for values in together.values())
 
 
-def test_a_question_that_names_several_things_is_refused(text):
-    """On a scene of one's own, by what is known of it; a fuller description of the same words is not."""
-    box = lambda x: np.array([x, 0, 0.5, 0.5, 0.5, 1.0])  # noqa: E731
-    things = [data.Thing(1, "chair", "red", box(0)), data.Thing(2, "chair", "blue", box(2)),
-              data.Thing(3, "bed", "red", box(4))]  # fmt: skip
-    scene = data.Scene("hand", "ply", things)
-    refused = Model.refusal(scene, "How far is the chair from the bed?")
-    assert refused == "more than one thing fits. 2 chairs are here."
-    assert Model.refusal(scene, "How far is the red chair from the bed?") is None
-    assert Model.refusal(scene, "move the red thing 1 metre") == "more than one thing fits. 2 red things are here."
+def test_a_scene_without_points_is_refused_in_one_line(scenes):
+    with pytest.raises(DataError, match="bare: no points"):
+        model_at(REFERENTS).read_cloud(replace(scenes[0], name="bare", points=None))
 
 
-def test_of_overlapping_boxes_the_surest_is_kept():
-    """Against the definition, pair by pair: each that is left out overlaps a surer one that is kept."""
-    rng = np.random.default_rng(0)
-    boxes, sure = np.concatenate([rng.uniform(0, 2, (30, 3)), rng.uniform(0.3, 1, (30, 3))], 1), rng.uniform(0, 1, 30)
-    sure[:3] = 0
-    kept = spatial3dllm.surest(boxes, sure)
-    near = (data.box_iou(boxes, boxes) > 0.25) | (np.linalg.norm(boxes[:, None, :3] - boxes[:, :3], axis=-1) < 0.3)
-    assert 3 < len(kept) < 27 and (np.diff(sure[kept]) < 0).all()
-    assert near[np.ix_(kept, kept)].sum() == len(kept), "each is near itself alone"
-    for i in set(range(30)) - set(kept):
-        assert sure[i] == 0 or any(near[i, j] and sure[j] > sure[i] for j in kept)
+def test_the_language_model_on_disk_loads_with_every_weight_and_only_lora_is_added(tmp_path):
+    from transformers import LlamaForCausalLM
+
+    folder = save_llm("spatial3dllm", tmp_path)
+    saved = LlamaForCausalLM.from_pretrained(folder).state_dict()
+    config = Config(llm=str(folder), feature=16, lora_rank=4)
+    model = spatial3dllm.build(config, data.HubText(str(folder)))
+    loaded = {
+        k.replace(".base_layer", ""): v
+        for k, v in model.llm.state_dict().items()
+        if "lora_" not in k
+    }
+    assert loaded.keys() == saved.keys() and all(torch.equal(loaded[k], saved[k]) for k in saved)
+    adapted = {k.split(".")[-4] for k in model.llm.state_dict() if "lora_A" in k}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    loud = float(model.embeddings.detach().square().mean().sqrt())
+    assert torch.allclose(model.projector[-1].weight, torch.tensor(loud)), "as loud as words"
 
 
-def test_pictures_show_answers_and_referents(text, scenes, tmp_path):
-    """Two files a scene, none blank; referents name categories or nothing."""
+def test_a_marked_object_is_written_as_its_box(scenes):
+    thing = scenes[0].objects[0]
+    sample = data.Sample("", scenes[0].name, "id_category", f"what is {data.mark(thing)}?", "chair")
+    written = model_at(REFERENTS).write_marks(scenes[0], sample)
+    assert written.question == f"what is {data.listed(thing.box)}?"
+
+
+def test_without_positions_nothing_says_where_a_thing_is(scenes):
+    """Moving everything by a meter changes the tokens, but not those."""
+    far = [replace(o, box=o.box + np.eye(6)[0]) for o in scenes[0].objects]
+    moved = replace(scenes[0], objects=far)
+    for positions in (True, False):
+        model = model_at(SYMBOLS, positions=positions)
+        here, there = (model.encode([scene])["tokens"] for scene in (scenes[0], moved))
+        assert torch.allclose(here, there, atol=1e-4) is not positions
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(intra=False),
+        dict(inter="off"),
+        dict(inter="concat"),
+        dict(context=False),
+        dict(positions=False),
+    ],
+    ids=str,
+)
+def test_every_ablation_changes_the_tokens_and_can_start_from_the_same_weights(scenes, change):
+    default, model = model_at(REFERENTS), model_at(REFERENTS, **change)
+    model.load_state_dict(default.state_dict())
+    assert not torch.allclose(
+        default.encode(scenes)["tokens"], model.encode(scenes)["tokens"], atol=1e-4
+    )
+    silent = {"intra": "intra", "context": "context", "positions": "code"}
+    off = silent.get(next(iter(change)), "inter.graph")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert not any(name.startswith(off) for name in trained)
+
+
+def test_an_unknown_inter_referent_part_is_refused_with_the_known_ones():
+    with pytest.raises(DataError, match=f"off, {', '.join(INTER)}"):
+        model_at(REFERENTS, inter="gcn")
+
+
+def test_a_loaded_language_model_skips_the_stages_on_symbols():
+    stages = spatial3dllm.STAGES["tiny"]
+    assert spatial3dllm.recipe(Config.tiny(), stages) == stages
+    kept = spatial3dllm.recipe(Config.tiny(llm="folder"), stages)
+    assert [stage.scene_input for stage in kept] == ["encoder", "referents"]
+
+
+def test_a_picture_shows_where_seeds_vote_and_referents_are(scenes, tmp_path):
     from PIL import Image
 
-    model = make(text)
-    paths = model.pictures(scenes, tmp_path, 1)
-    assert [p.name for p in paths] == [f"{scenes[0].name}.png", f"{scenes[0].name}_referents.png"]
-    assert all(len(Image.open(p).convert("RGB").getcolors(1 << 24)) > 1000 for p in paths)
-    said = model.told(scenes[0])
-    assert len(said["box"]) == len(said["name"]) == model.config.referents and (said["sure"] > 0).all()
-    assert set(said["name"]) <= {"", *data.CATEGORIES} and said["seed"].shape == said["vote"].shape
+    model = model_at(REFERENTS)
+    assert model.token_centers(scenes[0]).shape == (model.config.referents, 3)
+    paths = model.pictures(scenes[:1], tmp_path)
+    assert [path.name for path in paths] == [f"{scenes[0].name}_referents.png"]
+    assert len(Image.open(paths[0]).convert("RGB").getcolors(1 << 24)) > 100
 
 
-def test_a_loaded_model_is_no_part_of_the_checkpoint(hub):
-    """LoRA and the scene's modules are; seven billion weights stay where they were loaded from."""
-    names = data.named_weights(load(hub)).keys()
-    assert {n.split(".")[0] for n in names} >= {"encoder", "intra", "inter", "context", "projector", "llm"}
-    assert all("lora_" in n for n in names if n.startswith("llm."))
+# ---- tiny preset ---------------------------------------------------------------------------------
 
 
-# ---- commands --------------------------------------------------------------------------------------------------------
+def test_the_token_of_a_number_starts_as_the_code_of_its_value():
+    """Reading a coordinate is then the same copy as reading a name."""
+    torch.manual_seed(0)
+    text = data.TinyText(data.vocabulary())
+    model = spatial3dllm.build(Config.tiny(), text)
+    table = model.embeddings.detach()
+    maps = model.code.out.weight.detach().unflatten(1, (6, -1))
+    for k, value in enumerate((1.25, -2.0, 0.75, 1.5, 0.5, 2.0)):
+        phase = value * spatial3dllm.BOX_FREQUENCIES
+        code = maps[:, k] @ torch.cat([phase.cos(), phase.sin()])
+        own = {token: v for token, (axis, v) in text.number.items() if axis == "xyzwdh"[k]}
+        nearest = max(own, key=lambda token: float(table[token] @ code))
+        assert abs(own[nearest] - value) <= 0.125
 
 
-@pytest.mark.parametrize(("arguments", "says"), [
-    (["encoder"], "--run, --out"),
-    (["modle", "--root", "nowhere"], "--out"),
-    (["modle", "--root", "nowhere", "--out", "x", "--per-scene", "0"], "--per-scene 0: give at least 1"),
-    (["modl"], "command 'modl' is unknown: choose one of modle, encoder"),
-    (["--scene", "nowhere", "--ask", "?"], "--run"),
-])  # fmt: skip
-def test_a_command_that_lacks_something_says_so_in_one_line(arguments, says, capsys):
-    assert spatial3dllm.main(arguments) == 2
-    said = capsys.readouterr().err
-    assert says in said and said.count("\n") == 1
+def test_symbols_are_the_objects_words_and_true_boxes_in_random_order(scenes):
+    model = model_at(SYMBOLS)
+    seen = model.encode(scenes)
+    assert seen["valid"].sum(1).tolist() == [len(scene.objects) for scene in scenes]
+    assert [model.scene_length(scene) for scene in scenes] == [9, 12, 7]
+    for b, scene in enumerate(scenes):
+        expected = []
+        for o in scene.objects:
+            ids = [model.text.encode(word)[0] for word in (o.category, o.colour) if word]
+            ids += [model.text.unk] * (2 - len(ids))
+            words = nn.functional.layer_norm(model.embeddings[ids].sum(0), (model.config.width,))
+            expected.append(words + model.code(torch.from_numpy(o.box).float()))
+        tokens = seen["tokens"][b, seen["valid"][b]]
+        assert torch.cdist(torch.stack(expected), tokens).min(1).values.max() < 1e-3
