@@ -106,6 +106,7 @@ def official_number(text: str) -> float:
 def number(text: str) -> float:
     """Read a number as lmms-eval does: the first in digits or in English words, whichever comes
     first, else NaN."""
+    # digits and words in the order in which they stand
     tokens = re.findall(r"-?\d+(?:\.\d+)?|[a-z]+", text.lower())
     start = next((i for i, token in enumerate(tokens) if token in NUMBERS or not token.isalpha()), None)
     if start is None:
@@ -176,9 +177,12 @@ def boxes_f1(text: str, sample: Sample, scene: Scene, threshold: float) -> float
     """
     from scipy.optimize import linear_sum_assignment
 
+    # one side empty: both must be
     found, truth = boxes(text), true_boxes(sample.targets, scene)
     if not found or not truth:
         return float(len(found) == len(truth))
+
+    # pairs with the largest sum of overlap, which need not give the most hits
     iou = iou_matrix(np.stack(found), np.stack(truth)).astype(np.float32)
     hits = int((iou[linear_sum_assignment(-iou)] >= threshold).sum())
     return 2 * hits / (len(found) + len(truth))
@@ -322,6 +326,7 @@ def meteor(pairs: Iterable[tuple]) -> list[float]:
     """METEOR of several (references, answers), with one Java process that is gone afterwards."""
     from pycocoevalcap.meteor.meteor import Meteor
 
+    # a process of a gigabyte, which reads lines: none may break in two
     scorer = Meteor()
     try:
         safe = [
@@ -329,6 +334,7 @@ def meteor(pairs: Iterable[tuple]) -> list[float]:
         ]
         return [float(scorer.compute_score(known, said)[0]) for known, said in safe]
     finally:
+        # whatever happened, it ends here; after an error its destructor would wait for the lock
         scorer.meteor_p.kill()
         if scorer.lock.locked():  # after an error its destructor would wait for this forever
             scorer.lock.release()
@@ -346,15 +352,19 @@ def text_scores(sets: dict[str, tuple], whole: bool = True) -> tuple[dict, list]
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
+    # what stays None is not available
     names = ("cider", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "meteor")
     scores = {name + suffix: None for suffix in sets for name in names}
     pairs, each = {}, []
     for suffix, (*sides, ptb) in sets.items():
+        # the scorers want both sides by question
         said, known = (dict(enumerate(groups)) for groups in sides)
         if ptb:
             said, known = with_java(tokenize, said), with_java(tokenize, known)
             if said is None or known is None:
                 continue
+
+        # n-grams
         cider, per_answer = Cider().compute_score(known, said)
         values = (
             cider,
@@ -364,6 +374,8 @@ def text_scores(sets: dict[str, tuple], whole: bool = True) -> tuple[dict, list]
         scores |= {name + suffix: float(value) for name, value in zip(names, values, strict=False)}
         each = each or per_answer.tolist()
         pairs[suffix] = known, said
+
+    # METEOR of all sets with one process
     found = with_java(meteor, pairs.values()) if whole and pairs else None
     scores |= {"meteor" + suffix: value for suffix, value in zip(pairs, found or (), strict=False)}
     return scores, each
@@ -494,6 +506,7 @@ class Captions(Benchmark):
     tokens = 128
 
     def text_sets(self, questions: Questions, answers: list[str]) -> dict:
+        # whether a proposal fits the object at all
         fits = [proposal_fit(scene, shown, s.targets[0]) for s, scene, shown in questions.each()]
         sets = {}
         for (name, d), k in itertools.product(self.dialects.items(), (0.5, 0.25)):
@@ -610,6 +623,7 @@ def read_rows(path: Path, key: str = "") -> list:
 
     A line that is not JSON is None; an object is one row.
     """
+    # a byte order mark is no part of the text
     try:
         text = path.read_bytes().decode("utf-8-sig", errors="replace")
     except OSError as error:
@@ -623,9 +637,12 @@ def read_rows(path: Path, key: str = "") -> list:
         except (ValueError, RecursionError):
             return None
 
+    # one JSON value, or one a line
     held = parsed(text)
     if held is None:  # JSON Lines
         held = [parsed(line) for line in text.split("\n") if line.strip()]
+
+    # an object holds its rows under a key, or is a row
     if isinstance(held, dict):
         held = held.get(key, [held])
     if not isinstance(held, list) or not any(row is not None for row in held):
@@ -917,6 +934,7 @@ def read_official(name: str, path: Path, root: Path | None = None, split: str = 
 
     root: where tables of the scans may lie. Raises DataError with file, row and what is wrong.
     """
+    # below a folder it is the split's file
     benchmark = find_benchmark(name)
     split = split or benchmark.split
     if path.is_dir():
@@ -926,6 +944,8 @@ def read_official(name: str, path: Path, root: Path | None = None, split: str = 
                 f"{path}: no {benchmark.files.get(split, [split])[0]} below it; name the file itself"
             )
         path = found
+
+    # what is wrong with a row is said with its number
     samples: dict[str, Sample] = {}
     for n, row in enumerate(benchmark.rows(path, split), start=1):
         try:
@@ -933,6 +953,7 @@ def read_official(name: str, path: Path, root: Path | None = None, split: str = 
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{path}, row {n}: {error} in {str(row)[:80]}; get the file again") from None
         if sample is not None:
+            # a row without an id is known by its place
             sample.id = sample.id or f"{path.stem}/{n}"
             first = samples.setdefault(sample.id, sample)
             if first is not sample:
@@ -940,6 +961,8 @@ def read_official(name: str, path: Path, root: Path | None = None, split: str = 
                     raise DataError(f"{path}, row {n}: the question id {sample.id} twice; get the file again")
                 first.answers += sample.answers
                 first.tokens += sample.tokens
+
+    # some benchmarks need all rows, or a table beside the file
     if not samples:
         raise DataError(f"{path}: no questions of {name}")
     return benchmark.finish(list(samples.values()), [path.parent, path.parent.parent, root or path.parent])
@@ -968,6 +991,7 @@ def read_boxes(path: Path) -> dict[str, Scene]:
     scenes = {}
     try:
         for name, found in read_rows(path)[0].items():
+            # objects are numbered from 1, ScanNet's objectIds from 0
             rows = found.items() if isinstance(found, dict) else enumerate(found)
             things = [data.Thing(int(k) + 1, "", "", np.array(box, float).reshape(6)) for k, box in rows]
             scenes[name] = number_objects(Scene(name, "boxes", things))
@@ -992,6 +1016,7 @@ def load(
     partial: accept another number of questions than the split has, and leave out those whose scan
     is missing. dialects, paper: as for `choose_dialects`.
     """
+    # the questions, in the dialects that are to be scored
     benchmark = choose_dialects(find_benchmark(name), dialects, paper)
     if not (benchmark.metrics or benchmark.dialects):
         raise DataError(f"{name}: questions to train on, which are not scored")
@@ -1034,9 +1059,12 @@ def with_proposals(
 ) -> Questions:
     """Number all objects (`number_objects`), and show other proposals for them: own segments, those
     of the model, or a file's boxes."""
+    # true objects, numbered
     scenes = {name: number_objects(scene, seed) for name, scene in questions.scenes.items()}
     if how == "gt":
         return replace(questions, scenes=scenes, shown=scenes)
+
+    # where proposals come from
     own = {"segments": data.with_own_segments, **model.proposals()} if model else {}
     if how not in own and not Path(how).is_file():
         raise DataError(f"--proposals {how}: neither a file of boxes nor one of gt, {', '.join(own)}")
@@ -1076,6 +1104,7 @@ def rank_and_world() -> tuple[int, int]:
 def predict(model: Model, questions: Questions, batch: int = 256) -> dict[str, str]:
     """Answer greedily: {id: text}, the same on every rank. A rank takes every world-th scene,
     nothing twice."""
+    # a process answers whole scenes, so that each is encoded once
     rank, world = rank_and_world()
     benchmark, answers = questions.benchmark, {}
     own = sorted({s.scene for s in questions.samples})[rank::world]
@@ -1095,6 +1124,7 @@ def predict(model: Model, questions: Questions, batch: int = 256) -> dict[str, s
         for sample, text in zip(chunk, texts, strict=True):
             answers[sample.id] = text.rpartition("=")[2].strip() if model.stage.steps else text
 
+    # every process gets all answers
     parts = [answers] * world
     if world > 1:
         dist.all_gather_object(parts, answers)
@@ -1107,9 +1137,11 @@ def predict(model: Model, questions: Questions, batch: int = 256) -> dict[str, s
 def summarize(benchmark: Benchmark, samples: list[Sample], scored: list[dict]) -> dict[str, float]:
     """Average scores per question over all and per part: {"metric/protocol": ..,
     "metric/protocol/part": ..}."""
+    # which questions belong to a part
     result, parts = {}, [benchmark.parts(s) for s in samples]
     names = sorted(set(itertools.chain(*parts)))
     for metric in scored[0]:
+        # over all, and over each part
         values = np.array([scores[metric] for scores in scored], float)
         means = {name: values[[name in own for own in parts]].mean() for name in names}
         result[metric] = values.mean()
@@ -1131,12 +1163,15 @@ def measure(questions: Questions, answers: dict[str, str], whole: bool = True) -
 
     whole: False leaves out scores of the whole set where there are others, and METEOR.
     """
+    # question by question; a metric knows boxes only, not identifiers
     benchmark, scored = questions.benchmark, []
     texts = [answers.get(s.id, "") for s in questions.samples]
     for sample, scene, shown, text in questions.each(texts):
         scored.append(benchmark.score(with_boxes(text, shown) if benchmark.grounded else text, sample, scene))
     values = summarize(benchmark, questions.samples, scored)
     each = [next(iter(scores.values()), 0.0) for scores in scored]
+
+    # then all answers together
     if whole or not values:
         found, per_answer = text_scores(benchmark.text_sets(questions, texts), whole)
         each = each if values else per_answer or each
@@ -1149,11 +1184,13 @@ def chance_scores(questions: Questions) -> dict:
     guess from."""
     benchmark, scored = questions.benchmark, []
     for sample, scene, shown in questions.each():
+        # what a guess may be drawn from
         guesses = questions.blind.answers(sample.task, 50) if questions.blind else []
 
         def score(text, sample=sample, scene=scene):
             return np.array([*benchmark.score(text, sample, scene).values()])
 
+        # all metrics of a guess at once
         names = benchmark.score("", sample, scene)
         known = shown.objects if sample.targets is not None else sample.options or guesses
         chance = data.chance(sample, shown, guesses, score) if known else np.nan
@@ -1187,6 +1224,7 @@ def score(questions: Questions, answers: dict[str, str], others: dict[str, dict]
     # a row per question, what was wrong with its answer, and how well proposals fit its targets
     rows, parts, fits, remarks = [], [], [], questions.remarks.copy()
     for s, scene, shown, value in questions.each(each):
+        # a row that a person can read
         text, truth = answers.get(s.id, ""), plain(" | ".join(s.answers or [s.answer]), scene)
         rows.append(
             {
@@ -1199,6 +1237,7 @@ def score(questions: Questions, answers: dict[str, str], others: dict[str, dict]
                 "blind": blind.get(s.id, ""),
             }
         )
+        # what is wrong with the answer is counted
         remarks["empty answers"] += not any(map(str.isalnum, text))
         remarks["answers without an object or box"] += benchmark.grounded and not boxes(
             with_boxes(text, shown)
@@ -1228,11 +1267,14 @@ def table(entries: dict[str, dict]) -> str:
     names = dict.fromkeys(c for e in entries.values() for c in e["columns"] if any(e["columns"][c].values()))
     lines, notes = [["benchmark", "score", "model", *names, "count"]], []
     for title, entry in entries.items():
+        # every score with its count
         for key in (key for key in entry if "/" in key):
             found = [entry, *(entry["columns"].get(c, {}) for c in names)]
             cells = ["n/a" if scores.get(key) is None else f"{scores[key]:.3f}" for scores in found]
             part = "/".join(key.split("/")[2:])
             lines.append([title, key, *cells, str(entry["counts"].get(part, entry["count"]))])
+
+        # what a reader must know stands below the numbers
         notes += [f"{title}: {n} {remark}" for remark, n in entry["remarks"].items()]
         notes += [f"{title}: dialect {name} is that of {who}" for name, who in entry["dialects"].items()]
 
@@ -1261,6 +1303,7 @@ TEXT_FIELDS = (
 def read_predictions(path: Path, questions: Questions, partial: bool = False) -> dict[str, str]:
     """Read anybody's answers to the questions: {id: text}. One line says how the file was
     understood."""
+    # rows, whatever they are wrapped in
     rows = [row for row in read_rows(path) if isinstance(row, dict)]
     if len(rows) == 1 and not rows[0].keys() & {*ID_FIELDS, "doc"}:  # {id: text}
         rows = [{"id": id, "prediction": text} for id, text in rows[0].items()]
@@ -1272,6 +1315,7 @@ def read_predictions(path: Path, questions: Questions, partial: bool = False) ->
     known, answers, remarks = {s.id for s in questions.samples}, {}, questions.remarks
     for row in rows:
         id, text = str(row.get(id_field)).strip(), row.get(text_field)
+        # the first of several is the answer; what was thought before it is none
         while isinstance(text, list) and text:
             text = text[0]
         text = "" if text is None else str(text)
@@ -1281,6 +1325,8 @@ def read_predictions(path: Path, questions: Questions, partial: bool = False) ->
         tagged = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
         answers[id] = (tagged[1].strip() if tagged else text)[:LIMIT]
         remarks["answers taken out of <answer> tags"] += tagged is not None
+
+    # how the file was understood, and whether it is enough
     print(
         f"{path}: {len(rows)} rows, id = {id_field}, text = {text_field}, {len(answers)} of {len(known)} answered"
     )
@@ -1316,12 +1362,15 @@ def save(path: Path, entries: dict[str, dict], **facts) -> None:
 
     Entries that are there already stay if all facts are the same: a file never mixes two models.
     """
+    # entries of the same model and code stay
     facts |= {"code": revision(), "torch": torch.__version__}
     try:
         old = json.loads(path.read_text())
         old = old if old.pop("provenance") == facts else {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):  # nothing there, or something else
         old = {}
+
+    # questions and answers in files of their own
     for title, entry in entries.items():
         lines = [json.dumps(row) + "\n" for row in entry.pop("rows")]
         write_text(path.parent / "predictions" / f"{title}.jsonl", "".join(lines))
@@ -1333,6 +1382,8 @@ def write_report(out: Path) -> None:
     its pictures."""
     if rank_and_world()[0]:
         return
+
+    # tables and worst answers, also of rooms of other sizes and of earlier stages
     parts = [f"<!doctype html><meta charset=utf-8><title>{html.escape(out.name)}</title>"]
     for path in sorted(out.rglob("metrics.json")):
         entries = json.loads(path.read_text())
@@ -1345,6 +1396,8 @@ def write_report(out: Path) -> None:
             rows = sorted(map(json.loads, lines), key=lambda row: row["score"])[:5]
             text = "\n".join(f"{key}: {value}" for row in rows for key, value in row.items())
             parts.append(f"<h3>{html.escape(title)}: worst answers</h3><pre>{html.escape(text)}</pre>")
+
+    # pictures stay where they are
     for picture in sorted(out.rglob("*.png")):
         name = html.escape(str(picture.relative_to(out)))
         parts.append(f'<p>{name}<br><img src="{name}" alt="{name}" style="max-width: 100%">')
@@ -1360,10 +1413,13 @@ def write_report(out: Path) -> None:
 def evaluation_rooms(names: set[str], folder: Path, root: Path, held: list[Scene]) -> set[str]:
     """Name the rooms that must not be trained in: of ScanNet's val and test lists, of the scenes
     held out by the run, and of every other split of these benchmarks in the folder."""
+    # ScanNet's own lists
     scenes = {scene.name for scene in held}
     for place in (folder, root):
         for path in place.rglob("scannetv2_*.txt"):
             scenes.update(() if "train" in path.name else path.read_text().split())
+
+    # other splits of the same benchmarks
     for name in names:
         for split in find_benchmark(name).files.keys() - {"train"}:
             if path := find_split(folder, find_benchmark(name), split):
@@ -1391,11 +1447,13 @@ def mixture(
     numbered object fits with the source's IoU (boxes: proposals.json in the folder, else the scans'
     own), and more than the source takes.
     """
+    # the rooms that may be trained in, and the proposals a model will be shown
     rooms = evaluation_rooms({source.benchmark for source in sources.values()}, folder, root, held)
     there = {scene.name: number_objects(scene, seed) for scene in train}
     file = min(folder.rglob("proposals.json"), default=None)
     shown = read_boxes(file) if file else there
 
+    # why a question is dropped
     def fault(s: Sample, source: data.Source) -> str:
         grounded = s.targets is not None
         forms = {
@@ -1416,6 +1474,7 @@ def mixture(
     listed, report = defaultdict(list), []
     for name, source in sources.items():
         benchmark, samples, dropped = find_benchmark(source.benchmark), [], Counter()
+        # every accepted answer is a question of its own
         for split in source.splits:
             path = find_split(folder, benchmark, split)
             for s in read_official(source.benchmark, path, root, split) if path else ():
@@ -1458,10 +1517,13 @@ IN_METERS = re.compile(  # words of a question whose answer is a measure: of a s
 def load_run(folder: Path, paper=None) -> tuple[Model, dict]:
     """Load a run's model with its weights, as its last stage sees, and the record of how it was
     made."""
+    # the paper's own questions and benchmarks come with it
     record = data.read_state(folder)["run"]
     paper = paper or importlib.import_module(record["model"])
     data.adopt(paper)
     adopt(paper)
+
+    # the model as it was built, with the weights it ended with
     config = data.from_json(paper.Config, record["config"])
     model = paper.build(config, data.load_text(record["text"]))
     stages = [data.stage_of(stage) for stage in record["stages"]]
@@ -1479,6 +1541,7 @@ def evaluate_questions(model: Model, asked: list[Questions], out: Path, record: 
     The model is asked as its stage sees, in the arithmetic it was trained in. Rank 0 gets the
     entries, others {}.
     """
+    # frozen work of all scenes first, shared by the processes
     rank, world = rank_and_world()
     model.eval()
     shown = {scene.name: scene for questions in asked for scene in questions.shown.values()}
@@ -1487,6 +1550,7 @@ def evaluate_questions(model: Model, asked: list[Questions], out: Path, record: 
     if world > 1:
         dist.barrier()  # a rank reads what the others have cached
 
+    # the answers, also without what the paper's baselines take away
     dtype, others = getattr(torch, record["dtype"]), defaultdict(dict)
     with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
         answers = [predict(model, questions) for questions in asked]
@@ -1498,6 +1562,7 @@ def evaluate_questions(model: Model, asked: list[Questions], out: Path, record: 
     if rank:
         return {}
 
+    # one process scores and writes
     entries = {q.name: score(q, found, others[q.name]) for q, found in zip(asked, answers, strict=True)}
     print(table(entries))
     save(
@@ -1531,12 +1596,15 @@ def evaluate_scenes(
     names: benchmarks, by default all of which the stage trained a task. blind_scenes: whose answers
     the blind baseline knows. A task gets 60 questions in all, and three per scene at least.
     """
+    # of a benchmark only what was trained, unless it is named
     model.configure_stage(stage)
     tasks = {}
     for name in names or BENCHMARKS:
         tasks[name] = [
             t for t in find_benchmark(name).tasks if t in data.TASKS and (names or t in stage.tasks)
         ]
+
+    # what is blindly known, and the scenes with their proposals
     seed, known = record["seed"], [*itertools.chain(*tasks.values())]
     blind = data.Blind(data.question_set(blind_scenes, known, 3, seed + 1))
     true = {scene.name: scene for scene in scenes}
@@ -1556,6 +1624,7 @@ def evaluate_scenes(
 def evaluate_run(args: argparse.Namespace) -> None:
     """Score a finished run in its test scenes, in rooms of a given number of objects, or on
     official files."""
+    # questions of official files, in their scans
     model, record = load_run(args.run)
     out, asked = args.out or args.run, []
     for name in args.benchmark if args.annotations else ():
@@ -1566,6 +1635,7 @@ def evaluate_run(args: argparse.Namespace) -> None:
         evaluate_questions(model, asked, out, record)
         return write_report(out)
 
+    # questions made for scenes that the run did not train in
     load_scenes = partial(data.load_scenes, record["data"], root=record["root"], **record["scene_options"])
     count, objects, place = record["scene_counts"], args.objects, out
     known = min(300, count["train"])  # training scenes whose answers the blind baseline knows
@@ -1575,6 +1645,8 @@ def evaluate_run(args: argparse.Namespace) -> None:
         first, place = data.ROOM_SEEDS["test"].start + 10_000 + 100 * objects, out / f"objects-{objects}"
         seeds = range(first, first + count["test"])
         scenes = [data.room(seed, objects, points=max(4096, 340 * objects)) for seed in seeds]
+
+    # what the blind baseline has read
     if record["data"] == "rooms":  # questions need no pictures
         blind = data.rooms(data.ROOM_SEEDS["train"][:known], views=0, points=0)
     else:
@@ -1596,10 +1668,13 @@ def evaluate_run(args: argparse.Namespace) -> None:
 def score_file(args: argparse.Namespace) -> None:
     """Score a file of answers; no model is asked. Identifiers are ScanNet's objectIds, or count a
     file's boxes."""
+    # the questions with their boxes
     questions = load(args.benchmark[0], args.annotations, args.root, args.partial, args.dialect)
     if args.root is None and any(s.targets for s in questions.samples):
         raise DataError(f"{questions.name}: needs boxes; give the scans, or a file of boxes, with --root")
     questions = with_proposals(questions, args.proposals)
+
+    # anybody's answers to them
     entries = {
         questions.name: score(questions, read_predictions(args.predictions, questions, args.partial), {})
     }
@@ -1610,6 +1685,7 @@ def score_file(args: argparse.Namespace) -> None:
 
 def ask_scene(args: argparse.Namespace) -> None:
     """Answer questions about a scene of one's own, and draw it."""
+    # the scene, as sharp as the model looks at it
     model, record = load_run(args.run)
     if args.at is not None and type(model).prompt_tokens is Model.prompt_tokens:
         raise DataError(f"--at: {record['model']} takes no places; fase3d does")
@@ -1643,6 +1719,7 @@ def ask_scene(args: argparse.Namespace) -> None:
     if not samples:
         raise DataError("--ask: give a question, or type one a line")
 
+    # a picture of what was read, and of the places in the answers
     picture = args.out or args.run / "ask.png"
     data.draw_scene(scene, picture, lines, model.token_centers(scene), texts)
     pictures = [picture, *model.answer_pictures(scene, samples, texts, picture.parent)]
@@ -1659,12 +1736,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Scores of a finished run, or of a file of answers; or ask a scene."
     )
+    # flags that name a place, then the others
     add = parser.add_argument
     places = {
         "run": "folder of a finished run",
         "annotations": "official questions: a file, or a folder that holds it",
-        "predictions": "answers: .jsonl, .json or .csv with an id and a text; an id of ScanRefer is scene|object|ann, of "
-        "Multi3DRefer scene|ann, of captions scene|object",
+        "predictions": "answers: .jsonl, .json or .csv with an id and a text; ids are ScanRefer's "
+        "scene|object|ann, Multi3DRefer's scene|ann, captions' scene|object",
         "root": "the scans, or a file of true boxes {scene: {objectId: box}}",
         "out": "folder of the scores; metrics.json of a file; picture of a scene",
         "scene": "with --run: a scene of one's own to ask about",
@@ -1691,6 +1769,7 @@ def main(arguments: list[str] | None = None) -> None:
     data.add_scene_options(parser)
     args = parser.parse_args(arguments)
 
+    # several processes share the questions; then one of three things is done
     if args.run and "RANK" in os.environ:  # torchrun
         dist.init_process_group()
         if torch.cuda.is_available():
