@@ -1,23 +1,25 @@
 """Scores under named protocols: ask a trained model, or score anybody's answers without a model.
 
-    python evaluate.py --run runs/proxy3d [--benchmark rooms/qa ...] [--proposals gt|segments|FILE] [--objects N]
-    python evaluate.py --run runs/proxy3d --benchmark scanqa --annotations FILE --root SCANS
-    python evaluate.py --benchmark scanqa --annotations FILE --predictions FILE [--dialect all] [--out metrics.json]
-    python evaluate.py --run runs/proxy3d --scene PATH --ask "How many chairs are there?"
+    python evaluate.py --run RUN [--benchmark rooms/qa ..] [--proposals gt|segments|FILE] [--objects N]
+    python evaluate.py --run RUN --benchmark scanqa --annotations FILE --root SCANS
+    python evaluate.py --benchmark scanqa --annotations FILE --predictions FILE [--dialect all]
+    python evaluate.py --run RUN --scene PATH --ask "How many chairs are there?"
 
-One question takes this way: load -> predict (or read_predictions) -> score -> save -> table. A benchmark is a class of
-a few lines: its files, its prompt, how a row becomes a `Sample`, how an answer is scored. A metric is a plain function
-of (answer, sample, scene) with a value per question; what needs the whole set (CIDEr, BLEU) is a `corpus` score.
+A question goes load -> predict (or read_predictions) -> score -> save -> table. A benchmark is a
+class of a few lines: its files, its prompt, how a row becomes a `Sample`, how an answer is scored.
+A metric is a plain function of (answer, sample, scene); what needs all answers at once (CIDEr,
+BLEU) follows from `text_sets`.
 
-Groups of papers score the same text differently, so a score's name carries its protocol: "acc@0.5/scanrefer",
-"score/official", and for text a dialect, "cider/chat-scene" (`DIALECTS`). Shares are in 0..1 and text scores are
-pycocoevalcap's own; papers print both times 100. What cannot be computed (no Java) is None, never zero.
+Groups of papers score the same text differently, so a score's name carries its protocol:
+"acc@0.5/scanrefer", "score/official", and for text a dialect, "cider/chat-scene" (`DIALECTS`).
+Shares are in 0..1 and text scores are pycocoevalcap's own; papers print both times 100. What cannot
+be computed (no Java) is None, never zero.
 
-No answer is the empty text and is scored as the official scripts score it; how many there were stands beside the score.
-Beside every score stand chance and blind, computed for the very questions scored.
+No answer is the empty text and is scored as the official scripts score it; how many there were
+stands beside. So do chance and blind, computed for the very questions scored.
 
-Contents: 1 reading an answer · 2 metrics · 3 text and captions · 4 benchmarks · 5 official files · 6 predict ·
-7 score and table · 8 files and report · 9 mixtures to train on · 10 ask, command line
+Contents: 1 reading an answer · 2 metrics · 3 text and captions · 4 benchmarks · 5 official files ·
+6 predict · 7 score and table · 8 files and report · 9 mixtures to train on · 10 ask, command line
 """
 
 from __future__ import annotations
@@ -25,22 +27,20 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import functools
 import html
 import importlib
-import io
 import itertools
 import json
 import os
 import re
-import shlex
+import shutil
 import subprocess
 import sys
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from operator import attrgetter
 from pathlib import Path
 
@@ -53,15 +53,19 @@ from data import DataError, Sample, Scene
 
 Model = data.SceneLanguageModel
 
-LIMIT = 10_000  # characters of an answer; one that says everything contains every reference
-MAX_ERROR_M = 10.0  # the largest error charged, and that of no answer: silence must not lower a mean error
+LIMIT = 10_000  # characters of an answer that are scored
+MAX_ERROR_M = 10.0  # the largest error charged, also for no answer: silence must not lower a mean
 
-# ---- 1 reading an answer ---------------------------------------------------------------------------------------------
+# ---- 1 reading an answer -------------------------------------------------------------------------
 
-IDENTIFIER = re.compile(r"<?OBJ(\d{3})(?!\d)>?")
-WORDS = re.findall(r"\w+", """
-    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
-    eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand""")
+IDENTIFIER = re.compile(r"<OBJ(\d{3})>")
+WORDS = re.findall(
+    r"\w+",
+    """
+    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
+    sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety
+    hundred thousand""",
+)
 NUMBERS = dict(zip(WORDS, [*range(21), *range(30, 101, 10), 1000], strict=True))
 
 CLEANED = {  # word -> word of the cleaner that six code bases score ScanQA and SQA3D with
@@ -72,9 +76,10 @@ CLEANED = {  # word -> word of the cleaner that six code bases score ScanQA and 
 CLEANED_WORD = re.compile(r"\b(" + "|".join(CLEANED) + r")\b")
 
 
-@functools.lru_cache(20_000)  # references and guesses are cleaned again and again
+@cache  # references and guesses are cleaned again and again
 def clean(text: str) -> str:
-    """Clean an answer as LEO does: lower case, no punctuation but , ' - :, typos, digits to words, no articles."""
+    """Clean an answer as LEO does: lower case, no punctuation but , ' - :, typos, digits to words,
+    no articles."""
     text = re.sub(r"^ | $", "", re.sub(r" {2,}", " ", text.lower()))
     text = re.sub(r"[^a-z0-9,'\s\-:]+", "", text)
     text = CLEANED_WORD.sub(lambda found: CLEANED[found[1]], text)
@@ -90,7 +95,8 @@ def first_word(text: str) -> str:
 
 
 def official_number(text: str) -> float:
-    """Read a number as VSI-Bench does: what stands before the first space, without final dots, must be a float."""
+    """Read a number as VSI-Bench does: what stands before the first space, without final dots, must
+    be a float."""
     try:
         return float(first_word(text))
     except ValueError:
@@ -98,7 +104,9 @@ def official_number(text: str) -> float:
 
 
 def number(text: str) -> float:
-    """Read a number as lmms-eval does: the first in digits or in English words, whichever comes first, else NaN."""
+    """Read a number as lmms-eval does: the first in digits or in English words, whichever comes
+    first, else NaN."""
+    # digits and words in the order in which they stand
     tokens = re.findall(r"-?\d+(?:\.\d+)?|[a-z]+", text.lower())
     start = next((i for i, token in enumerate(tokens) if token in NUMBERS or not token.isalpha()), None)
     if start is None:
@@ -120,22 +128,29 @@ def number(text: str) -> float:
 
 
 def boxes(text: str) -> list[np.ndarray]:
-    """Read every bracketed [cx, cy, cz, w, d, h] in meters; one with NaN or without volume fits nothing."""
+    """Read every bracketed [cx, cy, cz, w, d, h] in meters; one with NaN or without volume fits
+    nothing."""
     found = data.tuples(text, 6)
     return [box if box is not None and (box[3:] > 0).all() else np.zeros(6) for box in found]
 
 
 def with_boxes(text: str, scene: Scene) -> str:
-    """Write an answer's identifiers out as boxes, so that metrics know one form; those of no object are dropped."""
-    box_of = {scene.identifiers[o.id]: str(list(map(float, o.box))) for o in scene.objects if o.id in scene.identifiers}
+    """Write an answer's identifiers out as boxes, so that metrics know one form; those of no object
+    are dropped."""
+    box_of = {
+        scene.identifiers[o.id]: str(list(map(float, o.box)))
+        for o in scene.objects
+        if o.id in scene.identifiers
+    }
     return IDENTIFIER.sub(lambda found: box_of.get(int(found[1]), ""), text)
 
 
-# ---- 2 metrics -------------------------------------------------------------------------------------------------------
+# ---- 2 metrics -----------------------------------------------------------------------------------
 
 
 def iou_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """IoU [n, m] of axis-aligned boxes [n, 6] and [m, 6], in float64 with ScanRefer's 1e-8 in the denominator."""
+    """IoU [n, m] of axis-aligned boxes [n, 6] and [m, 6], in float64 with ScanRefer's 1e-8 in the
+    denominator."""
     (p, u), (q, v) = (a[:, None, :3], a[:, None, 3:]), (b[None, :, :3], b[None, :, 3:])  # centers, sizes
     low, high = np.maximum(p - u / 2, q - v / 2), np.minimum(p + u / 2, q + v / 2)
     shared = np.clip(high - low, 0, None).prod(-1)
@@ -157,22 +172,28 @@ def first_box_fits(text: str, sample: Sample, scene: Scene, threshold: float) ->
 def boxes_f1(text: str, sample: Sample, scene: Scene, threshold: float) -> float:
     """Multi3DRefer's F1 of one question: match by the largest sum of IoU, 2 TP / (answered + true).
 
-    With nothing to find, silence scores 1. IoUs are stored in float32, as there, which lets an exact 0.5 pass.
+    With nothing to find, silence scores 1. IoUs are stored in float32, as there, which lets an
+    exact 0.5 pass.
     """
     from scipy.optimize import linear_sum_assignment
 
+    # one side empty: both must be
     found, truth = boxes(text), true_boxes(sample.targets, scene)
     if not found or not truth:
         return float(len(found) == len(truth))
+
+    # pairs with the largest sum of overlap, which need not give the most hits
     iou = iou_matrix(np.stack(found), np.stack(truth)).astype(np.float32)
     hits = int((iou[linear_sum_assignment(-iou)] >= threshold).sum())
     return 2 * hits / (len(found) + len(truth))
 
 
 def spatial_score(text: str, sample: Sample, scene: Scene, parse: Callable) -> float:
-    """Score a VSI-Bench question: of a choice whether the first word is its letter, of a number the MRA.
+    """Score a VSI-Bench question: of a choice whether the first word is its letter, of a number the
+    MRA.
 
-    That is the share of the thresholds 0.50, 0.55 .. 0.95 with a relative error of at most 1 - threshold.
+    That is the share of the thresholds 0.50, 0.55 .. 0.95 with a relative error of at most 1 -
+    threshold.
     """
     if sample.options:
         return float(first_word(text).lower() == sample.answer.lower())
@@ -180,27 +201,29 @@ def spatial_score(text: str, sample: Sample, scene: Scene, parse: Callable) -> f
     return float(np.mean(error <= 1 - np.linspace(0.5, 0.95, 10)))
 
 
-def length_error(text: str, sample: Sample) -> float:
+def length_error(text: str, sample: Sample, _=None) -> float:
     """The error of a length, at most MAX_ERROR_M."""
     return float(np.nanmin([abs(number(text) - sample.value), MAX_ERROR_M]))
 
 
-def point_error(text: str, sample: Sample) -> float:
+def point_error(text: str, sample: Sample, _=None) -> float:
     """Meters between the first bracketed [x, y, z] and the true point, at most MAX_ERROR_M."""
     found = [point for point in data.tuples(text, 3)[:1] if point is not None]
     return min([MAX_ERROR_M, *(float(np.linalg.norm(point - sample.point)) for point in found)])
 
 
 LENGTH = {
-    "within_20_percent/number": lambda text, sample, _: float(length_error(text, sample) <= 0.2 * sample.value),
-    "mae_m/capped": lambda text, sample, _: length_error(text, sample),
+    "within_20_percent/number": lambda text, sample, _: float(
+        length_error(text, sample) <= 0.2 * sample.value
+    ),
+    "mae_m/capped": length_error,
 }
 POSITION = {
     "within_0.5_m/triple": lambda text, sample, _: float(point_error(text, sample) <= 0.5),
-    "mae_m/capped": lambda text, sample, _: point_error(text, sample),
+    "mae_m/capped": point_error,
 }
 
-# ---- 3 text and captions ---------------------------------------------------------------------------------------------
+# ---- 3 text and captions -------------------------------------------------------------------------
 
 
 def strict(answer: str, references: list[str]) -> dict:
@@ -218,10 +241,6 @@ def refined(answer: str, references: list[str]) -> dict:
     """EM, and EM-R: equal to a reference, or `overlaps` with one."""
     equal = answer in references
     return {"em": float(equal), "em_refined": float(equal or any(overlaps(answer, r) for r in references))}
-
-
-def refined_unless_empty(answer: str, references: list[str]) -> dict:
-    return refined(answer, references) if answer else {"em": 0.0, "em_refined": 0.0}
 
 
 def refined_in_order(answer: str, references: list[str]) -> dict:
@@ -246,13 +265,17 @@ class Dialect:
 
 DIALECTS = {
     "scanqa": Dialect("ScanQA's score.py, 3D-LLM", ptb=True),
-    "chat-scene": Dialect("Chat-Scene, GPT4Scene, Proxy3D", lambda text: clean(text.removesuffix(".")),
-                          match=refined_unless_empty, ptb=True),
+    "chat-scene": Dialect(
+        "Chat-Scene, GPT4Scene, Proxy3D",
+        lambda text: clean(text.removesuffix(".")),
+        match=lambda answer, known: refined(answer, known if answer else []),
+        ptb=True,
+    ),
     "llava-3d": Dialect("LLaVA-3D, 3D-LLaVA", clean, clean, refined, ptb=True),
     "leo": Dialect("LEO, MSR3D", clean, clean, refined_in_order),
     "video-3d-llm": Dialect("Video-3D-LLM, 3DRS, Spatial-MLLM", ngrams=lambda text: text.rstrip(".")),
     "ll3da": Dialect("LL3DA, PerLA, Fase3D", lambda text: re.sub(" +", " ", text).strip(" ")),
-}  # fmt: skip
+}
 
 
 def space_punctuation(text: str) -> str:
@@ -265,37 +288,53 @@ CAPTION_DIALECTS = {
     "video-3d-llm": Dialect("Video-3D-LLM, 3DRS", space_punctuation, space_punctuation),
     "leo": Dialect("LEO", lambda text: text.replace(". ", " . "), first_30=True),
 }
-PAPER_DIALECT = {"proxy3d": "chat-scene", "fase3d": "ll3da", "spatial3dllm": "ll3da"}  # what a paper's own numbers use
+# what the numbers in a paper use
+PAPER_DIALECT = {"proxy3d": "chat-scene", "fase3d": "ll3da", "spatial3dllm": "ll3da"}
+
+
+def with_java(work: Callable, *arguments):
+    """Compute what needs Java, or None where it does not work: other scores must not be lost."""
+    try:
+        if not shutil.which("java"):
+            raise OSError("there is no java")
+        return work(*arguments)
+    except (OSError, ValueError) as error:
+        print(f"note: no {work.__name__}: {error}", file=sys.stderr)
 
 
 def one_line(text: str) -> str:
-    """Make text safe for Java programs that read lines: printable, valid UTF-8, without METEOR's separator."""
+    """Make text safe for Java programs that read lines: printable, valid UTF-8, without METEOR's
+    separator."""
     text = "".join(c if c.isprintable() else " " for c in text).replace("|||", " ")
     return " ".join(text.split())
 
 
 def tokenize(groups: dict[int, list[str]]) -> dict[int, list[str]]:
-    """Split groups of texts with pycocoevalcap's PTB tokenizer: lower case, no punctuation, tokens joined by spaces.
-
-    Raises OSError without Java, ValueError where it does not do its work.
-    """
+    """Split groups of texts with pycocoevalcap's PTB tokenizer: lower case, no punctuation, tokens
+    joined by spaces."""
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    tokens = PTBTokenizer().tokenize({i: [{"caption": one_line(t)} for t in texts] for i, texts in groups.items()})
+    tokens = PTBTokenizer().tokenize(
+        {i: [{"caption": one_line(t)} for t in texts] for i, texts in groups.items()}
+    )
     if [*map(len, tokens.values())] != [*map(len, groups.values())]:
         raise ValueError("it gave other lines than it got; its message is above")
     return tokens
 
 
 def meteor(pairs: Iterable[tuple]) -> list[float]:
-    """METEOR of several (references, answers), with one Java process that is gone afterwards; raises as `tokenize`."""
+    """METEOR of several (references, answers), with one Java process that is gone afterwards."""
     from pycocoevalcap.meteor.meteor import Meteor
 
+    # a process of a gigabyte, which reads lines: none may break in two
     scorer = Meteor()
     try:
-        safe = [[{i: [*map(one_line, texts)] for i, texts in side.items()} for side in pair] for pair in pairs]
+        safe = [
+            [{i: [*map(one_line, texts)] for i, texts in side.items()} for side in pair] for pair in pairs
+        ]
         return [float(scorer.compute_score(known, said)[0]) for known, said in safe]
     finally:
+        # whatever happened, it ends here; after an error its destructor would wait for the lock
         scorer.meteor_p.kill()
         if scorer.lock.locked():  # after an error its destructor would wait for this forever
             scorer.lock.release()
@@ -305,41 +344,46 @@ def text_scores(sets: dict[str, tuple], whole: bool = True) -> tuple[dict, list]
     """Compute CIDEr, BLEU-1..4, ROUGE-L and METEOR by pycocoevalcap, of sets {suffix: (answers,
     references, ptb)} with a list of texts for every question.
 
-    Returns: {"cider<suffix>": .., ..}, None where Java is needed and missing; CIDEr of every answer in the first set.
-    CIDEr weighs words by the references of this very set: one sample scores 0, one-word answers at most 2.5.
-    whole: False leaves out METEOR, which takes longest.
+    Returns: {"cider<suffix>": .., ..}, None where Java is needed and missing; CIDEr of every answer
+    in the first set. CIDEr weighs words by the references of this very set: one sample scores 0,
+    one-word answers at most 2.5. whole: False leaves out METEOR, which takes longest.
     """
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
+    # what stays None is not available
     names = ("cider", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "meteor")
     scores = {name + suffix: None for suffix in sets for name in names}
     pairs, each = {}, []
     for suffix, (*sides, ptb) in sets.items():
+        # the scorers want both sides by question
         said, known = (dict(enumerate(groups)) for groups in sides)
         if ptb:
-            try:
-                said, known = tokenize(said), tokenize(known)
-            except (OSError, ValueError) as error:  # other scores must not be lost
-                print(f"note: scores{suffix} need a working Java: {error}", file=sys.stderr)
+            said, known = with_java(tokenize, said), with_java(tokenize, known)
+            if said is None or known is None:
                 continue
+
+        # n-grams
         cider, per_answer = Cider().compute_score(known, said)
-        values = cider, *Bleu(4).compute_score(known, said, verbose=0)[0], Rouge().compute_score(known, said)[0]
+        values = (
+            cider,
+            *Bleu(4).compute_score(known, said, verbose=0)[0],
+            Rouge().compute_score(known, said)[0],
+        )
         scores |= {name + suffix: float(value) for name, value in zip(names, values, strict=False)}
         each = each or per_answer.tolist()
         pairs[suffix] = known, said
-    try:
-        found = meteor(pairs.values()) if whole and pairs else ()
-    except (OSError, ValueError) as error:
-        print(f"note: METEOR needs a working Java: {error}", file=sys.stderr)
-    else:
-        scores |= {"meteor" + suffix: value for suffix, value in zip(pairs, found, strict=False)}
+
+    # METEOR of all sets with one process
+    found = with_java(meteor, pairs.values()) if whole and pairs else None
+    scores |= {"meteor" + suffix: value for suffix, value in zip(pairs, found or (), strict=False)}
     return scores, each
 
 
 def proposal_fit(scene: Scene, shown: Scene, object_id: int) -> float:
-    """The best IoU with an object among the proposals that fit it better than any other object (LL3DA)."""
+    """The best IoU with an object among the proposals that fit it better than any other object
+    (LL3DA)."""
     ids = [o.id for o in scene.objects]
     offered = [o.box for o in shown.objects if o.id in shown.identifiers]
     if shown is scene or object_id not in ids or not offered:
@@ -349,24 +393,30 @@ def proposal_fit(scene: Scene, shown: Scene, object_id: int) -> float:
     return float(iou[iou.argmax(1) == own, own].max(initial=0.0))
 
 
-# ---- 4 benchmarks ----------------------------------------------------------------------------------------------------
+# ---- 4 benchmarks --------------------------------------------------------------------------------
 
 
 @dataclass
 class Questions:
     """The questions of one benchmark and the scenes they are about."""
 
-    name: str  # what the benchmark is called in files and tables, "scanrefer" or with other proposals "scanrefer@boxes"
+    name: str  # in files and tables: "scanrefer", or with other proposals "scanrefer@segments"
     benchmark: Benchmark
     samples: list[Sample]
     scenes: dict[str, Scene]  # the truth
-    shown: dict[str, Scene] = field(default_factory=dict)  # what the model sees: the same, or with other proposals
+    # what the model sees: the same, or with other proposals for objects (`with_proposals`)
+    shown: dict[str, Scene] = field(default_factory=dict)
     blind: data.Blind | None = None  # answers of training questions
     source: str = ""  # the official file
-    remarks: Counter = field(default_factory=Counter)  # what a reader of the scores must know: text -> how many
+    # what a reader of the scores must know: text -> how many
+    remarks: Counter = field(default_factory=Counter)
+
+    def __post_init__(self):
+        self.shown = self.shown or self.scenes
 
     def each(self, *columns) -> Iterable[tuple]:
-        """Give every question with its scenes and its entry of every column: (sample, scene, shown, entry, ..)."""
+        """Give every question with its scenes and its entry of every column: (sample, scene, shown,
+        entry, ..)."""
         for sample, *entries in zip(self.samples, *columns, strict=True):
             yield sample, self.scenes[sample.scene], self.shown[sample.scene], *entries
 
@@ -374,7 +424,8 @@ class Questions:
 class Benchmark:
     """What is asked and how answers are scored; a subclass or a keyword states what differs.
 
-    The first score is the headline. `files` are official ones by split: (name, number of questions or None).
+    The first score is the headline. `files` are official ones by split: (name, number of questions
+    or None).
     """
 
     files: dict = {}
@@ -382,12 +433,12 @@ class Benchmark:
     tasks: tuple = ()  # generated questions that belong here
     prompt = "{question}"  # around the question; a part of the result
     choice_prompt = ""  # the same where a question has {options}
-    tokens = 48  # the longest answer; a true answer must fit also where a tokenizer splits numbers into digits
-    metrics: dict[str, Callable] = {}  # name -> function of (answer, sample, scene), the scene is the truth
+    tokens = 48  # the longest answer; a true one must fit also where numbers are split into digits
+    metrics: dict[str, Callable] = {}  # functions of (answer, sample, scene), the scene is the truth
     dialects: dict[str, Dialect] = {}
     grounded = False  # whether an identifier in an answer means its box
     merged = False  # rows of one id are one question with several answers
-    macro = False  # the score is the mean of the parts' means; parts "a/b", "a/c" count as one
+    macro = False  # the score is the mean of the parts' means, that of "a" the mean of "a/b", "a/c"
 
     def __init__(self, **changes):
         vars(self).update(changes)
@@ -410,7 +461,8 @@ class Benchmark:
 
     def write_prompt(self, sample: Sample) -> str:
         prompt = self.choice_prompt if sample.options and self.choice_prompt else self.prompt
-        return prompt.replace("{options}", "\n".join(sample.options or [])).replace("{question}", sample.question)
+        options = "\n".join(sample.options or [])
+        return prompt.replace("{options}", options).replace("{question}", sample.question)
 
     def score(self, answer: str, sample: Sample, scene: Scene) -> dict:
         return {name: metric(answer, sample, scene) for name, metric in self.metrics.items()}
@@ -444,7 +496,8 @@ class TextBenchmark(Benchmark):
 
 
 class Captions(Benchmark):
-    """Dense captions: m@kIoU over objects, where a caption whose box does not fit is "sos eos" (Scan2Cap).
+    """Dense captions: m@kIoU over objects, where a caption whose box does not fit is "sos eos"
+    (Scan2Cap).
 
     The markers stay because papers keep them; they lift BLEU-1 of wrong answers.
     """
@@ -453,14 +506,18 @@ class Captions(Benchmark):
     tokens = 128
 
     def text_sets(self, questions: Questions, answers: list[str]) -> dict:
+        # whether a proposal fits the object at all
         fits = [proposal_fit(scene, shown, s.targets[0]) for s, scene, shown in questions.each()]
         sets = {}
         for (name, d), k in itertools.product(self.dialects.items(), (0.5, 0.25)):
             said = []
             for text, fit in zip(answers, fits, strict=True):
                 said.append([d.answer(f"sos {text} eos" if fit >= k + d.above else "sos eos")])
-            known = [s.tokens if d.first_30 and s.tokens else s.answers for s in questions.samples]
-            sets[f"@{k}/{name}"] = said, [[d.reference(f"sos {r} eos") for r in group] for group in known], d.ptb
+            known = []
+            for s in questions.samples:
+                texts = s.tokens if d.first_30 and s.tokens else s.answers
+                known.append([d.reference(f"sos {text} eos") for text in texts])
+            sets[f"@{k}/{name}"] = said, known, d.ptb
         return sets
 
 
@@ -473,17 +530,19 @@ class Grounding(Benchmark):
 
 
 class ManyTargets(Grounding):
-    """Any number of objects; Multi3DRefer's kinds, and those without and with a target, since silence scores in one."""
+    """Any number of objects; Multi3DRefer's kinds, and those without and with a target, since
+    silence scores in one."""
 
     metrics = {f"f1@{t}/multi3drefer": partial(boxes_f1, threshold=t) for t in (0.5, 0.25)}
-    tokens = 640
+    tokens = 384
 
     def parts(self, sample: Sample) -> tuple:
         return sample.kind, "with_target" if sample.targets else "zero_target"
 
 
 class Spatial(Benchmark):
-    """VSI-Bench's numbers and choices: the mean of the tasks' means, for which three kinds of direction are one."""
+    """VSI-Bench's numbers and choices: the mean of the tasks' means, for which three kinds of
+    direction are one."""
 
     metrics = {
         "score/official": partial(spatial_score, parse=official_number),
@@ -492,27 +551,43 @@ class Spatial(Benchmark):
     macro = True
 
     def parts(self, sample: Sample) -> tuple:
-        grade = f"/{sample.kind}" if sample.kind in ("easy", "medium", "hard") else ""
-        return (sample.task.removeprefix("vsi_") + grade,)
+        task = sample.task.removeprefix("vsi_")
+        return (task, f"{task}/{sample.kind}") if sample.kind in ("easy", "medium", "hard") else (task,)
 
 
 def by_task(sample: Sample) -> tuple:
     return (sample.task,)
 
 
-ROOM_WORDS = dict(dialects={"strict": Dialect("the answer as it is", ngrams=None)}, parts=by_task)
+ROOM_WORDS = dict(
+    dialects={"strict": Dialect("nobody else: answers as they are", ngrams=None)}, parts=by_task
+)
 BENCHMARKS: dict[str, Benchmark] = {
-    **{f"rooms/grounding{kind}": Grounding(tasks=(f"ground{kind}",))
-       for kind in ("", "_multiple", "_category", "_relation", "_superlative")},
+    **{
+        f"rooms/grounding{kind}": Grounding(tasks=(f"ground{kind}",))
+        for kind in ("", "_multiple", "_category", "_relation", "_superlative")
+    },
     "rooms/multi": ManyTargets(tasks=("multi",)),
     "rooms/qa": TextBenchmark(tasks=("colour", "what", "where", "count", "exist", "situated"), **ROOM_WORDS),
-    "rooms/identifier": TextBenchmark(tasks=("id_category", "id_colour", "id_size", "relation"), **ROOM_WORDS),
+    "rooms/identifier": TextBenchmark(
+        tasks=("id_category", "id_colour", "id_size", "relation"), **ROOM_WORDS
+    ),
     "rooms/coordinate": Benchmark(tasks=("coordinate",), metrics=POSITION),
-    "rooms/distance": Benchmark(tasks=("distance", "distance_ids", "size"), metrics=LENGTH, parts=by_task, tokens=96),
+    "rooms/distance": Benchmark(
+        tasks=("distance", "distance_ids", "size"), metrics=LENGTH, parts=by_task, tokens=96
+    ),
     "rooms/caption": Captions(tasks=("caption",)),
-    "rooms/vsi": Spatial(tasks=("vsi_counting", "vsi_abs_distance", "vsi_object_size", "vsi_room_size",
-                                "vsi_rel_distance", "vsi_rel_direction")),
-}  # fmt: skip
+    "rooms/vsi": Spatial(
+        tasks=(
+            "vsi_counting",
+            "vsi_abs_distance",
+            "vsi_object_size",
+            "vsi_room_size",
+            "vsi_rel_distance",
+            "vsi_rel_direction",
+        )
+    ),
+}
 
 
 def find_benchmark(name: str) -> Benchmark:
@@ -528,7 +603,8 @@ def adopt(paper) -> None:
 
 
 def choose_dialects(benchmark: Benchmark, names: Iterable[str], paper: str = "") -> Benchmark:
-    """The benchmark with those of its dialects that are named ("all": every one), else the paper's, else its first."""
+    """The benchmark with those of its dialects that are named ("all": every one), else the paper's,
+    else its first."""
     wanted = names or [PAPER_DIALECT.get(paper)]
     chosen = {name: d for name, d in benchmark.dialects.items() if name in wanted or "all" in wanted}
     benchmark = copy.copy(benchmark)
@@ -536,7 +612,7 @@ def choose_dialects(benchmark: Benchmark, names: Iterable[str], paper: str = "")
     return benchmark
 
 
-# ---- 5 official files ------------------------------------------------------------------------------------------------
+# ---- 5 official files ----------------------------------------------------------------------------
 #
 # A class per benchmark: what a row looks like, and which field is what. Objects of ScanNet are numbered objectId + 1
 # (0 is "no object").
@@ -547,12 +623,13 @@ def read_rows(path: Path, key: str = "") -> list:
 
     A line that is not JSON is None; an object is one row.
     """
+    # a byte order mark is no part of the text
     try:
         text = path.read_bytes().decode("utf-8-sig", errors="replace")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; name the file itself") from None
     if path.suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(text)))
+        return list(csv.DictReader(text.splitlines(keepends=True)))
 
     def parsed(text: str):
         try:
@@ -560,9 +637,12 @@ def read_rows(path: Path, key: str = "") -> list:
         except (ValueError, RecursionError):
             return None
 
+    # one JSON value, or one a line
     held = parsed(text)
     if held is None:  # JSON Lines
         held = [parsed(line) for line in text.split("\n") if line.strip()]
+
+    # an object holds its rows under a key, or is a row
     if isinstance(held, dict):
         held = held.get(key, [held])
     if not isinstance(held, list) or not any(row is not None for row in held):
@@ -573,7 +653,11 @@ def read_rows(path: Path, key: str = "") -> list:
 def make_sample(id: object, scene: str, task: str, question: str, answers: list[str], **more) -> Sample:
     """Make a question of an official file; the blind baseline falls back on its first two words."""
     texts = [scene, question, *answers]
-    if not isinstance(answers, list) or not answers or not all(isinstance(t, str) and t.strip() for t in texts):
+    if (
+        not isinstance(answers, list)
+        or not answers
+        or not all(isinstance(t, str) and t.strip() for t in texts)
+    ):
         raise ValueError(f"scene, question and a list of answers must be text, not {texts}"[:200])
     sample = Sample(str(id), scene, task, question, answers[0], list(answers), **more)
     sample.template = " ".join([task, *question.lower().split()[:2]])
@@ -590,13 +674,21 @@ def splits(name: str, **counts: int | None) -> dict:
 
 
 class ScanQA(TextBenchmark):
-    """{"question_id": "val-scene0011-0", "scene_id": "scene0011_00", "question": "What color is the chair?",
-    "answers": ["dark brown"], "object_ids": [8], "object_names": ["chair"]}"""
+    """{"question_id": "val-scene0011-0", "scene_id": "scene0011_00", "question": "What color is the
+    chair?", "answers": ["dark brown"], "object_ids": [8], "object_names": ["chair"]}"""
 
     files = splits("ScanQA_v1.0_*.json", train=25_563, val=4_675)
     prompt = WORD
-    kinds = {"Where": "place", "How many": "number", "What color": "color", "What is the color": "color",
-             "What shape": "nature", "What type": "nature", "What kind": "nature", "What is": "object"}  # fmt: skip
+    kinds = {
+        "Where": "place",
+        "How many": "number",
+        "What color": "color",
+        "What is the color": "color",
+        "What shape": "nature",
+        "What type": "nature",
+        "What kind": "nature",
+        "What is": "object",
+    }
 
     def read(self, question_id, scene_id, question, answers, **others) -> Sample:
         kind = next((kind for words, kind in self.kinds.items() if words in question), "other")
@@ -604,13 +696,15 @@ class ScanQA(TextBenchmark):
 
 
 class SQA3D(TextBenchmark):
-    """{"question_id": 220602000000, "scene_id": "scene0050_00", "situation": "I am standing by the ottoman ..",
-    "question": "What is on my left?", and from the annotations "answers": [{"answer": "desk", ..}], ..}"""
+    """{"question_id": 220602000000, "scene_id": "scene0050_00", "situation": "I am standing by the
+    ottoman ..", "question": "What is on my left?", and from the annotations "answers": [{"answer":
+    "desk", ..}], ..}"""
 
     files = splits("v1_balanced_questions_*_scannetv2.json", train=26_623, val=3_261, test=3_519)
     split = "test"
     prompt = WORD
     dialects = {"chat-scene": replace(DIALECTS["chat-scene"], reference=clean), **DIALECTS}
+    kinds = ("what", "is", "how", "can", "which")
 
     def rows(self, path: Path, split: str) -> list:
         beside = path.with_name(path.name.replace("_questions_", "_sqa_annotations_"))
@@ -618,15 +712,16 @@ class SQA3D(TextBenchmark):
         return [answers.get(row["question_id"], {}) | row for row in read_rows(path, "questions")]
 
     def read(self, question_id, scene_id, situation, question, answers, **others) -> Sample:
-        first, answers = question.split()[0].lower(), [answer["answer"] for answer in answers]
-        kind = first if first in ("what", "is", "how", "can", "which") else "others"
+        answers = [answer["answer"] for answer in answers]
+        kind = next((word for word in self.kinds if question.lower().startswith(word)), "others")
         sample = make_sample(question_id, scene_id, "situated", question, answers, kind=kind)
         return replace(sample, question=f"{situation} {question}")
 
 
 class MSQA(TextBenchmark):
-    """{"index": "scene0011_00_12", "scan_id": "scene0011_00", "situation": "You are sitting on ..", "question":
-    "How many chairs are in front of me?", "answers": ["Two"], "type": "counting", ..}; its GPT score is not offered."""
+    """{"index": "scene0011_00_12", "scan_id": "scene0011_00", "situation": "You are sitting on ..",
+    "question": "How many chairs are in front of me?", "answers": ["Two"], "type": "counting", ..};
+    its GPT score is not offered."""
 
     files = splits("msqa_scannet_*.json", train=None, val=None, test=None)
     split = "test"
@@ -637,16 +732,17 @@ class MSQA(TextBenchmark):
 
 
 class OpenEQA(TextBenchmark):
-    """{"question_id": "e845f82a-..", "episode_history": "scannet-v0/002-scannet-scene0709_00", "question": "What red
-    object is below the windows?", "answer": "Fire extinguisher", "category": "object recognition"}; the benchmark's own
-    score is a language model's judgement, which is not offered."""
+    """{"question_id": "e845f82a-..", "episode_history": "scannet-v0/002-scannet-scene0709_00",
+    "question": "What red object is below the windows?", "answer": "Fire extinguisher", "category":
+    "object recognition"}; the benchmark's own score is a language model's judgement, which is not
+    offered."""
 
     files = {"val": ("open-eqa-v0.json", 1_636)}
     prompt = WORD
     dialects = {"llava-3d": DIALECTS["llava-3d"], **DIALECTS}
 
     def read(self, question_id, episode_history, question, answer, category, extra_answers=()) -> Sample:
-        scene, answers = episode_history.split("-")[-1], [answer, *extra_answers]
+        scene, answers = episode_history.split("-")[-1], [answer, *filter(str.strip, extra_answers)]
         return make_sample(question_id, scene, "qa", question, answers, kind=category)
 
 
@@ -662,36 +758,47 @@ LABELS = "scannetv2-labels.combined.tsv"
 
 
 class ScanRefer(Grounding):
-    """{"scene_id": "scene0011_00", "object_id": "8", "object_name": "office_chair", "ann_id": "0", "description":
-    "a brown chair ..", "token": ["a", "brown", ..]}; "unique" = the only *annotated* object of one of 18 classes;
-    which class a name is, ScanNet's table beside the file or in --root tells, else the parts are names."""
+    """{"scene_id": "scene0011_00", "object_id": "8", "object_name": "office_chair", "ann_id": "0",
+    "description": "a brown chair ..", "token": ["a", "brown", ..]}; "unique" = the only *annotated*
+    object of one of 18 classes, where ScanNet's table of classes lies beside the file or in --root."""
 
     files = splits("ScanRefer_filtered_*.json", train=36_665, val=9_508)
     prompt = "Which object is described? {question}"
+    kinds = ("unique", "multiple")
 
     def read(self, scene_id, object_id, object_name, ann_id, description, eval_type="", **others) -> Sample:
         target, kind = object_of(scene_id, object_id), eval_type or object_name.replace("_", " ")
-        return make_sample(f"{scene_id}|{object_id}|{ann_id}", scene_id, "ground", description, [f"<obj {target}>"],
-                           targets=[target], kind=kind)  # fmt: skip
+        return make_sample(
+            f"{scene_id}|{object_id}|{ann_id}",
+            scene_id,
+            "ground",
+            description,
+            [f"<obj {target}>"],
+            targets=[target],
+            kind=kind,
+        )
 
     def finish(self, samples: list[Sample], folders: list[Path]) -> list[Sample]:
         table = next((folder / LABELS for folder in folders if (folder / LABELS).exists()), None)
-        if table is None or samples[0].kind in ("unique", "multiple"):
-            return samples
+        if table is None or samples[0].kind in self.kinds:
+            return [replace(s, kind=s.kind if s.kind in self.kinds else "") for s in samples]
 
         # the class of a name, and how many annotated objects of it a scene has
         with table.open() as file:
-            class_of = {row["raw_category"]: row["nyu40class"] for row in csv.DictReader(file, delimiter="\t")}
+            rows = list(csv.DictReader(file, delimiter="\t"))
+        class_of = {row["raw_category"]: row["nyu40class"] for row in rows if row["nyu40class"] in CLASSES}
         for s in samples:
-            s.kind = class_of.get(s.kind) if class_of.get(s.kind) in CLASSES else "others"
+            s.kind = class_of.get(s.kind, "others")
         objects = {(s.scene, s.kind, *s.targets) for s in samples}
         count = Counter(found[:2] for found in objects)
-        return [replace(s, kind="unique" if count[s.scene, s.kind] == 1 else "multiple") for s in samples]
+        for s in samples:
+            s.kind = "unique" if count[s.scene, s.kind] == 1 else "multiple"
+        return samples
 
 
 class Multi3DRefer(ManyTargets):
-    """{"scene_id": "scene0011_00", "object_ids": [3, 8], "object_name": "chair", "ann_id": 0, "eval_type": "mt",
-    "description": "the chairs at the table"}"""
+    """{"scene_id": "scene0011_00", "object_ids": [3, 8], "object_name": "chair", "ann_id": 0,
+    "eval_type": "mt", "description": "the chairs at the table"}"""
 
     files = splits("multi3drefer_*.json", train=43_838, val=11_120)
     prompt = "Which objects are described, if any? {question}"
@@ -699,38 +806,35 @@ class Multi3DRefer(ManyTargets):
     def read(self, scene_id, object_ids, ann_id, eval_type, description, **others) -> Sample:
         targets = [object_of(scene_id, i) for i in object_ids]
         answer = " ".join(["yes.", *(f"<obj {i}>" for i in targets)]) if targets else "no."
-        return make_sample(f"{scene_id}|{ann_id}", scene_id, "multi", description, [answer], targets=targets,
-                           kind=eval_type)  # fmt: skip
+        return make_sample(
+            f"{scene_id}|{ann_id}", scene_id, "multi", description, [answer], targets=targets, kind=eval_type
+        )
 
 
 class Scan2Cap(Captions):
-    """ScanRefer's rows, or Nr3D's in the same form; all descriptions of an object are references of one question."""
+    """ScanRefer's rows, or Nr3D's in the same form; all descriptions of an object are references of
+    one question."""
 
     files = splits("ScanRefer_filtered_*.json", train=7_875, val=2_068)
     merged = True
 
     def read(self, scene_id, object_id, description, token=(), **others) -> Sample:
         target, words = object_of(scene_id, object_id), token or description.lower().split()
-        return make_sample(f"{scene_id}|{object_id}", scene_id, "caption", f"describe <obj {target}>.", [description],
-                           tokens=[" ".join(words[:30])], targets=[target])  # fmt: skip
-
-
-VSI_TASKS = {
-    "object_counting": "counting", "object_abs_distance": "abs_distance", "object_size_estimation": "object_size",
-    "room_size_estimation": "room_size", "object_rel_distance": "rel_distance", "route_planning": "route",
-    "obj_appearance_order": "order", "object_rel_direction_easy": "rel_direction easy",
-    "object_rel_direction_medium": "rel_direction medium", "object_rel_direction_hard": "rel_direction hard",
-}  # fmt: skip
-
-
-def with_number(sample: Sample) -> Sample:
-    """Read the answer of a question without options as a number."""
-    return sample if sample.options else replace(sample, value=float(sample.answer))
+        return make_sample(
+            f"{scene_id}|{object_id}",
+            scene_id,
+            "caption",
+            f"describe <obj {target}>.",
+            [description],
+            tokens=[" ".join(words[:30])],
+            targets=[target],
+        )
 
 
 class VSIBench(Spatial):
-    """{"id": 0, "dataset": "scannet", "scene_name": "scene0011_00", "question_type": "object_rel_distance", "question":
-    "Which is closest to ..", "ground_truth": "B", "options": ["A. chair", "B. bed"]}; no options: a number as text."""
+    """{"id": 0, "dataset": "scannet", "scene_name": "scene0011_00", "question_type":
+    "object_rel_distance", "question": "Which is closest to ..", "ground_truth": "B", "options":
+    ["A. chair", "B. bed"]}; no options: a number as text."""
 
     files = {"test": ("test.jsonl", 5_130)}
     split = "test"
@@ -738,28 +842,33 @@ class VSIBench(Spatial):
     choice_prompt = f"These are frames of a video.\n{{question}}\n{OPTIONS}"
 
     def read(self, id, scene_name, question_type, question, ground_truth, options=None, **others) -> Sample:
-        task, _, kind = VSI_TASKS[question_type].partition(" ")
-        sample = make_sample(id, scene_name, f"vsi_{task}", question, [ground_truth], kind=kind, options=options)
-        return with_number(sample)
+        task, _, kind = re.sub("_(easy|medium|hard)$", r" \1", question_type).partition(" ")
+        value = None if options else float(ground_truth)
+        more = dict(kind=kind, options=options, value=value)
+        return make_sample(id, scene_name, f"vsi_{task}", question, [ground_truth], **more)
 
 
 class SR91K(Benchmark):
-    """A training source: {"problem_type": "numerical", "problem": "How many ..", "solution": "<answer>3</answer>",
-    "path": "scannet/scene0011_00.mp4", "options": [..], "data_source": "SR_dataset"}; other sources are skipped."""
+    """A training source: {"problem_type": "numerical", "problem": "How many ..", "solution":
+    "<answer>3</answer>", "path": "scannet/scene0011_00.mp4", "options": [..], "data_source":
+    "SR_dataset"}; other sources are skipped."""
 
     files = {"train": ("SpaceR-151k.jsonl", None)}
     prompt, choice_prompt = WORD, "{question}\n" + OPTIONS
 
-    def read(self, problem_type, problem, solution, path, data_source="SR", options=None, **others) -> Sample | None:
-        if not data_source.startswith("SR") or problem_type not in ("multiple choice", "numerical", "regression"):
+    kinds = ("multiple choice", "numerical", "regression")
+
+    def read(self, problem_type, problem, solution, path, data_source="SR", options=None, **others):
+        if not data_source.startswith("SR") or problem_type not in self.kinds:
             return None
         answer = re.sub(r"</?answer>", "", solution).strip()
-        return with_number(make_sample("", Path(path).stem, "vsi", problem, [answer], options=options or None))
+        more = dict(options=options or None, value=None if options else float(answer))
+        return make_sample("", Path(path).stem, "vsi", problem, [answer], **more)
 
 
 class MMScanQA(Benchmark):
-    """A training source, {"train": [..], "val": [..]} of {"ID": "QA_1", "sub_class": "..", "scan_id":
-    "scannet/scene0011_00", "question": "..", "answers": [".."]}"""
+    """A training source, {"train": [..], "val": [..]} of {"ID": "QA_1", "sub_class": "..",
+    "scan_id": "scannet/scene0011_00", "question": "..", "answers": [".."]}"""
 
     files = splits("MMScan_QA.json", train=None)
     prompt = WORD
@@ -772,8 +881,8 @@ class MMScanQA(Benchmark):
 
 
 class MMScanVG(Multi3DRefer):
-    """A training source, {"train": [..], ..} of {"ID": "VG_1", "sub_class": "..", "scan_id": "scannet/scene0011_00",
-    "text": "..", "target_id": [3]}; objects are numbered from 1."""
+    """A training source, {"train": [..], ..} of {"ID": "VG_1", "sub_class": "..", "scan_id":
+    "scannet/scene0011_00", "text": "..", "target_id": [3]}; objects are numbered from 1."""
 
     files = splits("MMScan_VG.json", train=None)
     rows = MMScanQA.rows
@@ -784,8 +893,8 @@ class MMScanVG(Multi3DRefer):
 
 
 class Dialogue(Benchmark):
-    """A training source, 3D-LLM: {"scene_id": "scene0011_00", "question": "### human: clean up. ### assistant:",
-    "answers": ["1. go to the desk"]}"""
+    """A training source, 3D-LLM: {"scene_id": "scene0011_00", "question": "### human: clean up. ###
+    assistant:", "answers": ["1. go to the desk"]}"""
 
     def read(self, scene_id, question, answers) -> Sample:
         words = re.sub(r"###\s*(human|assistant)\s*:", " ", question).split()
@@ -806,8 +915,12 @@ BENCHMARKS |= {
     "mmscan/qa": MMScanQA(),
     "mmscan/vg": MMScanVG(),
     "3dllm/description": Dialogue(files=splits("3d_llm_scene_description_*.json", train=912, val=121)),
-    "3dllm/dialogue": Dialogue(files=splits("3d_llm_embodied_dialogue_filtered_*.json", train=None, val=1_222)),
-    "3dllm/planning": Dialogue(files=splits("3d_llm_embodied_planning_filtered_*.json", train=None, val=2_282)),
+    "3dllm/dialogue": Dialogue(
+        files=splits("3d_llm_embodied_dialogue_filtered_*.json", train=None, val=1_222)
+    ),
+    "3dllm/planning": Dialogue(
+        files=splits("3d_llm_embodied_planning_filtered_*.json", train=None, val=2_282)
+    ),
 }
 
 
@@ -821,13 +934,18 @@ def read_official(name: str, path: Path, root: Path | None = None, split: str = 
 
     root: where tables of the scans may lie. Raises DataError with file, row and what is wrong.
     """
+    # below a folder it is the split's file
     benchmark = find_benchmark(name)
     split = split or benchmark.split
     if path.is_dir():
         found = find_split(path, benchmark, split)
         if found is None:
-            raise DataError(f"{path}: no {benchmark.files.get(split, [split])[0]} below it; name the file itself")
+            raise DataError(
+                f"{path}: no {benchmark.files.get(split, [split])[0]} below it; name the file itself"
+            )
         path = found
+
+    # what is wrong with a row is said with its number
     samples: dict[str, Sample] = {}
     for n, row in enumerate(benchmark.rows(path, split), start=1):
         try:
@@ -835,6 +953,7 @@ def read_official(name: str, path: Path, root: Path | None = None, split: str = 
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{path}, row {n}: {error} in {str(row)[:80]}; get the file again") from None
         if sample is not None:
+            # a row without an id is known by its place
             sample.id = sample.id or f"{path.stem}/{n}"
             first = samples.setdefault(sample.id, sample)
             if first is not sample:
@@ -842,46 +961,62 @@ def read_official(name: str, path: Path, root: Path | None = None, split: str = 
                     raise DataError(f"{path}, row {n}: the question id {sample.id} twice; get the file again")
                 first.answers += sample.answers
                 first.tokens += sample.tokens
+
+    # some benchmarks need all rows, or a table beside the file
     if not samples:
         raise DataError(f"{path}: no questions of {name}")
     return benchmark.finish(list(samples.values()), [path.parent, path.parent.parent, root or path.parent])
 
 
-# ---- 6 predict -------------------------------------------------------------------------------------------------------
+# ---- 6 predict -----------------------------------------------------------------------------------
 
 
 def number_objects(scene: Scene, seed: int | None = None) -> Scene:
-    """Give objects identifiers: ScanNet's objectIds, or with a seed random ones, the same at every evaluation."""
+    """Give objects identifiers: ScanNet's objectIds, or with a seed random ones, the same at every
+    evaluation."""
     identifiers = {o.id: o.id - 1 for o in scene.objects}
     if seed is not None:
-        identifiers = data.number_objects(scene, np.random.default_rng([seed, zlib.crc32(scene.name.encode())]))
+        identifiers = data.number_objects(
+            scene, np.random.default_rng([seed, zlib.crc32(scene.name.encode())])
+        )
     return replace(scene, identifiers=scene.identifiers or identifiers)
 
 
 def read_boxes(path: Path) -> dict[str, Scene]:
-    """Read scenes of nothing but boxes: {scene: {objectId: [cx, cy, cz, w, d, h]}}, or {scene: [box, ..]}.
+    """Read scenes of nothing but boxes: {scene: {objectId: [cx, cy, cz, w, d, h]}}, or {scene:
+    [box, ..]}.
 
     The identifier of a box is its objectId, or its place in the list.
     """
     scenes = {}
     try:
         for name, found in read_rows(path)[0].items():
+            # objects are numbered from 1, ScanNet's objectIds from 0
             rows = found.items() if isinstance(found, dict) else enumerate(found)
             things = [data.Thing(int(k) + 1, "", "", np.array(box, float).reshape(6)) for k, box in rows]
             scenes[name] = number_objects(Scene(name, "boxes", things))
     except (AttributeError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: not {{scene: {{objectId: six numbers}}}} ({error}); export it again") from None
+        raise DataError(
+            f"{path}: not {{scene: {{objectId: six numbers}}}} ({error}); export it again"
+        ) from None
     return scenes
 
 
-def load(name: str, annotations: Path, root: Path | None = None, partial: bool = False,
-         dialects: Iterable[str] = (), paper: str = "") -> Questions:  # fmt: skip
+def load(
+    name: str,
+    annotations: Path,
+    root: Path | None = None,
+    partial: bool = False,
+    dialects: Iterable[str] = (),
+    paper: str = "",
+) -> Questions:
     """Read an official file and the scenes that it asks about.
 
-    root: the folder of the scans, or a file of true boxes (`read_boxes`); None: no scene is needed. partial: accept
-    another number of questions than the split has, and leave out those whose scan is missing. dialects, paper: as for
-    `choose_dialects`.
+    root: the folder of the scans, or a file of true boxes (`read_boxes`); None: no scene is needed.
+    partial: accept another number of questions than the split has, and leave out those whose scan
+    is missing. dialects, paper: as for `choose_dialects`.
     """
+    # the questions, in the dialects that are to be scored
     benchmark = choose_dialects(find_benchmark(name), dialects, paper)
     if not (benchmark.metrics or benchmark.dialects):
         raise DataError(f"{name}: questions to train on, which are not scored")
@@ -890,7 +1025,9 @@ def load(name: str, annotations: Path, root: Path | None = None, partial: bool =
     # a file counts as the split it is named after, any other as the one that papers report
     expected = dict(benchmark.files.values()).get(annotations.name, benchmark.files[benchmark.split][1])
     if expected not in (None, len(samples)) and not partial:
-        raise DataError(f"{annotations}: {len(samples)} questions, not {expected}; complete it, or say --partial")
+        raise DataError(
+            f"{annotations}: {len(samples)} questions, not {expected}; complete it, or say --partial"
+        )
 
     # the scenes of these questions and no others
     wanted = {s.scene for s in samples}
@@ -899,12 +1036,16 @@ def load(name: str, annotations: Path, root: Path | None = None, partial: bool =
     elif root.is_file():
         scenes = read_boxes(root)
     else:
-        there = {path.parent.name for path in root.rglob("*_vh_clean_2.ply")}
+        there = {
+            path.parent.name for depth in ("*", "*/*") for path in root.glob(f"{depth}/*_vh_clean_2.ply")
+        }
         scenes = {scene: data.open_scan(root, scene) for scene in wanted & there}
     missing = wanted - scenes.keys()
     if missing and not (partial and wanted & scenes.keys()):
-        raise DataError(f"{root}: {len(missing)} of {len(wanted)} scenes are not there, such as {min(missing)}; "
-                        "--partial leaves their questions out")  # fmt: skip
+        raise DataError(
+            f"{root}: {len(missing)} of {len(wanted)} scenes are not there, such as {min(missing)}; "
+            "--partial leaves their questions out"
+        )
 
     # the answers of a training file beside it are the blind baseline
     train = find_split(annotations if annotations.is_dir() else annotations.parent, benchmark, "train")
@@ -913,13 +1054,17 @@ def load(name: str, annotations: Path, root: Path | None = None, partial: bool =
     return Questions(name, benchmark, samples, scenes, blind=blind, source=fingerprint(annotations))
 
 
-def with_proposals(questions: Questions, how: str, model: Model | None = None,
-                   seed: int | None = None) -> Questions:  # fmt: skip
-    """Number all objects (`number_objects`), and show other proposals for them: own segments, those of the model, or a
-    file's boxes."""
+def with_proposals(
+    questions: Questions, how: str, model: Model | None = None, seed: int | None = None
+) -> Questions:
+    """Number all objects (`number_objects`), and show other proposals for them: own segments, those
+    of the model, or a file's boxes."""
+    # true objects, numbered
     scenes = {name: number_objects(scene, seed) for name, scene in questions.scenes.items()}
     if how == "gt":
         return replace(questions, scenes=scenes, shown=scenes)
+
+    # where proposals come from
     own = {"segments": data.with_own_segments, **model.proposals()} if model else {}
     if how not in own and not Path(how).is_file():
         raise DataError(f"--proposals {how}: neither a file of boxes nor one of gt, {', '.join(own)}")
@@ -932,13 +1077,16 @@ def with_proposals(questions: Questions, how: str, model: Model | None = None,
             scene = own[how](replace(scene, identifiers={}))
         else:
             found = given.get(name, Scene(name, "boxes", []))
-            scene = replace(scene, objects=found.objects, identifiers=found.identifiers, instances=None, frames=None)
+            scene = replace(
+                scene, objects=found.objects, identifiers=found.identifiers, instances=None, frames=None
+            )
         shown[name] = number_objects(replace(scene, name=f"{name}@{title}"), seed)
     return replace(questions, name=f"{questions.name}@{title}", scenes=scenes, shown=shown)
 
 
 def as_shown(sample: Sample, scene: Scene, shown: Scene) -> Sample:
-    """Write a question in the proposals' terms: a marked object becomes the proposal that fits it best."""
+    """Write a question in the proposals' terms: a marked object becomes the proposal that fits it
+    best."""
     offered = [o for o in shown.objects if o.id in shown.identifiers]
 
     def best(object_id: int) -> str:
@@ -954,7 +1102,9 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def predict(model: Model, questions: Questions, batch: int = 256) -> dict[str, str]:
-    """Answer greedily: {id: text}, the same on every rank. A rank takes every world-th scene, nothing twice."""
+    """Answer greedily: {id: text}, the same on every rank. A rank takes every world-th scene,
+    nothing twice."""
+    # a process answers whole scenes, so that each is encoded once
     rank, world = rank_and_world()
     benchmark, answers = questions.benchmark, {}
     own = sorted({s.scene for s in questions.samples})[rank::world]
@@ -974,45 +1124,54 @@ def predict(model: Model, questions: Questions, batch: int = 256) -> dict[str, s
         for sample, text in zip(chunk, texts, strict=True):
             answers[sample.id] = text.rpartition("=")[2].strip() if model.stage.steps else text
 
+    # every process gets all answers
     parts = [answers] * world
     if world > 1:
         dist.all_gather_object(parts, answers)
     return {id: text for part in parts for id, text in part.items()}
 
 
-# ---- 7 score and table -----------------------------------------------------------------------------------------------
+# ---- 7 score and table ---------------------------------------------------------------------------
 
 
 def summarize(benchmark: Benchmark, samples: list[Sample], scored: list[dict]) -> dict[str, float]:
-    """Average scores per question over all and per part: {"metric/protocol": .., "metric/protocol/part": ..}."""
+    """Average scores per question over all and per part: {"metric/protocol": ..,
+    "metric/protocol/part": ..}."""
+    # which questions belong to a part
     result, parts = {}, [benchmark.parts(s) for s in samples]
     names = sorted(set(itertools.chain(*parts)))
     for metric in scored[0]:
+        # over all, and over each part
         values = np.array([scores[metric] for scores in scored], float)
         means = {name: values[[name in own for own in parts]].mean() for name in names}
         result[metric] = values.mean()
 
         # tasks count alike whatever their size, and so do the kinds of one task
         if benchmark.macro:
-            for task in {name.split("/")[0] for name in names}:
-                means[task] = np.mean([means[name] for name in names if name.split("/")[0] == task])
-            result[metric] = np.mean([mean for name, mean in means.items() if "/" not in name])
+            tasks = [name for name in names if "/" not in name]
+            for task in tasks:
+                kinds = [means[name] for name in names if name.startswith(f"{task}/")]
+                means[task] = np.mean(kinds or means[task])
+            result[metric] = np.mean([means[task] for task in tasks])
         result |= {f"{metric}/{name}": mean for name, mean in means.items()}
     return {name: float(value) for name, value in result.items()}
 
 
 def measure(questions: Questions, answers: dict[str, str], whole: bool = True) -> tuple[dict, list]:
-    """Score answers {id: text}, a missing one as the empty text: all scores, and a value per question (its first score,
-    else its CIDEr).
+    """Score answers {id: text}, a missing one as the empty text: all scores, and a value per
+    question (its first score, else its CIDEr).
 
     whole: False leaves out scores of the whole set where there are others, and METEOR.
     """
+    # question by question; a metric knows boxes only, not identifiers
     benchmark, scored = questions.benchmark, []
     texts = [answers.get(s.id, "") for s in questions.samples]
     for sample, scene, shown, text in questions.each(texts):
         scored.append(benchmark.score(with_boxes(text, shown) if benchmark.grounded else text, sample, scene))
     values = summarize(benchmark, questions.samples, scored)
     each = [next(iter(scores.values()), 0.0) for scores in scored]
+
+    # then all answers together
     if whole or not values:
         found, per_answer = text_scores(benchmark.text_sets(questions, texts), whole)
         each = each if values else per_answer or each
@@ -1021,14 +1180,17 @@ def measure(questions: Questions, answers: dict[str, str], whole: bool = True) -
 
 
 def chance_scores(questions: Questions) -> dict:
-    """What guessing gets on these very questions by `data.chance`; None where nothing says what to guess from."""
+    """What guessing gets on these very questions by `data.chance`; None where nothing says what to
+    guess from."""
     benchmark, scored = questions.benchmark, []
     for sample, scene, shown in questions.each():
+        # what a guess may be drawn from
         guesses = questions.blind.answers(sample.task, 50) if questions.blind else []
 
         def score(text, sample=sample, scene=scene):
             return np.array([*benchmark.score(text, sample, scene).values()])
 
+        # all metrics of a guess at once
         names = benchmark.score("", sample, scene)
         known = shown.objects if sample.targets is not None else sample.options or guesses
         chance = data.chance(sample, shown, guesses, score) if known else np.nan
@@ -1043,7 +1205,8 @@ def plain(text: str, scene: Scene) -> str:
 
 
 def score(questions: Questions, answers: dict[str, str], others: dict[str, dict]) -> dict:
-    """Make a benchmark's entry of metrics.json from answers {id: text}; `others` are other models' answers by column.
+    """Make a benchmark's entry of metrics.json from answers {id: text}; `others` are other models'
+    answers by column.
 
     Under "rows" it has a row per question: id, scene, question, prediction, answer, score, blind.
     """
@@ -1059,16 +1222,30 @@ def score(questions: Questions, answers: dict[str, str], others: dict[str, dict]
     columns = {"chance": chance_scores(questions), "blind": {}} | columns
 
     # a row per question, what was wrong with its answer, and how well proposals fit its targets
-    rows, parts, fits, remarks = [], [], [], questions.remarks
+    rows, parts, fits, remarks = [], [], [], questions.remarks.copy()
     for s, scene, shown, value in questions.each(each):
+        # a row that a person can read
         text, truth = answers.get(s.id, ""), plain(" | ".join(s.answers or [s.answer]), scene)
-        rows.append({"id": s.id, "scene": s.scene, "question": s.question, "prediction": text, "answer": truth,
-                     "score": value, "blind": blind.get(s.id, "")})  # fmt: skip
+        rows.append(
+            {
+                "id": s.id,
+                "scene": s.scene,
+                "question": s.question,
+                "prediction": text,
+                "answer": truth,
+                "score": value,
+                "blind": blind.get(s.id, ""),
+            }
+        )
+        # what is wrong with the answer is counted
         remarks["empty answers"] += not any(map(str.isalnum, text))
-        remarks["answers without an object or box"] += benchmark.grounded and not boxes(with_boxes(text, shown))
-        fits += [proposal_fit(scene, shown, i) for i in s.targets or ()]
-        parts += {name for part in benchmark.parts(s) for name in (part, part.split("/")[0])}
-    remarks.update({f"targets that a proposal fits with IoU {t}": sum(fit >= t for fit in fits) for t in (0.25, 0.5)})
+        remarks["answers without an object or box"] += benchmark.grounded and not boxes(
+            with_boxes(text, shown)
+        )
+        fits += [proposal_fit(scene, shown, i) for i in s.targets or () if shown is not scene]
+        parts += benchmark.parts(s)
+    for t in (0.25, 0.5) if fits else ():
+        remarks[f"recall@{t} of the proposals"] = round(float(np.mean(np.array(fits) >= t)), 3)
 
     return {
         **values,
@@ -1090,11 +1267,14 @@ def table(entries: dict[str, dict]) -> str:
     names = dict.fromkeys(c for e in entries.values() for c in e["columns"] if any(e["columns"][c].values()))
     lines, notes = [["benchmark", "score", "model", *names, "count"]], []
     for title, entry in entries.items():
+        # every score with its count
         for key in (key for key in entry if "/" in key):
             found = [entry, *(entry["columns"].get(c, {}) for c in names)]
             cells = ["n/a" if scores.get(key) is None else f"{scores[key]:.3f}" for scores in found]
             part = "/".join(key.split("/")[2:])
             lines.append([title, key, *cells, str(entry["counts"].get(part, entry["count"]))])
+
+        # what a reader must know stands below the numbers
         notes += [f"{title}: {n} {remark}" for remark, n in entry["remarks"].items()]
         notes += [f"{title}: dialect {name} is that of {who}" for name, who in entry["dialects"].items()]
 
@@ -1104,15 +1284,26 @@ def table(entries: dict[str, dict]) -> str:
     return "\n".join([rows[0], "-" * len(rows[0]), *rows[1:], *notes])
 
 
-# ---- 8 files and report ----------------------------------------------------------------------------------------------
+# ---- 8 files and report --------------------------------------------------------------------------
 
 ID_FIELDS = ("id", "question_id", "sample_id", "qid", "index")
-TEXT_FIELDS = ("prediction", "pred", "pred_response", "response_pred", "answer_top10", "filtered_resps", "resps",
-               "response", "output", "text", "answer")  # fmt: skip
+TEXT_FIELDS = (
+    "prediction",
+    "pred",
+    "pred_response",
+    "response_pred",
+    "answer_top10",
+    "filtered_resps",
+    "response",
+    "text",
+    "answer",
+)
 
 
 def read_predictions(path: Path, questions: Questions, partial: bool = False) -> dict[str, str]:
-    """Read anybody's answers to the questions: {id: text}. One line says how the file was understood."""
+    """Read anybody's answers to the questions: {id: text}. One line says how the file was
+    understood."""
+    # rows, whatever they are wrapped in
     rows = [row for row in read_rows(path) if isinstance(row, dict)]
     if len(rows) == 1 and not rows[0].keys() & {*ID_FIELDS, "doc"}:  # {id: text}
         rows = [{"id": id, "prediction": text} for id, text in rows[0].items()]
@@ -1124,6 +1315,7 @@ def read_predictions(path: Path, questions: Questions, partial: bool = False) ->
     known, answers, remarks = {s.id for s in questions.samples}, {}, questions.remarks
     for row in rows:
         id, text = str(row.get(id_field)).strip(), row.get(text_field)
+        # the first of several is the answer; what was thought before it is none
         while isinstance(text, list) and text:
             text = text[0]
         text = "" if text is None else str(text)
@@ -1131,16 +1323,19 @@ def read_predictions(path: Path, questions: Questions, partial: bool = False) ->
             remarks["rows that answer no question, or one answered before"] += 1
             continue
         tagged = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
-        answers[id] = tagged[1].strip() if tagged else text
+        answers[id] = (tagged[1].strip() if tagged else text)[:LIMIT]
         remarks["answers taken out of <answer> tags"] += tagged is not None
-        if len(text) > LIMIT:
-            remarks["answers that are too long: scored as empty"] += 1
-            answers[id] = ""
-    print(f"{path}: {len(rows)} rows, id = {id_field}, text = {text_field}, {len(answers)} of {len(known)} answered")
+
+    # how the file was understood, and whether it is enough
+    print(
+        f"{path}: {len(rows)} rows, id = {id_field}, text = {text_field}, {len(answers)} of {len(known)} answered"
+    )
     if len(answers) < len(known) and not (partial and answers):
-        raise DataError(f"{path}: {len(known) - len(answers)} of {len(known)} questions have no answer; complete it, or "
-                        f'say --partial; wanted are rows like {{"id": "{min(known)}", "prediction": "text"}}, these have '
-                        f"{', '.join(fields)}")  # fmt: skip
+        raise DataError(
+            f"{path}: {len(known) - len(answers)} of {len(known)} questions have no answer; complete it, or "
+            f'say --partial; wanted are rows like {{"id": "{min(known)}", "prediction": "text"}}, these have '
+            f"{', '.join(fields)}"
+        )
     return answers
 
 
@@ -1151,8 +1346,8 @@ def write_text(path: Path, text: str) -> None:
 
 def revision() -> str:
     """The commit of the code, with "-dirty" where files differ from it."""
-    folder = shlex.quote(str(Path(__file__).parent))
-    status, text = subprocess.getstatusoutput(f"git -C {folder} describe --always --dirty --abbrev=40")
+    git = f"git -C '{Path(__file__).parent}' describe --always --dirty --abbrev=40"
+    status, text = subprocess.getstatusoutput(git)
     return "unknown" if status else text
 
 
@@ -1162,16 +1357,20 @@ def fingerprint(path: Path) -> str:
 
 
 def save(path: Path, entries: dict[str, dict], **facts) -> None:
-    """Write metrics.json = {benchmark: entry, "provenance": facts}, and predictions/<benchmark>.jsonl beside it.
+    """Write metrics.json = {benchmark: entry, "provenance": facts}, and
+    predictions/<benchmark>.jsonl beside it.
 
     Entries that are there already stay if all facts are the same: a file never mixes two models.
     """
+    # entries of the same model and code stay
     facts |= {"code": revision(), "torch": torch.__version__}
     try:
         old = json.loads(path.read_text())
         old = old if old.pop("provenance") == facts else {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):  # nothing there, or something else
         old = {}
+
+    # questions and answers in files of their own
     for title, entry in entries.items():
         lines = [json.dumps(row) + "\n" for row in entry.pop("rows")]
         write_text(path.parent / "predictions" / f"{title}.jsonl", "".join(lines))
@@ -1179,71 +1378,93 @@ def save(path: Path, entries: dict[str, dict], **facts) -> None:
 
 
 def write_report(out: Path) -> None:
-    """Write report.html of a run: its tables, the worst answers of every benchmark, and links to its pictures."""
+    """Write report.html of a run: its tables, the worst answers of every benchmark, and links to
+    its pictures."""
     if rank_and_world()[0]:
         return
+
+    # tables and worst answers, also of rooms of other sizes and of earlier stages
     parts = [f"<!doctype html><meta charset=utf-8><title>{html.escape(out.name)}</title>"]
     for path in sorted(out.rglob("metrics.json")):
         entries = json.loads(path.read_text())
         facts = json.dumps(entries.pop("provenance"))
-        parts.append(f"<h2>{html.escape(path.parent.name)}</h2><pre>{html.escape(table(entries))}</pre>{facts}")
+        parts.append(
+            f"<h2>{html.escape(path.parent.name)}</h2><pre>{html.escape(table(entries))}</pre>{facts}"
+        )
         for title in entries:
             lines = (path.parent / "predictions" / f"{title}.jsonl").read_text().splitlines()
             rows = sorted(map(json.loads, lines), key=lambda row: row["score"])[:5]
             text = "\n".join(f"{key}: {value}" for row in rows for key, value in row.items())
             parts.append(f"<h3>{html.escape(title)}: worst answers</h3><pre>{html.escape(text)}</pre>")
+
+    # pictures stay where they are
     for picture in sorted(out.rglob("*.png")):
         name = html.escape(str(picture.relative_to(out)))
         parts.append(f'<p>{name}<br><img src="{name}" alt="{name}" style="max-width: 100%">')
     write_text(out / "report.html", "\n".join(parts))
-    print(f"report: {out / 'report.html'}")
 
 
-# ---- 9 mixtures to train on ------------------------------------------------------------------------------------------
+# ---- 9 mixtures to train on ----------------------------------------------------------------------
 #
 # A paper's table of sources (`Stage.files`) and a folder of official files give the questions of a stage. No room of an
 # evaluation split is trained in: scene0011_01 is another scan of the room scene0011_00.
 
-def room_of(scene: str) -> str:
-    return scene.split("_")[0]
-
 
 def evaluation_rooms(names: set[str], folder: Path, root: Path, held: list[Scene]) -> set[str]:
-    """Name the rooms that must not be trained in: of ScanNet's val and test lists, of the scenes held out by the run,
-    and of every other split of these benchmarks in the folder."""
+    """Name the rooms that must not be trained in: of ScanNet's val and test lists, of the scenes
+    held out by the run, and of every other split of these benchmarks in the folder."""
+    # ScanNet's own lists
     scenes = {scene.name for scene in held}
-    for place, split in itertools.product((folder, root), ("val", "test")):
-        for path in place.rglob(f"scannetv2_{split}.txt"):
-            scenes.update(path.read_text().split())
+    for place in (folder, root):
+        for path in place.rglob("scannetv2_*.txt"):
+            scenes.update(() if "train" in path.name else path.read_text().split())
+
+    # other splits of the same benchmarks
     for name in names:
         for split in find_benchmark(name).files.keys() - {"train"}:
             if path := find_split(folder, find_benchmark(name), split):
                 scenes.update(s.scene for s in read_official(name, path, root, split))
     if not scenes:
-        raise DataError(f"{folder}: nothing says which rooms are for evaluation; put scannetv2_val.txt and "
-                        "scannetv2_test.txt there or beside the scans")  # fmt: skip
-    return set(map(room_of, scenes))
+        raise DataError(
+            f"{folder}: nothing says which rooms are for evaluation; put scannetv2_val.txt and "
+            "scannetv2_test.txt there or beside the scans"
+        )
+    return {scene.split("_")[0] for scene in scenes}
 
 
-def mixture(sources: dict[str, data.Source], folder: Path, root: Path, train: list[Scene], held: list[Scene],
-            seed: int = 0) -> tuple[dict[str, list[Sample]], list[str]]:  # fmt: skip
-    """Give questions by scene, each with its benchmark's prompt and one per accepted answer, and a line per source.
+def mixture(
+    sources: dict[str, data.Source],
+    folder: Path,
+    root: Path,
+    train: list[Scene],
+    held: list[Scene],
+    seed: int = 0,
+) -> tuple[dict[str, list[Sample]], list[str]]:
+    """Give questions by scene, each with its benchmark's prompt and one per accepted answer, and a
+    line per source.
 
-    Dropped are answers of another form, leaks, questions without a scan, those whose target no numbered object fits
-    with the source's IoU (boxes: proposals.json in the folder, else the scans' own), and more than the source takes.
+    Dropped are answers of another form, leaks, questions without a scan, those whose target no
+    numbered object fits with the source's IoU (boxes: proposals.json in the folder, else the scans'
+    own), and more than the source takes.
     """
+    # the rooms that may be trained in, and the proposals a model will be shown
     rooms = evaluation_rooms({source.benchmark for source in sources.values()}, folder, root, held)
     there = {scene.name: number_objects(scene, seed) for scene in train}
     file = min(folder.rglob("proposals.json"), default=None)
     shown = read_boxes(file) if file else there
 
+    # why a question is dropped
     def fault(s: Sample, source: data.Source) -> str:
         grounded = s.targets is not None
-        forms = {"text": s.task == "caption" or not grounded, "id": grounded, "number": s.value is not None,
-                 "choice": s.options}  # fmt: skip
+        forms = {
+            "text": s.task == "caption" or not grounded,
+            "id": grounded,
+            "number": s.value is not None,
+            "choice": s.options,
+        }
         if not forms[source.asks]:
             return "of another form"
-        if room_of(s.scene) in rooms:
+        if s.scene.split("_")[0] in rooms:
             return "of rooms for evaluation"
         if s.scene not in there or s.scene not in shown:
             return "without a scan"
@@ -1253,51 +1474,58 @@ def mixture(sources: dict[str, data.Source], folder: Path, root: Path, train: li
     listed, report = defaultdict(list), []
     for name, source in sources.items():
         benchmark, samples, dropped = find_benchmark(source.benchmark), [], Counter()
+        # every accepted answer is a question of its own
         for split in source.splits:
             path = find_split(folder, benchmark, split)
             for s in read_official(source.benchmark, path, root, split) if path else ():
-                why = fault(s, source)
+                why, question = fault(s, source), benchmark.write_prompt(s)
                 dropped[why] += 1
-                texts = {} if why else dict.fromkeys(s.answers)
-                samples += [replace(s, id=f"{name}/{s.id}/{k}", question=benchmark.write_prompt(s), answer=text,
-                                    answers=[]) for k, text in enumerate(texts)]  # fmt: skip
+                for text in () if why else dict.fromkeys(s.answers):
+                    samples.append(
+                        replace(s, id=f"{name}/{s.id}/{text}", question=question, answer=text, answers=[])
+                    )
 
         # of more than the source takes, a random draw
         order = np.random.default_rng([seed, len(report)]).permutation(len(samples))[: source.most]
         for i in order:
             listed[samples[i].scene].append(samples[i])
-        found, reasons = dropped.total(), ", ".join(f"{n:,} {why}" for why, n in dropped.items() if why) or "none"
-        report.append(f"{name}: {len(order):,} questions kept of {found:,} ({source.printed:,} in the paper); dropped "
-                      f"were {reasons}")  # fmt: skip
+        found, reasons = (
+            dropped.total(),
+            ", ".join(f"{n:,} {why}" for why, n in dropped.items() if why) or "none",
+        )
+        report.append(
+            f"{name}: {len(order):,} questions kept of {found:,} ({source.printed:,} in the paper); dropped "
+            f"were {reasons}"
+        )
     if not listed:
         raise DataError(f"{folder}: no question to train on is left; {describe_mixture(report)}")
     return dict(listed), report
 
 
-def describe_mixture(report: list[str]) -> str:
-    return "\n".join(report)
+describe_mixture = "\n".join
 
 
-# ---- 10 ask, command line --------------------------------------------------------------------------------------------
+# ---- 10 ask, command line ------------------------------------------------------------------------
 
 COMPARED = ("rooms/grounding", "rooms/qa")  # what a model without something is asked as well (`baselines`)
 IN_METERS = re.compile(  # words of a question whose answer is a measure: of a scene of unknown scale it is refused
     r"\b(how (far|tall|high|long|wide|deep|thick|large|big)|(centi|milli)?met(re|er)s?|[cm]m|square|distance|measure|"
-    r"coordinates?|position|height|length|width|depth|area|size|feet|inch(es)?)\b|^where is <obj\d+>\?|\d\.\d")
+    r"coordinates?|position|height|length|width|depth|area|size|feet|inch(es)?)\b|^where is <obj\d+>\?|\d\.\d"
+)
 
 
 def load_run(folder: Path, paper=None) -> tuple[Model, dict]:
-    """Load a run's model with its weights, as its last stage sees, and the record of how it was made."""
+    """Load a run's model with its weights, as its last stage sees, and the record of how it was
+    made."""
+    # the paper's own questions and benchmarks come with it
     record = data.read_state(folder)["run"]
     paper = paper or importlib.import_module(record["model"])
     data.adopt(paper)
     adopt(paper)
 
-    def tuples(value):  # JSON knows lists only
-        return tuple(map(tuples, value)) if isinstance(value, list) else value
-
-    config = {name: tuples(value) for name, value in record["config"].items()}
-    model = paper.build(paper.Config(**config), data.load_text(record["text"]))
+    # the model as it was built, with the weights it ended with
+    config = data.from_json(paper.Config, record["config"])
+    model = paper.build(config, data.load_text(record["text"]))
     stages = [data.stage_of(stage) for stage in record["stages"]]
     model.keep_trained_precise(stages)  # as in training, or their weights would be rounded
     data.load_weights(model, folder)
@@ -1307,10 +1535,13 @@ def load_run(folder: Path, paper=None) -> tuple[Model, dict]:
 
 
 def evaluate_questions(model: Model, asked: list[Questions], out: Path, record: dict) -> dict[str, dict]:
-    """Ask, score, write OUT/metrics.json and OUT/predictions, and print the table; every rank calls it.
+    """Ask, score, write OUT/metrics.json and OUT/predictions, and print the table; every rank calls
+    it.
 
-    The model is asked as its stage sees, in the arithmetic it was trained in. Rank 0 gets the entries, others {}.
+    The model is asked as its stage sees, in the arithmetic it was trained in. Rank 0 gets the
+    entries, others {}.
     """
+    # frozen work of all scenes first, shared by the processes
     rank, world = rank_and_world()
     model.eval()
     shown = {scene.name: scene for questions in asked for scene in questions.shown.values()}
@@ -1319,6 +1550,7 @@ def evaluate_questions(model: Model, asked: list[Questions], out: Path, record: 
     if world > 1:
         dist.barrier()  # a rank reads what the others have cached
 
+    # the answers, also without what the paper's baselines take away
     dtype, others = getattr(torch, record["dtype"]), defaultdict(dict)
     with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
         answers = [predict(model, questions) for questions in asked]
@@ -1330,26 +1562,50 @@ def evaluate_questions(model: Model, asked: list[Questions], out: Path, record: 
     if rank:
         return {}
 
+    # one process scores and writes
     entries = {q.name: score(q, found, others[q.name]) for q, found in zip(asked, answers, strict=True)}
     print(table(entries))
-    save(out / "metrics.json", entries, paper=record["model"], seed=record["seed"], stage=model.stage.name,
-         dtype=record["dtype"], device=model.device.type, decoding="greedy", scenes=len(shown))  # fmt: skip
+    save(
+        out / "metrics.json",
+        entries,
+        paper=record["model"],
+        seed=record["seed"],
+        stage=model.stage.name,
+        dtype=record["dtype"],
+        device=model.device.type,
+        decoding="greedy",
+    )
     return entries
 
 
-def evaluate_scenes(model: Model, scenes: list[Scene], stage: data.Stage, out: Path, *, record: dict,
-                    names: Iterable[str] = (), proposals: str = "gt", blind_scenes: Iterable[Scene] = (),
-                    dialects: Iterable[str] = ()) -> dict[str, dict]:  # fmt: skip
-    """Ask the model, as a stage sees, generated questions about scenes it never saw; returns as `evaluate_questions`.
+def evaluate_scenes(
+    model: Model,
+    scenes: list[Scene],
+    stage: data.Stage,
+    out: Path,
+    *,
+    record: dict,
+    names: Iterable[str] = (),
+    proposals: str = "gt",
+    blind_scenes: Iterable[Scene] = (),
+    dialects: Iterable[str] = (),
+) -> dict[str, dict]:
+    """Ask the model, as a stage sees, generated questions about scenes it never saw; returns as
+    `evaluate_questions`.
 
-    names: benchmarks, by default all of which the stage trained a task. blind_scenes: whose answers the blind baseline
-    knows. A task gets 60 questions in all, and three per scene at least.
+    names: benchmarks, by default all of which the stage trained a task. blind_scenes: whose answers
+    the blind baseline knows. A task gets 60 questions in all, and three per scene at least.
     """
+    # of a benchmark only what was trained, unless it is named
     model.configure_stage(stage)
     tasks = {}
     for name in names or BENCHMARKS:
-        tasks[name] = [t for t in find_benchmark(name).tasks if t in data.TASKS and (names or t in stage.tasks)]
-    seed, known = record["seed"], list(itertools.chain(*tasks.values()))
+        tasks[name] = [
+            t for t in find_benchmark(name).tasks if t in data.TASKS and (names or t in stage.tasks)
+        ]
+
+    # what is blindly known, and the scenes with their proposals
+    seed, known = record["seed"], [*itertools.chain(*tasks.values())]
     blind = data.Blind(data.question_set(blind_scenes, known, 3, seed + 1))
     true = {scene.name: scene for scene in scenes}
     every = with_proposals(Questions("", Benchmark(), [], true, blind=blind), proposals, model, seed)
@@ -1361,68 +1617,77 @@ def evaluate_scenes(model: Model, scenes: list[Scene], stage: data.Stage, out: P
             benchmark = choose_dialects(BENCHMARKS[name], dialects, record["model"])
             asked.append(replace(every, name=name + every.name, benchmark=benchmark, samples=samples))
     if not asked:
-        raise DataError(f"{', '.join(names) or 'what this stage trained'}: these scenes give no such question")
-    return evaluate_questions(model, asked, out, record)
+        print(f"note: these scenes give no question of {', '.join(tasks)}")
+    return evaluate_questions(model, asked, out, record) if asked else {}
 
 
 def evaluate_run(args: argparse.Namespace) -> None:
-    """Score a finished run in its test scenes, in rooms of a given number of objects, or on official files."""
+    """Score a finished run in its test scenes, in rooms of a given number of objects, or on
+    official files."""
+    # questions of official files, in their scans
     model, record = load_run(args.run)
     out, asked = args.out or args.run, []
     for name in args.benchmark if args.annotations else ():
-        root = args.root or Path(record["root"] or "")
+        root = Path(args.root or record["root"] or "scans")
         questions = load(name, args.annotations, root, args.partial, args.dialect, record["model"])
         asked.append(with_proposals(questions, args.proposals, model, record["seed"]))
     if asked:
         evaluate_questions(model, asked, out, record)
         return write_report(out)
 
+    # questions made for scenes that the run did not train in
     load_scenes = partial(data.load_scenes, record["data"], root=record["root"], **record["scene_options"])
-    count, objects, place = record["scene_counts"]["test"], args.objects, out
+    count, objects, place = record["scene_counts"], args.objects, out
+    known = min(300, count["train"])  # training scenes whose answers the blind baseline knows
     if objects is None:
-        scenes = load_scenes("test", count=count)
+        scenes = load_scenes("test", count=count["test"])
     else:  # fresh rooms, none of them a default one, with as many points per object
         first, place = data.ROOM_SEEDS["test"].start + 10_000 + 100 * objects, out / f"objects-{objects}"
-        scenes = [data.room(first + i, objects, points=max(4096, 340 * objects)) for i in range(count)]
+        seeds = range(first, first + count["test"])
+        scenes = [data.room(seed, objects, points=max(4096, 340 * objects)) for seed in seeds]
+
+    # what the blind baseline has read
     if record["data"] == "rooms":  # questions need no pictures
-        blind = data.rooms(data.ROOM_SEEDS["train"][:300], views=0, points=0)
+        blind = data.rooms(data.ROOM_SEEDS["train"][:known], views=0, points=0)
     else:
-        blind = load_scenes("train", count=300)
-    evaluate_scenes(model, scenes, model.stage, place, record=record, names=args.benchmark, proposals=args.proposals,
-                    blind_scenes=blind, dialects=args.dialect)  # fmt: skip
+        blind = load_scenes("train", count=known)
+    evaluate_scenes(
+        model,
+        scenes,
+        model.stage,
+        place,
+        record=record,
+        names=args.benchmark,
+        proposals=args.proposals,
+        blind_scenes=blind,
+        dialects=args.dialect,
+    )
     write_report(out)
 
 
 def score_file(args: argparse.Namespace) -> None:
-    """Score a file of answers; no model is asked. Identifiers are ScanNet's objectIds, or count a file's boxes."""
+    """Score a file of answers; no model is asked. Identifiers are ScanNet's objectIds, or count a
+    file's boxes."""
+    # the questions with their boxes
     questions = load(args.benchmark[0], args.annotations, args.root, args.partial, args.dialect)
     if args.root is None and any(s.targets for s in questions.samples):
         raise DataError(f"{questions.name}: needs boxes; give the scans, or a file of boxes, with --root")
     questions = with_proposals(questions, args.proposals)
-    entries = {questions.name: score(questions, read_predictions(args.predictions, questions, args.partial), {})}
+
+    # anybody's answers to them
+    entries = {
+        questions.name: score(questions, read_predictions(args.predictions, questions, args.partial), {})
+    }
     print(table(entries))
     if args.out:
         save(args.out, entries, predictions=fingerprint(args.predictions))
 
 
-def answer(model: Model, scene: Scene, sample: Sample) -> tuple[str, str]:
-    """Ask about a scene of one's own: what to say, and what the model wrote, "" where it is refused."""
-    if unknown := {int(i) for i in data.MARK.findall(sample.question)} - scene.identifiers.keys():
-        raise DataError(f"<obj {min(unknown)}>: {scene.name} has no such object; its picture shows those it has")
-    for word in model.text.unknown(sample.question):
-        print(f"note: the model has never read the word {word!r}")
-    (written,) = model.generate(model.batch([(scene, [sample])]), max_new_tokens=96)
-    measures = IN_METERS.search(sample.question.lower()) or re.search(r"\d\.\d", written)
-    refused = model.refusal(scene, sample.question)
-    if measures and not scene.metric:
-        refused = "this scene has no known scale: give poses, depth or --scale."
-    return refused or written.rpartition("=")[2].strip(), "" if refused else written
-
-
 def ask_scene(args: argparse.Namespace) -> None:
     """Answer questions about a scene of one's own, and draw it."""
+    # the scene, as sharp as the model looks at it
     model, record = load_run(args.run)
-    if args.at is not None and type(model).prompt_tokens is data.SceneLanguageModel.prompt_tokens:
+    if args.at is not None and type(model).prompt_tokens is Model.prompt_tokens:
         raise DataError(f"--at: {record['model']} takes no places; fase3d does")
     options = data.scene_options(args)
     if model.frame_width > 320 and "longest" in data.choose_reader(args.scene)[1]:
@@ -1431,16 +1696,30 @@ def ask_scene(args: argparse.Namespace) -> None:
     print("\n".join(f"note: {note}" for note in scene.notes))
 
     # questions of the command line, else typed ones until an empty line
+    if not args.ask:
+        print("questions, one a line; an empty line ends")
     samples, lines, texts = [], [], []
-    for question in args.ask or itertools.takewhile(str.strip, sys.stdin):
-        samples.append(Sample(str(len(samples)), scene.name, "ask", question.strip(), "", prompt=args.at))
-        said, written = answer(model, scene, samples[-1])
-        texts.append(written)
-        lines.append(f"{question.strip()}  {said}")
+    for question in map(str.strip, args.ask or itertools.takewhile(str.strip, sys.stdin)):
+        if unknown := {int(i) for i in data.MARK.findall(question)} - scene.identifiers.keys():
+            raise DataError(
+                f"<obj {min(unknown)}>: {scene.name} has no such object; its picture shows those it has"
+            )
+        for word in model.text.unknown(question):
+            print(f"note: the model has never read the word {word!r}")
+        samples.append(Sample(str(len(samples)), scene.name, "ask", question, "", prompt=args.at))
+        (text,) = model.generate(model.batch([(scene, samples[-1:])]), max_new_tokens=96)
+
+        # what cannot be known is refused, whatever the model wrote
+        refused = model.refusal(scene, question)
+        if not scene.metric and (IN_METERS.search(question.lower()) or re.search(r"\d\.\d", text)):
+            refused = "this scene has no known scale: give poses, depth or --scale."
+        lines.append(f"{question}  {refused or text.rpartition('=')[2].strip()}")
+        texts.append("" if refused else text)
         print(lines[-1])
     if not samples:
         raise DataError("--ask: give a question, or type one a line")
 
+    # a picture of what was read, and of the places in the answers
     picture = args.out or args.run / "ask.png"
     data.draw_scene(scene, picture, lines, model.token_centers(scene), texts)
     pictures = [picture, *model.answer_pictures(scene, samples, texts, picture.parent)]
@@ -1453,27 +1732,44 @@ def place(text: str) -> np.ndarray:
 
 
 @data.command
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Scores of a finished run, or of a file of answers; or ask a scene.")
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Scores of a finished run, or of a file of answers; or ask a scene."
+    )
+    # flags that name a place, then the others
     add = parser.add_argument
-    add("--run", type=Path, help="folder of a finished run")
+    places = {
+        "run": "folder of a finished run",
+        "annotations": "official questions: a file, or a folder that holds it",
+        "predictions": "answers: .jsonl, .json or .csv with an id and a text; ids are ScanRefer's "
+        "scene|object|ann, Multi3DRefer's scene|ann, captions' scene|object",
+        "root": "the scans, or a file of true boxes {scene: {objectId: box}}",
+        "out": "folder of the scores; metrics.json of a file; picture of a scene",
+        "scene": "with --run: a scene of one's own to ask about",
+    }
+    for name, words in places.items():
+        add(f"--{name}", type=Path, help=words)
     add("--benchmark", nargs="+", default=[], metavar="NAME", help=", ".join(BENCHMARKS))
-    add("--proposals", default="gt", help="what stands for objects: gt, segments, of fase3d clusters, or a file of "
-        "boxes {scene: [[cx, cy, cz, w, d, h], ..]}")  # fmt: skip
+    add(
+        "--proposals",
+        default="gt",
+        help="what stands for objects: gt, segments, of fase3d clusters, or a file of "
+        "boxes {scene: [[cx, cy, cz, w, d, h], ..]}",
+    )
     add("--objects", type=int, metavar="N", help="with --run: ask in fresh rooms of N objects")
     add("--dialect", nargs="+", default=[], choices=[*DIALECTS, "all"], help="whose way to score text")
     add("--partial", action="store_true", help="accept fewer questions or answers than there should be")
-    add("--annotations", type=Path, help="official questions: a file, or a folder that holds it")
-    add("--predictions", type=Path, help="answers: .jsonl, .json or .csv with an id and a text; an id of ScanRefer is "
-        "scene|object|ann, of Multi3DRefer scene|ann, of captions scene|object")  # fmt: skip
-    add("--root", type=Path, help="the scans, or a file of true boxes {scene: {objectId: box}}")
-    add("--out", type=Path, help="folder of the scores; metrics.json of a file; picture of a scene")
-    add("--scene", type=Path, help="with --run: a scene of one's own to ask about")
     add("--ask", action="append", help="a question; repeatable (default: typed, one a line)")
-    add("--at", type=place, metavar="X,Y,Z", help='in meters: the place that "this" in a question means (fase3d)')
+    add(
+        "--at",
+        type=place,
+        metavar="X,Y,Z",
+        help='in meters: the place that "this" in a question means (fase3d)',
+    )
     data.add_scene_options(parser)
     args = parser.parse_args(arguments)
 
+    # several processes share the questions; then one of three things is done
     if args.run and "RANK" in os.environ:  # torchrun
         dist.init_process_group()
         if torch.cuda.is_available():
