@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import cmath
 import hashlib
-import heapq
 import importlib
 import importlib.util
 import inspect
@@ -3808,496 +3807,399 @@ def fill_in(where, frames: Frames, vggt: str) -> Frames:
 # ---- 9 superpoints and segments --------------------------------------------------------------------------------------
 
 
-def label_mean(values: np.ndarray, label: np.ndarray, count: int) -> np.ndarray:
-    """Mean of values [N, C] per label 0..count-1."""
-    total = np.stack([np.bincount(label, v, count) for v in values.T], axis=1)
-    return total / np.maximum(np.bincount(label, minlength=count), 1)[:, None]
-
-
 def vertex_normals(points: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Mean of the unit normals of a vertex's faces [N, 3] float32, *not* normalised, as in ScanNet's segmentator."""
-    p = points.astype(np.float32)[faces]
-    normal = np.cross(p[:, 1] - p[:, 0], p[:, 2] - p[:, 0])
-    normal, corner = unit(normal * 1e6), faces.ravel()
-    return label_mean(np.repeat(normal, 3, axis=0), corner, len(points)).astype(np.float32)
+    """Average the unit normals of a vertex's faces: [N, 3] float32, *not* normalized, as in ScanNet's segmentator.
+
+    Args: points [N, 3], faces [F, 3].
+    """
+    corners = points.astype(np.float32)[faces]  # [F, 3 corners, 3]
+    normals = unit(1e6 * np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]))
+    normals = torch.from_numpy(normals.repeat(3, axis=0)).double()  # [3 F, 3]
+    mean, _ = group_mean(normals, torch.from_numpy(faces.ravel()).long(), len(points))
+    return mean.float().numpy()
 
 
-def neighbour_pairs(points: np.ndarray, k: int, reach: float = np.inf) -> tuple[np.ndarray, np.ndarray, float]:
-    """Every pair a < b of points where one is among the other's k nearest, closer than `reach` times the median
-    distance of nearest points: (a [E], b [E], that distance)."""
-    distance, near = (a[:, 1:] for a in nearest(points, points, k + 1))
-    spacing = float(np.median(distance[:, 0]))
-    a, b = np.nonzero(distance <= max(reach * spacing, 1e-9))[0], near[distance <= max(reach * spacing, 1e-9)]
-    key = np.sort(np.minimum(a, b) * len(points) + np.maximum(a, b))
-    key = key[np.diff(key, prepend=-1) > 0]
-    return key // len(points), key % len(points), spacing
+def neighbor_pairs(points: np.ndarray, k: int, reach: float = np.inf) -> tuple[np.ndarray, np.ndarray]:
+    """Find all pairs a < b of points where one is among the other's k nearest: (a [E], b [E]).
+
+    Pairs farther apart than `reach` times the median distance to the nearest neighbor are left out: they are gaps.
+    """
+    distance, near = nearest(points, points, k + 1)
+    distance, near = distance[:, 1:], near[:, 1:]  # the nearest is the point itself
+    close = distance <= max(reach * np.median(distance[:, 0]), 1e-9)
+    pairs = np.stack([np.nonzero(close)[0], near[close]], axis=1)
+    return tuple(np.unique(np.sort(pairs, axis=1), axis=0).T)
 
 
-def over_segment(points: np.ndarray, normals: np.ndarray | None = None, faces: np.ndarray | None = None,
-                 threshold: float = 0.01, min_size: int = 20, k: int = 10) -> np.ndarray:  # fmt: skip
-    """Superpoints [N] int64, contiguous from 0: Felzenszwalb-Huttenlocher with the rules of ScanNet's segmentator.
+def over_segment(
+    points: np.ndarray,
+    normals: np.ndarray | None = None,
+    faces: np.ndarray | None = None,
+    threshold: float = 0.01,
+    min_size: int = 20,
+    k: int = 10,
+) -> np.ndarray:
+    """Segment a cloud or mesh into superpoints: labels [N] int64, contiguous from 0.
 
-    An edge from a to b weighs 1 - n_a . n_b, squared if convex (n_b along b - a), so that rounded things hold together.
-    Edges are a mesh's (faces [F, 3]; normals default to `vertex_normals`), or the k nearest neighbours' of a bare
-    cloud, there the mean of both directions. Felzenszwalb & Huttenlocher, IJCV 2004; ScanNet's Segmentator calls
-    threshold kThresh and min_size segMinVerts.
+    The weight of an edge from a to b is 1 - n_a . n_b, squared where the surface is convex (n_b points along b - a), so
+    that round things hold together. The edges are a mesh's (faces [F, 3]; default normals: `vertex_normals`), or join
+    the k nearest neighbors of a bare cloud, there with the mean weight of both directions.
+    Source: Felzenszwalb & Huttenlocher, IJCV 2004, with the rules of ScanNet's Segmentator, which calls threshold
+    kThresh and min_size segMinVerts.
     """
     if len(points) < 2:
         return np.zeros(len(points), np.int64)
     points = np.asarray(points, np.float32)
     if normals is None:
-        normals = vertex_normals(points, faces) if faces is not None else estimate_normals(points)
+        normals = estimate_normals(points) if faces is None else vertex_normals(points, faces)
     normals = np.asarray(normals, np.float32)
 
     def weigh(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        flat = 1 - np.einsum("ij,ij->i", normals[a], normals[b])
-        return np.where(np.einsum("ij,ij->i", normals[b], points[b] - points[a]) > 0, flat * flat, flat)
+        bend = 1 - np.einsum("ij,ij->i", normals[a], normals[b])
+        convex = np.einsum("ij,ij->i", normals[b], points[b] - points[a]) > 0
+        return np.where(convex, bend * bend, bend)
 
-    if faces is not None:
+    if faces is None:
+        a, b = neighbor_pairs(points, k)
+        weight = (weigh(a, b) + weigh(b, a)) / 2
+    else:
         a, b = faces[:, [0, 0, 2]].ravel(), faces[:, [1, 2, 1]].ravel()
         weight = weigh(a, b)
-    else:
-        a, b, _ = neighbour_pairs(points, k)
-        weight = (weigh(a, b) + weigh(b, a)) / 2
     return segment_graph(len(points), a, b, weight, threshold, min_size)
 
 
-def segment_graph(count: int, a: np.ndarray, b: np.ndarray, weight: np.ndarray,
-                  threshold: float, min_size: int) -> np.ndarray:  # fmt: skip
-    """Labels [count] of a graph's segments from its edges a, b, weight [E], taken lightest first.
+def segment_graph(
+    count: int, a: np.ndarray, b: np.ndarray, weight: np.ndarray, threshold: float, min_size: int
+) -> np.ndarray:
+    """Segment a graph with edges a, b, weight [E]: labels [count] int64, contiguous from 0.
 
-    Two segments join if the edge is no heavier than either's limit, its heaviest inner edge + threshold / size; at the
-    end segments below min_size join a neighbour. A segment that refuses once is final, for later edges weigh more: so
-    all edges inside a segment or at a final one are skipped by whole blocks, and Python sees few.
+    Source: Felzenszwalb & Huttenlocher, IJCV 2004.
     """
-    order = np.argsort(weight, kind="stable")
-    a, b, weight = a[order], b[order], weight[order]
     parent, size, limit = list(range(count)), [1] * count, [threshold] * count
-    final = np.zeros(count, bool)
 
     def find(x: int) -> int:
         while parent[x] != x:
             parent[x] = x = parent[parent[x]]
         return x
 
-    def roots() -> np.ndarray:
-        root = np.array(parent)
-        while (root[root] != root).any():
-            root = root[root]
-        parent[:] = root.tolist()
-        return root
-
     def join(x: int, y: int) -> int:
-        x, y = (x, y) if size[x] >= size[y] else (y, x)
+        if size[x] < size[y]:
+            x, y = y, x
         parent[y] = x
         size[x] += size[y]
         return x
 
-    for start in range(0, len(a), 1 << 16):
-        block, root = slice(start, start + (1 << 16)), roots()
-        x, y = root[a[block]], root[b[block]]
-        live = (x != y) & ~final[x] & ~final[y]
-        for p, q, w in zip(x[live].tolist(), y[live].tolist(), weight[block][live].tolist(), strict=True):
-            p, q = find(p), find(q)
-            if p != q and w <= limit[p] and w <= limit[q]:
-                p = join(p, q)
-                limit[p] = w + threshold / size[p]
-            elif p != q:
-                final[p] |= w > limit[p]
-                final[q] |= w > limit[q]
-    root = roots()
-    across = root[a] != root[b]
-    for p, q in zip(a[across].tolist(), b[across].tolist(), strict=True):
-        p, q = find(p), find(q)
-        if p != q and min(size[p], size[q]) < min_size:
-            join(p, q)
-    return np.unique(roots(), return_inverse=True)[1].astype(np.int64)
+    # lightest edges first; two segments join if the edge is no heavier than either's limit:
+    # its heaviest inner edge + threshold / size
+    order = np.argsort(weight, kind="stable")
+    edges = list(zip(a[order].tolist(), b[order].tolist(), weight[order].tolist(), strict=True))
+    for x, y, w in edges:
+        x, y = find(x), find(y)
+        if x != y and w <= limit[x] and w <= limit[y]:
+            x = join(x, y)
+            limit[x] = w + threshold / size[x]
+
+    # what stayed too small joins its most similar neighbor
+    for x, y, _ in edges:
+        x, y = find(x), find(y)
+        if x != y and min(size[x], size[y]) < min_size:
+            join(x, y)
+    roots = np.array([find(x) for x in range(count)])
+    return np.unique(roots, return_inverse=True)[1].astype(np.int64)
 
 
 def extent(points: np.ndarray) -> np.ndarray:
-    """The axis-aligned box [6] of points [N, 3]."""
+    """Return the axis-aligned box [6] of points [N, 3]."""
     low, high = points.min(0).astype(float), points.max(0).astype(float)
     return np.concatenate([(low + high) / 2, high - low])
 
 
-def colour_name(colours: np.ndarray | None, mine: np.ndarray) -> str:
-    """The name in COLOURS nearest to the median of the colours [N, 3] at `mine`; "" without colours."""
-    if colours is None:
+def colour_name(colors: np.ndarray | None, chosen: np.ndarray) -> str:
+    """Name the median of colors [N, 3] at `chosen` by the nearest of COLOURS; "" without colors."""
+    if colors is None:
         return ""
-    median = np.median(colours[mine], axis=0)
-    return min(COLOURS, key=lambda name: float(np.square(median - COLOURS[name]).sum()))
+    median = np.median(colors[chosen], axis=0)
+    return min(COLOURS, key=lambda name: np.square(median - COLOURS[name]).sum())
 
 
-def hue_of(colours: np.ndarray) -> np.ndarray:
-    """Colours [N, 3] u8 as one axis of brightness, which counts less, and two of hue: [N, 3] float32."""
-    r, g, blue = colours.T.astype(np.float32) / 255
-    return np.stack([(r + g + blue) / 6, 0.7 * (r - g), 0.7 * ((r + g) / 2 - blue)], axis=1)
+def opponent_colors(colors: np.ndarray) -> np.ndarray:
+    """Turn colors [N, 3] u8 into brightness, which counts less than hue, and two axes of hue: [N, 3] float32."""
+    r, g, b = colors.T.astype(np.float32) / 255
+    return np.stack([(r + g + b) / 6, 0.7 * (r - g), 0.7 * ((r + g) / 2 - b)], axis=1)
 
 
-def find_shell(points: np.ndarray, normals: np.ndarray, hue: np.ndarray, superpoints: np.ndarray,
-               spacing: float) -> np.ndarray:  # fmt: skip
-    """Mask [N] of the room itself: points on a large level or upright plane with next to nothing behind it (floor,
-    ceiling, walls), in the plane's own colour (so that a flat rug or a door stays)."""
-    shell, reach = np.zeros(len(points), bool), max(0.05, 1.2 * spacing)
-    size = np.bincount(superpoints)
-    mean = label_mean(normals, superpoints, len(size))
-    flatness = np.linalg.norm(mean, axis=1)
-    for s in np.flatnonzero((size >= 0.01 * len(points)) & (flatness > 0.9)):
-        normal = mean[s] / flatness[s]
-        height = (points - np.median(points[superpoints == s], axis=0)) @ normal
-        if 0.3 < abs(normal[2]) < 0.9 or (height < -reach - 0.05).mean() > 0.03:
+def find_shell(points: np.ndarray, normals: np.ndarray, colors: np.ndarray, superpoints: np.ndarray) -> np.ndarray:
+    """Find the room itself (floor, ceiling, walls): mask [N].
+
+    Args: points, normals [N, 3]; colors [N, 3], `opponent_colors`; superpoints [N].
+    """
+    shell, thickness = np.zeros(len(points), bool), 0.05
+    for s in np.flatnonzero(np.bincount(superpoints) >= 0.01 * len(points)):
+        # a large level or upright plane
+        inside = superpoints == s
+        normal = normals[inside].mean(0)
+        flatness = np.linalg.norm(normal)
+        normal = normal / flatness
+        if flatness < 0.9 or 0.3 < abs(normal[2]) < 0.9:
             continue
-        on = (np.abs(height) < reach) & (normals @ normal > 0.8)
-        off = np.linalg.norm(hue - np.median(hue[on], axis=0), axis=1)
-        shell |= on & (off < max(0.1, 2.5 * np.median(off[on])))
+
+        # with next to nothing behind it: a table top has legs and a floor
+        height = (points - np.median(points[inside], axis=0)) @ normal
+        if (height < -2 * thickness).mean() > 0.03:
+            continue
+
+        # all that lies in the plane, in the plane's own color: a rug or a door stays an object
+        plane = (np.abs(height) < thickness) & (normals @ normal > 0.8)
+        differ = np.linalg.norm(colors - np.median(colors[plane], axis=0), axis=1)
+        shell |= plane & (differ < max(0.1, 2.5 * np.median(differ[plane])))
     return shell
 
 
-def merge_segments(points: np.ndarray, normals: np.ndarray, colours: np.ndarray, superpoints: np.ndarray,
-                   colour_scale: float = 0.25, largest: float = 2.6, smallest: float = 0.12) -> np.ndarray:  # fmt: skip
-    """Object-sized pieces of a cloud: instances [N] int64, 0 = the room itself and crumbs. No learning, no categories.
+def object_segments(
+    points: np.ndarray,
+    normals: np.ndarray,
+    colors: np.ndarray,
+    superpoints: np.ndarray,
+    color_scale: float = 0.2,
+    largest: float = 2.6,
+    smallest: float = 0.12,
+) -> np.ndarray:
+    """Merge superpoints to object-sized segments: ids [N] int64, 0 = the room itself and crumbs. Nothing is learned.
 
-    Superpoints are cut where the colour jumps, the room's shell is taken away, and touching pieces join in order of
-    a cost: colour difference / colour_scale, less for a small piece at a large one (a handle), + the concave share of
-    the contact (things meet in concave edges: Stein et al., CVPR 2014), both halved where one lies within the other's
-    box and does not rest on it (the glass of a mirror), + the share in which one rests on top of the other in another
-    colour. Nothing grows beyond `largest` metres; what stays below `smallest` is a crumb.
-    points, normals [N, 3] metres z-up, colours [N, 3] u8. The constants were set on procedural rooms.
+    Touching pieces join in order of their cost, color difference / color_scale + the share of the contact that is
+    concave (objects meet in concave edges: Stein et al., CVPR 2014), up to a cost of 1 and a length of `largest`
+    meters; what stays below `smallest` is a crumb. The constants were set on procedural rooms.
+    Args: points, normals [N, 3] meters, z up; colors [N, 3] u8; superpoints [N].
     """
-    a, b, spacing = neighbour_pairs(points, 8, reach=3.5)
-    hue = hue_of(colours)
-    inside = superpoints[a] == superpoints[b]
-    jump = np.linalg.norm(hue[a] - hue[b], axis=1)
-    piece = segment_graph(len(points), a[inside], b[inside], jump[inside], 0.1, 8)
-    S = int(piece.max()) + 1
-    size = np.bincount(piece).astype(float)
-    kept = np.bincount(piece, find_shell(points, normals, hue, superpoints, spacing), S) < 0.5 * size
-    tint = label_mean(hue, piece, S)
-    low, high = np.full((S, 3), np.inf), np.full((S, 3), -np.inf)
-    np.minimum.at(low, piece, points)
-    np.maximum.at(high, piece, points)
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
-    links = touching(points, normals, piece, kept, high[:, 2], (a, b), spacing)
-    root = join_pieces(links, size, tint, low, high, spacing, colour_scale, largest)
-    big = kept & (root == np.arange(S)) & (size >= 12) & ((high - low).max(1) >= smallest)
-    return (np.cumsum(big) * big)[root][piece]
+    # superpoints are cut where the color jumps: a picture on a cupboard
+    N, colors = len(points), opponent_colors(colors)
+    a, b = neighbor_pairs(points, 8, reach=3.5)
+    alike = (superpoints[a] == superpoints[b]) & (np.linalg.norm(colors[a] - colors[b], axis=1) < 0.08)
+    graph = coo_array((alike[alike], (a[alike], b[alike])), shape=(N, N))
+    count, piece = connected_components(graph, directed=False)
+    label = torch.from_numpy(piece).long()
+    color, size = (t.numpy() for t in group_mean(torch.from_numpy(colors), label, count))
+    shell = find_shell(points, normals, colors, superpoints)
+    in_room = np.bincount(piece, shell) >= 0.5 * size  # [count]
 
-
-def touching(points: np.ndarray, normals: np.ndarray, piece: np.ndarray, kept: np.ndarray, top: np.ndarray,
-             pairs: tuple[np.ndarray, np.ndarray], spacing: float) -> list[dict[int, np.ndarray]]:  # fmt: skip
-    """For each of S pieces those that touch it, and their contact [3]: how many pairs of neighbouring points, in how
-    many of them the surface is concave, and one rests on top of the other. piece [N] of points and normals [N, 3],
-    metres; kept [S] bool, top [S] the greatest heights, pairs: two [E]."""
-    (a, b), S = pairs, len(kept)
-    x, y = piece[a], piece[b]
-    touch = (x != y) & kept[x] & kept[y]
-    a, b, x, y = a[touch], b[touch], x[touch], y[touch]
+    # where two pieces touch: the share of pairs of points at which the surface is concave
     gap = points[a] - points[b]
     concave = ((normals[a] - normals[b]) * gap).sum(1) < -0.2 * np.linalg.norm(gap, axis=1)
-    rests = concave & (((normals[a][:, 2] > 0.8) & (top[y] > top[x] + 2 * spacing))
-                       | ((normals[b][:, 2] > 0.8) & (top[x] > top[y] + 2 * spacing)))  # fmt: skip
-    key, inverse = np.unique(np.minimum(x, y) * S + np.maximum(x, y), return_inverse=True)
-    contacts = np.stack([np.bincount(inverse, w, len(key)) for w in (np.ones(len(a)), concave, rests)], axis=1)
-    links: list[dict[int, np.ndarray]] = [{} for _ in range(S)]
-    for k, contact in zip(key.tolist(), contacts, strict=True):
-        links[k // S][k % S] = links[k % S][k // S] = contact
-    return links
+    touch = np.sort(np.stack([piece[a], piece[b]]), axis=0)
+    (x, y), contact, edges = np.unique(touch, axis=1, return_inverse=True, return_counts=True)
+    cost = np.linalg.norm(color[x] - color[y], axis=1) / color_scale + np.bincount(contact, concave) / edges
+    cost[(x == y) | in_room[x] | in_room[y]] = np.inf
+
+    # join the cheapest pair first
+    low, high = np.full((2, count, 3), [[[np.inf]], [[-np.inf]]])
+    np.minimum.at(low, piece, points)
+    np.maximum.at(high, piece, points)
+    root = np.arange(count)
+    for i in np.argsort(cost)[: (cost <= 1).sum()]:
+        p, q = root[x[i]], root[y[i]]
+        lowest, highest = np.minimum(low[p], low[q]), np.maximum(high[p], high[q])
+        if (highest - lowest).max() <= largest:
+            root[root == q] = p
+            low[p], high[p] = lowest, highest
+
+    # number what is large enough
+    size = np.bincount(root, size, count)
+    kept = ~in_room & (root == np.arange(count)) & (size >= 12) & ((high - low).max(1) >= smallest)
+    return keep_labels(root[piece], kept)
+
+def keep_labels(labels: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Renumber the labels with kept[label] from 1 in their order; the others become 0."""
+    kept = kept.copy()
+    number = np.cumsum(kept)
+    number[~kept] = 0
+    return number[labels]
 
 
-def join_pieces(links: list[dict[int, np.ndarray]], size: np.ndarray, tint: np.ndarray, low: np.ndarray,
-                high: np.ndarray, spacing: float, colour_scale: float, largest: float) -> np.ndarray:  # fmt: skip
-    """Join touching pieces while the cheapest pair costs at most 1 (`merge_segments`): the piece [S] that each became,
-    whose rows of size [S], tint, low and high [S, 3] then describe them all. `links` of `touching` is used up."""
-    S = len(links)
-    version, into, heap = [0] * S, list(range(S)), []
+def render_masks(points: np.ndarray, instances: np.ndarray, frames: Frames) -> np.ndarray:
+    """Give every depth pixel the instance [N] of the nearest of points [N, 3]: masks [V, H, W] int32.
 
-    def offer(p: int, others: list[int]) -> None:
-        """Put the pairs of p and others on the heap, as far as they may join: those of a cost of 1 at most."""
-        q = np.array(others, int)
-        edges, bent, resting = np.array([links[p][other] for other in others]).reshape(-1, 3).T
-        lows, highs = low[q], high[q]
-        whole = (np.maximum(high[p], highs) - np.minimum(low[p], lows)).max(1)
-        ends = np.concatenate([low[p] - lows, highs - high[p]], axis=1)
-        within = (resting == 0) & ((ends >= -spacing).all(1) | (ends <= spacing).all(1))
-        half = np.where(within, 0.5, 1.0)
-        differ = half * np.linalg.norm(tint[p] - tint[q], axis=1) / colour_scale
-        weight = 0.5 + 0.5 * (np.minimum(size[p], size[q]) / np.maximum(size[p], size[q])) ** 0.5
-        cost = weight * differ + half * bent / edges + np.where(differ > 0.5, resting / edges, 0.0)
-        for i in np.flatnonzero((cost <= 1) & (whole <= largest)).tolist():
-            u, v = min(p, others[i]), max(p, others[i])
-            heapq.heappush(heap, (float(cost[i]), u, v, version[u], version[v]))
-
-    for p in range(S):
-        offer(p, [q for q in links[p] if p < q])
-    while heap:
-        _, p, q, *seen = heapq.heappop(heap)
-        if seen != [version[p], version[q]]:
-            continue  # one of them has grown since
-        tint[p] = (size[p] * tint[p] + size[q] * tint[q]) / (size[p] + size[q])
-        size[p] += size[q]
-        low[p], high[p] = np.minimum(low[p], low[q]), np.maximum(high[p], high[q])
-        into[q], version[p], version[q] = p, version[p] + 1, -1
-        for other, contact in links[q].items():
-            del links[other][q]
-            if other != p:
-                links[p][other] = links[other][p] = contact + links[p].get(other, 0)
-        links[q] = {}
-        offer(p, [*links[p]])
-    root = np.array(into)
-    while (root[root] != root).any():
-        root = root[root]
-    return root
-
-
-def render_masks(points: np.ndarray, instances: np.ndarray, frames: Frames, reach: float | None = None) -> np.ndarray:
-    """Masks [V, H, W] int32: every depth pixel takes the instance [N] of the nearest point [N, 3], 0 beyond `reach`
-    metres (default: 5 cm or twice the cloud's spacing). Asked from the pixels, this tests depth and leaves no holes."""
-    if reach is None:
-        reach = max(0.05, 2 * float(np.quantile(nearest(points, points, 2)[0][:, -1], 0.5, method="lower")))
+    0 = no point within 5 cm, or within twice the cloud's spacing.
+    """
+    spacing = float(np.median(nearest(points, points, 2)[0][:, -1]))
     masks = np.zeros(frames.depth.shape, np.int32)
     for v in range(len(masks)):  # one frame at a time: memory stays that of a frame
+        view = slice(v, v + 1)
         seen = frames.depth[v] > 0
-        pixels = unproject(frames.depth[v : v + 1], frames.intrinsics[v : v + 1], frames.poses[v : v + 1])[0][seen]
-        distance, near = (a[:, 0] for a in nearest(pixels, points))
-        masks[v][seen] = np.where(distance <= reach, instances[near], 0)
+        pixels = unproject(frames.depth[view], frames.intrinsics[view], frames.poses[view])[0][seen]
+        distance, near = nearest(pixels, points)
+        hit = distance[:, 0] <= max(0.05, 2 * spacing)
+        masks[v][seen] = np.where(hit, instances[near[:, 0]], 0)
     return masks
 
 
-def in_view(points: np.ndarray, K: np.ndarray, pose: np.ndarray,
-            size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-    """Which points [N, 3] fall on an image of size (H, W), hidden ones too: (index [M], row [M], column [M], depth [M]
-    metres along the camera's axis). K [3, 3]; pose [4, 4] camera to world."""
+def in_view(points: np.ndarray, K: np.ndarray, pose: np.ndarray, size: tuple[int, int]) -> tuple:
+    """Find which of points [N, 3] fall on an image of size (H, W), hidden ones too.
+
+    Args: K [3, 3]; pose [4, 4], camera to world.
+    Returns: index, row, column [M] and depth [M] in metres along the camera's axis.
+    """
     pixels, depth = project(points, K, pose)
     inside = np.flatnonzero((depth > 0.1) & (pixels >= 0).all(1) & (pixels < size[::-1]).all(1))
     column, row = pixels[inside].astype(int).T
     return inside, row, column, depth[inside]
 
 
-def depth_support(points: np.ndarray, instances: np.ndarray, frames: Frames,
-                  reach: float = 0.1) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """What depth that a segmentation has not used says about it: for every instance id the share [n] of its points that
-    lie on the measured surface (to `reach` metres) among those that do or are seen through, and their number [n].
-    A point behind the surface is hidden and has no say."""
-    agree, against = (np.zeros(int(instances.max(initial=0)) + 1) for _ in range(2))
-    for depth, K, pose in zip(frames.depth, frames.intrinsics, frames.poses, strict=True):
-        inside, v, u, z = in_view(points, K, pose, depth.shape)
-        measured = depth[v, u]
-        for total, hit in ((agree, np.abs(measured - z) <= reach), (against, measured > z + reach)):
-            total += np.bincount(instances[inside][hit & (measured > 0)], minlength=len(total))
-    return agree / np.maximum(agree + against, 1), (agree + against).astype(int)
+def visible_cloud(scene: Scene) -> Scene:
+    """Give a scene the cloud that its cameras see, with normals and superpoints.
 
-
-def surface(scene: Scene, limit: int = 100_000) -> tuple:
-    """What its cameras see of a scene: points, colours and normals. A room's own cloud comes from the objects
-    themselves, so that cloud is fused from its frames, like that of any scene with frames alone."""
-    f = scene.frames
-    if f is None or (scene.points is not None and scene.source != "rooms"):
-        return scene.points, scene.colours, scene.normals
-    return fuse(zip(f.colour, f.depth, f.intrinsics, f.poses, strict=True), limit)[:3]
-
-
-def read_masks(points: np.ndarray, frames: Frames) -> np.ndarray:
-    """The inverse of `render_masks`: for points [N, 3] the object id [N] of the nearest depth pixel of all frames."""
-    seen = unproject(frames.depth, frames.intrinsics, frames.poses)[frames.depth > 0]
-    return frames.masks[frames.depth > 0][nearest(points, seen)[1][:, 0]].astype(np.int64)
-
-
-def seen_cloud(scene: Scene, limit: int = 100_000) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]:
-    """`surface` with what it may lack: points, colours (None: without), normals, and the colours or grey."""
-    points, colours, normals = surface(scene, limit)
-    if points is None or len(points) < 2:
+    A room's own cloud is drawn from its objects, so it is replaced by one fused from the frames.
+    """
+    if scene.frames is not None and (scene.points is None or scene.source == "rooms"):
+        f = scene.frames
+        points, colors, normals = fuse(zip(f.colour, f.depth, f.intrinsics, f.poses, strict=True))[:3]
+        scene = replace(scene, points=points, colours=colors, normals=normals, superpoints=None)
+    if scene.points is None or len(scene.points) < 2:
         raise DataError(f"{scene.name}: no cloud and no frames to segment; read them first")
-    grey = np.full((len(points), 3), 128, np.uint8) if colours is None else colours
-    return points, colours, estimate_normals(points) if normals is None else normals, grey
+    if scene.normals is None:
+        scene = replace(scene, normals=estimate_normals(scene.points))
+    if scene.superpoints is None:
+        scene = replace(scene, superpoints=over_segment(scene.points, scene.normals))
+    return scene
 
 
-def with_own_segments(scene: Scene, limit: int = 100_000) -> Scene:
-    """The scene with its own segments for objects, its superpoints and masks made anew, on the cloud of `seen_cloud`.
-    Raises DataError where there is nothing to segment."""
-    points, colours, normals, grey = seen_cloud(scene, limit)
-    superpoints = over_segment(points, normals)
-    instances = merge_segments(points, normals, grey, superpoints)
-    masks = None if scene.frames is None else render_masks(points, instances, scene.frames)
-    return with_pieces(scene, (points, colours, normals), superpoints, instances, masks, "segments of our own")
+def shown_colors(scene: Scene) -> np.ndarray:
+    """Give a cloud's colours [N, 3] u8, gray where it has none."""
+    return np.full(scene.points.shape, 128, np.uint8) if scene.colours is None else scene.colours
 
 
-def with_pieces(scene: Scene, cloud: tuple, superpoints: np.ndarray, instances: np.ndarray, masks: np.ndarray | None,
-                what: str, trim: float = 0.0) -> Scene:  # fmt: skip
-    """The scene on a cloud (points, colours, normals), the pieces that instances [N] number on it for objects (category
-    "", colour by name), and masks [V, H, W]; boxes leave out the share `trim` of a piece's points at every side."""
-    (points, colours, normals), f, objects = cloud, scene.frames, []
+def with_own_segments(scene: Scene) -> Scene:
+    """Make a scene's own segments its objects, with masks and superpoints made anew."""
+    scene = visible_cloud(replace(scene, superpoints=None))
+    instances = object_segments(scene.points, scene.normals, shown_colors(scene), scene.superpoints)
+    masks = None if scene.frames is None else render_masks(scene.points, instances, scene.frames)
+    return with_instances(scene, instances, masks, "segments of our own")
+
+
+def with_instances(scene: Scene, instances: np.ndarray, masks: np.ndarray | None, what: str, trim: float = 0.0) -> Scene:
+    """Make the instances [N] of a cloud its objects: category "", colour by name, masks [V, H, W].
+
+    Boxes leave out the share `trim` of an object's points at every side. Raises nothing; says what was done.
+    """
+    objects = []
     for i in range(1, int(instances.max(initial=0)) + 1):
-        mine = instances == i
-        box = extent(np.quantile(points[mine], (trim, 1 - trim), axis=0))
-        objects.append(Thing(i, "", colour_name(colours, mine), box))
-    note = f"objects are {len(objects)} {what}, without categories"
-    return replace(scene, points=points, colours=colours, normals=normals, superpoints=superpoints, instances=instances,
-                   objects=objects, frames=f and Frames(f.colour, f.depth, masks, f.intrinsics, f.poses),
-                   notes=[*scene.notes, note])  # fmt: skip
+        own = instances == i
+        box = extent(np.quantile(scene.points[own], (trim, 1 - trim), axis=0))
+        objects.append(Thing(i, "", colour_name(scene.colours, own), box))
+    frames = scene.frames
+    if frames is not None:
+        frames = Frames(frames.colour, frames.depth, masks, frames.intrinsics, frames.poses)
+    notes = [*scene.notes, f"objects are {len(objects)} {what}, without categories"]
+    return replace(scene, instances=instances, objects=objects, frames=frames, notes=notes)
 
 
 # ---- 9b masks of a video ---------------------------------------------------------------------------------------------
-# SAM 2 follows what it is shown through the frames and loses what leaves the view; points in space say which tracks are
-# one object (`with_sam2`).
 
 SAM2 = "facebook/sam2.1-hiera-large"  # Proxy3D does not say which SAM 2 it takes: the most accurate one
 
 
 @lru_cache(maxsize=1)
-def load_sam2(name: str | Path | None = SAM2, config: str | None = None, device: str | None = None, **overrides):
-    """SAM 2's video predictor, ready to track.
-
-    name: of its weights on the hub; a checkpoint (.pt) of one's own, with the name of its configuration in SAM 2's
-    package unless the file still bears its published name; or None, untrained weights. overrides: values of the
-    configuration's model, as image_size=512 (pixels, published 1024). Weights are read without executing pickles.
-    Raises DataError where the package or the weights are missing, or do not fit each other.
-    """
+def load_sam2(name: str = SAM2):
+    """Load SAM 2's video predictor by the name of its weights. Raises DataError without the package or the weights."""
     try:
-        from pickle import UnpicklingError
-
-        from hydra.errors import HydraException
-        from sam2.build_sam import HF_MODEL_ID_TO_FILENAMES, build_sam2_video_predictor
+        from sam2.sam2_video_predictor import SAM2VideoPredictor
     except ImportError:
         raise DataError(f"SAM 2 is not installed: {INSTALL['sam2']} (or --masks segments)") from None
-    published = {file: configuration for configuration, file in HF_MODEL_ID_TO_FILENAMES.values()}
-    path = None if name is None else Path(name)
-    if name in HF_MODEL_ID_TO_FILENAMES:
-        from huggingface_hub import hf_hub_download
-
-        _, file = HF_MODEL_ID_TO_FILENAMES[name]
-        try:
-            path = Path(hf_hub_download(name, file))
-        except OSError:
-            raise DataError(f"{name}: {file} is not here and the hub does not give it; download it where there is a "
-                            "network and give its path in the name's place") from None  # fmt: skip
-    elif path is not None and not path.is_file():
-        raise DataError(f"{path}: no such checkpoint; give a file or one of {', '.join(HF_MODEL_ID_TO_FILENAMES)}")
-    config = config or (path and published.get(path.name))
-    if config is None:
-        raise DataError(f"{name}: whose configuration? give config = one of {', '.join(sorted(published.values()))}")
     try:
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        changes = [f"++model.{key}={value}" for key, value in overrides.items()]
-        model = build_sam2_video_predictor(config, device=device, hydra_overrides_extra=changes)
-    except HydraException as error:
-        why = " ".join(str(error).split())[:200]
-        raise DataError(f"{config}: not a configuration of SAM 2's package, or not with {overrides} ({why})") from None
-    if path is not None:
-        with reading(path, f"checkpoint for {config}"):
-            try:
-                model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["model"])
-            except (RuntimeError, UnpicklingError) as error:  # other names and shapes; more than tensors inside
-                raise ValueError(" ".join(str(error).split())) from None
-    model.fill_hole_area = 0  # holes of 8 pixels: filling them needs SAM 2's own CUDA extension, and warns without it
-    return model
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return SAM2VideoPredictor.from_pretrained(name, device=device)
+    except (OSError, KeyError) as error:
+        raise DataError(f"{name}: no weights of SAM 2 here ({error}); name published ones, with a network") from None
 
 
-def automatic_masks(model, **settings) -> Callable[[np.ndarray], list[np.ndarray]]:
-    """A function from one image [H, W, 3] u8 to the masks [H, W] bool that SAM 2 sees in it when it is prompted with a
-    grid of points; it shares the video predictor's weights. settings: SAM2AutomaticMaskGenerator's (points_per_side=32,
-    pred_iou_thresh=0.8, ...); unknown ones raise DataError."""
+def automatic_masks(model) -> Callable[[np.ndarray], list[np.ndarray]]:
+    """Make a function from an image [H, W, 3] u8 to the masks [H, W] bool that SAM 2 sees with a grid of prompts."""
     from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 
-    known = dict(inspect.signature(SAM2AutomaticMaskGenerator).parameters)
-    for key in settings:  # it would take and forget them
-        choose(known, key, "setting of automatic masks")
-    generator = SAM2AutomaticMaskGenerator(model, **settings)
+    generator = SAM2AutomaticMaskGenerator(model)
     generator.predictor._bb_feat_sizes = [(model.image_size // s,) * 2 for s in (4, 8, 16)]  # it assumes 1024 pixels
-    return lambda image: [found["segmentation"] for found in generator.generate(image)]
+
+    def propose(image: np.ndarray) -> list[np.ndarray]:
+        return [found["segmentation"] for found in generator.generate(image)]
+
+    return propose
 
 
-def new_masks(proposals: Sequence[np.ndarray], tracks: np.ndarray, smallest: float, largest: float) -> list[np.ndarray]:
-    """Of the masks [H, W] bool proposed on a frame those that start a track, from large to small.
+def sam2_masks(images: np.ndarray, model, propose: Callable | None = None, keyframe_every: int = 8, most: int = 100,
+               smallest: float = 0.001, largest: float = 0.5) -> np.ndarray:  # fmt: skip
+    """Track everything in a video [V, H, W, 3] u8: tracks [V, H, W] int32, 0 = none, ids 1..n, n <= most.
 
-    tracks [H, W] int are already there. A mask is left out if it covers less than `smallest` or more than `largest` of
-    the frame (a wall from near), or if half of it belongs to tracks or to larger masks: then it is such an object, or a
-    part of one. Otherwise it keeps what it shares with none.
-    """
-    taken, kept = tracks > 0, []
-    for mask in sorted(proposals, key=np.count_nonzero, reverse=True):  # stable: equal ones in the order given
-        fresh = mask & ~taken
-        if smallest <= mask.mean() <= largest and 2 * fresh.sum() > mask.sum():
-            kept.append(fresh)
-            taken |= mask
-    return kept
-
-
-def keep_labels(labels: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """The labels with kept[label] renumbered from 1 in their order, the others 0; int32."""
-    kept = kept & (np.arange(len(kept)) > 0)
-    return (np.cumsum(kept) * kept).astype(np.int32)[labels]
-
-
-def sam2_masks(images: np.ndarray, model, keyframe_every: int = 8, most: int = 100, chunk: int = 16,
-               smallest: float = 0.001, largest: float = 0.5,
-               propose: Callable[[np.ndarray], Sequence[np.ndarray]] | None = None) -> np.ndarray:  # fmt: skip
-    """Tracks [V, H, W] int32 of everything in a video [V, H, W, 3] u8: 0 = none, ids 1..n, n <= most.
-
-    On every `keyframe_every`-th frame and on the last, `propose` (default: `automatic_masks(model)`) finds masks; those
-    that no track explains (see `new_masks`) are followed forwards and backwards, the largest first, until there are
-    `most` tracks. A pixel goes to the track of the highest score; on a frame where a track has less than `smallest` of
-    the pixels it is not seen. What leaves the view and comes back may be a new track: `merge_tracks`.
-
-    model: `load_sam2()`. Memory on the CPU, at 1024 pixels: 12.6 MB per frame, 8 bytes per pixel of the video and the
-    state of `chunk` tracks, 4 MB per track and 0.8 MB per track and frame; so sample 32 to 64 frames of a video first.
-    Time grows with tracks times frames; the images are encoded anew for every chunk.
+    Masks that `propose` (default: `automatic_masks`) finds on every `keyframe_every`-th frame are followed both ways. A
+    pixel goes to the track with the highest score. smallest, largest: shares of a frame; what is smaller is not seen,
+    what is larger is a wall from near. What leaves the view and comes back is a new track: `merge_tracks`.
     """
     from PIL import Image
 
     V, H, W = images.shape[:3]
     propose = propose or automatic_masks(model)
     tracks, best, count = np.zeros((V, H, W), np.int32), np.zeros((V, H, W), np.float32), 0
-    on_gpu = model.device.type == "cuda"
-    with (tempfile.TemporaryDirectory() as folder, torch.inference_mode(),
-          torch.autocast(model.device.type, torch.bfloat16, enabled=on_gpu)):  # fmt: skip
-        for v in range(V):  # SAM 2 reads frames from a folder only
+    half = torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode(), half:
+        # SAM 2 reads frames from a folder only
+        for v in range(V):
             Image.fromarray(images[v]).save(f"{folder}/{v:05d}.jpg", quality=95, subsampling=0)
         state = model.init_state(folder, offload_video_to_cpu=True, offload_state_to_cpu=True)
+
         for key in sorted({*range(0, V, keyframe_every), V - 1}):
-            started = new_masks(propose(images[key]), tracks[key], smallest, largest)[: most - count]
-            for first in range(0, len(started), chunk):
-                for mask in started[first : first + chunk]:
+            # from large to small: a mask starts a track unless half of it belongs to tracks or larger masks
+            taken, first = tracks[key] > 0, count
+            for mask in sorted(propose(images[key]), key=np.count_nonzero, reverse=True):
+                fresh = mask & ~taken
+                if smallest <= mask.mean() <= largest and 2 * fresh.sum() > mask.sum() and count < most:
                     count += 1
-                    model.add_new_mask(state, key, count, mask)
-                for reverse in (False, True):
-                    for v, ids, logits in model.propagate_in_video(state, start_frame_idx=key, reverse=reverse):
-                        score, which = (t.cpu().numpy() for t in logits[:, 0].float().max(0))  # [H, W] each
-                        better = score > best[v]
-                        best[v][better], tracks[v][better] = score[better], np.array(ids)[which[better]]
-                model.reset_state(state)
-    shown = np.zeros(count + 1, bool)
+                    model.add_new_mask(state, key, count, fresh)
+                    taken |= mask
+            if count == first:
+                continue
+
+            # forwards and backwards, each pixel to its best track
+            for reverse in (False, True):
+                for v, ids, logits in model.propagate_in_video(state, start_frame_idx=key, reverse=reverse):
+                    score, which = logits[:, 0].float().max(0)  # [H, W] each
+                    better = score.cpu().numpy() > best[v]
+                    best[v][better] = score.cpu().numpy()[better]
+                    tracks[v][better] = np.array(ids)[which.cpu().numpy()[better]]
+            model.reset_state(state)
+
+    # crumbs on a frame are not seen there
     for frame in tracks:
         area = np.bincount(frame.ravel(), minlength=count + 1)
         frame[area[frame] < smallest * H * W] = 0
-        shown |= area >= max(1, smallest * H * W)
-    return keep_labels(tracks, shown)
+    present = np.isin(np.arange(count + 1), tracks)
+    present[0] = False
+    return keep_labels(tracks, present).astype(np.int32)
 
 
-def merge_tracks(tracks: np.ndarray, points: np.ndarray, voxel: float = 0.05, share: float = 0.3,
-                 smallest: int = 4) -> np.ndarray:  # fmt: skip
-    """Masks [V, H, W] int32 in which tracks [V, H, W] that are one object bear one id, from 1, the largest first.
+def merge_tracks(tracks: np.ndarray, points: np.ndarray, voxel: float = 0.05, share: float = 0.3) -> np.ndarray:
+    """Give tracks [V, H, W] that are one object one id, from 1: masks [V, H, W] int32.
 
-    points [V, H, W, 3] metres (NaN = missing, `unproject`). A track occupies the voxels where it has more than half of
-    the points, counted on the frames that show the track: at its edges, neighbours and what its mask spills on have
-    more. Two tracks become one if they share at least `share` of the voxels of the smaller, the largest shares first,
-    unless some frame shows both, or shows what each has already become: standing side by side they are two objects (a
-    book lies on the table that is seen with it). Objects of fewer than `smallest` voxels are dropped.
+    points [V, H, W, 3] in metres, NaN = missing. Two tracks become one if they share at least `share` of the voxels of
+    the smaller, the largest shares first, unless some frame shows both: side by side they are two objects. A track
+    occupies the voxels where most points on its own frames are its own, since masks spill over edges.
     """
     V, n = len(tracks), int(tracks.max(initial=0))
     present = np.zeros((n + 1, V), bool)
     for v in range(V):
         present[np.unique(tracks[v]), v] = True
+
+    # count points by frame, voxel and track
     measured = np.isfinite(points).all(-1)
-    cell = voxel_of(points[measured], voxel)
-    C = int(cell.max(initial=-1)) + 1
-    key = (np.nonzero(measured)[0] * C + cell) * (n + 1) + tracks[measured]
-    key, count = np.unique(key, return_counts=True)  # a row per frame, voxel and track
-    frame, cell, track = key // (n + 1) // max(C, 1), key // (n + 1) % max(C, 1), key % (n + 1)
+    frame, cell, track = np.nonzero(measured)[0], voxel_of(points[measured], voxel), tracks[measured]
+    C = int(cell.max(initial=0)) + 1
     occupied = np.zeros((n + 1, C), np.float32)
     for t in range(1, n + 1):
-        here, own = present[t, frame], track == t
-        occupied[t] = 2 * np.bincount(cell[own], count[own], C) > np.bincount(cell[here], count[here], C)
+        own = np.bincount(cell[track == t], minlength=C)
+        all_here = np.bincount(cell[present[t, frame]], minlength=C)
+        occupied[t] = 2 * own > all_here
 
+    # join the largest shares first
     both, size = occupied @ occupied.T, occupied.sum(1)
     overlap = np.triu(both / np.maximum(np.minimum(size[:, None], size), 1), 1)
     a, b = np.nonzero(overlap >= share)
@@ -4306,18 +4208,18 @@ def merge_tracks(tracks: np.ndarray, points: np.ndarray, voxel: float = 0.05, sh
         p, q = root[a[i]], root[b[i]]
         if p != q and not (present[p] & present[q]).any():
             present[p] |= present[q]
-            occupied[p] = np.maximum(occupied[p], occupied[q])
             root[root == q] = p
-    size = occupied.sum(1) * (root == np.arange(n + 1))
-    order = np.argsort(-size, kind="stable")[: int((size >= smallest).sum())]
-    rank = np.zeros(n + 1, np.int32)
-    rank[order] = np.arange(1, len(order) + 1)
-    return rank[root][tracks]
+
+    # tracks of hardly any voxel in space are dropped
+    occupied_by_root = np.bincount(root, occupied.sum(1), n + 1)
+    return keep_labels(root[tracks], occupied_by_root >= 4).astype(np.int32)
 
 
 def vote(points: np.ndarray, masks: np.ndarray, frames: Frames | LazyFrames, reach: float = 0.05) -> np.ndarray:
-    """Instances [N] int64 of points [N, 3]: the mask [V, H, W] that most frames show at the point, if most of those
-    that see the point and that mask anywhere agree; 0 = none. A frame sees a point within `reach` metres of its depth.
+    """Label points [N, 3] by masks [V, H, W]: instances [N], 0 = none.
+
+    A point takes the mask that most frames show at it, if most of those that see the point, and that mask anywhere,
+    agree. A frame sees a point within `reach` metres of its depth.
     """
     N, n, V = len(points), int(masks.max(initial=0)), len(masks)
     votes, seen = np.zeros((N, n + 1), np.int16), np.zeros((V, N), bool)
@@ -4329,34 +4231,32 @@ def vote(points: np.ndarray, masks: np.ndarray, frames: Frames | LazyFrames, rea
         votes[inside, masks[v][row, column]] += 1
     votes[:, 0] = 0
     first = votes.argmax(1)
+
+    # frames that see the point, and show its mask somewhere
     together = np.zeros(N, int)
     for v in range(V):
         together += seen[v] & np.isin(first, np.unique(masks[v]))
     return np.where(2 * votes[np.arange(N), first] > together, first, 0)
 
 
-def with_tracks(scene: Scene, tracks: np.ndarray, limit: int = 100_000) -> Scene:
-    """The scene with merged tracks [V, H, W] of its frames for masks and objects, on the cloud of `seen_cloud`; its
-    points are labelled by `vote`.
+def with_tracks(scene: Scene, tracks: np.ndarray) -> Scene:
+    """Make merged tracks [V, H, W] of a scene's frames its masks and objects.
 
-    A track that mostly lies on the room's shell (floor, wall), or has fewer than 8 points, is dropped. Boxes span the
-    2nd to 98th percentile of a track's points: masks bleed at edges. Raises DataError without frames of that size.
+    A track on the room's shell, or of fewer than 8 points, is dropped. Boxes span the 2nd to 98th percentile of a
+    track's points, since masks bleed at edges. Raises DataError without frames of that size.
     """
-    f = scene.frames
-    if f is None or f.depth.shape != tracks.shape:
-        have = "none" if f is None else f.depth.shape
+    if scene.frames is None or scene.frames.depth.shape != tracks.shape:
+        have = "none" if scene.frames is None else scene.frames.depth.shape
         raise DataError(f"{scene.name}: tracks are {tracks.shape}, frames {have}; make the tracks from these frames")
-    points, colours, normals, grey = seen_cloud(scene, limit)
-    keep = scene.superpoints is not None and points is scene.points
-    superpoints = scene.superpoints if keep else over_segment(points, normals)
-    shell = find_shell(points, normals, hue_of(grey), superpoints, neighbour_pairs(points, 1)[2])
-    instances = vote(points, tracks, f)
-    n = int(tracks.max(initial=0))
-    total, flat = (np.bincount(i, minlength=n + 1) for i in (instances, instances[shell]))
+    scene = visible_cloud(scene)
+    shell = find_shell(scene.points, scene.normals, opponent_colors(shown_colors(scene)), scene.superpoints)
+    instances = vote(scene.points, tracks, scene.frames)
+    n = int(tracks.max(initial=0)) + 1
+    total, flat = np.bincount(instances, minlength=n), np.bincount(instances[shell], minlength=n)
     kept = (total >= 8) & (2 * flat < total)
-    instances, masks = keep_labels(instances, kept).astype(np.int64), keep_labels(tracks, kept)
-    cloud, what = (points, colours, normals), "tracks through the frames"
-    return with_pieces(scene, cloud, superpoints, instances, masks, what, trim=0.02)
+    kept[0] = False
+    masks = keep_labels(tracks, kept).astype(np.int32)
+    return with_instances(scene, keep_labels(instances, kept), masks, "tracks through the frames", trim=0.02)
 
 
 # ---- 10 pictures -----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ SIZES = {
     "proxy3d": dict(budget=24, grid=(6, 6), frames=3),
     "fase3d": dict(points=608, dim=24, hidden=20, heads=4, window=16, tokens=14, prompt_neighbours=5, rank=4, alpha=4,
                    filter_heads=8, adapted_layers=2, no_colour=0.0),
-    "spatial3dllm": dict(feature=16, points=300, centres=(64, 32, 16, 8), samples=(8, 8, 8, 8), referents=12, fourier=8,
+    "spatial3dllm": dict(feature=16, points=300, centers=(64, 32, 16, 8), samples=(8, 8, 8, 8), referents=12, fourier=8,
                          context_heads=2, ball=3.0),
 }  # fmt: skip
 
