@@ -2352,7 +2352,7 @@ class SceneLanguageModel(torch.nn.Module):
         """Freeze everything but the parts that the stage trains, and remember what it shows."""
         parts = self.parts()
         if stage.scene_input not in self.scene_inputs or not set(stage.trains) <= set(parts):
-            raise ValueError(f"stage {stage.name}: scene_input is one of {self.scene_inputs}, trains of {tuple(parts)}")
+            raise DataError(f"stage {stage.name}: scene_input is one of {self.scene_inputs}, trains of {tuple(parts)}")
         self.stage = stage
         self.requires_grad_(False)
         for name in stage.trains:

@@ -105,7 +105,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", default="rooms", choices=data.SOURCES, help="source of scenes (default: rooms)")
     add("--root", help="folder of the scenes (not for rooms)")
     add("--annotations", help="folder of official files, for stages that name such sources")
-    add("--preset", default="tiny", choices=["tiny", "paper"], help="from nothing, or the paper's size")
+    add("--preset", default="tiny", help="tiny: from nothing; paper: the paper's own settings")
     add("--llm", help="name or folder of a pre-trained language model")
     add("--steps", type=int, help="scale the stages to this many steps in all")
     add("--seed", type=int, default=0)
@@ -188,7 +188,7 @@ def check_numbers(settings: dict, what: str) -> None:
 
 def configure(args: argparse.Namespace, paper) -> tuple[object, list[Stage]]:
     """Apply --llm, --set and --stages to the paper's preset: (Config, stages)."""
-    config = getattr(paper.Config, args.preset)()
+    config = getattr(paper.Config, known(args.preset, paper.STAGES, "preset"))()
     stages = {stage.name: stage for stage in paper.STAGES[args.preset]}
     settings = [f"llm={args.llm}", *args.set] if args.llm else args.set
     for setting in settings:

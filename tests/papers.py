@@ -18,8 +18,8 @@ PAPERS = ("proxy3d", "fase3d", "spatial3dllm")
 # a paper's own sizes, for either kind of model
 SIZES = {
     "proxy3d": dict(budget=24, grid=(6, 6), frames=3),
-    "fase3d": dict(points=608, dim=24, hidden=20, heads=4, window=16, tokens=14, prompt_neighbours=5, rank=4, alpha=4,
-                   filter_heads=8, adapted_layers=2, no_colour=0.0),
+    "fase3d": dict(points=608, dim=24, hidden=20, heads=4, window=16, tokens=14, prompt_neighbors=5, rank=4, alpha=4,
+                   filter_heads=8, adapted_layers=2, no_color=0.0),
     "spatial3dllm": dict(feature=16, points=300, centers=(64, 32, 16, 8), samples=(8, 8, 8, 8), referents=12, fourier=8,
                          context_heads=2, ball=3.0),
 }  # fmt: skip
@@ -30,7 +30,7 @@ FROM_NOTHING = {
     "fase3d": dict(width=32, attention_heads=2, ffn=48, layers=3),
     "spatial3dllm": dict(width=32, heads=4, hidden=64),
 }
-LOADED = {"proxy3d": dict(symbol=16), "fase3d": {}, "spatial3dllm": dict(lora_rank=4)}
+LOADED = {"proxy3d": dict(symbol=16), "fase3d": dict(dtype="float32"), "spatial3dllm": dict(lora_rank=4)}
 
 
 def save_tokenizer(folder, chat=CHAT, special=("<|vision_start|>", "<|vision_end|>"), pad="<|endoftext|>"):
