@@ -1039,7 +1039,7 @@ def load(
         there = {
             path.parent.name for depth in ("*", "*/*") for path in root.glob(f"{depth}/*_vh_clean_2.ply")
         }
-        scenes = {scene: data.open_scan(root, scene) for scene in wanted & there}
+        scenes = {scene: data.read_scannet(root, scene) for scene in wanted & there}
     missing = wanted - scenes.keys()
     if missing and not (partial and wanted & scenes.keys()):
         raise DataError(

@@ -96,9 +96,7 @@ def test_a_sharded_run_of_two_processes_ends_with_scores_and_pictures(run, tmp_p
     scores = json.loads((tmp_path / "run/metrics.json").read_text())
     assert scores["rooms/grounding"]["count"] > 0
     assert (tmp_path / "run/report.html").exists() and len([*(tmp_path / "run/pictures").glob("*.png")]) >= 2
-    for name, tensor in data.read_tensors(
-        run, "weights"
-    ).items():  # one process that trained in the same rooms
-        assert torch.allclose(
-            data.read_tensors(tmp_path / "run", "weights")[name], tensor, rtol=1e-3, atol=1e-3
-        ), name
+    alone, shared = data.read_tensors(run, "weights"), data.read_tensors(tmp_path / "run", "weights")
+    for name, tensor in alone.items():  # one process that trained in the same rooms
+        # Adam turns a gradient of rounding size into a full step: single entries may differ, weights as a whole not
+        assert (shared[name] - tensor).norm() <= 0.01 * tensor.norm() + 1e-4, name
