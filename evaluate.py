@@ -78,8 +78,10 @@ CLEANED_WORD = re.compile(r"\b(" + "|".join(CLEANED) + r")\b")
 
 @cache  # references and guesses are cleaned again and again
 def clean(text: str) -> str:
-    """Clean an answer as LEO does: lower case, no punctuation but , ' - :, typos, digits to words,
-    no articles."""
+    """Clean an answer as LEO does.
+
+    Lower case, no punctuation but , ' - :, typos mended, digits to words, no articles.
+    """
     text = re.sub(r"^ | $", "", re.sub(r" {2,}", " ", text.lower()))
     text = re.sub(r"[^a-z0-9,'\s\-:]+", "", text)
     text = CLEANED_WORD.sub(lambda found: CLEANED[found[1]], text)
@@ -95,8 +97,10 @@ def first_word(text: str) -> str:
 
 
 def official_number(text: str) -> float:
-    """Read a number as VSI-Bench does: what stands before the first space, without final dots, must
-    be a float."""
+    """Read a number as VSI-Bench does, else NaN.
+
+    What stands before the first space, without final dots, must be a float.
+    """
     try:
         return float(first_word(text))
     except ValueError:
@@ -104,8 +108,7 @@ def official_number(text: str) -> float:
 
 
 def number(text: str) -> float:
-    """Read a number as lmms-eval does: the first in digits or in English words, whichever comes
-    first, else NaN."""
+    """Read a number as lmms-eval does: the first in digits or in English words, else NaN."""
     # digits and words in the order in which they stand
     tokens = re.findall(r"-?\d+(?:\.\d+)?|[a-z]+", text.lower())
     start = next((i for i, token in enumerate(tokens) if token in NUMBERS or not token.isalpha()), None)
@@ -128,15 +131,19 @@ def number(text: str) -> float:
 
 
 def boxes(text: str) -> list[np.ndarray]:
-    """Read every bracketed [cx, cy, cz, w, d, h] in meters; one with NaN or without volume fits
-    nothing."""
+    """Read every bracketed [cx, cy, cz, w, d, h] in meters.
+
+    One with NaN or without volume is an empty box, which fits nothing.
+    """
     found = data.tuples(text, 6)
     return [box if box is not None and (box[3:] > 0).all() else np.zeros(6) for box in found]
 
 
 def with_boxes(text: str, scene: Scene) -> str:
-    """Write an answer's identifiers out as boxes, so that metrics know one form; those of no object
-    are dropped."""
+    """Write an answer's identifiers out as boxes, so that metrics know one form.
+
+    Identifiers of no object are dropped, as the official scripts do.
+    """
     box_of = {
         scene.identifiers[o.id]: str(list(map(float, o.box)))
         for o in scene.objects
@@ -149,8 +156,10 @@ def with_boxes(text: str, scene: Scene) -> str:
 
 
 def iou_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """IoU [n, m] of axis-aligned boxes [n, 6] and [m, 6], in float64 with ScanRefer's 1e-8 in the
-    denominator."""
+    """Compute the IoU [n, m] of axis-aligned boxes [n, 6] and [m, 6], in float64.
+
+    The denominator has ScanRefer's 1e-8.
+    """
     (p, u), (q, v) = (a[:, None, :3], a[:, None, 3:]), (b[None, :, :3], b[None, :, 3:])  # centers, sizes
     low, high = np.maximum(p - u / 2, q - v / 2), np.minimum(p + u / 2, q + v / 2)
     shared = np.clip(high - low, 0, None).prod(-1)
@@ -158,19 +167,19 @@ def iou_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def true_boxes(ids: Iterable[int], scene: Scene) -> list[np.ndarray]:
-    """The boxes [6] of objects; one that the scan lacks has an empty box, which nothing hits."""
+    """Find the boxes [6] of objects; one that the scan lacks has an empty box, which nothing hits."""
     box_of = {o.id: o.box for o in scene.objects}
     return [box_of.get(i, np.zeros(6)) for i in ids]
 
 
 def first_box_fits(text: str, sample: Sample, scene: Scene, threshold: float) -> float:
-    """ScanRefer's Acc@IoU, `>=` as there: 1 if the first box of the answer fits the target."""
+    """Compute ScanRefer's Acc@IoU: whether the first box of the answer fits the target, `>=`."""
     found, truth = boxes(text), true_boxes(sample.targets, scene)
     return float(bool(found and truth) and iou_matrix(np.stack(found), np.stack(truth))[0, 0] >= threshold)
 
 
 def boxes_f1(text: str, sample: Sample, scene: Scene, threshold: float) -> float:
-    """Multi3DRefer's F1 of one question: match by the largest sum of IoU, 2 TP / (answered + true).
+    """Compute Multi3DRefer's F1 of one question: 2 hits / (answered + true).
 
     With nothing to find, silence scores 1. IoUs are stored in float32, as there, which lets an
     exact 0.5 pass.
@@ -189,27 +198,26 @@ def boxes_f1(text: str, sample: Sample, scene: Scene, threshold: float) -> float
 
 
 def spatial_score(text: str, sample: Sample, scene: Scene, parse: Callable) -> float:
-    """Score a VSI-Bench question: of a choice whether the first word is its letter, of a number the
-    MRA.
+    """Score a VSI-Bench question: a choice by its letter, a number by its mean relative accuracy.
 
     That is the share of the thresholds 0.50, 0.55 .. 0.95 with a relative error of at most 1 -
-    threshold.
+    threshold; the letter must be the first word.
     """
     if sample.options:
         return float(first_word(text).lower() == sample.answer.lower())
     error = abs(parse(text) - sample.value) / sample.value if sample.value else np.inf
-    return float(np.mean(error <= 1 - np.linspace(0.5, 0.95, 10)))
+    return np.mean(error <= 1 - np.linspace(0.5, 0.95, 10))
 
 
 def length_error(text: str, sample: Sample, _=None) -> float:
-    """The error of a length, at most MAX_ERROR_M."""
-    return float(np.nanmin([abs(number(text) - sample.value), MAX_ERROR_M]))
+    """Measure how far a length is off, at most MAX_ERROR_M."""
+    return np.nanmin([abs(number(text) - sample.value), MAX_ERROR_M])
 
 
 def point_error(text: str, sample: Sample, _=None) -> float:
-    """Meters between the first bracketed [x, y, z] and the true point, at most MAX_ERROR_M."""
+    """Measure how far the first bracketed [x, y, z] is from the true point, at most MAX_ERROR_M."""
     found = [point for point in data.tuples(text, 3)[:1] if point is not None]
-    return min([MAX_ERROR_M, *(float(np.linalg.norm(point - sample.point)) for point in found)])
+    return min([MAX_ERROR_M, *(np.linalg.norm(point - sample.point) for point in found)])
 
 
 LENGTH = {
@@ -227,24 +235,24 @@ POSITION = {
 
 
 def strict(answer: str, references: list[str]) -> dict:
-    """ScanQA's EM@1: the answer is one of the references."""
+    """Match as ScanQA's EM@1: the answer is one of the references."""
     return {"em": float(answer in references)}
 
 
 def overlaps(answer: str, reference: str) -> bool:
-    """Whether one contains the other once spaces are gone; "" is in everything."""
+    """Test whether one contains the other once spaces are gone; "" is in everything."""
     a, b = ("".join(text.split()) for text in (answer, reference))
     return a in b or b in a
 
 
 def refined(answer: str, references: list[str]) -> dict:
-    """EM, and EM-R: equal to a reference, or `overlaps` with one."""
+    """Match with EM, and EM-R: equal to a reference, or overlapping with one."""
     equal = answer in references
     return {"em": float(equal), "em_refined": float(equal or any(overlaps(answer, r) for r in references))}
 
 
 def refined_in_order(answer: str, references: list[str]) -> dict:
-    """LEO's: the first reference that equals the answer or overlaps with it decides."""
+    """Match as LEO: the first reference that equals the answer or overlaps with it decides."""
     first = next((r for r in references if overlaps(answer, r)), None)
     return {"em": float(first == answer), "em_refined": float(first is not None)}
 
@@ -303,15 +311,19 @@ def with_java(work: Callable, *arguments):
 
 
 def one_line(text: str) -> str:
-    """Make text safe for Java programs that read lines: printable, valid UTF-8, without METEOR's
-    separator."""
+    """Make text safe for Java programs that read lines.
+
+    It is printable, valid UTF-8 and without METEOR's separator.
+    """
     text = "".join(c if c.isprintable() else " " for c in text).replace("|||", " ")
     return " ".join(text.split())
 
 
 def tokenize(groups: dict[int, list[str]]) -> dict[int, list[str]]:
-    """Split groups of texts with pycocoevalcap's PTB tokenizer: lower case, no punctuation, tokens
-    joined by spaces."""
+    """Split groups of texts with pycocoevalcap's PTB tokenizer.
+
+    Tokens are lower case, without punctuation, joined by spaces.
+    """
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     tokens = PTBTokenizer().tokenize(
@@ -323,7 +335,7 @@ def tokenize(groups: dict[int, list[str]]) -> dict[int, list[str]]:
 
 
 def meteor(pairs: Iterable[tuple]) -> list[float]:
-    """METEOR of several (references, answers), with one Java process that is gone afterwards."""
+    """Compute METEOR of several (references, answers) with one Java process, gone afterwards."""
     from pycocoevalcap.meteor.meteor import Meteor
 
     # a process of a gigabyte, which reads lines: none may break in two
@@ -341,12 +353,13 @@ def meteor(pairs: Iterable[tuple]) -> list[float]:
 
 
 def text_scores(sets: dict[str, tuple], whole: bool = True) -> tuple[dict, list]:
-    """Compute CIDEr, BLEU-1..4, ROUGE-L and METEOR by pycocoevalcap, of sets {suffix: (answers,
-    references, ptb)} with a list of texts for every question.
+    """Compute CIDEr, BLEU-1..4, ROUGE-L and METEOR by pycocoevalcap.
 
+    sets: {suffix: (answers, references, ptb)}, with a list of texts for every question; CIDEr
+    weighs words by the references of this very set, so one sample scores 0 and one-word answers at
+    most 2.5. whole: False leaves out METEOR, which takes longest.
     Returns: {"cider<suffix>": .., ..}, None where Java is needed and missing; CIDEr of every answer
-    in the first set. CIDEr weighs words by the references of this very set: one sample scores 0,
-    one-word answers at most 2.5. whole: False leaves out METEOR, which takes longest.
+    in the first set.
     """
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
@@ -382,8 +395,7 @@ def text_scores(sets: dict[str, tuple], whole: bool = True) -> tuple[dict, list]
 
 
 def proposal_fit(scene: Scene, shown: Scene, object_id: int) -> float:
-    """The best IoU with an object among the proposals that fit it better than any other object
-    (LL3DA)."""
+    """Find the best IoU with an object among the proposals that fit no other object better (LL3DA)."""
     ids = [o.id for o in scene.objects]
     offered = [o.box for o in shown.objects if o.id in shown.identifiers]
     if shown is scene or object_id not in ids or not offered:
@@ -415,8 +427,7 @@ class Questions:
         self.shown = self.shown or self.scenes
 
     def each(self, *columns) -> Iterable[tuple]:
-        """Give every question with its scenes and its entry of every column: (sample, scene, shown,
-        entry, ..)."""
+        """Give every question with its scenes and its entry of every column."""
         for sample, *entries in zip(self.samples, *columns, strict=True):
             yield sample, self.scenes[sample.scene], self.shown[sample.scene], *entries
 
@@ -597,14 +608,15 @@ def find_benchmark(name: str) -> Benchmark:
 
 
 def adopt(paper) -> None:
-    """Add a paper module's own benchmarks, rows {name: keywords of Benchmark}, where it has some."""
+    """Add a paper module's own benchmarks, {name: keywords of Benchmark}, where it has some."""
     for name, row in vars(paper).get("BENCHMARKS", {}).items():
         BENCHMARKS[name] = Benchmark(**row)
 
 
 def choose_dialects(benchmark: Benchmark, names: Iterable[str], paper: str = "") -> Benchmark:
-    """The benchmark with those of its dialects that are named ("all": every one), else the paper's,
-    else its first."""
+    """Give a benchmark some of its dialects: those named ("all": every one), else the paper's, else
+    its first.
+    """
     wanted = names or [PAPER_DIALECT.get(paper)]
     chosen = {name: d for name, d in benchmark.dialects.items() if name in wanted or "all" in wanted}
     benchmark = copy.copy(benchmark)
@@ -614,8 +626,8 @@ def choose_dialects(benchmark: Benchmark, names: Iterable[str], paper: str = "")
 
 # ---- 5 official files ----------------------------------------------------------------------------
 #
-# A class per benchmark: what a row looks like, and which field is what. Objects of ScanNet are numbered objectId + 1
-# (0 is "no object").
+# A class per benchmark: what a row looks like, and which field is what. Objects of ScanNet are
+# numbered objectId + 1 (0 is "no object").
 
 
 def read_rows(path: Path, key: str = "") -> list:
@@ -669,7 +681,7 @@ OPTIONS = "Options:\n{options}\nAnswer with the option's letter from the given c
 
 
 def splits(name: str, **counts: int | None) -> dict:
-    """Files of the same name but for the split."""
+    """Name the files of splits, the same but for the split, with their numbers of questions."""
     return {split: (name.replace("*", split), count) for split, count in counts.items()}
 
 
@@ -747,7 +759,7 @@ class OpenEQA(TextBenchmark):
 
 
 def object_of(scene: str, object_id: object) -> int:
-    """ScanNet's objectId as an object's id; scene0217_00 lists its 31 objects twice."""
+    """Turn ScanNet's objectId into an object's id; scene0217_00 lists its 31 objects twice."""
     number = int(object_id)
     return number + 1 - (31 if scene == "scene0217_00" and number > 30 else 0)
 
@@ -925,7 +937,7 @@ BENCHMARKS |= {
 
 
 def find_split(folder: Path, benchmark: Benchmark, split: str) -> Path | None:
-    """The file of a split anywhere below a folder."""
+    """Find the file of a split anywhere below a folder."""
     return min(folder.rglob(benchmark.files[split][0]), default=None) if split in benchmark.files else None
 
 
@@ -972,8 +984,10 @@ def read_official(name: str, path: Path, root: Path | None = None, split: str = 
 
 
 def number_objects(scene: Scene, seed: int | None = None) -> Scene:
-    """Give objects identifiers: ScanNet's objectIds, or with a seed random ones, the same at every
-    evaluation."""
+    """Give objects identifiers: ScanNet's objectIds, or with a seed random ones.
+
+    The random ones are the same at every evaluation.
+    """
     identifiers = {o.id: o.id - 1 for o in scene.objects}
     if seed is not None:
         identifiers = data.number_objects(
@@ -983,10 +997,10 @@ def number_objects(scene: Scene, seed: int | None = None) -> Scene:
 
 
 def read_boxes(path: Path) -> dict[str, Scene]:
-    """Read scenes of nothing but boxes: {scene: {objectId: [cx, cy, cz, w, d, h]}}, or {scene:
-    [box, ..]}.
+    """Read scenes of nothing but boxes.
 
-    The identifier of a box is its objectId, or its place in the list.
+    The file is {scene: {objectId: [cx, cy, cz, w, d, h]}} or {scene: [box, ..]}; a box's identifier
+    is its objectId, or its place in the list.
     """
     scenes = {}
     try:
@@ -1036,9 +1050,7 @@ def load(
     elif root.is_file():
         scenes = read_boxes(root)
     else:
-        there = {
-            path.parent.name for depth in ("*", "*/*") for path in root.glob(f"{depth}/*_vh_clean_2.ply")
-        }
+        there = set(itertools.chain(*data.scan_ids(root).values()))
         scenes = {scene: data.read_scannet(root, scene) for scene in wanted & there}
     missing = wanted - scenes.keys()
     if missing and not (partial and wanted & scenes.keys()):
@@ -1057,8 +1069,10 @@ def load(
 def with_proposals(
     questions: Questions, how: str, model: Model | None = None, seed: int | None = None
 ) -> Questions:
-    """Number all objects (`number_objects`), and show other proposals for them: own segments, those
-    of the model, or a file's boxes."""
+    """Number all objects, and show other proposals in their place.
+
+    These are "segments", those that the model names, or a file's boxes.
+    """
     # true objects, numbered
     scenes = {name: number_objects(scene, seed) for name, scene in questions.scenes.items()}
     if how == "gt":
@@ -1085,8 +1099,7 @@ def with_proposals(
 
 
 def as_shown(sample: Sample, scene: Scene, shown: Scene) -> Sample:
-    """Write a question in the proposals' terms: a marked object becomes the proposal that fits it
-    best."""
+    """Write a question in the proposals' terms: a mark becomes that of the best fitting proposal."""
     offered = [o for o in shown.objects if o.id in shown.identifiers]
 
     def best(object_id: int) -> str:
@@ -1102,8 +1115,10 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def predict(model: Model, questions: Questions, batch: int = 256) -> dict[str, str]:
-    """Answer greedily: {id: text}, the same on every rank. A rank takes every world-th scene,
-    nothing twice."""
+    """Answer greedily: {id: text}, the same on every rank.
+
+    A rank takes every world-th scene: nothing is padded, nothing answered twice.
+    """
     # a process answers whole scenes, so that each is encoded once
     rank, world = rank_and_world()
     benchmark, answers = questions.benchmark, {}
@@ -1135,8 +1150,7 @@ def predict(model: Model, questions: Questions, batch: int = 256) -> dict[str, s
 
 
 def summarize(benchmark: Benchmark, samples: list[Sample], scored: list[dict]) -> dict[str, float]:
-    """Average scores per question over all and per part: {"metric/protocol": ..,
-    "metric/protocol/part": ..}."""
+    """Average scores per question: {"metric/protocol": .., "metric/protocol/part": ..}."""
     # which questions belong to a part
     result, parts = {}, [benchmark.parts(s) for s in samples]
     names = sorted(set(itertools.chain(*parts)))
@@ -1152,16 +1166,18 @@ def summarize(benchmark: Benchmark, samples: list[Sample], scored: list[dict]) -
             for task in tasks:
                 kinds = [means[name] for name in names if name.startswith(f"{task}/")]
                 means[task] = np.mean(kinds or means[task])
+            result[f"{metric}_micro"] = result[metric]
             result[metric] = np.mean([means[task] for task in tasks])
         result |= {f"{metric}/{name}": mean for name, mean in means.items()}
     return {name: float(value) for name, value in result.items()}
 
 
 def measure(questions: Questions, answers: dict[str, str], whole: bool = True) -> tuple[dict, list]:
-    """Score answers {id: text}, a missing one as the empty text: all scores, and a value per
-    question (its first score, else its CIDEr).
+    """Score answers {id: text}: all scores, and a value per question (its first score, else its
+    CIDEr).
 
-    whole: False leaves out scores of the whole set where there are others, and METEOR.
+    A missing answer is the empty text. whole: False leaves out scores of the whole set where there
+    are others, and METEOR.
     """
     # question by question; a metric knows boxes only, not identifiers
     benchmark, scored = questions.benchmark, []
@@ -1180,8 +1196,10 @@ def measure(questions: Questions, answers: dict[str, str], whole: bool = True) -
 
 
 def chance_scores(questions: Questions) -> dict:
-    """What guessing gets on these very questions by `data.chance`; None where nothing says what to
-    guess from."""
+    """Compute what guessing gets on these very questions (`data.chance`).
+
+    None where nothing says what to guess from.
+    """
     benchmark, scored = questions.benchmark, []
     for sample, scene, shown in questions.each():
         # what a guess may be drawn from
@@ -1205,10 +1223,10 @@ def plain(text: str, scene: Scene) -> str:
 
 
 def score(questions: Questions, answers: dict[str, str], others: dict[str, dict]) -> dict:
-    """Make a benchmark's entry of metrics.json from answers {id: text}; `others` are other models'
-    answers by column.
+    """Make a benchmark's entry of metrics.json from answers {id: text}.
 
-    Under "rows" it has a row per question: id, scene, question, prediction, answer, score, blind.
+    others: other models' answers, by column. Under "rows" it has a row per question: id, scene,
+    question, prediction, answer, score, blind.
     """
     benchmark = questions.benchmark
     values, each = measure(questions, answers)
@@ -1263,7 +1281,7 @@ def score(questions: Questions, answers: dict[str, str], others: dict[str, dict]
 
 
 def table(entries: dict[str, dict]) -> str:
-    """Print every score beside chance, blind and others, and what a reader must know."""
+    """Lay out every score beside chance, blind and others, and what a reader must know."""
     names = dict.fromkeys(c for e in entries.values() for c in e["columns"] if any(e["columns"][c].values()))
     lines, notes = [["benchmark", "score", "model", *names, "count"]], []
     for title, entry in entries.items():
@@ -1301,13 +1319,16 @@ TEXT_FIELDS = (
 
 
 def read_predictions(path: Path, questions: Questions, partial: bool = False) -> dict[str, str]:
-    """Read anybody's answers to the questions: {id: text}. One line says how the file was
-    understood."""
+    """Read anybody's answers to the questions: {id: text}.
+
+    One line says how the file was understood. Raises DataError.
+    """
     # rows, whatever they are wrapped in
     rows = [row for row in read_rows(path) if isinstance(row, dict)]
     if len(rows) == 1 and not rows[0].keys() & {*ID_FIELDS, "doc"}:  # {id: text}
         rows = [{"id": id, "prediction": text} for id, text in rows[0].items()]
-    rows = [row.get("doc", {}) | row for row in rows]  # lmms-eval keeps the question in there
+    # lmms-eval keeps the question in "doc"
+    rows = [{**row["doc"], **row} if isinstance(row.get("doc"), dict) else row for row in rows]
 
     # the first known field that rows have is the id, or the text
     fields = dict.fromkeys(itertools.chain(*rows))
@@ -1345,20 +1366,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 def revision() -> str:
-    """The commit of the code, with "-dirty" where files differ from it."""
+    """Name the commit of the code, with "-dirty" where files differ from it."""
     git = f"git -C '{Path(__file__).parent}' describe --always --dirty --abbrev=40"
     status, text = subprocess.getstatusoutput(git)
     return "unknown" if status else text
 
 
 def fingerprint(path: Path) -> str:
-    """A file's name and checksum, which tells two releases apart; a folder's name."""
+    """Name a file with its checksum, which tells two releases apart; a folder by its name."""
     return f"{path.name} crc32 {zlib.crc32(path.read_bytes()):08x}" if path.is_file() else path.name
 
 
 def save(path: Path, entries: dict[str, dict], **facts) -> None:
-    """Write metrics.json = {benchmark: entry, "provenance": facts}, and
-    predictions/<benchmark>.jsonl beside it.
+    """Write metrics.json = {benchmark: entry, "provenance": facts} and
+    predictions/<benchmark>.jsonl.
 
     Entries that are there already stay if all facts are the same: a file never mixes two models.
     """
@@ -1378,8 +1399,7 @@ def save(path: Path, entries: dict[str, dict], **facts) -> None:
 
 
 def write_report(out: Path) -> None:
-    """Write report.html of a run: its tables, the worst answers of every benchmark, and links to
-    its pictures."""
+    """Write report.html of a run: its tables, worst answers, and links to its pictures."""
     if rank_and_world()[0]:
         return
 
@@ -1406,13 +1426,17 @@ def write_report(out: Path) -> None:
 
 # ---- 9 mixtures to train on ----------------------------------------------------------------------
 #
-# A paper's table of sources (`Stage.files`) and a folder of official files give the questions of a stage. No room of an
-# evaluation split is trained in: scene0011_01 is another scan of the room scene0011_00.
+# A paper's table of sources (`Stage.files`) and a folder of official files give the questions of a
+# stage. No room of an evaluation split is trained in: scene0011_01 is another scan of the room
+# scene0011_00.
 
 
 def evaluation_rooms(names: set[str], folder: Path, root: Path, held: list[Scene]) -> set[str]:
-    """Name the rooms that must not be trained in: of ScanNet's val and test lists, of the scenes
-    held out by the run, and of every other split of these benchmarks in the folder."""
+    """Name the rooms that must not be trained in.
+
+    They are those of ScanNet's val and test lists, of the scenes held out by the run, and of every
+    other split of these benchmarks in the folder.
+    """
     # ScanNet's own lists
     scenes = {scene.name for scene in held}
     for place in (folder, root):
@@ -1440,12 +1464,12 @@ def mixture(
     held: list[Scene],
     seed: int = 0,
 ) -> tuple[dict[str, list[Sample]], list[str]]:
-    """Give questions by scene, each with its benchmark's prompt and one per accepted answer, and a
-    line per source.
+    """Give questions by scene, and a line per source that says what was kept and dropped.
 
-    Dropped are answers of another form, leaks, questions without a scan, those whose target no
-    numbered object fits with the source's IoU (boxes: proposals.json in the folder, else the scans'
-    own), and more than the source takes.
+    Every accepted answer is a question, with its benchmark's prompt. Dropped are answers of another
+    form, leaks, questions without a scan, those whose target no numbered object fits with the
+    source's IoU (boxes: proposals.json in the folder, else the scans' own), and more than the
+    source takes.
     """
     # the rooms that may be trained in, and the proposals a model will be shown
     rooms = evaluation_rooms({source.benchmark for source in sources.values()}, folder, root, held)
@@ -1515,8 +1539,7 @@ IN_METERS = re.compile(  # words of a question whose answer is a measure: of a s
 
 
 def load_run(folder: Path, paper=None) -> tuple[Model, dict]:
-    """Load a run's model with its weights, as its last stage sees, and the record of how it was
-    made."""
+    """Load a run's model, as its last stage sees, and the record of how it was made."""
     # the paper's own questions and benchmarks come with it
     record = data.read_state(folder)["run"]
     paper = paper or importlib.import_module(record["model"])
@@ -1535,11 +1558,10 @@ def load_run(folder: Path, paper=None) -> tuple[Model, dict]:
 
 
 def evaluate_questions(model: Model, asked: list[Questions], out: Path, record: dict) -> dict[str, dict]:
-    """Ask, score, write OUT/metrics.json and OUT/predictions, and print the table; every rank calls
-    it.
+    """Ask, score, write OUT/metrics.json and OUT/predictions, and print the table.
 
-    The model is asked as its stage sees, in the arithmetic it was trained in. Rank 0 gets the
-    entries, others {}.
+    The model is asked as its stage sees, in the arithmetic it was trained in. Every rank calls it;
+    rank 0 gets the entries, others {}.
     """
     # frozen work of all scenes first, shared by the processes
     rank, world = rank_and_world()
@@ -1590,11 +1612,11 @@ def evaluate_scenes(
     blind_scenes: Iterable[Scene] = (),
     dialects: Iterable[str] = (),
 ) -> dict[str, dict]:
-    """Ask the model, as a stage sees, generated questions about scenes it never saw; returns as
-    `evaluate_questions`.
+    """Ask a model, as a stage sees, generated questions about scenes it never saw.
 
     names: benchmarks, by default all of which the stage trained a task. blind_scenes: whose answers
-    the blind baseline knows. A task gets 60 questions in all, and three per scene at least.
+    the blind baseline knows. A task gets 60 questions in all, and three per scene at least. Returns
+    as `evaluate_questions`.
     """
     # of a benchmark only what was trained, unless it is named
     model.configure_stage(stage)
@@ -1622,8 +1644,7 @@ def evaluate_scenes(
 
 
 def evaluate_run(args: argparse.Namespace) -> None:
-    """Score a finished run in its test scenes, in rooms of a given number of objects, or on
-    official files."""
+    """Score a finished run: in its test scenes, in rooms of N objects, or on official files."""
     # questions of official files, in their scans
     model, record = load_run(args.run)
     out, asked = args.out or args.run, []
@@ -1666,8 +1687,10 @@ def evaluate_run(args: argparse.Namespace) -> None:
 
 
 def score_file(args: argparse.Namespace) -> None:
-    """Score a file of answers; no model is asked. Identifiers are ScanNet's objectIds, or count a
-    file's boxes."""
+    """Score a file of answers; no model is asked.
+
+    Identifiers are ScanNet's objectIds, or count a file's boxes.
+    """
     # the questions with their boxes
     questions = load(args.benchmark[0], args.annotations, args.root, args.partial, args.dialect)
     if args.root is None and any(s.targets for s in questions.samples):
@@ -1781,7 +1804,10 @@ def main(arguments: list[str] | None = None) -> None:
     elif args.annotations and args.predictions and len(args.benchmark) == 1:
         score_file(args)
     else:
-        parser.error("give --run DIR, or one --benchmark NAME with --annotations FILE and --predictions FILE")
+        parser.error(
+            "give --run DIR (python train.py --model proxy3d makes runs/proxy3d), or one --benchmark NAME "
+            "with --annotations FILE and --predictions FILE"
+        )
     if dist.is_initialized():
         dist.destroy_process_group()
 

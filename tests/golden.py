@@ -17,6 +17,10 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 GOLDEN = HERE / "golden.json"
+NAMES = {  # of scores: today's -> those in golden.json
+    "em_refined/llava-3d": "em/refined", "em/llava-3d": "em/cleaned", "em/scanqa": "em/strict", "/scanqa": "/ptb",
+    "/ll3da": "/raw", "object_rel_direction/easy": "rel_direction_easy", "/object_": "/", "lmms-eval": "lenient",
+}  # fmt: skip
 BATCH = {"proxy3d": 16, "fase3d": 16, "spatial3dllm": 16}
 
 
@@ -86,8 +90,13 @@ def official_scores(folder: Path) -> dict:
     for name, questions, answers in (("scanqa", scanqa, lines), ("vsibench", bench, answered)):
         out = str(folder / f"{name}_metrics.json")
         evaluate.main(["--benchmark", name, "--annotations", questions, "--predictions", answers, "--partial",
-                       "--out", out])  # fmt: skip
-        found[name] = {k: v for k, v in json.loads(Path(out).read_text())[name].items() if isinstance(v, float)}
+                       "--dialect", "all", "--out", out])  # fmt: skip
+        found[name] = {}
+        for key, value in json.loads(Path(out).read_text())[name].items():
+            for new, old in NAMES.items():
+                key = key.replace(new, old)
+            if isinstance(value, float):
+                found[name][key] = value
     return found
 
 
