@@ -44,6 +44,10 @@ from functools import cache, partial
 from operator import attrgetter
 from pathlib import Path
 
+# a short spin at OpenMP's barriers, as in train.py
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import numpy as np
 import torch
 import torch.distributed as dist
