@@ -133,9 +133,12 @@ if __name__ == "__main__":
                 here = now["runs"][model]["losses"].get(stage, [])
                 worst = max((abs(a - b) / abs(a) for a, b in zip(losses, here, strict=False)), default=9)
                 print(model, stage, f"largest relative difference of {len(here)}/20 losses: {worst:.2e}")
-            both = then["runs"][model]["answers"], now["runs"][model]["answers"]
-            print(model, "answers that differ:", {k: (v, both[1].get(k)) for k, v in both[0].items() if both[1].get(k) != v})
+            for key, text in then["runs"][model]["answers"].items():
+                if (here := now["runs"][model]["answers"].get(key)) != text:
+                    print(f"{key}: {text!r} then, {here!r} now")
         if "official" in now:
             for name, scores in then["official"].items():
-                print(name, {k: (v, now["official"][name].get(k)) for k, v in scores.items() if now["official"][name].get(k) != v})
+                for key, value in scores.items():
+                    if (here := now["official"][name].get(key)) != value:
+                        print(f"{name} {key}: {value} then, {here} now")
     os._exit(0)

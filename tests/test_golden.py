@@ -1,4 +1,4 @@
-"""Numbers of short runs, pinned: a change of ideas must not move them (python tests/golden.py says where they differ)."""
+"""Numbers of short runs, pinned: a change of ideas must not move them (python tests/golden.py lists differences)."""
 
 import json
 

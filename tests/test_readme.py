@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data
 import evaluate
 import train
 
