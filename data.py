@@ -46,8 +46,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 COLOURS = {  # name -> RGB in 0..255; also the vocabulary in which real surfaces are described
@@ -248,8 +250,8 @@ def augment(scene: Scene, rng: np.random.Generator, recolour: bool = False, mirr
 
 
 def knn(
-    queries: torch.Tensor, points: torch.Tensor, k: int, chunk: int = 4096
-) -> tuple[torch.Tensor, torch.Tensor]:
+    queries: Tensor, points: Tensor, k: int, chunk: int = 4096
+) -> tuple[Tensor, Tensor]:
     """Find the k nearest points of every query, nearest first.
 
     On the CPU by a KD-tree (50,000 points: 0.2 s against 7 s for all distances), on a GPU by chunks
@@ -283,7 +285,7 @@ def nearest(queries: np.ndarray, points: np.ndarray, k: int = 1) -> tuple[np.nda
     return distance.numpy(), index.numpy()
 
 
-def farthest_point_sampling(points: torch.Tensor, count: int, first: int | None = None) -> torch.Tensor:
+def farthest_point_sampling(points: Tensor, count: int, first: int | None = None) -> Tensor:
     """Choose points one by one, each the farthest from those chosen before; of equals the lowest index.
 
     Args: points [N, 3]; count, at most N are taken; first: index to start at, by default the point
@@ -306,7 +308,7 @@ def farthest_point_sampling(points: torch.Tensor, count: int, first: int | None 
     return chosen
 
 
-def group_mean(values: torch.Tensor, index: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def group_mean(values: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Average the rows of every group.
 
     Args: values [N, C] float; index [N], the group 0..count-1 of each row.
@@ -2073,7 +2075,7 @@ def collate(
     return batch
 
 
-def packed_mask(block: torch.Tensor) -> torch.Tensor:
+def packed_mask(block: Tensor) -> Tensor:
     """Say who may attend to whom in packed rows: [S, 1, T, T] bool, True = the second may be seen by the first.
 
     Every position sees the shared prefix and its own question, up to itself. For block = [0, 0, 1,
@@ -2183,17 +2185,17 @@ def drill(g, rng, task):
     return dict(answer=metres(length), text={"numbers": numbers}, value=length)
 
 
-def start_weights(part: torch.nn.Module) -> None:
+def start_weights(part: nn.Module) -> None:
     """Draw every linear map and convolution from N(0, 1 / inputs), the scale for widths of hundreds; biases zero."""
     for module in part.modules():
-        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
-            torch.nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
             if module.bias is not None:
-                torch.nn.init.zeros_(module.bias)
+                nn.init.zeros_(module.bias)
 
 
 @torch.no_grad()
-def start_decoder(decoder: torch.nn.Module, heads: int) -> None:
+def start_decoder(decoder: nn.Module, heads: int) -> None:
     """Start a small decoder (Qwen2 or Llama layers, weights from `start_weights`) where pre-training would lead.
 
     With keys = queries and output = transposed values every head is "find the token like me and add
@@ -2207,7 +2209,7 @@ def start_decoder(decoder: torch.nn.Module, heads: int) -> None:
     decoder.norm.weight.fill_(0.1)
 
 
-def look_back(attention: torch.nn.Module, heads: int, gain: float = 2.0) -> None:
+def look_back(attention: nn.Module, heads: int, gain: float = 2.0) -> None:
     """Turn the first two heads into "the word before" and "the one before that".
 
     Constant queries and keys (biases) whose rotary angles agree at that distance, so that a
@@ -2234,7 +2236,7 @@ def look_back(attention: torch.nn.Module, heads: int, gain: float = 2.0) -> None
 # ---- 6 the base model ------------------------------------------------------------------------------------------------
 
 
-def last_hidden(decoder: torch.nn.Module, cache, **inputs) -> torch.Tensor:
+def last_hidden(decoder: nn.Module, cache, **inputs) -> Tensor:
     """Run a decoder of transformers over its inputs, behind a cache of keys and values or None: its last hidden state.
 
     The argument that takes the cache is called past_key_values up to transformers 5.39 and cache in later versions.
@@ -2243,7 +2245,7 @@ def last_hidden(decoder: torch.nn.Module, cache, **inputs) -> torch.Tensor:
     return decoder(**inputs, **{name: cache}, use_cache=cache is not None).last_hidden_state
 
 
-class SceneLanguageModel(torch.nn.Module):
+class SceneLanguageModel(nn.Module):
     """What the three papers share, and every hook that trainer and evaluator call, with its default in one place.
 
     A paper says what may train (`parts`) and what the language model sees of a scene (`encode`). This class freezes by
@@ -2259,7 +2261,7 @@ class SceneLanguageModel(torch.nn.Module):
         super().__init__()
         self.config, self.text = config, text
         self.stage: Stage | None = None  # set by configure_stage
-        self.feature_cache: dict[str, dict[str, torch.Tensor]] = {}  # frozen work in memory, by scene
+        self.feature_cache: dict[str, dict[str, Tensor]] = {}  # frozen work in memory, by scene
         self.feature_folder: Path | None = None  # and on disk
 
     @property
@@ -2276,7 +2278,7 @@ class SceneLanguageModel(torch.nn.Module):
         """Say how many tokens the scene takes; called in loader processes, on the CPU."""
         raise NotImplementedError
 
-    def encode(self, scenes: Sequence[Scene]) -> dict[str, torch.Tensor]:
+    def encode(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
         """Turn scenes into {"tokens" [S, K, D], "valid" [S, K] bool} and what else a paper keeps per token.
 
         A scalar "auxiliary_loss" (a mean) may be among them; training adds it once per answer token.
@@ -2285,11 +2287,11 @@ class SceneLanguageModel(torch.nn.Module):
 
     # -- what a paper may give
 
-    def encoder_loss(self, scenes: Sequence[Scene]) -> dict[str, torch.Tensor]:
+    def encoder_loss(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
         """Loss of a stage without questions: {"loss", "weight", "correct"[, "count", "tokens"]} as in `forward`."""
         raise NotImplementedError
 
-    def compute_features(self, scene: Scene) -> dict[str, torch.Tensor]:
+    def compute_features(self, scene: Scene) -> dict[str, Tensor]:
         """Do all frozen work on one scene, from its unturned geometry."""
         return {}
 
@@ -2297,7 +2299,7 @@ class SceneLanguageModel(torch.nn.Module):
         """List the settings that `compute_features` depends on."""
         return ()
 
-    def feature_weights(self) -> torch.nn.Module | None:
+    def feature_weights(self) -> nn.Module | None:
         """Name the module whose weights `compute_features` depends on."""
         return None
 
@@ -2309,12 +2311,12 @@ class SceneLanguageModel(torch.nn.Module):
         """Give a question its click or box, where a paper has such prompts."""
         return sample
 
-    def prompt_tokens(self, batch: dict, seen: dict[str, torch.Tensor]) -> torch.Tensor:
+    def prompt_tokens(self, batch: dict, seen: dict[str, Tensor]) -> Tensor:
         """Encode the prompts of a batch, in its order: [P, D]."""
         return seen["tokens"][0, :0]
 
-    def run_decoder(self, embeds: torch.Tensor, is_scene: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor,
-                    cache=None) -> torch.Tensor:  # fmt: skip
+    def run_decoder(self, embeds: Tensor, is_scene: Tensor, positions: Tensor, mask: Tensor,
+                    cache=None) -> Tensor:  # fmt: skip
         """Run the language model over embeds [R, N, D] behind its cache: last hidden state [R, N, D].
 
         is_scene [R, N] bool marks scene and prompt tokens, positions [R, N], mask [R, 1, N, T] bool, True = may attend.
@@ -2398,7 +2400,7 @@ class SceneLanguageModel(torch.nn.Module):
         for scene in tqdm(scenes[rank::world], "features", disable=rank > 0, mininterval=2):
             self.load_features(scene)
 
-    def load_features(self, scene: Scene) -> dict[str, torch.Tensor]:
+    def load_features(self, scene: Scene) -> dict[str, Tensor]:
         """Give a scene's features from memory, else from disk, else compute and keep them."""
         if scene.name in self.feature_cache:
             return self.feature_cache[scene.name]
@@ -2439,19 +2441,19 @@ class SceneLanguageModel(torch.nn.Module):
         lengths = [self.scene_length(scene) for scene, _ in groups]
         return collate(written, self.text, lengths, self.stage.steps)
 
-    def forward_llm(self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, seen: dict,
-                    prompts: torch.Tensor, cache=None) -> torch.Tensor:  # fmt: skip
+    def forward_llm(self, ids: Tensor, positions: Tensor, mask: Tensor, seen: dict,
+                    prompts: Tensor, cache=None) -> Tensor:  # fmt: skip
         """Embed ids [R, N] with scene and prompt tokens in their places, and run the language model: [R, N, D]."""
         return self.run_decoder(self.embed(ids, seen, prompts), ids < 0, positions, mask, cache)
 
-    def embed(self, ids: torch.Tensor, seen: dict, prompts: torch.Tensor) -> torch.Tensor:
+    def embed(self, ids: Tensor, seen: dict, prompts: Tensor) -> Tensor:
         """Embed ids [R, N] with scene and prompt tokens in place of the placeholders: [R, N, D]."""
         embeds = self.llm.get_input_embeddings()(ids.clamp(min=0))  # [R, N, D]
         scene_tokens = seen["tokens"][seen["valid"]].to(embeds)
         embeds = embeds.masked_scatter((ids == SCENE)[..., None], scene_tokens)  # [R, N, D]
         return embeds.masked_scatter((ids == PROMPT)[..., None], prompts.to(embeds))  # [R, N, D]
 
-    def forward(self, batch: dict) -> dict[str, torch.Tensor]:
+    def forward(self, batch: dict) -> dict[str, Tensor]:
         """Sum the next-token loss over answer tokens.
 
         Returns: {"loss", "weight" = answer tokens, "correct" = those predicted right, "tokens" = all that were read}.
@@ -2467,7 +2469,7 @@ class SceneLanguageModel(torch.nn.Module):
         answered = labels != IGNORE  # [S, T]
         logits = self.llm.lm_head(hidden[answered]).float()  # [A, vocabulary]
         target = labels[answered]  # [A]
-        loss = torch.nn.functional.cross_entropy(logits, target, reduction="sum")
+        loss = F.cross_entropy(logits, target, reduction="sum")
         if "auxiliary_loss" in seen:
             loss = loss + len(target) * seen["auxiliary_loss"]
         correct = (logits.argmax(-1) == target).sum()
@@ -2563,7 +2565,7 @@ def overfit_demo(model: SceneLanguageModel, scene: Scene, samples: Sequence[Samp
 # ---- 6b checkpoints --------------------------------------------------------------------------------------------------
 
 
-def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
     """Name the tensors that a checkpoint holds: tied ones once, those loaded from elsewhere not at all."""
     first = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -2592,7 +2594,7 @@ def read_state(run: Path) -> dict:
     return state
 
 
-def read_tensors(run: Path, kind: str) -> dict[str, torch.Tensor]:
+def read_tensors(run: Path, kind: str) -> dict[str, Tensor]:
     """Read a checkpoint's tensors by their names; kind: "weights" or "optimizer". Raises DataError."""
     state = read_state(run)
     path = run / "checkpoint" / f"{kind}-{state['position']['total']:d}.safetensors"
@@ -2601,7 +2603,7 @@ def read_tensors(run: Path, kind: str) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-def load_weights(model: torch.nn.Module, run: Path) -> None:
+def load_weights(model: nn.Module, run: Path) -> None:
     """Copy a run's weights into a model that is not sharded: every name and shape must agree."""
     saved, own = read_tensors(run, "weights"), named_weights(model)
 
@@ -3746,7 +3748,7 @@ def vggt_geometry(images, model, longest=518):
     h, w = (max(1, round(n * longest / max(H, W) / patch)) * patch for n in (H, W))
     x = torch.from_numpy(np.ascontiguousarray(images)).to(device)  # [V, H, W, 3]
     x = x.permute(0, 3, 1, 2).float() / 255  # [V, 3, H, W]
-    x = torch.nn.functional.interpolate(x, (h, w), mode="bicubic", antialias=True)  # [V, 3, h, w]
+    x = F.interpolate(x, (h, w), mode="bicubic", antialias=True)  # [V, 3, h, w]
     x = x.clamp(0, 1)[None]  # [1, V, 3, h, w]
 
     # one pass of the transformer, two heads
@@ -3758,7 +3760,7 @@ def vggt_geometry(images, model, longest=518):
 
     # arrays of the images' size
     maps = torch.cat([m.reshape(1, V, h, w) for m in maps]).float()  # [2, V, h, w]
-    maps = torch.nn.functional.interpolate(maps, (H, W), mode="nearest-exact")  # [2, V, H, W]
+    maps = F.interpolate(maps, (H, W), mode="nearest-exact")  # [2, V, H, W]
     K = np.diag([W / w, H / h, 1]) @ K[0].double().cpu().numpy()
     poses = np.tile(np.eye(4), (V, 1, 1))
     poses[:, :3] = camera[0].double().cpu().numpy()  # world to camera
