@@ -956,58 +956,137 @@ def category_icon(category: str, colour: str, size: int) -> np.ndarray:
 # ---- 4 questions and baselines ---------------------------------------------------------------------------------------
 #
 # A question is made in three steps: draw which objects it is about, read the answer off their boxes
-# and names (`scene_graph`), put both into one of a template's wordings (`ask`). A draw without a
+# and names (`scene_graph`), put both into one of a template's wordings (`make_sample`). A draw without a
 # clear answer gives None.
 
 # Wordings keep content words close to the answer, since anything between is one more hop for a
 # small model. {what}, {other}, {at}, {facing} are descriptions ("red chair"), {a} and {b} are
 # marks.
-AT = (
-    "i am standing at the {at} facing the {facing}.",
-    "i stand at the {at} and look at the {facing}.",
-    "from the {at} i face the {facing}.",
-)
-TEMPLATES: dict[str, tuple[str, ...]] = {
-    "ground": ("which one is the {what}?", "find the {what}.", "which object is the {what}?", "point to the {what}."),
-    "multi": ("find all {what}.", "which objects are {what}?", "point to all {what}."),
-    "id_category": ("what is {a}?", "what kind of thing is {a}?", "name {a}."),
-    "id_colour": ("what colour is {a}?", "which colour has {a}?", "name the colour of {a}."),
-    "id_size": ("is {a} larger than {b}?", "is {a} bigger than {b}?", "has {a} more volume than {b}?"),
-    "coordinate": ("where is {a}?", "what is the position of {a}?", "give the coordinates of {a}."),
-    "relation": ("where is {a} relative to {b}?", "on which side is {a} of {b}?", "which way is {a} from {b}?"),
-    "distance_ids": ("how far is {a} from {b}?", "what is the distance of {a} from {b}?",
-                     "how many metres is {a} from {b}?"),
-    "colour": ("what colour is the {what}?", "which colour has the {what}?", "name the colour of the {what}."),
-    "what_colour": ("what is {what}?", "which thing is {what}?", "what kind of thing is {what}?"),
-    "what_on": ("what is on the {what}?", "what stands on the {what}?", "which thing is on the {what}?"),
-    "what_near": ("what is nearest to the {what}?", "what is closest to the {what}?", "what is next to the {what}?"),
-    "where_support": ("what does the {what} stand or hang on?", "what is the {what} on?", "what holds the {what}?"),
-    "where_near": ("where is the {what}?", "where can i find the {what}?", "near what is the {what}?"),
-    "count": ("how many {what} are there?", "count the {what}.", "what is the number of {what}?"),
-    "exist": ("is there {what}?", "do you see {what}?", "does the room have {what}?"),
-    "situated_side": tuple(f"{at} is the {{what}} on my left or right?" for at in AT),
-    "situated_depth": tuple(f"{at} is the {{what}} in front of me or behind me?" for at in AT),
-    "situated_turn": tuple(f"{at} must i turn around to see the {{what}}?" for at in AT),
-    "distance": ("how far is the {what} from the {other}?", "what is the distance of the {what} from the {other}?",
-                 "how many metres is the {what} from the {other}?"),
-    "size_height": ("how tall is the {what}?", "how high in metres is the {what}?", "give the height of the {what}."),
-    "size_length": ("how long is the {what}?", "how many metres long is the {what}?", "give the length of the {what}."),
-    "caption": ("describe {a}.", "give a description of {a}.", "tell me about {a}."),
-    "vsi_counting": ("how many {what} are in this room?", "how many {what} do you count here?",
-                     "what is the number of {what} in this room?"),
-    "vsi_abs_distance": ("from closest point to closest point, how many metres are between the {what} and the {other}?",
-                         "what is the shortest distance in metres between the {what} and the {other}?",
-                         "how wide in metres is the gap between the {what} and the {other}?"),
-    "vsi_object_size": ("in centimetres, how long is the longest side (length, width or height) of the {what}?",
-                        "how many centimetres measures the longest dimension of the {what}?",
-                        "give in centimetres the largest of length, width and height of the {what}."),
-    "vsi_room_size": ("how many square metres has this room?", "what is the floor area of this room in square metres?",
-                      "give the size of this room in square metres."),
-    "vsi_rel_distance": ("measured between closest points, which of these is closest to the {what}? {options}",
-                         "by their closest points, which of these is nearest to the {what}? {options}",
-                         "which of these has the narrowest gap to the {what}? {options}"),
-    "vsi_rel_direction": tuple(f"{at} {{note}}where is the {{what}}? {{options}}" for at in AT),
-}  # fmt: skip
+TEMPLATE_TABLE = """
+ground:
+    which one is the {what}?
+    find the {what}.
+    which object is the {what}?
+    point to the {what}.
+multi:
+    find all {what}.
+    which objects are {what}?
+    point to all {what}.
+id_category:
+    what is {a}?
+    what kind of thing is {a}?
+    name {a}.
+id_colour:
+    what colour is {a}?
+    which colour has {a}?
+    name the colour of {a}.
+id_size:
+    is {a} larger than {b}?
+    is {a} bigger than {b}?
+    has {a} more volume than {b}?
+coordinate:
+    where is {a}?
+    what is the position of {a}?
+    give the coordinates of {a}.
+relation:
+    where is {a} relative to {b}?
+    on which side is {a} of {b}?
+    which way is {a} from {b}?
+distance_ids:
+    how far is {a} from {b}?
+    what is the distance of {a} from {b}?
+    how many metres is {a} from {b}?
+colour:
+    what colour is the {what}?
+    which colour has the {what}?
+    name the colour of the {what}.
+what_colour:
+    what is {what}?
+    which thing is {what}?
+    what kind of thing is {what}?
+what_on:
+    what is on the {what}?
+    what stands on the {what}?
+    which thing is on the {what}?
+what_near:
+    what is nearest to the {what}?
+    what is closest to the {what}?
+    what is next to the {what}?
+where_support:
+    what does the {what} stand or hang on?
+    what is the {what} on?
+    what holds the {what}?
+where_near:
+    where is the {what}?
+    where can i find the {what}?
+    near what is the {what}?
+count:
+    how many {what} are there?
+    count the {what}.
+    what is the number of {what}?
+exist:
+    is there {what}?
+    do you see {what}?
+    does the room have {what}?
+situated_side:
+    i am standing at the {at} facing the {facing}. is the {what} on my left or right?
+    i stand at the {at} and look at the {facing}. is the {what} on my left or right?
+    from the {at} i face the {facing}. is the {what} on my left or right?
+situated_depth:
+    i am standing at the {at} facing the {facing}. is the {what} in front of me or behind me?
+    i stand at the {at} and look at the {facing}. is the {what} in front of me or behind me?
+    from the {at} i face the {facing}. is the {what} in front of me or behind me?
+situated_turn:
+    i am standing at the {at} facing the {facing}. must i turn around to see the {what}?
+    i stand at the {at} and look at the {facing}. must i turn around to see the {what}?
+    from the {at} i face the {facing}. must i turn around to see the {what}?
+distance:
+    how far is the {what} from the {other}?
+    what is the distance of the {what} from the {other}?
+    how many metres is the {what} from the {other}?
+size_height:
+    how tall is the {what}?
+    how high in metres is the {what}?
+    give the height of the {what}.
+size_length:
+    how long is the {what}?
+    how many metres long is the {what}?
+    give the length of the {what}.
+caption:
+    describe {a}.
+    give a description of {a}.
+    tell me about {a}.
+vsi_counting:
+    how many {what} are in this room?
+    how many {what} do you count here?
+    what is the number of {what} in this room?
+vsi_abs_distance:
+    from closest point to closest point, how many metres are between the {what} and the {other}?
+    what is the shortest distance in metres between the {what} and the {other}?
+    how wide in metres is the gap between the {what} and the {other}?
+vsi_object_size:
+    in centimetres, how long is the longest side (length, width or height) of the {what}?
+    how many centimetres measures the longest dimension of the {what}?
+    give in centimetres the largest of length, width and height of the {what}.
+vsi_room_size:
+    how many square metres has this room?
+    what is the floor area of this room in square metres?
+    give the size of this room in square metres.
+vsi_rel_distance:
+    measured between closest points, which of these is closest to the {what}? {options}
+    by their closest points, which of these is nearest to the {what}? {options}
+    which of these has the narrowest gap to the {what}? {options}
+vsi_rel_direction:
+    i am standing at the {at} facing the {facing}. {note}where is the {what}? {options}
+    i stand at the {at} and look at the {facing}. {note}where is the {what}? {options}
+    from the {at} i face the {facing}. {note}where is the {what}? {options}
+"""
+TEMPLATES: dict[str, list[str]] = {}
+for _line in TEMPLATE_TABLE.strip().splitlines():
+    if _line.endswith(":"):
+        _wordings = TEMPLATES[_line[:-1]] = []
+    else:
+        _wordings.append(_line.strip())
 WORDS = (  # the words that code below writes besides those of the tables
     "a an the thing things on near from floor wall yes no this there it is back means at least degrees to turn a b c d"
 )
@@ -1107,24 +1186,50 @@ def several(rng: np.random.Generator, items: Sequence, count: int) -> list:
 # -- what questions ask of a scene; from here on g is a scene graph, i and j are places in g.things
 
 
-@dataclass
 class SceneGraph:
     """Objects of a scene and how they relate; an object is named by its place in `things`."""
 
-    objects: list[Thing]  # the scene's, by which a graph is known to be its own
-    identifiers: dict[int, int]  # the scene's
-    bounds: np.ndarray | None  # the scene's
-    floor_area: float  # square meters; 0 where the bounds are not walls
-    things: list[Thing]  # the objects without walls, floor and ceiling
-    numbered: list[int]  # those that have an identifier
-    groups: dict[tuple[str, str], list[int]]  # (category, color) -> places, "" = any
-    names: dict[int, str]  # place -> what nothing else is: "chair", else "red chair", "red thing" without category
-    unique: list[int]  # the only ones of their category
-    boxes: np.ndarray  # [n, 6]
-    support: np.ndarray  # [n] what each stands or hangs on: a place, FLOOR, WALL or NOTHING (unclear)
-    measures: dict[str, np.ndarray]  # what SELECT compares: [r, n], or seen from every object [r, n, n]
+    def __init__(self, scene: Scene):
+        self.objects, self.identifiers, self.bounds = scene.objects, scene.identifiers, scene.bounds
+        self.floor_area = 0.0  # square meters, where the bounds are walls
+        if scene.source == "rooms" and scene.bounds is not None:
+            self.floor_area = float(np.ptp(scene.bounds[:, :2], axis=0).prod())
 
-    def category(self, i: int | None) -> str:
+        # without walls, floor and ceiling; and the places of those that have an identifier
+        things = self.things = [o for o in scene.objects if o.category not in STRUCTURE]
+        known = scene.identifiers or [o.id for o in things]
+        self.numbered = [i for i, o in enumerate(things) if o.id in known]
+
+        # who has the same category, the same color, both: (category, color) -> places, "" = any
+        self.groups: dict[tuple[str, str], list[int]] = {}
+        for i, o in enumerate(things):
+            for key in dict.fromkeys([(o.category, ""), ("", o.colour), (o.category, o.colour)]):
+                if any(key):
+                    self.groups.setdefault(key, []).append(i)
+
+        # what nothing else is: "chair", else "red chair", "red thing" without category
+        self.names: dict[int, str] = {}
+        for i, o in enumerate(things):
+            for key in [(o.category, ""), (o.category, o.colour)]:
+                if len(self.groups.get(key, ())) == 1:
+                    self.names.setdefault(i, phrase(*key))
+        self.unique = [i for i, name in self.names.items() if name == things[i].category]
+
+        # sizes and distances: what SELECT compares, [r, n], or seen from every object, [r, n, n]
+        self.boxes = np.array([o.box for o in things], dtype=float).reshape(-1, 6)
+        center, size = self.boxes[:, :3], self.boxes[:, 3:]
+        between = np.abs(center[:, None] - center)  # [n, n, 3]
+        gap = np.maximum(between - (size[:, None] + size) / 2, 0)
+        self.support = _support(self.boxes, scene.bounds)
+        self.measures = {
+            "distance": np.sqrt(np.square([gap, between]).sum(-1)),  # between closest points, between centers
+            "not on": (self.support != np.arange(len(things))[:, None])[None] * 1.0,
+            "volume": np.log(np.maximum(size.prod(1), 1e-9))[None],
+            "height": size[None, :, 2],
+            "level": np.stack([center[:, 2] + size[:, 2] / 2, center[:, 2]]),
+        }
+
+    def category(self, i):
         return "" if i is None else self.things[i].category
 
     @cached_property
@@ -1136,44 +1241,8 @@ class SceneGraph:
 
 def scene_graph(scene: Scene) -> SceneGraph:
     """Work out what questions ask of a scene, once for its present objects."""
-    if scene.graph is not None and scene.graph.objects is scene.objects:
-        return scene.graph
-    things = [o for o in scene.objects if o.category not in STRUCTURE]
-    numbered = [i for i, o in enumerate(things) if not scene.identifiers or o.id in scene.identifiers]
-
-    # who has the same category, the same color, both; who is alone with it
-    groups, names = defaultdict(list), {}
-    for i, o in enumerate(things):
-        for key in dict.fromkeys([(o.category, ""), ("", o.colour), (o.category, o.colour)]):
-            if any(key):
-                groups[key].append(i)
-    for i, o in enumerate(things):
-        for key in [(o.category, ""), (o.category, o.colour)]:
-            if len(groups.get(key, ())) == 1:
-                names.setdefault(i, phrase(*key))
-    unique = [i for i, name in names.items() if name == things[i].category]
-
-    # sizes and distances
-    boxes = np.array([o.box for o in things], dtype=float).reshape(-1, 6)
-    center, size = boxes[:, :3], boxes[:, 3:]
-    between = np.abs(center[:, None] - center)  # [n, n, 3]
-    gap = np.maximum(between - (size[:, None] + size) / 2, 0)
-    support = _support(boxes, scene.bounds)
-    measures = {
-        "distance": np.sqrt(np.square([gap, between]).sum(-1)),  # between closest points, between centers
-        "not on": (support != np.arange(len(things))[:, None])[None] * 1.0,
-        "volume": np.log(np.maximum(size.prod(1), 1e-9))[None],
-        "height": size[None, :, 2],
-        "level": np.stack([center[:, 2] + size[:, 2] / 2, center[:, 2]]),
-    }
-    area = 0.0
-    if scene.source == "rooms" and scene.bounds is not None:
-        area = float(np.ptp(scene.bounds[:, :2], axis=0).prod())
-
-    scene.graph = SceneGraph(
-        scene.objects, scene.identifiers, scene.bounds, area,
-        things, numbered, dict(groups), names, unique, boxes, support, measures,
-    )  # fmt: skip
+    if scene.graph is None or scene.graph.objects is not scene.objects:
+        scene.graph = SceneGraph(scene)
     return scene.graph
 
 
@@ -1279,46 +1348,34 @@ METRIC = {  # tasks whose answers are in meters
 UNLABELLED = ("ground_superlative", "id_colour", "id_size")  # stand in where objects have no names
 
 
-def ask(
-    scene: Scene,
-    rng: np.random.Generator,
-    task: str,
-    answer: str,
-    text: dict,
-    template: str = "",
-    wrong: Sequence[str] = (),
-    **rest,
-) -> Sample | None:
-    """Write a Sample in one of the template's wordings, which `text` fills.
-
-    wrong: other answers of a multiple choice; the answer becomes a letter. Returns None where
-    meters are asked of a scene of unknown scale.
-    """
-    if task in METRIC and not scene.metric:
-        return None
-
-    # the options in random order, which leaves the right one's letter to chance
-    if wrong:
-        texts = [answer, *wrong]
-        order = rng.permutation(len(texts))
-        rest["options"] = [f"{letter}. {texts[k]}" for letter, k in zip("ABCD", order, strict=False)]
-        text = {**text, "options": " ".join(rest["options"])}
-        answer = "ABCD"[order.argmin()]  # where the right one, number 0, has gone
-    template = template or task
-    question = pick(rng, TEMPLATES[template]).format(**text)
-    return Sample("", scene.name, task, question, answer, template=template, **rest)
-
-
 def make_sample(function: Callable, task: str, scene: Scene, rng: np.random.Generator) -> Sample | None:
-    """Draw and write one question of a task; None where this draw has no unambiguous one."""
+    """Draw and write one question of a task: what `function` draws, in one of its template's wordings.
+
+    A drawn "text" fills the template, "wrong" are other answers of a multiple choice; the rest are
+    fields of Sample. Returns None where this draw has no unambiguous question, or meters are asked
+    of a scene of unknown scale.
+    """
     drawn = function(scene_graph(scene), rng, task)
-    return drawn and ask(scene, rng, task, **drawn)
+    if drawn is None or (task in METRIC and not scene.metric):
+        return None
+    text, wrong = drawn.pop("text"), drawn.pop("wrong", ())
+
+    # the options in random order; the answer becomes the letter of the right one, number 0
+    if wrong:
+        texts = [drawn["answer"], *wrong]
+        order = rng.permutation(len(texts))
+        drawn["options"] = [f"{letter}. {texts[k]}" for letter, k in zip("ABCD", order, strict=False)]
+        drawn["answer"] = "ABCD"[order.argmin()]
+        text["options"] = " ".join(drawn["options"])
+    template = drawn.setdefault("template", task)
+    question = pick(rng, TEMPLATES[template]).format(**text)
+    return Sample("", scene.name, task, question, **drawn)
 
 
-def generator(*tasks: str) -> Callable:
-    """Register a function (scene graph, rng, task) -> arguments of `ask`, or None, for its tasks."""
+def generator(*tasks):
+    """Register a function (scene graph, rng, task) -> what `make_sample` writes, or None, for its tasks."""
 
-    def register(function: Callable) -> Callable:
+    def register(function):
         for task in tasks:
             TASKS[task] = partial(make_sample, function, task)
         return function
@@ -1326,14 +1383,14 @@ def generator(*tasks: str) -> Callable:
     return register
 
 
-def draw_numbered(g, rng, count, named=False):
-    """Draw one or two different objects with identifiers (named: and names), [] where there are too few."""
-    n = [i for i in g.names if i in g.numbered] if named else g.numbered
-    if len(n) < count:
+def draw_numbered(rng, places, count):
+    """Draw one or two different places, [] where there are too few."""
+    n = len(places)
+    if n < count:
         return []
-    first = int(rng.random() * len(n))
-    other = first - 1 - int(rng.random() * (len(n) - 1))
-    return [n[first], n[other]][:count]
+    first = int(rng.random() * n)
+    other = first - 1 - int(rng.random() * (n - 1))
+    return [places[first], places[other]][:count]
 
 
 # -- generators
@@ -1476,33 +1533,26 @@ MARKED = {  # task -> how many marked objects, a word about them ("" = unclear)
     "id_colour": (1, lambda g, i: g.things[i].colour),
     "id_size": (2, larger),
     "relation": (2, side_of),
+    "coordinate": (1, lambda g, i: listed(g.boxes[i, :3].tolist())),
 }
 
 
 def marks(g, places):
-    return [mark(g.things[i]) for i in places]
+    """Name objects by their marks: {"a": "<obj 3>", "b": ...}."""
+    return dict(zip("ab", (mark(g.things[i]) for i in places), strict=False))
 
 
 @generator(*MARKED)
 def marked(g, rng, task):
-    """Ask for a word of MARKED about one or two objects."""
+    """Ask for a word of MARKED about one or two objects; a coordinate is the center of a box in meters."""
     count, word = MARKED[task]
     for _ in range(4):
-        chosen = draw_numbered(g, rng, count)
+        chosen = draw_numbered(rng, g.numbered, count)
         answer = word(g, *chosen) if chosen else ""
         if answer:
-            return dict(answer=answer, text=dict(zip("ab", marks(g, chosen), strict=False)))
+            point = g.boxes[chosen[0], :3].copy() if task == "coordinate" else None
+            return dict(answer=answer, text=marks(g, chosen), point=point)
     return None
-
-
-@generator("coordinate")
-def coordinate(g, rng, task):
-    """Ask for the center of an object's box in meters: "[1.25, -0.80, 0.45]"."""
-    chosen = draw_numbered(g, rng, 1)
-    if not chosen:
-        return None
-    center = g.boxes[chosen[0], :3]
-    return dict(answer=listed(center.tolist()), text={"a": marks(g, chosen)[0]}, point=center.copy())
 
 
 @generator("distance", "distance_ids")
@@ -1512,17 +1562,19 @@ def distance(g, rng, task):
     `value` is exact, the answer follows from the printed steps (`distance_steps`): 1.4 cm apart at
     most. By names the steps first rewrite the question with marks.
     """
-    chosen = draw_numbered(g, rng, 2, named=task == "distance")
+    places = g.numbered
+    if task == "distance":
+        places = [i for i in g.names if i in g.numbered]
+    chosen = draw_numbered(rng, places, 2)
     if not chosen:
         return None
-    a, b = marks(g, chosen)
     p, q = g.boxes[chosen, :3].tolist()
     steps, length = distance_steps(p, q)
 
     # by names, the steps say first which objects are meant
-    text = {"a": a, "b": b}
+    text = marks(g, chosen)
     if task == "distance":
-        steps = f"{a} from {b}? {steps}"
+        steps = f"{text['a']} from {text['b']}? {steps}"
         text = {"what": g.names[chosen[0]], "other": g.names[chosen[1]]}
     return dict(answer=metres(length), text=text, steps=steps + " =", value=math.dist(p, q))
 
@@ -1788,22 +1840,25 @@ class Blind:
     """
 
     def __init__(self, samples: Iterable[Sample]):
-        self.by_question, self.by_template, self.by_task = (defaultdict(Counter) for _ in range(3))
+        self.seen = defaultdict(Counter)  # key -> answer -> how often
         for sample in samples:
-            content = blind_content(sample)
-            self.by_question[sample.task, MARK.sub("", sample.question)][content] += 1
-            self.by_template[sample.task, sample.template][content] += 1
-            self.by_task[sample.task][content] += 1
+            for key in self.keys(sample):
+                self.seen[key][blind_content(sample)] += 1
+
+    def keys(self, sample):
+        """List what a question is found again by: its text, its template, its task."""
+        task = sample.task
+        return [(task, "question", MARK.sub("", sample.question)), (task, "template", sample.template), task]
 
     def answers(self, task: str, most: int = 200) -> list[str]:
         """List the training answers of a task, evenly thinned to `most`: what `chance` draws from."""
-        distinct = sorted(self.by_task[task])
+        distinct = sorted(self.seen[task])
         return distinct[:: max(1, math.ceil(len(distinct) / most))]
 
     def predict(self, sample: Sample, scene: Scene) -> str:
         """Give the blind answer; "" where training had no question of the template."""
-        seen = self.by_question[sample.task, MARK.sub("", sample.question)]
-        seen = seen or self.by_template[sample.task, sample.template]
+        question, template, _ = self.keys(sample)
+        seen = self.seen[question] or self.seen[template]
         if not seen:
             return ""
 
@@ -2166,7 +2221,7 @@ def distance_steps(a: Iterable[float], b: Iterable[float]) -> tuple[str, float]:
     return " ".join(parts), math.sqrt(total)
 
 
-TEMPLATES.update(subtract=("{numbers} =",), norm=("{numbers} =",))
+TEMPLATES.update(subtract=["{numbers} ="], norm=["{numbers} ="])
 METRIC.update(("subtract", "norm"))
 
 
@@ -2242,7 +2297,7 @@ def look_back(attention: nn.Module, heads: int, gain: float = 2.0) -> None:
 # ---- 6 the base model ------------------------------------------------------------------------------------------------
 
 
-def last_hidden(decoder: nn.Module, cache, **inputs) -> Tensor:
+def last_hidden(decoder, cache, **inputs):
     """Run a decoder of transformers over its inputs, behind a cache of keys and values or None: its last hidden state.
 
     The argument that takes the cache is called past_key_values up to transformers 5.39 and cache in later versions.
@@ -2259,32 +2314,32 @@ class SceneLanguageModel(nn.Module):
     greedily behind a prefix that all questions of a scene share.
     """
 
-    scene_inputs: tuple[str, ...] = ()  # what a stage may show: its `scene_input` is one of these
-    frozen_pretrained_names: tuple[str, ...] = ()  # weights that Config loads from elsewhere: no checkpoint holds them
+    scene_inputs = ()  # what a stage may show: its `scene_input` is one of these
+    frozen_pretrained_names = ()  # weights that Config loads from elsewhere: no checkpoint holds them
     frame_width = 0  # pixels of the longer side that frames should be read with, 0 = as they are
 
-    def __init__(self, config, text: TinyText | HubText):
+    def __init__(self, config, text):
         super().__init__()
         self.config, self.text = config, text
-        self.stage: Stage | None = None  # set by configure_stage
-        self.feature_cache: dict[str, dict[str, Tensor]] = {}  # frozen work in memory, by scene
-        self.feature_folder: Path | None = None  # and on disk
+        self.stage = None  # set by configure_stage
+        self.feature_cache = {}  # frozen work in memory: scene -> what `compute_features` gave
+        self.feature_folder = None  # and on disk
 
     @property
-    def device(self) -> torch.device:
+    def device(self):
         return self.llm.device
 
     # -- what every paper gives
 
-    def parts(self) -> dict[str, list]:
-        """Name -> modules and parameters that a stage may train: what `Stage.trains` chooses from."""
+    def parts(self):
+        """Map names to lists of modules and parameters that a stage may train: what `Stage.trains` chooses from."""
         raise NotImplementedError
 
-    def scene_length(self, scene: Scene) -> int:
+    def scene_length(self, scene):
         """Say how many tokens the scene takes; called in loader processes, on the CPU."""
         raise NotImplementedError
 
-    def encode(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
+    def encode(self, scenes):
         """Turn scenes into {"tokens" [S, K, D], "valid" [S, K] bool} and what else a paper keeps per token.
 
         A scalar "auxiliary_loss" (a mean) may be among them; training adds it once per answer token.
@@ -2293,70 +2348,68 @@ class SceneLanguageModel(nn.Module):
 
     # -- what a paper may give
 
-    def encoder_loss(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
+    def encoder_loss(self, scenes):
         """Loss of a stage without questions: {"loss", "weight", "correct"[, "count", "tokens"]} as in `forward`."""
         raise NotImplementedError
 
-    def compute_features(self, scene: Scene) -> dict[str, Tensor]:
-        """Do all frozen work on one scene, from its unturned geometry."""
+    def compute_features(self, scene):
+        """Do all frozen work on one scene, from its unturned geometry: name -> tensor."""
         return {}
 
-    def feature_settings(self) -> tuple:
+    def feature_settings(self):
         """List the settings that `compute_features` depends on."""
         return ()
 
-    def feature_weights(self) -> nn.Module | None:
-        """Name the module whose weights `compute_features` depends on."""
+    def feature_weights(self):
+        """Give the module whose weights `compute_features` depends on, or None."""
         return None
 
-    def object_to_text(self, scene: Scene, object_id: int) -> str:
+    def object_to_text(self, scene, object_id):
         """Write the object that a mark "<obj 3>" stands for."""
         return f"<OBJ{scene.identifiers[object_id]:03d}>"
 
-    def add_prompt(self, scene: Scene, sample: Sample, rng: np.random.Generator) -> Sample:
+    def add_prompt(self, scene, sample, rng):
         """Give a question its click or box, where a paper has such prompts."""
         return sample
 
-    def prompt_tokens(self, batch: dict, seen: dict[str, Tensor]) -> Tensor:
-        """Encode the prompts of a batch, in its order: [P, D]."""
+    def prompt_tokens(self, batch, seen):
+        """Encode the prompts of a batch, in its order, [P, D]; seen is what `encode` gave."""
         return seen["tokens"][0, :0]
 
-    def run_decoder(self, embeds: Tensor, is_scene: Tensor, positions: Tensor, mask: Tensor,
-                    cache=None) -> Tensor:  # fmt: skip
+    def run_decoder(self, embeds, is_scene, positions, mask, cache=None):
         """Run the language model over embeds [R, N, D] behind its cache: last hidden state [R, N, D].
 
         is_scene [R, N] bool marks scene and prompt tokens, positions [R, N], mask [R, 1, N, T] bool, True = may attend.
         """
         return last_hidden(self.llm.model, cache, inputs_embeds=embeds, attention_mask=mask, position_ids=positions)
 
-    def refusal(self, scene: Scene, question: str) -> str | None:
+    def refusal(self, scene, question):
         """Say why a question about a scene of one's own cannot be answered, or None."""
         return None
 
-    def proposals(self) -> dict[str, Callable[[Scene], Scene]]:
-        """Name the paper's own object proposals: scene -> scene with other objects."""
+    def proposals(self):
+        """Map names of the paper's own object proposals to functions: scene -> scene with other objects."""
         return {}
 
-    def baselines(self) -> dict:
-        """Name columns beside the score: context managers in which the model lacks something."""
+    def baselines(self):
+        """Map names of columns beside the score to context managers in which the model lacks something."""
         return {}
 
-    def token_centers(self, scene: Scene) -> np.ndarray:
+    def token_centers(self, scene):
         """Say where the scene's tokens are: [K, 3] meters, for pictures."""
         raise NotImplementedError
 
-    def pictures(self, scenes: Sequence[Scene], folder: Path) -> list[Path]:
+    def pictures(self, scenes, folder):
         """Draw what the model sees of some scenes; return the files."""
         return []
 
-    def answer_pictures(self, scene: Scene, samples: Sequence[Sample], answers: Sequence[str],
-                        folder: Path) -> list[Path]:  # fmt: skip
+    def answer_pictures(self, scene, samples, answers, folder):
         """Draw how the model came to its answers; return the files."""
         return []
 
     # -- stages
 
-    def configure_stage(self, stage: Stage) -> None:
+    def configure_stage(self, stage):
         """Freeze everything but the parts that the stage trains, and remember what it shows."""
         parts = self.parts()
         if stage.scene_input not in self.scene_inputs or not set(stage.trains) <= set(parts):
@@ -2367,7 +2420,7 @@ class SceneLanguageModel(nn.Module):
             for part in parts[name]:
                 part.requires_grad_(True)
 
-    def keep_trained_precise(self, stages: Sequence[Stage]) -> None:
+    def keep_trained_precise(self, stages):
         """Turn whatever some stage trains into float32: steps of 5e-6 would vanish in bfloat16."""
         for stage in stages:
             self.configure_stage(stage)
@@ -2375,7 +2428,7 @@ class SceneLanguageModel(nn.Module):
                 if p.requires_grad:
                     p.data = p.data.float()
 
-    def gradient_checkpointing_enable(self) -> None:
+    def gradient_checkpointing_enable(self):
         """Recompute the language model's activations in the backward pass: less memory, more time."""
         # transformers renames the method in version 6
         enable = getattr(self.llm, "activation_checkpointing_enable", self.llm.gradient_checkpointing_enable)
@@ -2383,11 +2436,11 @@ class SceneLanguageModel(nn.Module):
 
     # -- frozen work, once per scene
 
-    def uses_features(self) -> bool:
+    def uses_features(self):
         """Whether the stage sees what `compute_features` gives."""
         return True
 
-    def cache_key(self) -> str:
+    def cache_key(self):
         """Hash the settings and weights that the features depend on."""
         digest = hashlib.sha256(repr(self.feature_settings()).encode())
         weights = self.feature_weights()
@@ -2395,8 +2448,7 @@ class SceneLanguageModel(nn.Module):
             digest.update(name.encode() + value.detach().float().cpu().clone().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def cache_features(self, scenes: Sequence[Scene], folder: Path | None = None,
-                       rank: int = 0, world: int = 1) -> None:  # fmt: skip
+    def cache_features(self, scenes, folder=None, rank=0, world=1):
         """Do the frozen work of a rank's share of the scenes; the others' is then read from the folder."""
         from tqdm import tqdm
 
@@ -2406,8 +2458,8 @@ class SceneLanguageModel(nn.Module):
         for scene in tqdm(scenes[rank::world], "features", disable=rank > 0, mininterval=2):
             self.load_features(scene)
 
-    def load_features(self, scene: Scene) -> dict[str, Tensor]:
-        """Give a scene's features from memory, else from disk, else compute and keep them."""
+    def load_features(self, scene):
+        """Give a scene's features, name -> tensor, from memory, else from disk, else compute and keep them."""
         if scene.name in self.feature_cache:
             return self.feature_cache[scene.name]
 
@@ -2429,13 +2481,13 @@ class SceneLanguageModel(nn.Module):
 
     # -- questions
 
-    def write_marks(self, scene: Scene, sample: Sample) -> Sample:
+    def write_marks(self, scene, sample):
         """Put the paper's own words for objects in place of the marks in a question's texts."""
-        texts = {key: substitute(getattr(sample, key), partial(self.object_to_text, scene))
-                 for key in ("question", "steps", "answer")}  # fmt: skip
-        return replace(sample, **texts)
+        write = partial(self.object_to_text, scene)
+        texts = [substitute(text, write) for text in (sample.question, sample.steps, sample.answer)]
+        return replace(sample, question=texts[0], steps=texts[1], answer=texts[2])
 
-    def batch(self, groups: Sequence[tuple[Scene, Sequence[Sample]]]) -> dict:
+    def batch(self, groups):
         """Turn scenes with their questions into tensors (`collate`); runs in loader processes, on the CPU."""
         if not self.stage.tasks:
             return {"scenes": [scene for scene, _ in groups], "samples": []}
@@ -2447,26 +2499,26 @@ class SceneLanguageModel(nn.Module):
         lengths = [self.scene_length(scene) for scene, _ in groups]
         return collate(written, self.text, lengths, self.stage.steps)
 
-    def forward_llm(self, ids: Tensor, positions: Tensor, mask: Tensor, seen: dict,
-                    prompts: Tensor, cache=None) -> Tensor:  # fmt: skip
-        """Embed ids [R, N] with scene and prompt tokens in their places, and run the language model: [R, N, D]."""
-        return self.run_decoder(self.embed(ids, seen, prompts), ids < 0, positions, mask, cache)
-
-    def embed(self, ids: Tensor, seen: dict, prompts: Tensor) -> Tensor:
-        """Embed ids [R, N] with scene and prompt tokens in place of the placeholders: [R, N, D]."""
+    def forward_llm(self, ids, positions, mask, seen, prompts, cache=None):
+        """Run the language model over ids [R, N], scene and prompt tokens in place of the placeholders: [R, N, D]."""
         embeds = self.llm.get_input_embeddings()(ids.clamp(min=0))  # [R, N, D]
         scene_tokens = seen["tokens"][seen["valid"]].to(embeds)
-        embeds = embeds.masked_scatter((ids == SCENE)[..., None], scene_tokens)  # [R, N, D]
-        return embeds.masked_scatter((ids == PROMPT)[..., None], prompts.to(embeds))  # [R, N, D]
+        embeds = embeds.masked_scatter((ids == SCENE)[..., None], scene_tokens)
+        embeds = embeds.masked_scatter((ids == PROMPT)[..., None], prompts.to(embeds))
+        return self.run_decoder(embeds, ids < 0, positions, mask, cache)
 
-    def forward(self, batch: dict) -> dict[str, Tensor]:
+    def inputs(self, batch):
+        """Give ids, labels, positions and block of a batch on the model's device, all [S, T]."""
+        return [batch[name].to(self.device) for name in ("ids", "labels", "positions", "block")]
+
+    def forward(self, batch):
         """Sum the next-token loss over answer tokens.
 
         Returns: {"loss", "weight" = answer tokens, "correct" = those predicted right, "tokens" = all that were read}.
         """
         if not self.stage.tasks:
             return self.encoder_loss(batch["scenes"])
-        ids, labels, positions, block = (batch[k].to(self.device) for k in ("ids", "labels", "positions", "block"))
+        ids, labels, positions, block = self.inputs(batch)
         seen = self.encode(batch["scenes"])  # tokens [S, K, D]
         prompts = self.prompt_tokens(batch, seen)  # [P, D]
         hidden = self.forward_llm(ids, positions, packed_mask(block), seen, prompts)  # [S, T, D]
@@ -2482,7 +2534,7 @@ class SceneLanguageModel(nn.Module):
         return {"loss": loss, "weight": answered.sum(), "correct": correct, "tokens": (block >= 0).sum()}
 
     @torch.no_grad()
-    def generate(self, batch: dict, max_new_tokens: int = 64) -> list[str]:
+    def generate(self, batch, max_new_tokens=64):
         """Answer greedily, one text per question in the batch's order.
 
         A scene is read once: its keys and values are copied to a row per question, and every row writes a token at a
@@ -2494,7 +2546,7 @@ class SceneLanguageModel(nn.Module):
         """
         from transformers import DynamicCache
 
-        ids, labels, positions, block = (batch[k].to(self.device) for k in ("ids", "labels", "positions", "block"))
+        ids, labels, positions, block = self.inputs(batch)
         seen = self.encode(batch["scenes"])
         prompts = self.prompt_tokens(batch, seen)
         nothing = prompts[:0]
@@ -2503,10 +2555,10 @@ class SceneLanguageModel(nn.Module):
         P = int((block == 0).sum(1).max())
         shared = block[:, :P] == 0  # [S, P]
         cache = DynamicCache()
-        self.forward_llm(ids[:, :P].where(shared, self.text.pad), positions[:, :P].where(shared, 0),
-                         packed_mask(shared.long() - 1), seen, nothing, cache)  # fmt: skip
+        prefix, place = ids[:, :P].where(shared, self.text.pad), positions[:, :P].where(shared, 0)
+        self.forward_llm(prefix, place, packed_mask(shared.long() - 1), seen, nothing, cache)
 
-        # a row per question: what stands before its answer; the position that carries the first label ends it
+        # a row per question: its positions up to the one that carries the first label
         row, asked, places = [], [], []
         for s in range(len(block)):
             for q in range(1, int(block[s].max()) + 1):
@@ -2515,41 +2567,40 @@ class SceneLanguageModel(nn.Module):
                 row.append(s)
                 asked.append(ids[s, own[:end]])
                 places.append(positions[s, own[:end]])
-        row = torch.tensor(row, device=self.device)  # [Q]
-        length = torch.tensor([len(a) for a in asked], device=self.device)  # [Q]
-        question = pad_sequence(asked, batch_first=True, padding_value=self.text.pad)  # [Q, N]
-        position = pad_sequence(places, batch_first=True)  # [Q, N]
+
+        # padded on the left, so that all end in the last column
+        question = pad_sequence(asked, True, IGNORE, "left")  # [Q, N]
+        place = pad_sequence(places, True, 0, "left")  # [Q, N]
+        present = question != IGNORE
+        question = question.where(present, self.text.pad)
         N = question.shape[1]
 
         # read the questions behind copies of their scenes' prefixes
+        row = torch.tensor(row, device=self.device)  # [Q]
         cache.batch_select_indices(row)
-        present = torch.arange(N, device=self.device) < length[:, None]  # [Q, N]
         valid = torch.cat([shared[row], present], 1)  # [Q, P + N]
-        causal = torch.arange(P + N, device=self.device) <= torch.arange(P, P + N, device=self.device)[:, None]
+        causal = torch.ones_like(valid[:1]).expand(N, -1).tril(P)  # [N, P + N]
         mask = (valid[:, None] & causal)[:, None]  # [Q, 1, N, P + N]
-        hidden = self.forward_llm(question, position, mask, seen, prompts, cache)  # [Q, N, D]
-        index = torch.arange(len(row), device=self.device)  # which question a row answers
-        last = hidden[index, length - 1]  # [Q, D]
-        place = position[index, length - 1]  # [Q]
+        hidden = self.forward_llm(question, place, mask, seen, prompts, cache)  # [Q, N, D]
 
         # one token a step; a row that has ended leaves the batch
-        written: list[list[int]] = [[] for _ in asked]
+        index = torch.arange(len(row), device=self.device)  # which question a row answers
+        written = [[] for _ in asked]
         for _ in range(max_new_tokens):
-            token = self.llm.lm_head(last).argmax(-1)  # [rows]
+            token = self.llm.lm_head(hidden[:, -1]).argmax(-1)  # [rows]
             for i, t in zip(index.tolist(), token.tolist(), strict=True):
                 written[i].append(t)
             alive = (token != self.text.eos).nonzero()[:, 0]
             if not len(alive):
                 break
             cache.batch_select_indices(alive)
-            index, token, place, valid = index[alive], token[alive], place[alive] + 1, valid[alive]
-            valid = torch.cat([valid, valid.new_ones(len(alive), 1)], 1)
-            hidden = self.forward_llm(token[:, None], place[:, None], valid[:, None, None], seen, nothing, cache)
-            last = hidden[:, 0]
+            index, token, place = index[alive], token[alive, None], place[alive, -1:] + 1
+            valid = F.pad(valid[alive], (0, 1), value=True)
+            hidden = self.forward_llm(token, place, valid[:, None, None], seen, nothing, cache)
         return [self.text.decode(tokens) for tokens in written]
 
 
-def overfit_demo(model: SceneLanguageModel, scene: Scene, samples: Sequence[Sample], steps: int, lr: float) -> None:
+def overfit_demo(model, scene, samples, steps, lr):
     """Learn one scene's questions by heart: print the falling loss and the answer to the first question."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
