@@ -99,7 +99,7 @@ class LazyFrames:
     def __init__(self, load: Callable[[], Frames], key: str = ""):
         self.load, self.key = load, key  # key: what the files are known by
 
-    def __getattr__(self, name: str) -> np.ndarray:
+    def __getattr__(self, name):
         # copying and pickling look for methods of their own before `load` is there
         if name.startswith("__"):
             raise AttributeError(name)
@@ -107,7 +107,7 @@ class LazyFrames:
 
 
 @lru_cache(maxsize=1)
-def _read_frames(frames: LazyFrames) -> Frames:
+def _read_frames(frames):
     return frames.load()
 
 
@@ -134,7 +134,7 @@ class Scene:
     # kept by `scene_graph`; a copy starts without
     graph: SceneGraph | None = field(default=None, init=False, repr=False, compare=False)
 
-    def thing(self, object_id: int) -> Thing:
+    def thing(self, object_id):
         return next(o for o in self.objects if o.id == object_id)
 
 
@@ -165,7 +165,7 @@ class Sample:
     kind: str = ""  # sub-type for tables: "unique", "multiple", "what", "easy", ...
 
 
-def fingerprint(scene: Scene) -> str:
+def fingerprint(scene):
     """Hash what a scene is made of, so that a file of cached features belongs to it and not to its name.
 
     Frames on disk are known by their `key`, others by every 16th pixel. Turning a scene does not
@@ -189,7 +189,7 @@ def fingerprint(scene: Scene) -> str:
     return digest.hexdigest()[:12]
 
 
-def safe_name(name: str) -> str:
+def safe_name(name):
     """Turn a name that came from a file into a plain file name: it never leads out of its folder."""
     plain = re.sub(r"[^\w@.-]", "_", name).lstrip(".")
     if not plain:
@@ -200,19 +200,19 @@ def safe_name(name: str) -> str:
 MARK = re.compile(r"<obj (\d+)>")
 
 
-def substitute(text: str, object_to_text: Callable[[int], str]) -> str:
+def substitute(text, object_to_text):
     """Replace every mark "<obj 3>" by object_to_text(3)."""
     return MARK.sub(lambda found: object_to_text(int(found[1])), text)
 
 
-def number_objects(scene: Scene, rng: np.random.Generator, count: int = 100) -> dict[int, int]:
+def number_objects(scene, rng, count=100):
     """Draw identifiers 0..count-1 for the scene's objects; of more than `count` objects the largest get one."""
     by_volume = sorted(scene.objects, key=lambda o: (-float(np.prod(o.box[3:])), o.id))
     numbered = sorted(o.id for o in by_volume[:count])
     return dict(zip(numbered, rng.permutation(count).tolist(), strict=False))
 
 
-def augment(scene: Scene, rng: np.random.Generator, recolour: bool = False, mirror: bool = True) -> Scene:
+def augment(scene, rng, recolour=False, mirror=True):
     """Copy a scene with new identifiers and, at random, another of the eight symmetries of its floor plan.
 
     recolour: draw new object colors too, where the colors that a model sees come from the object
@@ -278,7 +278,7 @@ def knn(
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
 
-def nearest(queries: np.ndarray, points: np.ndarray, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def nearest(queries, points, k=1):
     """Call `knn` on arrays: distances [M, k] and indices [M, k]; of fewer than k points, all."""
     tensors = [torch.from_numpy(np.ascontiguousarray(a, np.float32)) for a in (queries, points)]
     distance, index = knn(*tensors, min(k, len(points)))
@@ -319,48 +319,46 @@ def group_mean(values: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tenso
     return total / size.clamp(min=1)[:, None], size
 
 
-def unproject(depth: np.ndarray, intrinsics: np.ndarray, poses: np.ndarray) -> np.ndarray:
+def unproject(depth, intrinsics, poses):
     """Turn depth into a map of world points: [V, H, W, 3] float32, NaN where depth is 0.
 
-    Args: depth [V, H, W], intrinsics [V, 3, 3], poses [V, 4, 4]. The first pixel's center is at
-    (0.5, 0.5).
+    Args: arrays depth [V, H, W], intrinsics [V, 3, 3], poses [V, 4, 4]. The first pixel's center is
+    at (0.5, 0.5).
     """
     # the centers of the pixels
     V, H, W = depth.shape
     u, v = np.meshgrid(np.arange(W) + 0.5, np.arange(H) + 0.5)
+    pixels = np.stack([u, v, np.ones((H, W))], axis=-1).reshape(-1, 3)  # [H * W, 3]
 
     # in the camera's frame: the ray of a pixel's center at depth 1, times the depth
-    K = intrinsics[:, :, :, None, None]  # [V, 3, 3, 1, 1]
-    x = (u - K[:, 0, 2]) / K[:, 0, 0]
-    y = (v - K[:, 1, 2]) / K[:, 1, 1]
-    rays = np.stack([x, y, np.ones((V, H, W))], axis=-1)  # [V, H, W, 3]
+    rays = pixels @ np.linalg.inv(intrinsics).swapaxes(1, 2)  # [V, H * W, 3]
     measured = np.where(depth > 0, depth, np.nan)
-    camera = (rays * measured[..., None]).reshape(V, H * W, 3)
+    camera = rays * measured.reshape(V, -1, 1)
 
     # to the world's
     world = camera @ poses[:, :3, :3].swapaxes(1, 2) + poses[:, None, :3, 3]
     return world.reshape(V, H, W, 3).astype(np.float32)
 
 
-def project(points: np.ndarray, K: np.ndarray, pose: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def project(points, K, pose):
     """Invert `unproject` for one camera: pixels [..., 2], NaN behind the camera, and depth [...].
 
-    Args: points [..., 3], K [3, 3], pose [4, 4].
+    Args: arrays points [..., 3], K [3, 3], pose [4, 4].
     """
     camera = (points - pose[:3, 3]) @ pose[:3, :3]
     depth = camera[..., 2]
     ahead = np.where(depth > 1e-6, depth, np.nan)
-    focal, center = K[[0, 1], [0, 1]], K[:2, 2]
-    return camera[..., :2] / ahead[..., None] * focal + center, depth
+    pixels = camera @ K.T / ahead[..., None]
+    return pixels[..., :2], depth
 
 
-def box_ends(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def box_ends(boxes):
     """Give the lowest and the highest corners [..., 3] of boxes [..., 6]."""
     center, half = boxes[..., :3], boxes[..., 3:] / 2
     return center - half, center + half
 
 
-def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def box_iou(a, b):
     """Compute the IoU [..., n, m] of boxes a [..., n, 6] and b [..., m, 6]."""
     a, b = a[..., :, None, :], b[..., None, :, :]  # every pair
     a_low, a_high = box_ends(a)
@@ -460,19 +458,17 @@ def _parse_parts(text):
     """Read a row's parts: their ends [m, axis, (low, high)] in 0..1 of the size, and their materials [m]."""
     boxes, materials = [], []
     for part in text.split(","):
-        words = part.split()
-        numbers = [int(word) / 100 for word in words if word.isdigit()]
-        if words[0] == "legs":
+        numbers = [int(number) / 100 for number in re.findall(r"\d+", part)]
+        new = [numbers]
+        if "legs" in part:
             top, thick = numbers
             ends = ((0, thick), (1 - thick, 1))
             new = [(*x, *y, 0, top) for x in ends for y in ends]
-        elif words[0] == "|":
+        if "|" in part:
             x0, x1, *rest = numbers
-            new = [numbers, (1 - x1, 1 - x0, *rest)]
-        else:
-            new = [numbers]
-        material = words[-1] if words[-1].isalpha() else ""
+            new.append((1 - x1, 1 - x0, *rest))
         boxes += new
+        material = re.search("[a-z]*$", part)[0]
         materials += [material for _ in new]
     return np.array(boxes).reshape(-1, 3, 2), materials
 
@@ -616,17 +612,16 @@ def _furnish(rng, count, side, height):
 
 
 def _unit(a):
-    return a / np.sqrt(a[:, :1] ** 2 + a[:, 1:2] ** 2 + a[:, 2:] ** 2)
+    # cumsum adds in the same order on every machine, sum does not
+    return a / np.sqrt(np.square(a).cumsum(1)[:, -1:])
 
 
 def _look(position, target):
     """Give the poses [V, 4, 4] of upright cameras at position [V, 3] that look at target [V, 3]."""
     forward = _unit(target - position)
-    right = _unit(np.stack([forward[:, 1], -forward[:, 0], np.zeros(len(forward))], 1))
-    (fx, fy, fz), (rx, ry, _) = forward.T, right.T
-    down = np.stack([-fz * ry, fz * rx, fx * ry - fy * rx], 1)  # forward x right
+    right = _unit(np.cross(forward, [0, 0, 1])) + 0.0  # never -0.0, whose bits differ
     pose = np.tile(np.eye(4), (len(forward), 1, 1))
-    pose[:, :3] = np.stack([right, down, forward, position], 2)
+    pose[:, :3] = np.stack([right, np.cross(forward, right), forward, position], 2)
     return pose
 
 
@@ -788,10 +783,10 @@ def _sample_surface(lo, hi, owner, bounds, count, rng):
     low = np.concatenate([lo, bounds[:1]])  # [B + 1, 3] with the room
     high = np.concatenate([hi, bounds[1:]])
     w, d, h = (high - low).T
-    area = np.stack([d * h, d * h, w * h, w * h, w * d, w * d], 1)  # [B + 1, 6] of the faces
+    area = np.stack([d * h, w * h, w * d], 1).repeat(2, 1)  # [B + 1, 6] of the faces
     area[B, 4] = 0.0  # no ceiling
 
-    # how often every box is drawn; cumsum adds in the same order on every machine, sum does not
+    # how often every box is drawn
     surface = (w * d + d * h + w * h)[:B]
     total = np.bincount(owner, surface)[1:]  # [objects]
     share = np.sqrt(total) / np.cumsum(np.sqrt(total))[-1]
@@ -849,7 +844,7 @@ def _paint(palette, face, xyz, boards, rng):
     return np.clip(colour, 0, 255).astype(np.uint8)
 
 
-def room(seed: int, objects: int | None = None, views: int = 12, size: int = 96, points: int = 4096) -> Scene:
+def room(seed, objects=None, views=12, size=96, points=4096):
     """Make a furnished room around x = y = 0; the same seed gives the same room on every machine.
 
     objects: how many, door and window included (default 8 to 16); the room grows with them. views
@@ -913,7 +908,7 @@ def room(seed: int, objects: int | None = None, views: int = 12, size: int = 96,
     return scene
 
 
-def rooms(seeds: Iterable[int], workers: int = 2, **options) -> list[Scene]:
+def rooms(seeds, workers=2, **options):
     """Make `room(seed, **options)` for all seeds, in their order, by `workers` forked processes (0: in this one).
 
     Workers use numpy's elementwise functions only, so each keeps to one thread and forking a
@@ -926,7 +921,7 @@ def rooms(seeds: Iterable[int], workers: int = 2, **options) -> list[Scene]:
         return pool.map(make, seeds)
 
 
-def category_icon(category: str, colour: str, size: int) -> np.ndarray:
+def category_icon(category, colour, size):
     """Draw the category's furniture alone on black, three-quarter view, filling the image: [size, size, 3] uint8.
 
     The paper embeds categories from drawn icons (Proxy3D); a category outside the table is drawn as
@@ -1081,7 +1076,7 @@ vsi_rel_direction:
     i stand at the {at} and look at the {facing}. {note}where is the {what}? {options}
     from the {at} i face the {facing}. {note}where is the {what}? {options}
 """
-TEMPLATES: dict[str, list[str]] = {}
+TEMPLATES = {}  # task or template -> wordings
 for _line in TEMPLATE_TABLE.strip().splitlines():
     if _line.endswith(":"):
         _wordings = TEMPLATES[_line[:-1]] = []
@@ -1142,41 +1137,41 @@ HEADINGS = {
 }
 
 
-def plural(noun: str) -> str:
+def plural(noun):
     if noun.endswith("shelf"):
         return noun[:-1] + "ves"
     return noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
 
 
-def phrase(category: str, colour: str, many: bool = False) -> str:
+def phrase(category, colour, many=False):
     """Name a group of things, "" = any: "red chair", "chairs", "red thing"."""
     noun = category or "thing"
     return f"{colour} {plural(noun) if many else noun}".lstrip()
 
 
-def article(noun: str) -> str:
+def article(noun):
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def mark(thing: Thing) -> str:
+def mark(thing):
     return f"<obj {thing.id}>"
 
 
-def metres(value: float) -> str:
+def metres(value):
     return f"{round(value, 2) + 0.0:.2f}"  # + 0.0: never "-0.00"
 
 
-def listed(values: Iterable[float]) -> str:
+def listed(values):
     """Write a point or a box: "[1.25, -0.80, 0.45]"."""
     return f"[{', '.join(map(metres, values))}]"
 
 
-def pick(rng: np.random.Generator, items: Sequence):
+def pick(rng, items):
     """Draw one item, None of nothing (much cheaper than rng.choice; 256 questions are made a step)."""
     return items[int(rng.random() * len(items))] if len(items) else None
 
 
-def several(rng: np.random.Generator, items: Sequence, count: int) -> list:
+def several(rng, items, count):
     """Draw `count` different items in random order, [] where there are fewer."""
     if len(items) < count:
         return []
@@ -1189,7 +1184,7 @@ def several(rng: np.random.Generator, items: Sequence, count: int) -> list:
 class SceneGraph:
     """Objects of a scene and how they relate; an object is named by its place in `things`."""
 
-    def __init__(self, scene: Scene):
+    def __init__(self, scene):
         self.objects, self.identifiers, self.bounds = scene.objects, scene.identifiers, scene.bounds
         self.floor_area = 0.0  # square meters, where the bounds are walls
         if scene.source == "rooms" and scene.bounds is not None:
@@ -1201,14 +1196,14 @@ class SceneGraph:
         self.numbered = [i for i, o in enumerate(things) if o.id in known]
 
         # who has the same category, the same color, both: (category, color) -> places, "" = any
-        self.groups: dict[tuple[str, str], list[int]] = {}
+        self.groups = {}
         for i, o in enumerate(things):
             for key in dict.fromkeys([(o.category, ""), ("", o.colour), (o.category, o.colour)]):
                 if any(key):
                     self.groups.setdefault(key, []).append(i)
 
         # what nothing else is: "chair", else "red chair", "red thing" without category
-        self.names: dict[int, str] = {}
+        self.names = {}  # place -> words
         for i, o in enumerate(things):
             for key in [(o.category, ""), (o.category, o.colour)]:
                 if len(self.groups.get(key, ())) == 1:
@@ -1233,20 +1228,20 @@ class SceneGraph:
         return "" if i is None else self.things[i].category
 
     @cached_property
-    def described(self) -> dict[int, str]:
+    def described(self):
         """The words for every object that has some (`describe`)."""
         words = {i: _words(self, i) for i in range(len(self.things))}
         return {i: text for i, text in words.items() if text}
 
 
-def scene_graph(scene: Scene) -> SceneGraph:
+def scene_graph(scene):
     """Work out what questions ask of a scene, once for its present objects."""
     if scene.graph is None or scene.graph.objects is not scene.objects:
         scene.graph = SceneGraph(scene)
     return scene.graph
 
 
-def _support(boxes: np.ndarray, bounds: np.ndarray | None) -> np.ndarray:
+def _support(boxes, bounds):
     """Find what boxes [n, 6] stand or hang on: [n] FLOOR, WALL, the place of what carries it, NOTHING."""
     # it stands on the floor to 5 cm
     low, high = box_ends(boxes)
@@ -1316,7 +1311,7 @@ def _words(g, i):
     return None
 
 
-def describe(scene: Scene, thing: Thing) -> str | None:
+def describe(scene, thing):
     """Give words that fit this thing alone, to be put behind "the"; None where nothing is unambiguous.
 
     "chair", "red chair", "chair nearest to the bed", "largest red thing".
@@ -1341,14 +1336,14 @@ def nearby_phrase(g, i):
 
 # -- from a draw to a question
 
-TASKS: dict[str, Callable[[Scene, np.random.Generator], Sample | None]] = {}
+TASKS = {}  # task -> a function (scene, rng) -> Sample or None
 METRIC = {  # tasks whose answers are in meters
     "coordinate", "distance_ids", "distance", "size", "vsi_abs_distance", "vsi_object_size", "vsi_room_size"
 }  # fmt: skip
 UNLABELLED = ("ground_superlative", "id_colour", "id_size")  # stand in where objects have no names
 
 
-def make_sample(function: Callable, task: str, scene: Scene, rng: np.random.Generator) -> Sample | None:
+def make_sample(function, task, scene, rng):
     """Draw and write one question of a task: what `function` draws, in one of its template's wordings.
 
     A drawn "text" fills the template, "wrong" are other answers of a multiple choice; the rest are
@@ -1606,8 +1601,7 @@ def measure(g, rng, task):
     if value < 0.1:
         return None
     text = dict(zip(("what", "other"), (g.names[i] for i in chosen), strict=False))
-    kind = template.removeprefix(task).strip("_")
-    return dict(answer=form.format(value), text=text, template=template, value=value, kind=kind)
+    return dict(answer=form.format(value), text=text, template=template, value=value)
 
 
 LOOKUPS = {
@@ -1661,8 +1655,7 @@ def lookup(g, rng, task):
     if i is None or not answers[i]:
         return None
     what = g.things[i].colour if template == "what_colour" else g.category(i)
-    kind = template.partition("_")[2]
-    return dict(answer=answers[i], text={"what": what}, template=template, kind=kind)
+    return dict(answer=answers[i], text={"what": what}, template=template)
 
 
 @generator("exist")
@@ -1673,7 +1666,7 @@ def exist(g, rng, task):
     key = pick(rng, keys_of(g, form)) if yes else absent(g, rng, form)
     if key is None:
         return None
-    return dict(answer="yes" if yes else "no", text={"what": article(phrase(*key))}, kind=form)
+    return dict(answer="yes" if yes else "no", text={"what": article(phrase(*key))})
 
 
 @generator("count", "vsi_counting")
@@ -1765,7 +1758,7 @@ def vsi_rel_distance(g, rng, task):
 # -- sets of questions
 
 
-def adopt(paper) -> None:
+def adopt(paper):
     """Take a paper's own question types among the shared ones: its TASKS, and TEMPLATES and METRIC if it has them."""
     own = vars(paper)
     TASKS.update(own["TASKS"])
@@ -1773,7 +1766,7 @@ def adopt(paper) -> None:
     METRIC.update(own.get("METRIC", ()))
 
 
-def vocabulary(categories: Iterable[str] = CATEGORIES) -> list[str]:
+def vocabulary(categories=CATEGORIES):
     """List every word that a question, its steps or its answer may hold, for a word-level tokenizer."""
     texts = [WORDS, *COLOURS, *SELECT, *itertools.chain(*SIDES, *TEMPLATES.values())]
     for kinds in HEADINGS.values():
@@ -1783,7 +1776,7 @@ def vocabulary(categories: Iterable[str] = CATEGORIES) -> list[str]:
     return sorted(set(re.findall(r"[a-z]+", " ".join(texts))))
 
 
-def questions(scene: Scene, mix: dict[str, float], count: int, rng: np.random.Generator) -> list[Sample]:
+def questions(scene, mix, count, rng):
     """Draw `count` questions, tasks by the weights of `mix`.
 
     A draw that the scene cannot give is replaced by another, four per question at most, so a poor
@@ -1801,7 +1794,7 @@ def questions(scene: Scene, mix: dict[str, float], count: int, rng: np.random.Ge
     return samples
 
 
-def question_set(scenes: Iterable[Scene], tasks: Iterable[str], per_scene: int, seed: int) -> list[Sample]:
+def question_set(scenes, tasks, per_scene, seed):
     """Make an evaluation's questions: per scene and task up to `per_scene` different ones.
 
     Every (scene, task) has a random stream of its own, so a subset of scenes or tasks gets the same
@@ -1812,7 +1805,7 @@ def question_set(scenes: Iterable[Scene], tasks: Iterable[str], per_scene: int, 
         rng = np.random.default_rng([seed, zlib.crc32(scene.name.encode()), zlib.crc32(task.encode())])
 
         # of the same question asked twice, the first stays
-        found: dict[str, Sample] = {}
+        found = {}
         for _ in range(8 * per_scene):
             sample = TASKS[task](scene, rng)
             if sample and sample.question not in found and len(found) < per_scene:
@@ -1825,7 +1818,7 @@ def question_set(scenes: Iterable[Scene], tasks: Iterable[str], per_scene: int, 
 # -- baselines: what a score must be seen against
 
 
-def blind_content(sample: Sample) -> str:
+def blind_content(sample):
     """Give what can be known blindly of an answer: an option's text for its letter, nothing for marks."""
     for option in sample.options or ():
         if option.startswith(sample.answer + ". "):
@@ -1839,7 +1832,7 @@ class Blind:
     Of meters the median, of points and boxes the mean, for marks an arbitrary object of the scene.
     """
 
-    def __init__(self, samples: Iterable[Sample]):
+    def __init__(self, samples):
         self.seen = defaultdict(Counter)  # key -> answer -> how often
         for sample in samples:
             for key in self.keys(sample):
@@ -1850,12 +1843,12 @@ class Blind:
         task = sample.task
         return [(task, "question", MARK.sub("", sample.question)), (task, "template", sample.template), task]
 
-    def answers(self, task: str, most: int = 200) -> list[str]:
+    def answers(self, task, most=200):
         """List the training answers of a task, evenly thinned to `most`: what `chance` draws from."""
         distinct = sorted(self.seen[task])
         return distinct[:: max(1, math.ceil(len(distinct) / most))]
 
-    def predict(self, sample: Sample, scene: Scene) -> str:
+    def predict(self, sample, scene):
         """Give the blind answer; "" where training had no question of the template."""
         question, template, _ = self.keys(sample)
         seen = self.seen[question] or self.seen[template]
@@ -1884,7 +1877,7 @@ class Blind:
 EVEN = {"yes", "no", "left", "right", "front", "behind"}  # answers of which there is one other
 
 
-def chance(sample: Sample, scene: Scene, answers: Sequence[str], score: Callable[[str], float]) -> float:
+def chance(sample, scene, answers, score):
     """Compute the expected score of a guess drawn uniformly from what the very question allows.
 
     That is the numbered objects of the scene (for "multi" also "no"; one object against m targets
@@ -1915,7 +1908,7 @@ TUPLE = re.compile(r"\[([^\[\]]{1,200})\]")
 PIECE = re.compile(r"<obj\d{3}>|\[[^\[\]]*\]|[xyzwdh][+-]?\d+\.\d+|-?\d+\.\d+|\d+|[a-z]+(?:'[a-z]+)?|[^\sa-z0-9]")
 
 
-def tuples(text: str, size: int) -> list[np.ndarray | None]:
+def tuples(text, size):
     """Find every bracketed list of `size` entries: [size] float, None where one is no finite number."""
     found = []
     for inside in TUPLE.findall(text):
@@ -1940,7 +1933,7 @@ class TinyText:
 
     template = ("", "", "")  # text before the scene tokens, behind them, between question and answer
 
-    def __init__(self, words: Iterable[str]):
+    def __init__(self, words):
         # number tokens: piece -> (axis, meters)
         numbers = {}
         for axis, (low, high) in NUMBERS.items():
@@ -1958,29 +1951,29 @@ class TinyText:
         self.number = {self.index[p]: number for p, number in numbers.items()}  # the same by token
 
     @classmethod
-    def train(cls, texts: Iterable[str]) -> TinyText:
+    def train(cls, texts):
         """Take every word of the texts as the vocabulary."""
         pieces = [p for text in texts for p in PIECE.findall(text.lower())]
         return cls(p for p in pieces if p[0].isalpha() and p[-1].isalpha())
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.pieces)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text):
         pieces = [p for word in PIECE.findall(text.lower()) for p in number_pieces(word)]
         return [self.index.get(p, self.unk) for p in pieces]
 
-    def unknown(self, text: str) -> list[str]:
+    def unknown(self, text):
         return [p for p in PIECE.findall(text.lower()) if p.isalpha() and p not in self.index]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids):
         """Write the ids up to <eos>: number tokens as meters, identifiers in capitals, as scores read them."""
         pieces = [self.pieces[int(i)] for i in ids if int(i) != self.pad]
         text = join_numbers(" ".join(pieces).partition("<eos>")[0].strip())
         text = re.sub(r" ([.,?!:;])", r"\1", text)
         return re.sub(r"<obj(\d{3})>", r"<OBJ\1>", text)
 
-    def state(self) -> dict:
+    def state(self):
         return {"kind": "tiny", "words": self.words}
 
 
@@ -1991,7 +1984,7 @@ class HubText:
     with two decimals. Raises DataError where there is no such model.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name):
         from transformers import AutoTokenizer
 
         try:
@@ -2013,23 +2006,23 @@ class HubText:
         if "<|vision_start|>" in self.tokenizer.get_vocab():
             self.template = (before + "<|vision_start|>", "<|vision_end|>\n", after)
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.tokenizer)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def unknown(self, text: str) -> list[str]:
+    def unknown(self, text):
         return []
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids):
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True).strip()
 
-    def state(self) -> dict:
+    def state(self):
         return {"kind": "hub", "name": self.name}
 
 
-def load_text(state: dict) -> TinyText | HubText:
+def load_text(state):
     """Make the tokenizer that `state()` described."""
     return TinyText(state["words"]) if state["kind"] == "tiny" else HubText(state["name"])
 
@@ -2077,12 +2070,7 @@ class Stage:
     files: dict[str, Source] = field(default_factory=dict)  # official files asked instead, where a run is given them
 
 
-def collate(
-    groups: Sequence[tuple[Scene, Sequence[Sample]]],
-    text: TinyText | HubText,
-    lengths: Sequence[int],
-    steps: bool = False,
-) -> dict:
+def collate(groups, text, lengths, steps=False):
     """Pack every scene's questions behind its scene tokens: one row per scene, scene tokens once, all questions.
 
     A question sees the scene and itself, never its neighbors (`packed_mask`), and its positions
@@ -2094,8 +2082,8 @@ def collate(
         positions  0  1  2   3    4      5  6  2  3     4 5    6  7
         block      0  0  1   1    1      1  1  2  2     2 2    2  2
 
-    Args: groups, scenes with questions whose marks are already replaced; lengths, scene tokens per
-    scene; steps, write Sample.steps before the answer.
+    Args: groups, pairs of a scene and its questions, whose marks are already replaced; text, the
+    tokenizer; lengths, scene tokens per scene; steps, write Sample.steps before the answer.
     Returns: ids [S, T] with SCENE and PROMPT placeholders, labels [S, T] (what position t must
     predict), positions [S, T], block [S, T] (-1 padding, 0 shared prefix, q >= 1 the question),
     prompts [P, 6], scenes, samples.
@@ -2173,7 +2161,7 @@ PLACE = re.compile(r"x#\d+ y#\d+ z#\d+(?: w#\d+ d#\d+ h#\d+)?")
 NUMBER = re.compile(r"([xyzwdhl])#(\d+)")
 
 
-def number_pieces(word: str) -> list[str]:
+def number_pieces(word):
     """Split a word of TinyText into number tokens: "[1.25, -0.80, 0.45]" -> "x#148", "y#115", "z#23"."""
     # which axes its numbers belong to
     if word[0] == "[":
@@ -2194,21 +2182,21 @@ def number_pieces(word: str) -> list[str]:
     return pieces
 
 
-def join_numbers(text: str) -> str:
+def join_numbers(text):
     """Invert `number_pieces` in a text: runs of x y z (w d h) become tuples, others keep their axis."""
 
-    def write(found: re.Match) -> str:
+    def write(found):
         axis, i = found.groups()
         return f"{axis}{NUMBERS[axis][0] + int(i) / BINS:.2f}".removeprefix("l")
 
-    def write_tuple(run: re.Match) -> str:
+    def write_tuple(run):
         numbers = [NUMBER.sub(write, piece)[1:] for piece in run[0].split()]
         return f"[{', '.join(numbers)}]"
 
     return NUMBER.sub(write, PLACE.sub(write_tuple, text))
 
 
-def distance_steps(a: Iterable[float], b: Iterable[float]) -> tuple[str, float]:
+def distance_steps(a, b):
     """Write the steps of a distance and compute the length that follows from the printed numbers.
 
     Per axis both coordinates and their unsigned difference: "x1.25 x0.50 0.75 y-0.80 ...".
@@ -2246,7 +2234,7 @@ def drill(g, rng, task):
     return dict(answer=metres(length), text={"numbers": numbers}, value=length)
 
 
-def start_weights(part: nn.Module) -> None:
+def start_weights(part):
     """Draw every linear map and convolution from N(0, 1 / inputs), the scale for widths of hundreds; biases zero."""
     for module in part.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
@@ -2256,7 +2244,7 @@ def start_weights(part: nn.Module) -> None:
 
 
 @torch.no_grad()
-def start_decoder(decoder: nn.Module, heads: int) -> None:
+def start_decoder(decoder, heads):
     """Start a small decoder (Qwen2 or Llama layers, weights from `start_weights`) where pre-training would lead.
 
     With keys = queries and output = transposed values every head is "find the token like me and add
@@ -2270,7 +2258,7 @@ def start_decoder(decoder: nn.Module, heads: int) -> None:
     decoder.norm.weight.fill_(0.1)
 
 
-def look_back(attention: nn.Module, heads: int, gain: float = 2.0) -> None:
+def look_back(attention, heads, gain=2.0):
     """Turn the first two heads into "the word before" and "the one before that".
 
     Constant queries and keys (biases) whose rotary angles agree at that distance, so that a
