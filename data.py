@@ -22,7 +22,6 @@ Contents: 1 scenes and samples · 2 geometry · 3 procedural rooms · 4 question
 from __future__ import annotations
 
 import argparse
-import cmath
 import hashlib
 import importlib
 import importlib.util
@@ -111,6 +110,9 @@ def _read_frames(frames):
     return frames.load()
 
 
+Array = np.ndarray | None  # where a source may have none
+
+
 @dataclass
 class Scene:
     """One place. Arrays that a source does not have are None; code that needs one raises DataError."""
@@ -118,13 +120,13 @@ class Scene:
     name: str
     source: str  # "rooms" | "scannet" | "rgbd" | "video" | "ply"
     objects: list[Thing]
-    points: np.ndarray | None = None  # [N, 3] float32
-    colours: np.ndarray | None = None  # [N, 3] uint8
-    normals: np.ndarray | None = None  # [N, 3] float32 unit
-    superpoints: np.ndarray | None = None  # [N] int64, contiguous from 0
-    instances: np.ndarray | None = None  # [N] int64 object ids, 0 = none
+    points: Array = None  # [N, 3] float32
+    colours: Array = None  # [N, 3] uint8
+    normals: Array = None  # [N, 3] float32 unit
+    superpoints: Array = None  # [N] int64, contiguous from 0
+    instances: Array = None  # [N] int64 object ids, 0 = none
     frames: Frames | LazyFrames | None = None
-    bounds: np.ndarray | None = None  # [2, 3] lowest and highest corner of the room or cloud
+    bounds: Array = None  # [2, 3] lowest and highest corner of the room or cloud
     metric: bool = True  # False: unknown scale, metric questions are refused
     # the augmentation already applied to boxes and points; features cached before it apply it to
     # their coordinates
@@ -156,10 +158,10 @@ class Sample:
     steps: str = ""  # written before the answer where a model reasons aloud; never scored
     targets: list[int] | None = None  # object ids (grounding), [] = nothing fits
     value: float | None = None  # numeric truth: meters, square meters, count
-    point: np.ndarray | None = None  # [3] truth of a coordinate question
-    box: np.ndarray | None = None  # [6] truth of a box question
+    point: Array = None  # [3] truth of a coordinate question
+    box: Array = None  # [6] truth of a box question
     options: list[str] | None = None  # multiple choice, "A. chair"
-    prompt: np.ndarray | None = None  # [6] box or [3] click that belongs to the question
+    prompt: Array = None  # [6] box or [3] click that belongs to the question
     about: list[int] = field(default_factory=list)  # object ids that the question describes
     template: str = ""  # a key of TEMPLATES: what the blind baseline falls back on
     kind: str = ""  # sub-type for tables: "unique", "multiple", "what", "easy", ...
@@ -285,20 +287,18 @@ def nearest(queries, points, k=1):
     return distance.numpy(), index.numpy()
 
 
-def farthest_point_sampling(points: Tensor, count: int, first: int | None = None) -> Tensor:
+def farthest_point_sampling(points: Tensor, count: int) -> Tensor:
     """Choose points one by one, each the farthest from those chosen before; of equals the lowest index.
 
-    Args: points [N, 3]; count, at most N are taken; first: index to start at, by default the point
-    farthest from the centroid. Returns: indices [count].
+    Args: points [N, 3]; count, at most N are taken. Returns: indices [count], first the point
+    farthest from the centroid.
     """
     # start at the rim, so that the choice does not depend on the order of the points
     count = min(count, len(points))
     chosen = torch.empty(count, dtype=torch.long, device=points.device)
-    if first is None:
-        first = (points - points.mean(0)).square().sum(1).argmax()
+    index = (points - points.mean(0)).square().sum(1).argmax()
 
     # then always where the nearest chosen point is farthest
-    index = first
     distance = torch.full_like(points[:, 0], float("inf"))  # [N] squared, to the nearest chosen point
     for i in range(count):
         chosen[i] = index
@@ -551,8 +551,7 @@ def _choose(rng, count):
     # stand on
     surface = SURFACES[rng.integers(len(SURFACES))]
     others = [c for c in CATEGORIES if c not in ("door", "window", surface)]
-    order = rng.permutation(len(others))[: max(11, count // 5)]
-    chosen = [surface, *(others[i] for i in order)]
+    chosen = [surface, *several(rng, others, len(others))[: max(11, count // 5)]]
     more = rng.integers(1, len(chosen), max(count - 3, 0))
     drawn = [surface, *(chosen[i] for i in more)]
 
@@ -570,8 +569,7 @@ def _choose(rng, count):
 def _furnish(rng, count, side, height):
     """Place `count` objects that do not touch: a list of Furniture, or None where the room is too small."""
     queue, chosen = _choose(rng, count)
-    colours = list(COLOURS)
-    unused = {c: [colours[i] for i in rng.permutation(len(colours))] for c in chosen}
+    unused = {category: several(rng, list(COLOURS), len(COLOURS)) for category in chosen}
     placed, taken, tops, tables = [], [], [], []
     for category in queue:
         if len(placed) == count:
@@ -589,8 +587,7 @@ def _furnish(rng, count, side, height):
         clash = (low - margin)[:, None] < taken_high - 1e-6
         clash &= (high + margin)[:, None] > taken_low + 1e-6
         good = ~clash.all(2).any(1) & (high[:, 2] < height)
-        good &= (low[:, :2] >= -side / 2 - 1e-9).all(1)
-        good &= (high[:, :2] <= side / 2 + 1e-9).all(1)
+        good &= (np.maximum(-low, high)[:, :2] <= side / 2 + 1e-9).all(1)
         if not good.any():
             continue
         i = good.argmax()
@@ -668,7 +665,7 @@ def _close_ups(rng, count, survey, side, low, high):
     nearness = (inside / np.maximum(z, 0.1) ** 2).max(0)
     _, middle, largest = np.sort(high - low, axis=1).T
     order = np.argsort(nearness * middle * largest, kind="stable")
-    pick = order[np.arange(count) % len(low)]
+    pick = np.resize(order, count)
 
     # candidates about it, towards the middle of the room: what hangs on a wall is seen from the
     # front
@@ -734,8 +731,7 @@ def ray_cast(lo, hi, pose, size, bounds=None, half_fov=HALF_FOV):
     rays = rays.astype(np.float32)  # [3, size, size]
     rays[rays == 0] = 1e-9
     inverse = 1 / rays
-    low = (lo - eye).astype(np.float32)
-    high = (hi - eye).astype(np.float32)
+    ends = (np.stack([lo, hi]) - eye).astype(np.float32)  # [2, B, 3]
 
     # the room first, if there is one: seen from inside, a ray meets it at its first exit
     depth = np.full((size, size), np.inf, np.float32)
@@ -749,13 +745,11 @@ def ray_cast(lo, hi, pose, size, bounds=None, half_fov=HALF_FOV):
         found[:] = len(lo)
 
     # then every box, in its rectangle on the image
-    for box, (u0, v0, u1, v1) in enumerate(_rectangles(low, high, pose, size, half_fov)):
+    for box, (u0, v0, u1, v1) in enumerate(_rectangles(*ends, pose, size, half_fov)):
         if u0 >= u1 or v0 >= v1:
             continue
         window = np.s_[v0:v1, u0:u1]
-        scale = inverse[:, v0:v1, u0:u1]
-        a = low[box, :, None, None] * scale
-        b = high[box, :, None, None] * scale
+        a, b = ends[:, box, :, None, None] * inverse[:, v0:v1, u0:u1]
         entries = np.minimum(a, b)
         enter = entries.max(0)
         leave = np.maximum(a, b).min(0)
@@ -853,13 +847,13 @@ def room(seed, objects=None, views=12, size=96, points=4096):
     ones); no two objects share category and color. Superpoints are the faces of parts, cut at every
     meter. Raises DataError for a number of objects that cannot be furnished.
     """
-    most = len(CATEGORIES) * len(COLOURS) * 2 // 3  # beyond, too few pairs of category and color are left
-    if objects is not None and not 3 <= objects <= most:
-        raise DataError(f"room: objects = {objects}; give 3 to {most}")
     rng = np.random.Generator(np.random.PCG64(seed))
     count = int(rng.integers(8, 17))
     side, height = rng.uniform(4.0, 6.5, 2), 2.6
     if objects is not None:
+        most = len(CATEGORIES) * len(COLOURS) * 2 // 3  # beyond, too few pairs of category and color are left
+        if not 3 <= objects <= most:
+            raise DataError(f"room: objects = {objects}; give 3 to {most}")
         count = objects
         side = side * max(1.0, np.sqrt(1.3 * objects / (side[0] * side[1])))
 
@@ -867,7 +861,7 @@ def room(seed, objects=None, views=12, size=96, points=4096):
     # category
     while (placed := _furnish(rng, count, side, height)) is None:
         side = side * 1.08
-    placed = [placed[i] for i in rng.permutation(count)]
+    placed = several(rng, placed, count)
     low = np.array([p.low.min(0) for p in placed])
     high = np.array([p.high.max(0) for p in placed])
     boxes = np.concatenate([(low + high) / 2, high - low], 1)
@@ -902,9 +896,8 @@ def room(seed, objects=None, views=12, size=96, points=4096):
         scene.normals = NORMALS[face]
         scene.instances = owner[box]
         scene.colours = _paint(palette, 6 * box + face, xyz, boards, rng)
-        x, y, z = np.floor(xyz).astype(int).T + 512
-        piece = ((z * len(palette) + 6 * box + face) * 1024 + x) * 1024 + y
-        scene.superpoints = np.unique(piece, return_inverse=True)[1]
+        piece = np.column_stack([np.floor(xyz).astype(int), 6 * box + face])
+        scene.superpoints = np.unique(piece[:, [2, 3, 0, 1]], axis=0, return_inverse=True)[1].ravel()
     return scene
 
 
@@ -1116,25 +1109,20 @@ SELECT = RELATIONS | EXTREMES
 FORMS = {"category": (True, False), "colour": (False, True), "pair": (True, True)}
 SIDES = (("left", "right"), ("front", "behind"), ("below", "above"))  # per axis: negative, positive
 
-# Directions from a situation: answer -> its sector in degrees, left positive, with a margin at
+# Directions from a situation: answer and its sector in degrees, left positive, with a margin at
 # every edge.
-HEADINGS = {
-    "situated": {
-        "side": {"left": (20, 160), "right": (200, 340)},
-        "depth": {"front": (-70, 70), "behind": (110, 250)},
-        "turn": {"no": (-70, 70), "yes": (110, 250)},
-    },
-    "vsi_rel_direction": {
-        "easy": {"left": (15, 165), "right": (195, 345)},
-        "medium": {"left": (15, 120), "right": (240, 345), "back": (150, 210)},
-        "hard": {
-            "front-left": (15, 75),
-            "front-right": (285, 345),
-            "back-left": (105, 165),
-            "back-right": (195, 255),
-        },
-    },
-}
+HEADING_TABLE = """
+situated_side: left 20 160, right 200 340
+situated_depth: front -70 70, behind 110 250
+situated_turn: no -70 70, yes 110 250
+vsi_rel_direction_easy: left 15 165, right 195 345
+vsi_rel_direction_medium: left 15 120, right 240 345, back 150 210
+vsi_rel_direction_hard: front-left 15 75, front-right 285 345, back-left 105 165, back-right 195 255
+"""
+HEADINGS = {}
+for _line in HEADING_TABLE.strip().splitlines():
+    _name, *_sectors = re.split("[:,] ", _line)
+    HEADINGS[_name] = [(answer, int(low), int(high)) for answer, low, high in map(str.split, _sectors)]
 
 
 def plural(noun):
@@ -1391,6 +1379,10 @@ def draw_numbered(rng, places, count):
 # -- generators
 
 
+def pointed(thing, what, kind):
+    return dict(answer=mark(thing), text={"what": what}, template="ground", targets=[thing.id], kind=kind)
+
+
 @generator("ground", "ground_multiple", "ground_category")
 def ground(g, rng, task):
     """Ask for one object by category and color (ground_category: by its unique category).
@@ -1409,8 +1401,7 @@ def ground(g, rng, task):
         return None
     o = g.things[i]
     what = phrase(o.category, o.colour if form == "pair" else "")
-    kind = "unique" if i in g.unique else "multiple"
-    return dict(answer=mark(o), text={"what": what}, template="ground", targets=[o.id], kind=kind)
+    return pointed(o, what, "unique" if i in g.unique else "multiple")
 
 
 @generator("ground_relation", "ground_superlative")
@@ -1441,10 +1432,9 @@ def ground_by(g, rng, task):
         group = g.groups.get(key, range(len(g.things)))
         i = select(g, how, group, anchor)
         if i in g.numbered:
-            o, what, kind = g.things[i], selection(g, how, key, anchor), how
             if len(group) == 1:
-                what, kind = phrase(*key), "only"
-            return dict(answer=mark(o), text={"what": what}, template="ground", targets=[o.id], kind=kind)
+                return pointed(g.things[i], phrase(*key), "only")
+            return pointed(g.things[i], selection(g, how, key, anchor), how)
     return None
 
 
@@ -1604,15 +1594,8 @@ def measure(g, rng, task):
     return dict(answer=form.format(value), text=text, template=template, value=value)
 
 
-LOOKUPS = {
-    "colour": ("colour",),
-    "what": ("what_colour", "what_on", "what_near"),
-    "where": ("where_support", "where_near"),
-}
-
-
 def known_answers(g, template):
-    """Answer a template of LOOKUPS about every object it may be asked of: place -> word, "" = unclear."""
+    """Answer a template of `lookup` about every object it may be asked of: place -> word, "" = unclear."""
     movable = [i for i in g.unique if g.category(i) not in BUILT]
 
     # by looking at it
@@ -1635,7 +1618,7 @@ def known_answers(g, template):
     return {i: nearby_phrase(g, i) for i in movable if g.support[i] == FLOOR}
 
 
-@generator(*LOOKUPS)
+@generator("colour", "what", "where")
 def lookup(g, rng, task):
     """Ask for a word that the scene graph knows.
 
@@ -1643,7 +1626,7 @@ def lookup(g, rng, task):
     desk, of the thing nearest to the bed. where: what the only lamp stands or hangs on, or in other
     words what it is near.
     """
-    template = pick(rng, LOOKUPS[task])
+    template = pick(rng, [name for name in TEMPLATES if name.partition("_")[0] == task])
     answers = known_answers(g, template)
     places = list(answers)
 
@@ -1666,7 +1649,7 @@ def exist(g, rng, task):
     key = pick(rng, keys_of(g, form)) if yes else absent(g, rng, form)
     if key is None:
         return None
-    return dict(answer="yes" if yes else "no", text={"what": article(phrase(*key))})
+    return dict(answer="yes" if yes else "no", text={"what": article(phrase(*key))}, kind=form)
 
 
 @generator("count", "vsi_counting")
@@ -1719,10 +1702,9 @@ def heading(g, rng, task):
     SQA3D's situations, or VSI-Bench's choices among the only objects of their category. The answer
     is drawn first.
     """
-    kind = pick(rng, list(HEADINGS[task]))
-    sectors = HEADINGS[task][kind]
-    answer = pick(rng, list(sectors))
-    low, high = sectors[answer]
+    name = pick(rng, [name for name in HEADINGS if name.startswith(task)])
+    kind = name.rpartition("_")[2]
+    answer, low, high = pick(rng, HEADINGS[name])
     for _ in range(8):
         # three objects, each at least 0.8 m from the others on the floor plan
         chosen = several(rng, list(g.names) if task == "situated" else g.unique, 3)
@@ -1732,13 +1714,13 @@ def heading(g, rng, task):
 
         # degrees to turn from what is faced to what is asked about, left positive
         at, facing, what = (complex(*p) for p in xy)
-        turn = math.degrees(cmath.phase((what - at) / (facing - at)))
+        turn = np.angle((what - at) / (facing - at), deg=True)
         if (turn - low) % 360 <= high - low:
             text = dict(zip(("at", "facing", "what"), (g.names[i] for i in chosen), strict=True))
             if task == "situated":
-                return dict(answer=answer, text=text, template=f"situated_{kind}", kind=kind)
+                return dict(answer=answer, text=text, template=name, kind=kind)
             text["note"] = "back means at least 135 degrees to turn. " if kind == "medium" else ""
-            wrong = [other for other in sectors if other != answer]
+            wrong = [other for other, *_ in HEADINGS[name] if other != answer]
             return dict(answer=answer, text=text, wrong=wrong, kind=kind)
     return None
 
@@ -1769,8 +1751,8 @@ def adopt(paper):
 def vocabulary(categories=CATEGORIES):
     """List every word that a question, its steps or its answer may hold, for a word-level tokenizer."""
     texts = [WORDS, *COLOURS, *SELECT, *itertools.chain(*SIDES, *TEMPLATES.values())]
-    for kinds in HEADINGS.values():
-        texts += itertools.chain(*kinds.values())
+    for sectors in HEADINGS.values():
+        texts += [answer for answer, *_ in sectors]
     for category in filter(None, categories):
         texts += [category, plural(category)]
     return sorted(set(re.findall(r"[a-z]+", " ".join(texts))))

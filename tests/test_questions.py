@@ -446,7 +446,7 @@ def test_a_thing_on_a_desk_by_the_wall_or_in_front_of_it_is_told_apart():
         thing(5, "mat", "red", -0.6, 4.5, 0.81, h=0.02),
         thing(6, "cup", "red", -0.6, 4.5, 0.87, h=0.1),
     )
-    said = {s.question: s.answer for s in draws(scene, "where", 200) if s.kind == "support"}
+    said = {s.question: s.answer for s in draws(scene, "where", 200) if s.template == "where_support"}
     by = {name: {a for q, a in said.items() if name in q} for name in ("desk", "book", "tv", "clock", "cup")}
     desk = {"on the desk"}
     assert by == {"desk": {"on the floor"}, "book": desk, "tv": set(), "clock": {"on the wall"}, "cup": desk}
