@@ -58,6 +58,12 @@ COLOURS = {  # name -> RGB in 0..255; also the vocabulary in which real surfaces
 }  # fmt: skip
 
 
+def read_table(text):
+    """Read rows "name: content" into a dict; an indented line continues the row above it."""
+    rows = text.replace("\n    ", " ").strip().splitlines()
+    return dict(row.split(": ", 1) for row in rows)
+
+
 class DataError(ValueError):
     """One line for the user: what is wrong, where (file and field), and the remedy.
 
@@ -251,9 +257,7 @@ def augment(scene, rng, recolour=False, mirror=True):
 # ---- 2 geometry ------------------------------------------------------------------------------------------------------
 
 
-def knn(
-    queries: Tensor, points: Tensor, k: int, chunk: int = 4096
-) -> tuple[Tensor, Tensor]:
+def knn(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Find the k nearest points of every query, nearest first.
 
     On the CPU by a KD-tree (50,000 points: 0.2 s against 7 s for all distances), on a GPU by chunks
@@ -275,7 +279,7 @@ def knn(
 
     # all distances on a GPU, in chunks: M x N of them do not fit into memory at once
     found = []
-    for part in queries.split(chunk):
+    for part in queries.split(4096):
         found.append(torch.cdist(part, points).topk(k, dim=1, largest=False))
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
@@ -449,7 +453,7 @@ SURFACES = ("desk", "dresser", "nightstand", "table")  # flat tops on which smal
 ORDER = ("door", "window", "wall", "free", "seat", "hang", "top")  # what is placed first
 CLEAR = {"door": 0.8, "window": 0.7, "hang": 0.5}  # meters kept free in front
 SHADE = np.array([0.84, 0.90, 0.80, 0.93, 0.72, 1.0])  # light on faces -x +x -y +y -z +z; white stays white
-NORMALS = np.array([[-1, 0, 0], [1, 0, 0], [0, -1, 0], [0, 1, 0], [0, 0, -1], [0, 0, 1]], np.float32)
+NORMALS = np.kron(np.eye(3), [[-1], [1]]).astype(np.float32) + 0  # of the same faces; + 0: no -0.0
 BACK = np.array([[0, -1], [1, 0], [0, 1], [-1, 0]], float)  # of an object after 0..3 quarter turns
 HALF_FOV = 0.9163312  # tan(85 degrees / 2)
 
@@ -474,8 +478,7 @@ def _parse_parts(text):
 
 
 FURNITURE, PARTS = {}, {}  # category -> width, depth, height, where it stands; its parts
-for _row in FURNITURE_TABLE.replace("\n    ", " ").strip().splitlines():
-    _about, _parts = _row.split(":")
+for _about, _parts in read_table(FURNITURE_TABLE).items():
     _category, *_size, _where = _about.split()
     FURNITURE[_category] = (*map(float, _size), _where)
     PARTS[_category] = _parse_parts(_parts)
@@ -490,15 +493,6 @@ def _place_parts(category, size, turn):
     for _ in range(turn):
         x, y = -y[:, ::-1], x
     return np.stack([x, y, z]).T
-
-
-class Furniture(NamedTuple):
-    """A piece of furniture that has found its place."""
-
-    category: str
-    colour: str
-    low: np.ndarray  # [m, 3] corners of its parts
-    high: np.ndarray  # [m, 3]
 
 
 def _propose(where, size, side, tops, tables, rng, n=48):
@@ -567,7 +561,10 @@ def _choose(rng, count):
 
 
 def _furnish(rng, count, side, height):
-    """Place `count` objects that do not touch: a list of Furniture, or None where the room is too small."""
+    """Place `count` objects that do not touch: (category, color, corners [2, m, 3] of its parts) of each, or None.
+
+    None where the room is too small.
+    """
     queue, chosen = _choose(rng, count)
     unused = {category: several(rng, list(COLOURS), len(COLOURS)) for category in chosen}
     placed, taken, tops, tables = [], [], [], []
@@ -593,8 +590,7 @@ def _furnish(rng, count, side, height):
         i = good.argmax()
         low, high, turn = low[i], high[i], int(turn[i])
         base = np.append((low[:2] + high[:2]) / 2, low[2])
-        parts_low, parts_high = _place_parts(category, size, turn) + base
-        placed.append(Furniture(category, unused[category].pop(), parts_low, parts_high))
+        placed.append((category, unused[category].pop(), _place_parts(category, size, turn) + base))
 
         # what it changes for those to come: doors open and pictures are seen, so the floor in front
         # is taken too
@@ -816,9 +812,9 @@ def _sample_surface(lo, hi, owner, bounds, count, rng):
 def _palette(placed, rng):
     """Color the six faces of every part and then of the room: [6 * (B + 1), 3] int16."""
     rgb = []
-    for piece in placed:
-        own = np.array(COLOURS[piece.colour]) + rng.integers(-8, 9, 3)
-        rgb += [MATERIALS.get(material, own) for material in PARTS[piece.category][1]]
+    for category, colour, _ in placed:
+        own = np.array(COLOURS[colour]) + rng.integers(-8, 9, 3)
+        rgb += [MATERIALS.get(material, own) for material in PARTS[category][1]]
     faces = np.array(rgb)[:, None] * SHADE[:, None]  # [B, 6, 3]
 
     warm = rng.integers(-8, 9)
@@ -862,18 +858,18 @@ def room(seed, objects=None, views=12, size=96, points=4096):
     while (placed := _furnish(rng, count, side, height)) is None:
         side = side * 1.08
     placed = several(rng, placed, count)
-    low = np.array([p.low.min(0) for p in placed])
-    high = np.array([p.high.max(0) for p in placed])
+    categories, colours, parts = zip(*placed, strict=True)
+    low = np.array([part[0].min(0) for part in parts])
+    high = np.array([part[1].max(0) for part in parts])
     boxes = np.concatenate([(low + high) / 2, high - low], 1)
-    things = [Thing(i + 1, p.category, p.colour, boxes[i]) for i, p in enumerate(placed)]
+    ids = np.arange(1, count + 1)
+    things = [Thing(*about) for about in zip(ids.tolist(), categories, colours, boxes, strict=True)]
     bounds = np.array([[*-side / 2, 0.0], [*side / 2, height]])
     scene = Scene(f"room{seed:06d}", "rooms", things, bounds=bounds)
 
     # all parts of all objects, and the room as the last
-    lo = np.concatenate([p.low for p in placed])  # [B, 3]
-    hi = np.concatenate([p.high for p in placed])
-    parts = [len(p.low) for p in placed]
-    owner = np.append(np.repeat(np.arange(1, count + 1), parts), 0)  # [B + 1] object ids
+    lo, hi = np.concatenate(parts, axis=1)  # [B, 3] each
+    owner = np.append(np.repeat(ids, [len(part[0]) for part in parts]), 0)  # [B + 1] object ids
     palette = _palette(placed, rng)
     boards = rng.integers(-10, 11, 64).astype(np.int16)
 
@@ -951,130 +947,70 @@ def category_icon(category, colour, size):
 # small model. {what}, {other}, {at}, {facing} are descriptions ("red chair"), {a} and {b} are
 # marks.
 TEMPLATE_TABLE = """
-ground:
-    which one is the {what}?
-    find the {what}.
-    which object is the {what}?
-    point to the {what}.
-multi:
-    find all {what}.
-    which objects are {what}?
-    point to all {what}.
-id_category:
-    what is {a}?
-    what kind of thing is {a}?
-    name {a}.
-id_colour:
-    what colour is {a}?
-    which colour has {a}?
-    name the colour of {a}.
-id_size:
-    is {a} larger than {b}?
-    is {a} bigger than {b}?
-    has {a} more volume than {b}?
-coordinate:
-    where is {a}?
-    what is the position of {a}?
-    give the coordinates of {a}.
-relation:
-    where is {a} relative to {b}?
-    on which side is {a} of {b}?
-    which way is {a} from {b}?
-distance_ids:
-    how far is {a} from {b}?
-    what is the distance of {a} from {b}?
-    how many metres is {a} from {b}?
-colour:
-    what colour is the {what}?
-    which colour has the {what}?
-    name the colour of the {what}.
-what_colour:
-    what is {what}?
-    which thing is {what}?
-    what kind of thing is {what}?
-what_on:
-    what is on the {what}?
-    what stands on the {what}?
-    which thing is on the {what}?
-what_near:
-    what is nearest to the {what}?
-    what is closest to the {what}?
-    what is next to the {what}?
-where_support:
-    what does the {what} stand or hang on?
-    what is the {what} on?
-    what holds the {what}?
-where_near:
-    where is the {what}?
-    where can i find the {what}?
-    near what is the {what}?
-count:
-    how many {what} are there?
-    count the {what}.
-    what is the number of {what}?
-exist:
-    is there {what}?
-    do you see {what}?
-    does the room have {what}?
-situated_side:
-    i am standing at the {at} facing the {facing}. is the {what} on my left or right?
-    i stand at the {at} and look at the {facing}. is the {what} on my left or right?
-    from the {at} i face the {facing}. is the {what} on my left or right?
-situated_depth:
-    i am standing at the {at} facing the {facing}. is the {what} in front of me or behind me?
-    i stand at the {at} and look at the {facing}. is the {what} in front of me or behind me?
-    from the {at} i face the {facing}. is the {what} in front of me or behind me?
-situated_turn:
-    i am standing at the {at} facing the {facing}. must i turn around to see the {what}?
-    i stand at the {at} and look at the {facing}. must i turn around to see the {what}?
-    from the {at} i face the {facing}. must i turn around to see the {what}?
-distance:
-    how far is the {what} from the {other}?
-    what is the distance of the {what} from the {other}?
-    how many metres is the {what} from the {other}?
-size_height:
-    how tall is the {what}?
-    how high in metres is the {what}?
-    give the height of the {what}.
-size_length:
-    how long is the {what}?
-    how many metres long is the {what}?
-    give the length of the {what}.
-caption:
-    describe {a}.
-    give a description of {a}.
-    tell me about {a}.
-vsi_counting:
-    how many {what} are in this room?
-    how many {what} do you count here?
-    what is the number of {what} in this room?
-vsi_abs_distance:
-    from closest point to closest point, how many metres are between the {what} and the {other}?
-    what is the shortest distance in metres between the {what} and the {other}?
-    how wide in metres is the gap between the {what} and the {other}?
-vsi_object_size:
-    in centimetres, how long is the longest side (length, width or height) of the {what}?
-    how many centimetres measures the longest dimension of the {what}?
-    give in centimetres the largest of length, width and height of the {what}.
-vsi_room_size:
-    how many square metres has this room?
-    what is the floor area of this room in square metres?
-    give the size of this room in square metres.
-vsi_rel_distance:
-    measured between closest points, which of these is closest to the {what}? {options}
-    by their closest points, which of these is nearest to the {what}? {options}
-    which of these has the narrowest gap to the {what}? {options}
-vsi_rel_direction:
-    i am standing at the {at} facing the {facing}. {note}where is the {what}? {options}
-    i stand at the {at} and look at the {facing}. {note}where is the {what}? {options}
-    from the {at} i face the {facing}. {note}where is the {what}? {options}
+ground: which one is the {what}?
+    / find the {what}.
+    / which object is the {what}?
+    / point to the {what}.
+multi: find all {what}. / which objects are {what}? / point to all {what}.
+id_category: what is {a}? / what kind of thing is {a}? / name {a}.
+id_colour: what colour is {a}? / which colour has {a}? / name the colour of {a}.
+id_size: is {a} larger than {b}? / is {a} bigger than {b}? / has {a} more volume than {b}?
+coordinate: where is {a}? / what is the position of {a}? / give the coordinates of {a}.
+relation: where is {a} relative to {b}? / on which side is {a} of {b}? / which way is {a} from {b}?
+distance_ids: how far is {a} from {b}?
+    / what is the distance of {a} from {b}?
+    / how many metres is {a} from {b}?
+colour: what colour is the {what}? / which colour has the {what}? / name the colour of the {what}.
+what_colour: what is {what}? / which thing is {what}? / what kind of thing is {what}?
+what_on: what is on the {what}? / what stands on the {what}? / which thing is on the {what}?
+what_near: what is nearest to the {what}?
+    / what is closest to the {what}?
+    / what is next to the {what}?
+where_support: what does the {what} stand or hang on?
+    / what is the {what} on?
+    / what holds the {what}?
+where_near: where is the {what}? / where can i find the {what}? / near what is the {what}?
+count: how many {what} are there? / count the {what}. / what is the number of {what}?
+exist: is there {what}? / do you see {what}? / does the room have {what}?
+situated_side: i am standing at the {at} facing the {facing}. is the {what} on my left or right?
+    / i stand at the {at} and look at the {facing}. is the {what} on my left or right?
+    / from the {at} i face the {facing}. is the {what} on my left or right?
+situated_depth: i am standing at the {at} facing the {facing}. is the {what} in front of me or behind me?
+    / i stand at the {at} and look at the {facing}. is the {what} in front of me or behind me?
+    / from the {at} i face the {facing}. is the {what} in front of me or behind me?
+situated_turn: i am standing at the {at} facing the {facing}. must i turn around to see the {what}?
+    / i stand at the {at} and look at the {facing}. must i turn around to see the {what}?
+    / from the {at} i face the {facing}. must i turn around to see the {what}?
+distance: how far is the {what} from the {other}?
+    / what is the distance of the {what} from the {other}?
+    / how many metres is the {what} from the {other}?
+size_height: how tall is the {what}?
+    / how high in metres is the {what}?
+    / give the height of the {what}.
+size_length: how long is the {what}?
+    / how many metres long is the {what}?
+    / give the length of the {what}.
+caption: describe {a}. / give a description of {a}. / tell me about {a}.
+vsi_counting: how many {what} are in this room?
+    / how many {what} do you count here?
+    / what is the number of {what} in this room?
+vsi_abs_distance: from closest point to closest point, how many metres are between the {what} and the {other}?
+    / what is the shortest distance in metres between the {what} and the {other}?
+    / how wide in metres is the gap between the {what} and the {other}?
+vsi_object_size: in centimetres, how long is the longest side (length, width or height) of the {what}?
+    / how many centimetres measures the longest dimension of the {what}?
+    / give in centimetres the largest of length, width and height of the {what}.
+vsi_room_size: how many square metres has this room?
+    / what is the floor area of this room in square metres?
+    / give the size of this room in square metres.
+vsi_rel_distance: measured between closest points, which of these is closest to the {what}? {options}
+    / by their closest points, which of these is nearest to the {what}? {options}
+    / which of these has the narrowest gap to the {what}? {options}
+vsi_rel_direction: i am standing at the {at} facing the {facing}. {note}where is the {what}? {options}
+    / i stand at the {at} and look at the {facing}. {note}where is the {what}? {options}
+    / from the {at} i face the {facing}. {note}where is the {what}? {options}
 """
-TEMPLATES = {}  # task or template -> wordings
-for _line in TEMPLATE_TABLE.strip().splitlines():
-    if _line.endswith(":"):
-        _wordings = TEMPLATES[_line[:-1]] = []
-    else:
-        _wordings.append(_line.strip())
+TEMPLATES = {name: wordings.split(" / ") for name, wordings in read_table(TEMPLATE_TABLE).items()}
 WORDS = (  # the words that code below writes besides those of the tables
     "a an the thing things on near from floor wall yes no this there it is back means at least degrees to turn a b c d"
 )
@@ -1120,9 +1056,9 @@ vsi_rel_direction_medium: left 15 120, right 240 345, back 150 210
 vsi_rel_direction_hard: front-left 15 75, front-right 285 345, back-left 105 165, back-right 195 255
 """
 HEADINGS = {}
-for _line in HEADING_TABLE.strip().splitlines():
-    _name, *_sectors = re.split("[:,] ", _line)
-    HEADINGS[_name] = [(answer, int(low), int(high)) for answer, low, high in map(str.split, _sectors)]
+for _name, _sectors in read_table(HEADING_TABLE).items():
+    _rows = map(str.split, _sectors.split(","))
+    HEADINGS[_name] = [(answer, int(low), int(high)) for answer, low, high in _rows]
 
 
 def plural(noun):
@@ -1492,10 +1428,7 @@ def multi(g, rng, task):
 
 def larger(g, i, j):
     """Say whether the box of i has more volume than that of j, by half at least."""
-    ratio = g.measures["volume"][0, i] - g.measures["volume"][0, j]  # of logarithms
-    if abs(ratio) <= math.log(1.5):
-        return ""
-    return "yes" if ratio > 0 else "no"
+    return {i: "yes", j: "no", None: ""}[select(g, "largest", [i, j])]
 
 
 def side_of(g, i, j):
