@@ -1409,11 +1409,9 @@ def multi(g, rng, task):
     """
     # the kind first, then a group of that kind: most groups have one object
     kind = pick(rng, ("zt_w_d", "zt_wo_d", "st_w_d", "st_wo_d", "mt"))
-    if kind == "zt_w_d":
-        key = absent(g, rng, "pair")
-    elif kind == "zt_wo_d":
+    if kind.startswith("zt"):
         forms = ("category", "colour") if keys_of(g, "category") else ("colour",)
-        key = absent(g, rng, pick(rng, forms))
+        key = absent(g, rng, "pair" if kind == "zt_w_d" else pick(rng, forms))
     else:
         key = pick(rng, [key for key in g.groups if kind_of(g, key) == kind])
 
@@ -1527,28 +1525,23 @@ def measure(g, rng, task):
     return dict(answer=form.format(value), text=text, template=template, value=value)
 
 
-def known_answers(g, template):
-    """Answer a template of `lookup` about every object it may be asked of: place -> word, "" = unclear."""
-    movable = [i for i in g.unique if g.category(i) not in BUILT]
-
-    # by looking at it
+def known_answer(g, template, i):
+    """Answer a template of `lookup` about object i: "" = unclear, None = not asked."""
+    # by looking at it, or by what is on it or next to it
     if template == "colour":
-        return {i: g.things[i].colour for i in g.unique}
-    if template == "what_colour":
-        return {i: g.category(i) for i in alone(g, "colour")}
-
-    # by what is on it or next to it
+        return g.things[i].colour
     if template == "what_on":
-        carried = {i: np.flatnonzero(g.support == i) for i in g.unique}
-        return {i: g.category(on[0]) for i, on in carried.items() if len(on) == 1}
+        on = np.flatnonzero(g.support == i)
+        return g.category(on[0]) if len(on) == 1 else None
     if template == "what_near":
-        everything = range(len(g.things))
-        return {i: g.category(select(g, "nearest to", everything, i)) for i in g.unique}
+        return g.category(select(g, "nearest to", range(len(g.things)), i))
 
     # by where it is
     if template == "where_support":
-        return {i: support_phrase(g, i) for i in movable}
-    return {i: nearby_phrase(g, i) for i in movable if g.support[i] == FLOOR}
+        return support_phrase(g, i)
+    if template == "where_near":
+        return nearby_phrase(g, i) if g.support[i] == FLOOR else None
+    return g.category(i)
 
 
 @generator("colour", "what", "where")
@@ -1560,8 +1553,11 @@ def lookup(g, rng, task):
     words what it is near.
     """
     template = pick(rng, [name for name in TEMPLATES if name.partition("_")[0] == task])
-    answers = known_answers(g, template)
-    places = list(answers)
+    places = alone(g, "colour") if template == "what_colour" else g.unique
+    if task == "where":
+        places = [i for i in places if g.category(i) not in BUILT]
+    answers = {i: known_answer(g, template, i) for i in places}
+    places = [i for i in places if answers[i] is not None]
 
     # the answer is drawn first, or nearly all would be on the floor
     if template == "where_support":
@@ -1650,11 +1646,12 @@ def heading(g, rng, task):
         turn = np.angle((what - at) / (facing - at), deg=True)
         if (turn - low) % 360 <= high - low:
             text = dict(zip(("at", "facing", "what"), (g.names[i] for i in chosen), strict=True))
+            drawn = dict(answer=answer, text=text, kind=kind)
             if task == "situated":
-                return dict(answer=answer, text=text, template=name, kind=kind)
+                return drawn | dict(template=name)
             text["note"] = "back means at least 135 degrees to turn. " if kind == "medium" else ""
             wrong = [other for other, *_ in HEADINGS[name] if other != answer]
-            return dict(answer=answer, text=text, wrong=wrong, kind=kind)
+            return drawn | dict(wrong=wrong)
     return None
 
 
@@ -2367,17 +2364,15 @@ class SceneLanguageModel(nn.Module):
             return self.feature_cache[scene.name]
 
         # a file belongs to what it was made of: another scene of the same name gets another file
-        path = None
-        if self.feature_folder is not None:
-            path = self.feature_folder / f"{safe_name(scene.name)}-{fingerprint(scene)}.npz"
-        if path is not None and path.exists():
-            with np.load(path, allow_pickle=False) as stored:
+        folder, name = self.feature_folder, f"{safe_name(scene.name)}-{fingerprint(scene)}.npz"
+        if folder and (folder / name).exists():
+            with np.load(folder / name, allow_pickle=False) as stored:
                 found = {key: torch.from_numpy(stored[key]) for key in stored}
         else:
             with torch.no_grad():
                 found = {key: value.cpu() for key, value in self.compute_features(scene).items()}
-            if path is not None:
-                write_npz(path, **{key: value.numpy() for key, value in found.items()})
+            if folder:
+                write_npz(folder / name, **{key: value.numpy() for key, value in found.items()})
 
         self.feature_cache[scene.name] = found
         return found
