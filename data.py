@@ -179,11 +179,10 @@ def fingerprint(scene):
     Frames on disk are known by their `key`, others by every 16th pixel. Turning a scene does not
     change the result.
     """
-    # lengths do not change with a turn, places do
     digest = hashlib.sha256(f"{scene.name} {scene.source}".encode())
     arrays = [scene.colours, scene.superpoints, scene.instances]
     if scene.points is not None:
-        arrays.append(np.linalg.norm(scene.points, axis=1).round(3))
+        arrays.append(np.linalg.norm(scene.points, axis=1).round(3))  # lengths do not change with a turn
     if isinstance(scene.frames, LazyFrames):
         digest.update(scene.frames.key.encode())
     elif scene.frames is not None:
@@ -215,7 +214,7 @@ def substitute(text, object_to_text):
 
 def number_objects(scene, rng, count=100):
     """Draw identifiers 0..count-1 for the scene's objects; of more than `count` objects the largest get one."""
-    by_volume = sorted(scene.objects, key=lambda o: (-float(np.prod(o.box[3:])), o.id))
+    by_volume = sorted(scene.objects, key=lambda o: -np.prod(o.box[3:]))
     numbered = sorted(o.id for o in by_volume[:count])
     return dict(zip(numbered, rng.permutation(count).tolist(), strict=False))
 
@@ -2001,7 +2000,8 @@ def collate(groups, text, lengths, steps=False):
     prompts [P, 6], scenes, samples.
     """
     before, between, after = (text.encode(t) for t in text.template)
-    rows = {"ids": [], "labels": [], "positions": [], "block": []}
+    padding = {"ids": text.pad, "labels": IGNORE, "positions": 0, "block": -1}
+    rows = {name: [] for name in padding}
     prompts = []
     for (_, samples), K in zip(groups, lengths, strict=True):
         # what all questions share: all up to the end of the scene
@@ -2028,7 +2028,6 @@ def collate(groups, text, lengths, steps=False):
             rows[name].append(torch.tensor(row))
 
     # rows of one length
-    padding = {"ids": text.pad, "labels": IGNORE, "positions": 0, "block": -1}
     batch = {name: pad_sequence(rows[name], True, padding[name]) for name in rows}
     batch["prompts"] = torch.tensor(np.array(prompts).reshape(-1, 6), dtype=torch.float32)
     batch["scenes"] = [scene for scene, _ in groups]

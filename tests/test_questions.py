@@ -546,10 +546,3 @@ def test_chance_of_several_targets_is_the_mean_score_of_every_possible_guess():
         f1 = [2 * (i in targets) / (1 + len(targets)) for i in range(1, 6)]
         mean = np.mean([float(not targets), *f1])
         assert chance(told("multi", "", targets=targets)[0], scene, (), float) == pytest.approx(mean)
-
-
-def test_the_answers_that_chance_draws_from_are_thinned_evenly():
-    blind = Blind(s for i in range(100, 900) for s in told("distance", f"{i / 100:.2f}"))
-    pool = blind.answers("distance", 50)
-    assert 40 <= len(pool) <= 50 and float(pool[0]) < 1.3 and float(pool[-1]) > 8.7
-    assert Blind([]).answers("count") == []
