@@ -101,7 +101,7 @@ class LazyFrames:
     A thousand scans do not fit in memory, so only the frames read last are kept (`_read_frames`).
     """
 
-    def __init__(self, load: Callable[[], Frames], key: str = ""):
+    def __init__(self, load, key=""):
         self.load, self.key = load, key  # key: what the files are known by
 
     def __getattr__(self, name):
@@ -233,13 +233,14 @@ def augment(scene, rng, recolour=False, mirror=True):
     if not mirror and np.linalg.det(turn) < 0:
         turn = np.diag([-1.0, 1.0, 1.0]) @ turn
 
-    # boxes keep along their axes
+    # boxes stay along the axes
     objects = []
     for o in scene.objects:
         box = np.concatenate([turn @ o.box[:3], np.abs(turn) @ o.box[3:]])
-        objects.append(replace(o, box=box))
-        if recolour and o.colour:
-            objects[-1].colour = list(COLOURS)[rng.integers(len(COLOURS))]
+        colour = o.colour
+        if recolour and colour:
+            colour = list(COLOURS)[rng.integers(len(COLOURS))]
+        objects.append(replace(o, box=box, colour=colour))
 
     # the cloud turns along; frames do not, their points are turned when they are unprojected
     turned = {}
@@ -902,7 +903,7 @@ def rooms(seeds, workers=2, **options):
     Workers use numpy's elementwise functions only, so each keeps to one thread and forking a
     process that runs threads is safe.
     """
-    seeds, make = [int(seed) for seed in seeds], partial(room, **options)
+    seeds, make = list(seeds), partial(room, **options)
     if workers < 2 or len(seeds) < 8 or "fork" not in multiprocessing.get_all_start_methods():
         return [make(seed) for seed in seeds]
     with multiprocessing.get_context("fork").Pool(workers) as pool:
