@@ -52,10 +52,18 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 COLOURS = {  # name -> RGB in 0..255; also the vocabulary in which real surfaces are described
-    "red": (200, 40, 40), "orange": (235, 130, 30), "yellow": (235, 210, 60), "green": (60, 150, 60),
-    "blue": (50, 90, 190), "purple": (130, 60, 160), "pink": (240, 150, 185), "brown": (125, 80, 45),
-    "white": (238, 238, 232), "gray": (130, 130, 130), "black": (35, 35, 38),
-}  # fmt: skip
+    "red": (200, 40, 40),
+    "orange": (235, 130, 30),
+    "yellow": (235, 210, 60),
+    "green": (60, 150, 60),
+    "blue": (50, 90, 190),
+    "purple": (130, 60, 160),
+    "pink": (240, 150, 185),
+    "brown": (125, 80, 45),
+    "white": (238, 238, 232),
+    "gray": (130, 130, 130),
+    "black": (35, 35, 38),
+}
 
 
 def read_table(text):
@@ -383,11 +391,23 @@ def box_iou(a, b):
 ROOM_SEEDS = {"train": range(800_000), "val": range(800_000, 900_000), "test": range(900_000, 1_000_000)}
 
 MATERIALS = {
-    "wood": (168, 124, 80), "metal": (172, 176, 182), "screen": (38, 46, 60), "paper": (232, 226, 208),
-    "leaf": (74, 138, 66), "sheet": (246, 246, 242), "glass": (178, 210, 232), "dark": (52, 48, 46),
-}  # fmt: skip
+    "wood": (168, 124, 80),
+    "metal": (172, 176, 182),
+    "screen": (38, 46, 60),
+    "paper": (232, 226, 208),
+    "leaf": (74, 138, 66),
+    "sheet": (246, 246, 242),
+    "glass": (178, 210, 232),
+    "dark": (52, 48, 46),
+}
 
-FLOORS = ((158, 128, 98), (140, 122, 104), (176, 152, 122), (150, 150, 146), (122, 104, 88))
+FLOORS = (
+    (158, 128, 98),
+    (140, 122, 104),
+    (176, 152, 122),
+    (150, 150, 146),
+    (122, 104, 88),
+)
 
 # A line per category: width, depth, height in meters; where it stands; its parts (indented lines
 # continue). A part is "x0 x1 y0 y1 z0 z1 material" in percent of the size, the back at y = 0; "|"
@@ -1019,9 +1039,16 @@ FLOOR, WALL, NOTHING = -1, -2, -3  # in SceneGraph.support
 STRUCTURE = {"wall", "floor", "ceiling"}  # in labeled scans these are instances too; no question is about them
 BUILT = {"door", "window"}  # parts of walls: where they are is not asked
 SYNONYMS = {
-    "sofa": "couch", "fridge": "refrigerator", "bin": "trash", "tv": "television", "picture": "painting",
-    "rug": "carpet", "lamp": "light", "wardrobe": "closet", "nightstand": "night",
-}  # fmt: skip
+    "sofa": "couch",
+    "fridge": "refrigerator",
+    "bin": "trash",
+    "tv": "television",
+    "picture": "painting",
+    "rug": "carpet",
+    "lamp": "light",
+    "wardrobe": "closet",
+    "nightstand": "night",
+}
 
 # How one of several objects is told from the rest -> a measure of the scene graph, +1 for the
 # smallest or -1 for the greatest, by how much the next must differ: 0.15 m is VSI-Bench's margin,
