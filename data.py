@@ -22,7 +22,6 @@ Contents: 1 scenes and samples · 2 geometry · 3 procedural rooms · 4 question
 from __future__ import annotations
 
 import argparse
-import cmath
 import hashlib
 import importlib
 import importlib.util
@@ -46,15 +45,31 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 COLOURS = {  # name -> RGB in 0..255; also the vocabulary in which real surfaces are described
-    "red": (200, 40, 40), "orange": (235, 130, 30), "yellow": (235, 210, 60), "green": (60, 150, 60),
-    "blue": (50, 90, 190), "purple": (130, 60, 160), "pink": (240, 150, 185), "brown": (125, 80, 45),
-    "white": (238, 238, 232), "gray": (130, 130, 130), "black": (35, 35, 38),
-}  # fmt: skip
+    "red": (200, 40, 40),
+    "orange": (235, 130, 30),
+    "yellow": (235, 210, 60),
+    "green": (60, 150, 60),
+    "blue": (50, 90, 190),
+    "purple": (130, 60, 160),
+    "pink": (240, 150, 185),
+    "brown": (125, 80, 45),
+    "white": (238, 238, 232),
+    "gray": (130, 130, 130),
+    "black": (35, 35, 38),
+}
+
+
+def read_table(text):
+    """Read rows "name: content" into a dict; an indented line continues the row above it."""
+    rows = text.replace("\n    ", " ").strip().splitlines()
+    return dict(row.split(": ", 1) for row in rows)
 
 
 class DataError(ValueError):
@@ -94,10 +109,10 @@ class LazyFrames:
     A thousand scans do not fit in memory, so only the frames read last are kept (`_read_frames`).
     """
 
-    def __init__(self, load: Callable[[], Frames], key: str = ""):
+    def __init__(self, load, key=""):
         self.load, self.key = load, key  # key: what the files are known by
 
-    def __getattr__(self, name: str) -> np.ndarray:
+    def __getattr__(self, name):
         # copying and pickling look for methods of their own before `load` is there
         if name.startswith("__"):
             raise AttributeError(name)
@@ -105,8 +120,11 @@ class LazyFrames:
 
 
 @lru_cache(maxsize=1)
-def _read_frames(frames: LazyFrames) -> Frames:
+def _read_frames(frames):
     return frames.load()
+
+
+Array = np.ndarray | None  # where a source may have none
 
 
 @dataclass
@@ -116,13 +134,13 @@ class Scene:
     name: str
     source: str  # "rooms" | "scannet" | "rgbd" | "video" | "ply"
     objects: list[Thing]
-    points: np.ndarray | None = None  # [N, 3] float32
-    colours: np.ndarray | None = None  # [N, 3] uint8
-    normals: np.ndarray | None = None  # [N, 3] float32 unit
-    superpoints: np.ndarray | None = None  # [N] int64, contiguous from 0
-    instances: np.ndarray | None = None  # [N] int64 object ids, 0 = none
+    points: Array = None  # [N, 3] float32
+    colours: Array = None  # [N, 3] uint8
+    normals: Array = None  # [N, 3] float32 unit
+    superpoints: Array = None  # [N] int64, contiguous from 0
+    instances: Array = None  # [N] int64 object ids, 0 = none
     frames: Frames | LazyFrames | None = None
-    bounds: np.ndarray | None = None  # [2, 3] lowest and highest corner of the room or cloud
+    bounds: Array = None  # [2, 3] lowest and highest corner of the room or cloud
     metric: bool = True  # False: unknown scale, metric questions are refused
     # the augmentation already applied to boxes and points; features cached before it apply it to
     # their coordinates
@@ -132,7 +150,7 @@ class Scene:
     # kept by `scene_graph`; a copy starts without
     graph: SceneGraph | None = field(default=None, init=False, repr=False, compare=False)
 
-    def thing(self, object_id: int) -> Thing:
+    def thing(self, object_id):
         return next(o for o in self.objects if o.id == object_id)
 
 
@@ -154,26 +172,25 @@ class Sample:
     steps: str = ""  # written before the answer where a model reasons aloud; never scored
     targets: list[int] | None = None  # object ids (grounding), [] = nothing fits
     value: float | None = None  # numeric truth: meters, square meters, count
-    point: np.ndarray | None = None  # [3] truth of a coordinate question
-    box: np.ndarray | None = None  # [6] truth of a box question
+    point: Array = None  # [3] truth of a coordinate question
+    box: Array = None  # [6] truth of a box question
     options: list[str] | None = None  # multiple choice, "A. chair"
-    prompt: np.ndarray | None = None  # [6] box or [3] click that belongs to the question
+    prompt: Array = None  # [6] box or [3] click that belongs to the question
     about: list[int] = field(default_factory=list)  # object ids that the question describes
     template: str = ""  # a key of TEMPLATES: what the blind baseline falls back on
     kind: str = ""  # sub-type for tables: "unique", "multiple", "what", "easy", ...
 
 
-def fingerprint(scene: Scene) -> str:
+def fingerprint(scene):
     """Hash what a scene is made of, so that a file of cached features belongs to it and not to its name.
 
     Frames on disk are known by their `key`, others by every 16th pixel. Turning a scene does not
     change the result.
     """
-    # lengths do not change with a turn, places do
     digest = hashlib.sha256(f"{scene.name} {scene.source}".encode())
     arrays = [scene.colours, scene.superpoints, scene.instances]
     if scene.points is not None:
-        arrays.append(np.linalg.norm(scene.points, axis=1).round(3))
+        arrays.append(np.linalg.norm(scene.points, axis=1).round(3))  # lengths do not change with a turn
     if isinstance(scene.frames, LazyFrames):
         digest.update(scene.frames.key.encode())
     elif scene.frames is not None:
@@ -187,7 +204,7 @@ def fingerprint(scene: Scene) -> str:
     return digest.hexdigest()[:12]
 
 
-def safe_name(name: str) -> str:
+def safe_name(name):
     """Turn a name that came from a file into a plain file name: it never leads out of its folder."""
     plain = re.sub(r"[^\w@.-]", "_", name).lstrip(".")
     if not plain:
@@ -198,19 +215,19 @@ def safe_name(name: str) -> str:
 MARK = re.compile(r"<obj (\d+)>")
 
 
-def substitute(text: str, object_to_text: Callable[[int], str]) -> str:
+def substitute(text, object_to_text):
     """Replace every mark "<obj 3>" by object_to_text(3)."""
     return MARK.sub(lambda found: object_to_text(int(found[1])), text)
 
 
-def number_objects(scene: Scene, rng: np.random.Generator, count: int = 100) -> dict[int, int]:
+def number_objects(scene, rng, count=100):
     """Draw identifiers 0..count-1 for the scene's objects; of more than `count` objects the largest get one."""
-    by_volume = sorted(scene.objects, key=lambda o: (-float(np.prod(o.box[3:])), o.id))
+    by_volume = sorted(scene.objects, key=lambda o: -np.prod(o.box[3:]))
     numbered = sorted(o.id for o in by_volume[:count])
     return dict(zip(numbered, rng.permutation(count).tolist(), strict=False))
 
 
-def augment(scene: Scene, rng: np.random.Generator, recolour: bool = False, mirror: bool = True) -> Scene:
+def augment(scene, rng, recolour=False, mirror=True):
     """Copy a scene with new identifiers and, at random, another of the eight symmetries of its floor plan.
 
     recolour: draw new object colors too, where the colors that a model sees come from the object
@@ -224,13 +241,14 @@ def augment(scene: Scene, rng: np.random.Generator, recolour: bool = False, mirr
     if not mirror and np.linalg.det(turn) < 0:
         turn = np.diag([-1.0, 1.0, 1.0]) @ turn
 
-    # boxes keep along their axes
+    # boxes stay along the axes
     objects = []
     for o in scene.objects:
         box = np.concatenate([turn @ o.box[:3], np.abs(turn) @ o.box[3:]])
-        objects.append(replace(o, box=box))
-        if recolour and o.colour:
-            objects[-1].colour = list(COLOURS)[rng.integers(len(COLOURS))]
+        colour = o.colour
+        if recolour and colour:
+            colour = list(COLOURS)[rng.integers(len(COLOURS))]
+        objects.append(replace(o, box=box, colour=colour))
 
     # the cloud turns along; frames do not, their points are turned when they are unprojected
     turned = {}
@@ -247,9 +265,7 @@ def augment(scene: Scene, rng: np.random.Generator, recolour: bool = False, mirr
 # ---- 2 geometry ------------------------------------------------------------------------------------------------------
 
 
-def knn(
-    queries: torch.Tensor, points: torch.Tensor, k: int, chunk: int = 4096
-) -> tuple[torch.Tensor, torch.Tensor]:
+def knn(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Find the k nearest points of every query, nearest first.
 
     On the CPU by a KD-tree (50,000 points: 0.2 s against 7 s for all distances), on a GPU by chunks
@@ -271,32 +287,30 @@ def knn(
 
     # all distances on a GPU, in chunks: M x N of them do not fit into memory at once
     found = []
-    for part in queries.split(chunk):
+    for part in queries.split(4096):
         found.append(torch.cdist(part, points).topk(k, dim=1, largest=False))
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
 
-def nearest(queries: np.ndarray, points: np.ndarray, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def nearest(queries, points, k=1):
     """Call `knn` on arrays: distances [M, k] and indices [M, k]; of fewer than k points, all."""
     tensors = [torch.from_numpy(np.ascontiguousarray(a, np.float32)) for a in (queries, points)]
     distance, index = knn(*tensors, min(k, len(points)))
     return distance.numpy(), index.numpy()
 
 
-def farthest_point_sampling(points: torch.Tensor, count: int, first: int | None = None) -> torch.Tensor:
+def farthest_point_sampling(points: Tensor, count: int) -> Tensor:
     """Choose points one by one, each the farthest from those chosen before; of equals the lowest index.
 
-    Args: points [N, 3]; count, at most N are taken; first: index to start at, by default the point
-    farthest from the centroid. Returns: indices [count].
+    Args: points [N, 3]; count, at most N are taken. Returns: indices [count], first the point
+    farthest from the centroid.
     """
     # start at the rim, so that the choice does not depend on the order of the points
     count = min(count, len(points))
     chosen = torch.empty(count, dtype=torch.long, device=points.device)
-    if first is None:
-        first = (points - points.mean(0)).square().sum(1).argmax()
+    index = (points - points.mean(0)).square().sum(1).argmax()
 
     # then always where the nearest chosen point is farthest
-    index = first
     distance = torch.full_like(points[:, 0], float("inf"))  # [N] squared, to the nearest chosen point
     for i in range(count):
         chosen[i] = index
@@ -306,7 +320,7 @@ def farthest_point_sampling(points: torch.Tensor, count: int, first: int | None 
     return chosen
 
 
-def group_mean(values: torch.Tensor, index: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def group_mean(values: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Average the rows of every group.
 
     Args: values [N, C] float; index [N], the group 0..count-1 of each row.
@@ -317,48 +331,46 @@ def group_mean(values: torch.Tensor, index: torch.Tensor, count: int) -> tuple[t
     return total / size.clamp(min=1)[:, None], size
 
 
-def unproject(depth: np.ndarray, intrinsics: np.ndarray, poses: np.ndarray) -> np.ndarray:
+def unproject(depth, intrinsics, poses):
     """Turn depth into a map of world points: [V, H, W, 3] float32, NaN where depth is 0.
 
-    Args: depth [V, H, W], intrinsics [V, 3, 3], poses [V, 4, 4]. The first pixel's center is at
-    (0.5, 0.5).
+    Args: arrays depth [V, H, W], intrinsics [V, 3, 3], poses [V, 4, 4]. The first pixel's center is
+    at (0.5, 0.5).
     """
     # the centers of the pixels
     V, H, W = depth.shape
     u, v = np.meshgrid(np.arange(W) + 0.5, np.arange(H) + 0.5)
+    pixels = np.stack([u, v, np.ones((H, W))], axis=-1).reshape(-1, 3)  # [H * W, 3]
 
     # in the camera's frame: the ray of a pixel's center at depth 1, times the depth
-    K = intrinsics[:, :, :, None, None]  # [V, 3, 3, 1, 1]
-    x = (u - K[:, 0, 2]) / K[:, 0, 0]
-    y = (v - K[:, 1, 2]) / K[:, 1, 1]
-    rays = np.stack([x, y, np.ones((V, H, W))], axis=-1)  # [V, H, W, 3]
+    rays = pixels @ np.linalg.inv(intrinsics).swapaxes(1, 2)  # [V, H * W, 3]
     measured = np.where(depth > 0, depth, np.nan)
-    camera = (rays * measured[..., None]).reshape(V, H * W, 3)
+    camera = rays * measured.reshape(V, -1, 1)
 
     # to the world's
     world = camera @ poses[:, :3, :3].swapaxes(1, 2) + poses[:, None, :3, 3]
     return world.reshape(V, H, W, 3).astype(np.float32)
 
 
-def project(points: np.ndarray, K: np.ndarray, pose: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def project(points, K, pose):
     """Invert `unproject` for one camera: pixels [..., 2], NaN behind the camera, and depth [...].
 
-    Args: points [..., 3], K [3, 3], pose [4, 4].
+    Args: arrays points [..., 3], K [3, 3], pose [4, 4].
     """
     camera = (points - pose[:3, 3]) @ pose[:3, :3]
     depth = camera[..., 2]
     ahead = np.where(depth > 1e-6, depth, np.nan)
-    focal, center = K[[0, 1], [0, 1]], K[:2, 2]
-    return camera[..., :2] / ahead[..., None] * focal + center, depth
+    pixels = camera @ K.T / ahead[..., None]
+    return pixels[..., :2], depth
 
 
-def box_ends(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def box_ends(boxes):
     """Give the lowest and the highest corners [..., 3] of boxes [..., 6]."""
     center, half = boxes[..., :3], boxes[..., 3:] / 2
     return center - half, center + half
 
 
-def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def box_iou(a, b):
     """Compute the IoU [..., n, m] of boxes a [..., n, 6] and b [..., m, 6]."""
     a, b = a[..., :, None, :], b[..., None, :, :]  # every pair
     a_low, a_high = box_ends(a)
@@ -379,77 +391,89 @@ def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 ROOM_SEEDS = {"train": range(800_000), "val": range(800_000, 900_000), "test": range(900_000, 1_000_000)}
 
 MATERIALS = {
-    "wood": (168, 124, 80), "metal": (172, 176, 182), "screen": (38, 46, 60), "paper": (232, 226, 208),
-    "leaf": (74, 138, 66), "sheet": (246, 246, 242), "glass": (178, 210, 232), "dark": (52, 48, 46),
-}  # fmt: skip
+    "wood": (168, 124, 80),
+    "metal": (172, 176, 182),
+    "screen": (38, 46, 60),
+    "paper": (232, 226, 208),
+    "leaf": (74, 138, 66),
+    "sheet": (246, 246, 242),
+    "glass": (178, 210, 232),
+    "dark": (52, 48, 46),
+}
 
-FLOORS = ((158, 128, 98), (140, 122, 104), (176, 152, 122), (150, 150, 146), (122, 104, 88))
+FLOORS = (
+    (158, 128, 98),
+    (140, 122, 104),
+    (176, 152, 122),
+    (150, 150, 146),
+    (122, 104, 88),
+)
 
-# category -> width, depth, height in meters; where it stands; its parts. A part is "x0 x1 y0 y1 z0
-# z1 material" in percent of the size, the back at y = 0; "|" repeats it mirrored left to right;
-# "legs 46 12" are four legs up to 46 %, 12 % thick. No material: the object's own color, which is
-# most of what is seen. Parts fill the size exactly.
-FURNITURE = {
-    "chair": (0.46, 0.50, 0.92, "seat", "0 100 0 100 46 53, 0 100 0 12 53 100, legs 46 12"),
-    "stool": (0.40, 0.40, 0.62, "free", "0 100 0 100 86 100, legs 86 16 wood"),
-    "sofa": (1.90, 0.90, 0.80, "wall", "10 90 25 100 8 52, 0 100 0 28 8 100, | 0 10 28 100 8 72, legs 8 6 dark,"
-             "| 13 48 28 40 52 85"),
-    "table": (1.40, 0.85, 0.74, "free", "0 100 0 100 92 100, legs 92 7"),
-    "desk": (1.25, 0.65, 0.76, "wall", "0 100 0 100 94 100, 0 32 2 95 5 94, 95 100 2 95 0 94, 32 95 2 6 40 94,"
-             "2 30 4 90 0 5 dark, 10 22 95 98 70 76 metal, 10 22 95 98 38 44 metal"),
-    "nightstand": (0.48, 0.42, 0.55, "wall", "0 100 0 100 94 100, 4 96 0 95 12 94, 38 62 95 100 68 76 metal,"
-                   "38 62 95 100 32 40 metal, legs 12 12 dark"),
-    "dresser": (1.15, 0.48, 0.85, "wall", "0 100 0 97 8 100, legs 8 8 dark, 3 97 97 98 37 39 dark,"
-                "3 97 97 98 67 69 dark, | 20 32 97 100 20 25 metal, | 20 32 97 100 50 55 metal,"
-                "| 20 32 97 100 80 85 metal"),
-    "bookshelf": (0.90, 0.32, 1.85, "wall", "| 0 5 0 100 0 100, 5 95 0 10 0 100, 5 95 10 100 0 3, 5 95 10 100 24 27,"
-                  "5 95 10 100 48 51, 5 95 10 100 72 75, 5 95 10 100 97 100, 6 50 15 80 27 42 paper,"
-                  "52 70 15 75 27 40 wood, 40 92 15 80 51 65 dark, 8 45 15 80 75 90 wood, 50 80 15 80 75 88 paper"),
-    "wardrobe": (1.15, 0.60, 2.00, "wall", "0 100 0 97 4 100, 2 98 2 93 0 4 dark, 49 51 97 98 6 98 dark,"
-                 "| 43 46 97 100 42 60 metal"),
-    "bed": (1.50, 2.05, 0.95, "wall", "0 100 4 100 10 34 wood, 2 98 4 99 34 55, 0 100 0 4 0 100 wood,"
-            "| 10 46 6 24 55 66 sheet, legs 10 6 wood"),
-    "piano": (1.45, 0.62, 1.20, "wall", "0 100 0 55 0 100, 0 100 55 100 50 62, 6 94 58 97 62 65 sheet,"
-              "6 94 58 76 65 66 dark, | 0 6 55 95 0 50"),
-    "fridge": (0.70, 0.68, 1.75, "wall", "0 100 0 95 0 64, 0 100 0 95 66 100, 2 98 0 93 64 66 dark,"
-               "8 14 95 100 35 60 metal, 8 14 95 100 70 88 metal"),
-    "stove": (0.62, 0.62, 0.90, "wall", "0 100 0 97 6 97, 4 96 4 92 0 6 dark, 12 88 97 98 20 62 screen,"
-              "15 85 98 100 66 70 metal, | 12 42 12 42 97 100 dark, | 12 42 58 88 97 100 dark,"
-              "| 12 22 97 100 82 90 dark, 45 55 97 100 82 90 dark"),
-    "sink": (0.60, 0.48, 1.00, "wall", "0 100 0 100 68 74, 0 100 0 12 74 84, | 0 10 12 100 74 84, 10 90 88 100 74 84,"
-             "38 62 20 60 0 68, 46 54 3 10 84 100 metal, 46 54 10 40 95 100 metal"),
-    "toilet": (0.40, 0.66, 0.80, "wall", "0 100 0 28 42 97, 20 80 0 75 0 42, 5 95 28 100 42 52, 25 75 45 88 52 53 dark,"
-               "40 60 10 20 97 100 metal"),
-    "bathtub": (1.60, 0.75, 0.58, "wall", "0 100 0 100 0 30, 0 100 0 12 30 100, 0 100 88 100 30 100,"
-                "| 0 6 12 88 30 100, 6 94 12 88 30 70 glass"),
-    "lamp": (0.44, 0.44, 1.60, "free", "0 100 0 100 74 100, 46 54 46 54 3 74 metal, 20 80 20 80 0 3"),
-    "plant": (0.52, 0.52, 0.95, "free", "14 86 14 86 0 48, 4 96 4 96 42 54, 42 58 42 58 54 80 leaf,"
-              "0 60 34 50 64 72 leaf, 48 100 44 62 74 82 leaf, 34 52 0 100 84 92 leaf, 38 62 38 62 92 100 leaf"),
-    "bin": (0.34, 0.34, 0.52, "free", "8 92 8 92 0 85, 0 100 0 100 85 93, 30 70 30 70 93 100 dark"),
-    "rug": (1.70, 1.15, 0.02, "free", "0 100 0 100 0 60 paper, 6 94 8 92 60 100"),
-    "monitor": (0.58, 0.22, 0.46, "top", "0 100 40 60 25 100, 12 88 60 64 38 90 screen, 44 56 40 60 4 25,"
-                "25 75 0 100 0 5"),
-    "laptop": (0.40, 0.34, 0.28, "top", "0 100 15 100 0 9, 0 100 0 15 4 100, 12 88 15 17 24 88 screen,"
-               "10 90 30 62 9 11 dark"),
-    "bottle": (0.17, 0.17, 0.44, "top", "0 100 0 100 0 62, 28 72 28 72 62 92, 25 75 25 75 92 100 metal"),
-    "vase": (0.24, 0.24, 0.36, "top", "20 80 20 80 0 12, 0 100 0 100 12 62, 30 70 30 70 62 85, 18 82 18 82 85 100"),
-    "pillow": (0.48, 0.32, 0.16, "top", "0 100 0 100 20 80, 12 88 12 88 0 100"),
-    "picture": (0.80, 0.04, 0.60, "hang", "0 100 0 70 0 100 wood, 8 92 70 100 10 90"),
-    "mirror": (0.60, 0.05, 0.95, "hang", "0 100 0 80 0 100, 20 80 80 100 14 86 glass"),
-    "clock": (0.40, 0.06, 0.40, "hang", "18 82 0 80 0 100, 0 100 0 80 18 82, 46 54 80 100 46 88 dark,"
-              "54 76 80 100 46 54 dark"),
-    "tv": (1.10, 0.08, 0.66, "hang", "0 100 0 80 0 100, 20 80 80 100 26 84 screen"),
-    "door": (0.92, 0.06, 2.05, "door", "6 94 0 60 0 97, | 0 6 0 80 0 100 wood, 6 94 0 80 97 100 wood,"
-             "82 90 60 100 47 50 metal"),
-    "window": (1.70, 0.08, 1.30, "window", "28 72 0 50 5 95 glass, | 0 28 20 100 0 95, 28 72 0 60 0 5,"
-               "49 51 50 60 5 95 sheet, 28 72 50 60 48 52 sheet, 0 100 0 100 95 100"),
-}  # fmt: skip
-CATEGORIES = sorted(FURNITURE)
+# A line per category: width, depth, height in meters; where it stands; its parts (indented lines
+# continue). A part is "x0 x1 y0 y1 z0 z1 material" in percent of the size, the back at y = 0; "|"
+# repeats it mirrored left to right; "legs 46 12" are four legs up to 46 %, 12 % thick. No material:
+# the object's own color, which is most of what is seen. Parts fill the size exactly.
+FURNITURE_TABLE = """
+chair 0.46 0.50 0.92 seat: 0 100 0 100 46 53, 0 100 0 12 53 100, legs 46 12
+stool 0.40 0.40 0.62 free: 0 100 0 100 86 100, legs 86 16 wood
+sofa 1.90 0.90 0.80 wall: 10 90 25 100 8 52, 0 100 0 28 8 100, | 0 10 28 100 8 72, legs 8 6 dark,
+    | 13 48 28 40 52 85
+table 1.40 0.85 0.74 free: 0 100 0 100 92 100, legs 92 7
+desk 1.25 0.65 0.76 wall: 0 100 0 100 94 100, 0 32 2 95 5 94, 95 100 2 95 0 94, 32 95 2 6 40 94,
+    2 30 4 90 0 5 dark, 10 22 95 98 70 76 metal, 10 22 95 98 38 44 metal
+nightstand 0.48 0.42 0.55 wall: 0 100 0 100 94 100, 4 96 0 95 12 94, 38 62 95 100 68 76 metal,
+    38 62 95 100 32 40 metal, legs 12 12 dark
+dresser 1.15 0.48 0.85 wall: 0 100 0 97 8 100, legs 8 8 dark, 3 97 97 98 37 39 dark,
+    3 97 97 98 67 69 dark, | 20 32 97 100 20 25 metal, | 20 32 97 100 50 55 metal,
+    | 20 32 97 100 80 85 metal
+bookshelf 0.90 0.32 1.85 wall: | 0 5 0 100 0 100, 5 95 0 10 0 100, 5 95 10 100 0 3,
+    5 95 10 100 24 27, 5 95 10 100 48 51, 5 95 10 100 72 75, 5 95 10 100 97 100,
+    6 50 15 80 27 42 paper, 52 70 15 75 27 40 wood, 40 92 15 80 51 65 dark, 8 45 15 80 75 90 wood,
+    50 80 15 80 75 88 paper
+wardrobe 1.15 0.60 2.00 wall: 0 100 0 97 4 100, 2 98 2 93 0 4 dark, 49 51 97 98 6 98 dark,
+    | 43 46 97 100 42 60 metal
+bed 1.50 2.05 0.95 wall: 0 100 4 100 10 34 wood, 2 98 4 99 34 55, 0 100 0 4 0 100 wood,
+    | 10 46 6 24 55 66 sheet, legs 10 6 wood
+piano 1.45 0.62 1.20 wall: 0 100 0 55 0 100, 0 100 55 100 50 62, 6 94 58 97 62 65 sheet,
+    6 94 58 76 65 66 dark, | 0 6 55 95 0 50
+fridge 0.70 0.68 1.75 wall: 0 100 0 95 0 64, 0 100 0 95 66 100, 2 98 0 93 64 66 dark,
+    8 14 95 100 35 60 metal, 8 14 95 100 70 88 metal
+stove 0.62 0.62 0.90 wall: 0 100 0 97 6 97, 4 96 4 92 0 6 dark, 12 88 97 98 20 62 screen,
+    15 85 98 100 66 70 metal, | 12 42 12 42 97 100 dark, | 12 42 58 88 97 100 dark,
+    | 12 22 97 100 82 90 dark, 45 55 97 100 82 90 dark
+sink 0.60 0.48 1.00 wall: 0 100 0 100 68 74, 0 100 0 12 74 84, | 0 10 12 100 74 84,
+    10 90 88 100 74 84, 38 62 20 60 0 68, 46 54 3 10 84 100 metal, 46 54 10 40 95 100 metal
+toilet 0.40 0.66 0.80 wall: 0 100 0 28 42 97, 20 80 0 75 0 42, 5 95 28 100 42 52,
+    25 75 45 88 52 53 dark, 40 60 10 20 97 100 metal
+bathtub 1.60 0.75 0.58 wall: 0 100 0 100 0 30, 0 100 0 12 30 100, 0 100 88 100 30 100,
+    | 0 6 12 88 30 100, 6 94 12 88 30 70 glass
+lamp 0.44 0.44 1.60 free: 0 100 0 100 74 100, 46 54 46 54 3 74 metal, 20 80 20 80 0 3
+plant 0.52 0.52 0.95 free: 14 86 14 86 0 48, 4 96 4 96 42 54, 42 58 42 58 54 80 leaf,
+    0 60 34 50 64 72 leaf, 48 100 44 62 74 82 leaf, 34 52 0 100 84 92 leaf, 38 62 38 62 92 100 leaf
+bin 0.34 0.34 0.52 free: 8 92 8 92 0 85, 0 100 0 100 85 93, 30 70 30 70 93 100 dark
+rug 1.70 1.15 0.02 free: 0 100 0 100 0 60 paper, 6 94 8 92 60 100
+monitor 0.58 0.22 0.46 top: 0 100 40 60 25 100, 12 88 60 64 38 90 screen, 44 56 40 60 4 25,
+    25 75 0 100 0 5
+laptop 0.40 0.34 0.28 top: 0 100 15 100 0 9, 0 100 0 15 4 100, 12 88 15 17 24 88 screen,
+    10 90 30 62 9 11 dark
+bottle 0.17 0.17 0.44 top: 0 100 0 100 0 62, 28 72 28 72 62 92, 25 75 25 75 92 100 metal
+vase 0.24 0.24 0.36 top: 20 80 20 80 0 12, 0 100 0 100 12 62, 30 70 30 70 62 85, 18 82 18 82 85 100
+pillow 0.48 0.32 0.16 top: 0 100 0 100 20 80, 12 88 12 88 0 100
+picture 0.80 0.04 0.60 hang: 0 100 0 70 0 100 wood, 8 92 70 100 10 90
+mirror 0.60 0.05 0.95 hang: 0 100 0 80 0 100, 20 80 80 100 14 86 glass
+clock 0.40 0.06 0.40 hang: 18 82 0 80 0 100, 0 100 0 80 18 82, 46 54 80 100 46 88 dark,
+    54 76 80 100 46 54 dark
+tv 1.10 0.08 0.66 hang: 0 100 0 80 0 100, 20 80 80 100 26 84 screen
+door 0.92 0.06 2.05 door: 6 94 0 60 0 97, | 0 6 0 80 0 100 wood, 6 94 0 80 97 100 wood,
+    82 90 60 100 47 50 metal
+window 1.70 0.08 1.30 window: 28 72 0 50 5 95 glass, | 0 28 20 100 0 95, 28 72 0 60 0 5,
+    49 51 50 60 5 95 sheet, 28 72 50 60 48 52 sheet, 0 100 0 100 95 100
+"""
 SURFACES = ("desk", "dresser", "nightstand", "table")  # flat tops on which small things stand
 ORDER = ("door", "window", "wall", "free", "seat", "hang", "top")  # what is placed first
 CLEAR = {"door": 0.8, "window": 0.7, "hang": 0.5}  # meters kept free in front
 SHADE = np.array([0.84, 0.90, 0.80, 0.93, 0.72, 1.0])  # light on faces -x +x -y +y -z +z; white stays white
-NORMALS = np.array([[-1, 0, 0], [1, 0, 0], [0, -1, 0], [0, 1, 0], [0, 0, -1], [0, 0, 1]], np.float32)
+NORMALS = np.kron(np.eye(3), [[-1], [1]]).astype(np.float32) + 0  # of the same faces; + 0: no -0.0
 BACK = np.array([[0, -1], [1, 0], [0, 1], [-1, 0]], float)  # of an object after 0..3 quarter turns
 HALF_FOV = 0.9163312  # tan(85 degrees / 2)
 
@@ -458,24 +482,27 @@ def _parse_parts(text):
     """Read a row's parts: their ends [m, axis, (low, high)] in 0..1 of the size, and their materials [m]."""
     boxes, materials = [], []
     for part in text.split(","):
-        words = part.split()
-        numbers = [int(word) / 100 for word in words if word.isdigit()]
-        if words[0] == "legs":
+        numbers = [int(number) / 100 for number in re.findall(r"\d+", part)]
+        new = [numbers]
+        if "legs" in part:
             top, thick = numbers
             ends = ((0, thick), (1 - thick, 1))
             new = [(*x, *y, 0, top) for x in ends for y in ends]
-        elif words[0] == "|":
+        if "|" in part:
             x0, x1, *rest = numbers
-            new = [numbers, (1 - x1, 1 - x0, *rest)]
-        else:
-            new = [numbers]
-        material = words[-1] if words[-1].isalpha() else ""
+            new.append((1 - x1, 1 - x0, *rest))
         boxes += new
+        material = re.search("[a-z]*$", part)[0]
         materials += [material for _ in new]
     return np.array(boxes).reshape(-1, 3, 2), materials
 
 
-PARTS = {category: _parse_parts(row[4]) for category, row in FURNITURE.items()}
+FURNITURE, PARTS = {}, {}  # category -> width, depth, height, where it stands; its parts
+for _about, _parts in read_table(FURNITURE_TABLE).items():
+    _category, *_size, _where = _about.split()
+    FURNITURE[_category] = (*map(float, _size), _where)
+    PARTS[_category] = _parse_parts(_parts)
+CATEGORIES = sorted(FURNITURE)
 CUBE = _parse_parts("0 100 0 100 0 100")
 
 
@@ -486,15 +513,6 @@ def _place_parts(category, size, turn):
     for _ in range(turn):
         x, y = -y[:, ::-1], x
     return np.stack([x, y, z]).T
-
-
-class Furniture(NamedTuple):
-    """A piece of furniture that has found its place."""
-
-    category: str
-    colour: str
-    low: np.ndarray  # [m, 3] corners of its parts
-    high: np.ndarray  # [m, 3]
 
 
 def _propose(where, size, side, tops, tables, rng, n=48):
@@ -547,15 +565,14 @@ def _choose(rng, count):
     # stand on
     surface = SURFACES[rng.integers(len(SURFACES))]
     others = [c for c in CATEGORIES if c not in ("door", "window", surface)]
-    order = rng.permutation(len(others))[: max(11, count // 5)]
-    chosen = [surface, *(others[i] for i in order)]
+    chosen = [surface, *several(rng, others, len(others))[: max(11, count // 5)]]
     more = rng.integers(1, len(chosen), max(count - 3, 0))
     drawn = [surface, *(chosen[i] for i in more)]
 
     # what needs a wall before what stands free, large before small; then what stands in for what
     # found no place
     def rank(category):
-        width, depth, _, where, _ = FURNITURE[category]
+        width, depth, _, where = FURNITURE[category]
         return ORDER.index(where), -width * depth
 
     drawn.sort(key=rank)
@@ -564,15 +581,17 @@ def _choose(rng, count):
 
 
 def _furnish(rng, count, side, height):
-    """Place `count` objects that do not touch: a list of Furniture, or None where the room is too small."""
+    """Place `count` objects that do not touch: (category, color, corners [2, m, 3] of its parts) of each, or None.
+
+    None where the room is too small.
+    """
     queue, chosen = _choose(rng, count)
-    colours = list(COLOURS)
-    unused = {c: [colours[i] for i in rng.permutation(len(colours))] for c in chosen}
+    unused = {category: several(rng, list(COLOURS), len(COLOURS)) for category in chosen}
     placed, taken, tops, tables = [], [], [], []
     for category in queue:
         if len(placed) == count:
             break
-        *size, where, _ = FURNITURE[category]
+        *size, where = FURNITURE[category]
         if not unused[category] or (where == "top" and not tops):  # no color twice in a category
             continue
         size = size * rng.uniform(0.88, 1.12, 3)
@@ -585,15 +604,13 @@ def _furnish(rng, count, side, height):
         clash = (low - margin)[:, None] < taken_high - 1e-6
         clash &= (high + margin)[:, None] > taken_low + 1e-6
         good = ~clash.all(2).any(1) & (high[:, 2] < height)
-        good &= (low[:, :2] >= -side / 2 - 1e-9).all(1)
-        good &= (high[:, :2] <= side / 2 + 1e-9).all(1)
+        good &= (np.maximum(-low, high)[:, :2] <= side / 2 + 1e-9).all(1)
         if not good.any():
             continue
         i = good.argmax()
         low, high, turn = low[i], high[i], int(turn[i])
         base = np.append((low[:2] + high[:2]) / 2, low[2])
-        parts_low, parts_high = _place_parts(category, size, turn) + base
-        placed.append(Furniture(category, unused[category].pop(), parts_low, parts_high))
+        placed.append((category, unused[category].pop(), _place_parts(category, size, turn) + base))
 
         # what it changes for those to come: doors open and pictures are seen, so the floor in front
         # is taken too
@@ -608,17 +625,16 @@ def _furnish(rng, count, side, height):
 
 
 def _unit(a):
-    return a / np.sqrt(a[:, :1] ** 2 + a[:, 1:2] ** 2 + a[:, 2:] ** 2)
+    # cumsum adds in the same order on every machine, sum does not
+    return a / np.sqrt(np.square(a).cumsum(1)[:, -1:])
 
 
 def _look(position, target):
     """Give the poses [V, 4, 4] of upright cameras at position [V, 3] that look at target [V, 3]."""
     forward = _unit(target - position)
-    right = _unit(np.stack([forward[:, 1], -forward[:, 0], np.zeros(len(forward))], 1))
-    (fx, fy, fz), (rx, ry, _) = forward.T, right.T
-    down = np.stack([-fz * ry, fz * rx, fx * ry - fy * rx], 1)  # forward x right
+    right = _unit(np.cross(forward, [0, 0, 1])) + 0.0  # never -0.0, whose bits differ
     pose = np.tile(np.eye(4), (len(forward), 1, 1))
-    pose[:, :3] = np.stack([right, down, forward, position], 2)
+    pose[:, :3] = np.stack([right, np.cross(forward, right), forward, position], 2)
     return pose
 
 
@@ -665,7 +681,7 @@ def _close_ups(rng, count, survey, side, low, high):
     nearness = (inside / np.maximum(z, 0.1) ** 2).max(0)
     _, middle, largest = np.sort(high - low, axis=1).T
     order = np.argsort(nearness * middle * largest, kind="stable")
-    pick = order[np.arange(count) % len(low)]
+    pick = np.resize(order, count)
 
     # candidates about it, towards the middle of the room: what hangs on a wall is seen from the
     # front
@@ -731,8 +747,7 @@ def ray_cast(lo, hi, pose, size, bounds=None, half_fov=HALF_FOV):
     rays = rays.astype(np.float32)  # [3, size, size]
     rays[rays == 0] = 1e-9
     inverse = 1 / rays
-    low = (lo - eye).astype(np.float32)
-    high = (hi - eye).astype(np.float32)
+    ends = (np.stack([lo, hi]) - eye).astype(np.float32)  # [2, B, 3]
 
     # the room first, if there is one: seen from inside, a ray meets it at its first exit
     depth = np.full((size, size), np.inf, np.float32)
@@ -746,13 +761,11 @@ def ray_cast(lo, hi, pose, size, bounds=None, half_fov=HALF_FOV):
         found[:] = len(lo)
 
     # then every box, in its rectangle on the image
-    for box, (u0, v0, u1, v1) in enumerate(_rectangles(low, high, pose, size, half_fov)):
+    for box, (u0, v0, u1, v1) in enumerate(_rectangles(*ends, pose, size, half_fov)):
         if u0 >= u1 or v0 >= v1:
             continue
         window = np.s_[v0:v1, u0:u1]
-        scale = inverse[:, v0:v1, u0:u1]
-        a = low[box, :, None, None] * scale
-        b = high[box, :, None, None] * scale
+        a, b = ends[:, box, :, None, None] * inverse[:, v0:v1, u0:u1]
         entries = np.minimum(a, b)
         enter = entries.max(0)
         leave = np.maximum(a, b).min(0)
@@ -780,10 +793,10 @@ def _sample_surface(lo, hi, owner, bounds, count, rng):
     low = np.concatenate([lo, bounds[:1]])  # [B + 1, 3] with the room
     high = np.concatenate([hi, bounds[1:]])
     w, d, h = (high - low).T
-    area = np.stack([d * h, d * h, w * h, w * h, w * d, w * d], 1)  # [B + 1, 6] of the faces
+    area = np.stack([d * h, w * h, w * d], 1).repeat(2, 1)  # [B + 1, 6] of the faces
     area[B, 4] = 0.0  # no ceiling
 
-    # how often every box is drawn; cumsum adds in the same order on every machine, sum does not
+    # how often every box is drawn
     surface = (w * d + d * h + w * h)[:B]
     total = np.bincount(owner, surface)[1:]  # [objects]
     share = np.sqrt(total) / np.cumsum(np.sqrt(total))[-1]
@@ -819,9 +832,9 @@ def _sample_surface(lo, hi, owner, bounds, count, rng):
 def _palette(placed, rng):
     """Color the six faces of every part and then of the room: [6 * (B + 1), 3] int16."""
     rgb = []
-    for piece in placed:
-        own = np.array(COLOURS[piece.colour]) + rng.integers(-8, 9, 3)
-        rgb += [MATERIALS.get(material, own) for material in PARTS[piece.category][1]]
+    for category, colour, _ in placed:
+        own = np.array(COLOURS[colour]) + rng.integers(-8, 9, 3)
+        rgb += [MATERIALS.get(material, own) for material in PARTS[category][1]]
     faces = np.array(rgb)[:, None] * SHADE[:, None]  # [B, 6, 3]
 
     warm = rng.integers(-8, 9)
@@ -841,7 +854,7 @@ def _paint(palette, face, xyz, boards, rng):
     return np.clip(colour, 0, 255).astype(np.uint8)
 
 
-def room(seed: int, objects: int | None = None, views: int = 12, size: int = 96, points: int = 4096) -> Scene:
+def room(seed, objects=None, views=12, size=96, points=4096):
     """Make a furnished room around x = y = 0; the same seed gives the same room on every machine.
 
     objects: how many, door and window included (default 8 to 16); the room grows with them. views
@@ -850,13 +863,13 @@ def room(seed: int, objects: int | None = None, views: int = 12, size: int = 96,
     ones); no two objects share category and color. Superpoints are the faces of parts, cut at every
     meter. Raises DataError for a number of objects that cannot be furnished.
     """
-    most = len(CATEGORIES) * len(COLOURS) * 2 // 3  # beyond, too few pairs of category and color are left
-    if objects is not None and not 3 <= objects <= most:
-        raise DataError(f"room: objects = {objects}; give 3 to {most}")
     rng = np.random.Generator(np.random.PCG64(seed))
     count = int(rng.integers(8, 17))
     side, height = rng.uniform(4.0, 6.5, 2), 2.6
     if objects is not None:
+        most = len(CATEGORIES) * len(COLOURS) * 2 // 3  # beyond, too few pairs of category and color are left
+        if not 3 <= objects <= most:
+            raise DataError(f"room: objects = {objects}; give 3 to {most}")
         count = objects
         side = side * max(1.0, np.sqrt(1.3 * objects / (side[0] * side[1])))
 
@@ -864,19 +877,19 @@ def room(seed: int, objects: int | None = None, views: int = 12, size: int = 96,
     # category
     while (placed := _furnish(rng, count, side, height)) is None:
         side = side * 1.08
-    placed = [placed[i] for i in rng.permutation(count)]
-    low = np.array([p.low.min(0) for p in placed])
-    high = np.array([p.high.max(0) for p in placed])
+    placed = several(rng, placed, count)
+    categories, colours, parts = zip(*placed, strict=True)
+    low = np.array([part[0].min(0) for part in parts])
+    high = np.array([part[1].max(0) for part in parts])
     boxes = np.concatenate([(low + high) / 2, high - low], 1)
-    things = [Thing(i + 1, p.category, p.colour, boxes[i]) for i, p in enumerate(placed)]
+    ids = np.arange(1, count + 1)
+    things = [Thing(*about) for about in zip(ids.tolist(), categories, colours, boxes, strict=True)]
     bounds = np.array([[*-side / 2, 0.0], [*side / 2, height]])
     scene = Scene(f"room{seed:06d}", "rooms", things, bounds=bounds)
 
     # all parts of all objects, and the room as the last
-    lo = np.concatenate([p.low for p in placed])  # [B, 3]
-    hi = np.concatenate([p.high for p in placed])
-    parts = [len(p.low) for p in placed]
-    owner = np.append(np.repeat(np.arange(1, count + 1), parts), 0)  # [B + 1] object ids
+    lo, hi = np.concatenate(parts, axis=1)  # [B, 3] each
+    owner = np.append(np.repeat(ids, [len(part[0]) for part in parts]), 0)  # [B + 1] object ids
     palette = _palette(placed, rng)
     boards = rng.integers(-10, 11, 64).astype(np.int16)
 
@@ -899,26 +912,25 @@ def room(seed: int, objects: int | None = None, views: int = 12, size: int = 96,
         scene.normals = NORMALS[face]
         scene.instances = owner[box]
         scene.colours = _paint(palette, 6 * box + face, xyz, boards, rng)
-        x, y, z = np.floor(xyz).astype(int).T + 512
-        piece = ((z * len(palette) + 6 * box + face) * 1024 + x) * 1024 + y
-        scene.superpoints = np.unique(piece, return_inverse=True)[1]
+        piece = np.column_stack([np.floor(xyz).astype(int), 6 * box + face])
+        scene.superpoints = np.unique(piece[:, [2, 3, 0, 1]], axis=0, return_inverse=True)[1].ravel()
     return scene
 
 
-def rooms(seeds: Iterable[int], workers: int = 2, **options) -> list[Scene]:
+def rooms(seeds, workers=2, **options):
     """Make `room(seed, **options)` for all seeds, in their order, by `workers` forked processes (0: in this one).
 
     Workers use numpy's elementwise functions only, so each keeps to one thread and forking a
     process that runs threads is safe.
     """
-    seeds, make = [int(seed) for seed in seeds], partial(room, **options)
+    seeds, make = list(seeds), partial(room, **options)
     if workers < 2 or len(seeds) < 8 or "fork" not in multiprocessing.get_all_start_methods():
         return [make(seed) for seed in seeds]
     with multiprocessing.get_context("fork").Pool(workers) as pool:
         return pool.map(make, seeds)
 
 
-def category_icon(category: str, colour: str, size: int) -> np.ndarray:
+def category_icon(category, colour, size):
     """Draw the category's furniture alone on black, three-quarter view, filling the image: [size, size, 3] uint8.
 
     The paper embeds categories from drawn icons (Proxy3D); a category outside the table is drawn as
@@ -948,58 +960,77 @@ def category_icon(category: str, colour: str, size: int) -> np.ndarray:
 # ---- 4 questions and baselines ---------------------------------------------------------------------------------------
 #
 # A question is made in three steps: draw which objects it is about, read the answer off their boxes
-# and names (`scene_graph`), put both into one of a template's wordings (`ask`). A draw without a
+# and names (`scene_graph`), put both into one of a template's wordings (`make_sample`). A draw without a
 # clear answer gives None.
 
 # Wordings keep content words close to the answer, since anything between is one more hop for a
 # small model. {what}, {other}, {at}, {facing} are descriptions ("red chair"), {a} and {b} are
 # marks.
-AT = (
-    "i am standing at the {at} facing the {facing}.",
-    "i stand at the {at} and look at the {facing}.",
-    "from the {at} i face the {facing}.",
-)
-TEMPLATES: dict[str, tuple[str, ...]] = {
-    "ground": ("which one is the {what}?", "find the {what}.", "which object is the {what}?", "point to the {what}."),
-    "multi": ("find all {what}.", "which objects are {what}?", "point to all {what}."),
-    "id_category": ("what is {a}?", "what kind of thing is {a}?", "name {a}."),
-    "id_colour": ("what colour is {a}?", "which colour has {a}?", "name the colour of {a}."),
-    "id_size": ("is {a} larger than {b}?", "is {a} bigger than {b}?", "has {a} more volume than {b}?"),
-    "coordinate": ("where is {a}?", "what is the position of {a}?", "give the coordinates of {a}."),
-    "relation": ("where is {a} relative to {b}?", "on which side is {a} of {b}?", "which way is {a} from {b}?"),
-    "distance_ids": ("how far is {a} from {b}?", "what is the distance of {a} from {b}?",
-                     "how many metres is {a} from {b}?"),
-    "colour": ("what colour is the {what}?", "which colour has the {what}?", "name the colour of the {what}."),
-    "what_colour": ("what is {what}?", "which thing is {what}?", "what kind of thing is {what}?"),
-    "what_on": ("what is on the {what}?", "what stands on the {what}?", "which thing is on the {what}?"),
-    "what_near": ("what is nearest to the {what}?", "what is closest to the {what}?", "what is next to the {what}?"),
-    "where_support": ("what does the {what} stand or hang on?", "what is the {what} on?", "what holds the {what}?"),
-    "where_near": ("where is the {what}?", "where can i find the {what}?", "near what is the {what}?"),
-    "count": ("how many {what} are there?", "count the {what}.", "what is the number of {what}?"),
-    "exist": ("is there {what}?", "do you see {what}?", "does the room have {what}?"),
-    "situated_side": tuple(f"{at} is the {{what}} on my left or right?" for at in AT),
-    "situated_depth": tuple(f"{at} is the {{what}} in front of me or behind me?" for at in AT),
-    "situated_turn": tuple(f"{at} must i turn around to see the {{what}}?" for at in AT),
-    "distance": ("how far is the {what} from the {other}?", "what is the distance of the {what} from the {other}?",
-                 "how many metres is the {what} from the {other}?"),
-    "size_height": ("how tall is the {what}?", "how high in metres is the {what}?", "give the height of the {what}."),
-    "size_length": ("how long is the {what}?", "how many metres long is the {what}?", "give the length of the {what}."),
-    "caption": ("describe {a}.", "give a description of {a}.", "tell me about {a}."),
-    "vsi_counting": ("how many {what} are in this room?", "how many {what} do you count here?",
-                     "what is the number of {what} in this room?"),
-    "vsi_abs_distance": ("from closest point to closest point, how many metres are between the {what} and the {other}?",
-                         "what is the shortest distance in metres between the {what} and the {other}?",
-                         "how wide in metres is the gap between the {what} and the {other}?"),
-    "vsi_object_size": ("in centimetres, how long is the longest side (length, width or height) of the {what}?",
-                        "how many centimetres measures the longest dimension of the {what}?",
-                        "give in centimetres the largest of length, width and height of the {what}."),
-    "vsi_room_size": ("how many square metres has this room?", "what is the floor area of this room in square metres?",
-                      "give the size of this room in square metres."),
-    "vsi_rel_distance": ("measured between closest points, which of these is closest to the {what}? {options}",
-                         "by their closest points, which of these is nearest to the {what}? {options}",
-                         "which of these has the narrowest gap to the {what}? {options}"),
-    "vsi_rel_direction": tuple(f"{at} {{note}}where is the {{what}}? {{options}}" for at in AT),
-}  # fmt: skip
+TEMPLATE_TABLE = """
+ground: which one is the {what}?
+    / find the {what}.
+    / which object is the {what}?
+    / point to the {what}.
+multi: find all {what}. / which objects are {what}? / point to all {what}.
+id_category: what is {a}? / what kind of thing is {a}? / name {a}.
+id_colour: what colour is {a}? / which colour has {a}? / name the colour of {a}.
+id_size: is {a} larger than {b}? / is {a} bigger than {b}? / has {a} more volume than {b}?
+coordinate: where is {a}? / what is the position of {a}? / give the coordinates of {a}.
+relation: where is {a} relative to {b}? / on which side is {a} of {b}? / which way is {a} from {b}?
+distance_ids: how far is {a} from {b}?
+    / what is the distance of {a} from {b}?
+    / how many metres is {a} from {b}?
+colour: what colour is the {what}? / which colour has the {what}? / name the colour of the {what}.
+what_colour: what is {what}? / which thing is {what}? / what kind of thing is {what}?
+what_on: what is on the {what}? / what stands on the {what}? / which thing is on the {what}?
+what_near: what is nearest to the {what}?
+    / what is closest to the {what}?
+    / what is next to the {what}?
+where_support: what does the {what} stand or hang on?
+    / what is the {what} on?
+    / what holds the {what}?
+where_near: where is the {what}? / where can i find the {what}? / near what is the {what}?
+count: how many {what} are there? / count the {what}. / what is the number of {what}?
+exist: is there {what}? / do you see {what}? / does the room have {what}?
+situated_side: i am standing at the {at} facing the {facing}. is the {what} on my left or right?
+    / i stand at the {at} and look at the {facing}. is the {what} on my left or right?
+    / from the {at} i face the {facing}. is the {what} on my left or right?
+situated_depth: i am standing at the {at} facing the {facing}. is the {what} in front of me or behind me?
+    / i stand at the {at} and look at the {facing}. is the {what} in front of me or behind me?
+    / from the {at} i face the {facing}. is the {what} in front of me or behind me?
+situated_turn: i am standing at the {at} facing the {facing}. must i turn around to see the {what}?
+    / i stand at the {at} and look at the {facing}. must i turn around to see the {what}?
+    / from the {at} i face the {facing}. must i turn around to see the {what}?
+distance: how far is the {what} from the {other}?
+    / what is the distance of the {what} from the {other}?
+    / how many metres is the {what} from the {other}?
+size_height: how tall is the {what}?
+    / how high in metres is the {what}?
+    / give the height of the {what}.
+size_length: how long is the {what}?
+    / how many metres long is the {what}?
+    / give the length of the {what}.
+caption: describe {a}. / give a description of {a}. / tell me about {a}.
+vsi_counting: how many {what} are in this room?
+    / how many {what} do you count here?
+    / what is the number of {what} in this room?
+vsi_abs_distance: from closest point to closest point, how many metres are between the {what} and the {other}?
+    / what is the shortest distance in metres between the {what} and the {other}?
+    / how wide in metres is the gap between the {what} and the {other}?
+vsi_object_size: in centimetres, how long is the longest side (length, width or height) of the {what}?
+    / how many centimetres measures the longest dimension of the {what}?
+    / give in centimetres the largest of length, width and height of the {what}.
+vsi_room_size: how many square metres has this room?
+    / what is the floor area of this room in square metres?
+    / give the size of this room in square metres.
+vsi_rel_distance: measured between closest points, which of these is closest to the {what}? {options}
+    / by their closest points, which of these is nearest to the {what}? {options}
+    / which of these has the narrowest gap to the {what}? {options}
+vsi_rel_direction: i am standing at the {at} facing the {facing}. {note}where is the {what}? {options}
+    / i stand at the {at} and look at the {facing}. {note}where is the {what}? {options}
+    / from the {at} i face the {facing}. {note}where is the {what}? {options}
+"""
+TEMPLATES = {name: wordings.split(" / ") for name, wordings in read_table(TEMPLATE_TABLE).items()}
 WORDS = (  # the words that code below writes besides those of the tables
     "a an the thing things on near from floor wall yes no this there it is back means at least degrees to turn a b c d"
 )
@@ -1008,9 +1039,16 @@ FLOOR, WALL, NOTHING = -1, -2, -3  # in SceneGraph.support
 STRUCTURE = {"wall", "floor", "ceiling"}  # in labeled scans these are instances too; no question is about them
 BUILT = {"door", "window"}  # parts of walls: where they are is not asked
 SYNONYMS = {
-    "sofa": "couch", "fridge": "refrigerator", "bin": "trash", "tv": "television", "picture": "painting",
-    "rug": "carpet", "lamp": "light", "wardrobe": "closet", "nightstand": "night",
-}  # fmt: skip
+    "sofa": "couch",
+    "fridge": "refrigerator",
+    "bin": "trash",
+    "tv": "television",
+    "picture": "painting",
+    "rug": "carpet",
+    "lamp": "light",
+    "wardrobe": "closet",
+    "nightstand": "night",
+}
 
 # How one of several objects is told from the rest -> a measure of the scene graph, +1 for the
 # smallest or -1 for the greatest, by how much the next must differ: 0.15 m is VSI-Bench's margin,
@@ -1034,62 +1072,57 @@ SELECT = RELATIONS | EXTREMES
 FORMS = {"category": (True, False), "colour": (False, True), "pair": (True, True)}
 SIDES = (("left", "right"), ("front", "behind"), ("below", "above"))  # per axis: negative, positive
 
-# Directions from a situation: answer -> its sector in degrees, left positive, with a margin at
+# Directions from a situation: answer and its sector in degrees, left positive, with a margin at
 # every edge.
-HEADINGS = {
-    "situated": {
-        "side": {"left": (20, 160), "right": (200, 340)},
-        "depth": {"front": (-70, 70), "behind": (110, 250)},
-        "turn": {"no": (-70, 70), "yes": (110, 250)},
-    },
-    "vsi_rel_direction": {
-        "easy": {"left": (15, 165), "right": (195, 345)},
-        "medium": {"left": (15, 120), "right": (240, 345), "back": (150, 210)},
-        "hard": {
-            "front-left": (15, 75),
-            "front-right": (285, 345),
-            "back-left": (105, 165),
-            "back-right": (195, 255),
-        },
-    },
-}
+HEADING_TABLE = """
+situated_side: left 20 160, right 200 340
+situated_depth: front -70 70, behind 110 250
+situated_turn: no -70 70, yes 110 250
+vsi_rel_direction_easy: left 15 165, right 195 345
+vsi_rel_direction_medium: left 15 120, right 240 345, back 150 210
+vsi_rel_direction_hard: front-left 15 75, front-right 285 345, back-left 105 165, back-right 195 255
+"""
+HEADINGS = {}
+for _name, _sectors in read_table(HEADING_TABLE).items():
+    _rows = map(str.split, _sectors.split(","))
+    HEADINGS[_name] = [(answer, int(low), int(high)) for answer, low, high in _rows]
 
 
-def plural(noun: str) -> str:
+def plural(noun):
     if noun.endswith("shelf"):
         return noun[:-1] + "ves"
     return noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
 
 
-def phrase(category: str, colour: str, many: bool = False) -> str:
+def phrase(category, colour, many=False):
     """Name a group of things, "" = any: "red chair", "chairs", "red thing"."""
     noun = category or "thing"
     return f"{colour} {plural(noun) if many else noun}".lstrip()
 
 
-def article(noun: str) -> str:
+def article(noun):
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def mark(thing: Thing) -> str:
+def mark(thing):
     return f"<obj {thing.id}>"
 
 
-def metres(value: float) -> str:
+def metres(value):
     return f"{round(value, 2) + 0.0:.2f}"  # + 0.0: never "-0.00"
 
 
-def listed(values: Iterable[float]) -> str:
+def listed(values):
     """Write a point or a box: "[1.25, -0.80, 0.45]"."""
     return f"[{', '.join(map(metres, values))}]"
 
 
-def pick(rng: np.random.Generator, items: Sequence):
+def pick(rng, items):
     """Draw one item, None of nothing (much cheaper than rng.choice; 256 questions are made a step)."""
     return items[int(rng.random() * len(items))] if len(items) else None
 
 
-def several(rng: np.random.Generator, items: Sequence, count: int) -> list:
+def several(rng, items, count):
     """Draw `count` different items in random order, [] where there are fewer."""
     if len(items) < count:
         return []
@@ -1099,77 +1132,67 @@ def several(rng: np.random.Generator, items: Sequence, count: int) -> list:
 # -- what questions ask of a scene; from here on g is a scene graph, i and j are places in g.things
 
 
-@dataclass
 class SceneGraph:
     """Objects of a scene and how they relate; an object is named by its place in `things`."""
 
-    objects: list[Thing]  # the scene's, by which a graph is known to be its own
-    identifiers: dict[int, int]  # the scene's
-    bounds: np.ndarray | None  # the scene's
-    floor_area: float  # square meters; 0 where the bounds are not walls
-    things: list[Thing]  # the objects without walls, floor and ceiling
-    numbered: list[int]  # those that have an identifier
-    groups: dict[tuple[str, str], list[int]]  # (category, color) -> places, "" = any
-    names: dict[int, str]  # place -> what nothing else is: "chair", else "red chair", "red thing" without category
-    unique: list[int]  # the only ones of their category
-    boxes: np.ndarray  # [n, 6]
-    support: np.ndarray  # [n] what each stands or hangs on: a place, FLOOR, WALL or NOTHING (unclear)
-    measures: dict[str, np.ndarray]  # what SELECT compares: [r, n], or seen from every object [r, n, n]
+    def __init__(self, scene):
+        self.objects, self.identifiers, self.bounds = scene.objects, scene.identifiers, scene.bounds
+        self.floor_area = 0.0  # square meters, where the bounds are walls
+        if scene.source == "rooms" and scene.bounds is not None:
+            self.floor_area = float(np.ptp(scene.bounds[:, :2], axis=0).prod())
 
-    def category(self, i: int | None) -> str:
+        # without walls, floor and ceiling; and the places of those that have an identifier
+        things = self.things = [o for o in scene.objects if o.category not in STRUCTURE]
+        known = scene.identifiers or [o.id for o in things]
+        self.numbered = [i for i, o in enumerate(things) if o.id in known]
+
+        # who has the same category, the same color, both: (category, color) -> places, "" = any
+        self.groups = {}
+        for i, o in enumerate(things):
+            for key in dict.fromkeys([(o.category, ""), ("", o.colour), (o.category, o.colour)]):
+                if any(key):
+                    self.groups.setdefault(key, []).append(i)
+
+        # what nothing else is: "chair", else "red chair", "red thing" without category
+        self.names = {}  # place -> words
+        for i, o in enumerate(things):
+            for key in [(o.category, ""), (o.category, o.colour)]:
+                if len(self.groups.get(key, ())) == 1:
+                    self.names.setdefault(i, phrase(*key))
+        self.unique = [i for i, name in self.names.items() if name == things[i].category]
+
+        # sizes and distances: what SELECT compares, [r, n], or seen from every object, [r, n, n]
+        self.boxes = np.array([o.box for o in things], dtype=float).reshape(-1, 6)
+        center, size = self.boxes[:, :3], self.boxes[:, 3:]
+        between = np.abs(center[:, None] - center)  # [n, n, 3]
+        gap = np.maximum(between - (size[:, None] + size) / 2, 0)
+        self.support = _support(self.boxes, scene.bounds)
+        self.measures = {
+            "distance": np.sqrt(np.square([gap, between]).sum(-1)),  # between closest points, between centers
+            "not on": (self.support != np.arange(len(things))[:, None])[None] * 1.0,
+            "volume": np.log(np.maximum(size.prod(1), 1e-9))[None],
+            "height": size[None, :, 2],
+            "level": np.stack([center[:, 2] + size[:, 2] / 2, center[:, 2]]),
+        }
+
+    def category(self, i):
         return "" if i is None else self.things[i].category
 
     @cached_property
-    def described(self) -> dict[int, str]:
+    def described(self):
         """The words for every object that has some (`describe`)."""
         words = {i: _words(self, i) for i in range(len(self.things))}
         return {i: text for i, text in words.items() if text}
 
 
-def scene_graph(scene: Scene) -> SceneGraph:
+def scene_graph(scene):
     """Work out what questions ask of a scene, once for its present objects."""
-    if scene.graph is not None and scene.graph.objects is scene.objects:
-        return scene.graph
-    things = [o for o in scene.objects if o.category not in STRUCTURE]
-    numbered = [i for i, o in enumerate(things) if not scene.identifiers or o.id in scene.identifiers]
-
-    # who has the same category, the same color, both; who is alone with it
-    groups, names = defaultdict(list), {}
-    for i, o in enumerate(things):
-        for key in dict.fromkeys([(o.category, ""), ("", o.colour), (o.category, o.colour)]):
-            if any(key):
-                groups[key].append(i)
-    for i, o in enumerate(things):
-        for key in [(o.category, ""), (o.category, o.colour)]:
-            if len(groups.get(key, ())) == 1:
-                names.setdefault(i, phrase(*key))
-    unique = [i for i, name in names.items() if name == things[i].category]
-
-    # sizes and distances
-    boxes = np.array([o.box for o in things], dtype=float).reshape(-1, 6)
-    center, size = boxes[:, :3], boxes[:, 3:]
-    between = np.abs(center[:, None] - center)  # [n, n, 3]
-    gap = np.maximum(between - (size[:, None] + size) / 2, 0)
-    support = _support(boxes, scene.bounds)
-    measures = {
-        "distance": np.sqrt(np.square([gap, between]).sum(-1)),  # between closest points, between centers
-        "not on": (support != np.arange(len(things))[:, None])[None] * 1.0,
-        "volume": np.log(np.maximum(size.prod(1), 1e-9))[None],
-        "height": size[None, :, 2],
-        "level": np.stack([center[:, 2] + size[:, 2] / 2, center[:, 2]]),
-    }
-    area = 0.0
-    if scene.source == "rooms" and scene.bounds is not None:
-        area = float(np.ptp(scene.bounds[:, :2], axis=0).prod())
-
-    scene.graph = SceneGraph(
-        scene.objects, scene.identifiers, scene.bounds, area,
-        things, numbered, dict(groups), names, unique, boxes, support, measures,
-    )  # fmt: skip
+    if scene.graph is None or scene.graph.objects is not scene.objects:
+        scene.graph = SceneGraph(scene)
     return scene.graph
 
 
-def _support(boxes: np.ndarray, bounds: np.ndarray | None) -> np.ndarray:
+def _support(boxes, bounds):
     """Find what boxes [n, 6] stand or hang on: [n] FLOOR, WALL, the place of what carries it, NOTHING."""
     # it stands on the floor to 5 cm
     low, high = box_ends(boxes)
@@ -1239,7 +1262,7 @@ def _words(g, i):
     return None
 
 
-def describe(scene: Scene, thing: Thing) -> str | None:
+def describe(scene, thing):
     """Give words that fit this thing alone, to be put behind "the"; None where nothing is unambiguous.
 
     "chair", "red chair", "chair nearest to the bed", "largest red thing".
@@ -1264,53 +1287,41 @@ def nearby_phrase(g, i):
 
 # -- from a draw to a question
 
-TASKS: dict[str, Callable[[Scene, np.random.Generator], Sample | None]] = {}
+TASKS = {}  # task -> a function (scene, rng) -> Sample or None
 METRIC = {  # tasks whose answers are in meters
     "coordinate", "distance_ids", "distance", "size", "vsi_abs_distance", "vsi_object_size", "vsi_room_size"
 }  # fmt: skip
 UNLABELLED = ("ground_superlative", "id_colour", "id_size")  # stand in where objects have no names
 
 
-def ask(
-    scene: Scene,
-    rng: np.random.Generator,
-    task: str,
-    answer: str,
-    text: dict,
-    template: str = "",
-    wrong: Sequence[str] = (),
-    **rest,
-) -> Sample | None:
-    """Write a Sample in one of the template's wordings, which `text` fills.
+def make_sample(function, task, scene, rng):
+    """Draw and write one question of a task: what `function` draws, in one of its template's wordings.
 
-    wrong: other answers of a multiple choice; the answer becomes a letter. Returns None where
-    meters are asked of a scene of unknown scale.
+    A drawn "text" fills the template, "wrong" are other answers of a multiple choice; the rest are
+    fields of Sample. Returns None where this draw has no unambiguous question, or meters are asked
+    of a scene of unknown scale.
     """
-    if task in METRIC and not scene.metric:
-        return None
-
-    # the options in random order, which leaves the right one's letter to chance
-    if wrong:
-        texts = [answer, *wrong]
-        order = rng.permutation(len(texts))
-        rest["options"] = [f"{letter}. {texts[k]}" for letter, k in zip("ABCD", order, strict=False)]
-        text = {**text, "options": " ".join(rest["options"])}
-        answer = "ABCD"[order.argmin()]  # where the right one, number 0, has gone
-    template = template or task
-    question = pick(rng, TEMPLATES[template]).format(**text)
-    return Sample("", scene.name, task, question, answer, template=template, **rest)
-
-
-def make_sample(function: Callable, task: str, scene: Scene, rng: np.random.Generator) -> Sample | None:
-    """Draw and write one question of a task; None where this draw has no unambiguous one."""
     drawn = function(scene_graph(scene), rng, task)
-    return drawn and ask(scene, rng, task, **drawn)
+    if drawn is None or (task in METRIC and not scene.metric):
+        return None
+    text, wrong = drawn.pop("text"), drawn.pop("wrong", ())
+
+    # the options in random order; the answer becomes the letter of the right one, number 0
+    if wrong:
+        texts = [drawn["answer"], *wrong]
+        order = rng.permutation(len(texts))
+        drawn["options"] = [f"{letter}. {texts[k]}" for letter, k in zip("ABCD", order, strict=False)]
+        drawn["answer"] = "ABCD"[order.argmin()]
+        text["options"] = " ".join(drawn["options"])
+    template = drawn.setdefault("template", task)
+    question = pick(rng, TEMPLATES[template]).format(**text)
+    return Sample("", scene.name, task, question, **drawn)
 
 
-def generator(*tasks: str) -> Callable:
-    """Register a function (scene graph, rng, task) -> arguments of `ask`, or None, for its tasks."""
+def generator(*tasks):
+    """Register a function (scene graph, rng, task) -> what `make_sample` writes, or None, for its tasks."""
 
-    def register(function: Callable) -> Callable:
+    def register(function):
         for task in tasks:
             TASKS[task] = partial(make_sample, function, task)
         return function
@@ -1318,17 +1329,21 @@ def generator(*tasks: str) -> Callable:
     return register
 
 
-def draw_numbered(g, rng, count, named=False):
-    """Draw one or two different objects with identifiers (named: and names), [] where there are too few."""
-    n = [i for i in g.names if i in g.numbered] if named else g.numbered
-    if len(n) < count:
+def draw_numbered(rng, places, count):
+    """Draw one or two different places, [] where there are too few."""
+    n = len(places)
+    if n < count:
         return []
-    first = int(rng.random() * len(n))
-    other = first - 1 - int(rng.random() * (len(n) - 1))
-    return [n[first], n[other]][:count]
+    first = int(rng.random() * n)
+    other = first - 1 - int(rng.random() * (n - 1))
+    return [places[first], places[other]][:count]
 
 
 # -- generators
+
+
+def pointed(thing, what, kind):
+    return dict(answer=mark(thing), text={"what": what}, template="ground", targets=[thing.id], kind=kind)
 
 
 @generator("ground", "ground_multiple", "ground_category")
@@ -1349,8 +1364,7 @@ def ground(g, rng, task):
         return None
     o = g.things[i]
     what = phrase(o.category, o.colour if form == "pair" else "")
-    kind = "unique" if i in g.unique else "multiple"
-    return dict(answer=mark(o), text={"what": what}, template="ground", targets=[o.id], kind=kind)
+    return pointed(o, what, "unique" if i in g.unique else "multiple")
 
 
 @generator("ground_relation", "ground_superlative")
@@ -1381,10 +1395,9 @@ def ground_by(g, rng, task):
         group = g.groups.get(key, range(len(g.things)))
         i = select(g, how, group, anchor)
         if i in g.numbered:
-            o, what, kind = g.things[i], selection(g, how, key, anchor), how
             if len(group) == 1:
-                what, kind = phrase(*key), "only"
-            return dict(answer=mark(o), text={"what": what}, template="ground", targets=[o.id], kind=kind)
+                return pointed(g.things[i], phrase(*key), "only")
+            return pointed(g.things[i], selection(g, how, key, anchor), how)
     return None
 
 
@@ -1423,11 +1436,9 @@ def multi(g, rng, task):
     """
     # the kind first, then a group of that kind: most groups have one object
     kind = pick(rng, ("zt_w_d", "zt_wo_d", "st_w_d", "st_wo_d", "mt"))
-    if kind == "zt_w_d":
-        key = absent(g, rng, "pair")
-    elif kind == "zt_wo_d":
+    if kind.startswith("zt"):
         forms = ("category", "colour") if keys_of(g, "category") else ("colour",)
-        key = absent(g, rng, pick(rng, forms))
+        key = absent(g, rng, "pair" if kind == "zt_w_d" else pick(rng, forms))
     else:
         key = pick(rng, [key for key in g.groups if kind_of(g, key) == kind])
 
@@ -1442,10 +1453,7 @@ def multi(g, rng, task):
 
 def larger(g, i, j):
     """Say whether the box of i has more volume than that of j, by half at least."""
-    ratio = g.measures["volume"][0, i] - g.measures["volume"][0, j]  # of logarithms
-    if abs(ratio) <= math.log(1.5):
-        return ""
-    return "yes" if ratio > 0 else "no"
+    return {i: "yes", j: "no", None: ""}[select(g, "largest", [i, j])]
 
 
 def side_of(g, i, j):
@@ -1468,33 +1476,26 @@ MARKED = {  # task -> how many marked objects, a word about them ("" = unclear)
     "id_colour": (1, lambda g, i: g.things[i].colour),
     "id_size": (2, larger),
     "relation": (2, side_of),
+    "coordinate": (1, lambda g, i: listed(g.boxes[i, :3].tolist())),
 }
 
 
 def marks(g, places):
-    return [mark(g.things[i]) for i in places]
+    """Name objects by their marks: {"a": "<obj 3>", "b": ...}."""
+    return dict(zip("ab", (mark(g.things[i]) for i in places), strict=False))
 
 
 @generator(*MARKED)
 def marked(g, rng, task):
-    """Ask for a word of MARKED about one or two objects."""
+    """Ask for a word of MARKED about one or two objects; a coordinate is the center of a box in meters."""
     count, word = MARKED[task]
     for _ in range(4):
-        chosen = draw_numbered(g, rng, count)
+        chosen = draw_numbered(rng, g.numbered, count)
         answer = word(g, *chosen) if chosen else ""
         if answer:
-            return dict(answer=answer, text=dict(zip("ab", marks(g, chosen), strict=False)))
+            point = g.boxes[chosen[0], :3].copy() if task == "coordinate" else None
+            return dict(answer=answer, text=marks(g, chosen), point=point)
     return None
-
-
-@generator("coordinate")
-def coordinate(g, rng, task):
-    """Ask for the center of an object's box in meters: "[1.25, -0.80, 0.45]"."""
-    chosen = draw_numbered(g, rng, 1)
-    if not chosen:
-        return None
-    center = g.boxes[chosen[0], :3]
-    return dict(answer=listed(center.tolist()), text={"a": marks(g, chosen)[0]}, point=center.copy())
 
 
 @generator("distance", "distance_ids")
@@ -1504,17 +1505,19 @@ def distance(g, rng, task):
     `value` is exact, the answer follows from the printed steps (`distance_steps`): 1.4 cm apart at
     most. By names the steps first rewrite the question with marks.
     """
-    chosen = draw_numbered(g, rng, 2, named=task == "distance")
+    places = g.numbered
+    if task == "distance":
+        places = [i for i in g.names if i in g.numbered]
+    chosen = draw_numbered(rng, places, 2)
     if not chosen:
         return None
-    a, b = marks(g, chosen)
     p, q = g.boxes[chosen, :3].tolist()
     steps, length = distance_steps(p, q)
 
     # by names, the steps say first which objects are meant
-    text = {"a": a, "b": b}
+    text = marks(g, chosen)
     if task == "distance":
-        steps = f"{a} from {b}? {steps}"
+        steps = f"{text['a']} from {text['b']}? {steps}"
         text = {"what": g.names[chosen[0]], "other": g.names[chosen[1]]}
     return dict(answer=metres(length), text=text, steps=steps + " =", value=math.dist(p, q))
 
@@ -1546,42 +1549,29 @@ def measure(g, rng, task):
     if value < 0.1:
         return None
     text = dict(zip(("what", "other"), (g.names[i] for i in chosen), strict=False))
-    kind = template.removeprefix(task).strip("_")
-    return dict(answer=form.format(value), text=text, template=template, value=value, kind=kind)
+    return dict(answer=form.format(value), text=text, template=template, value=value)
 
 
-LOOKUPS = {
-    "colour": ("colour",),
-    "what": ("what_colour", "what_on", "what_near"),
-    "where": ("where_support", "where_near"),
-}
-
-
-def known_answers(g, template):
-    """Answer a template of LOOKUPS about every object it may be asked of: place -> word, "" = unclear."""
-    movable = [i for i in g.unique if g.category(i) not in BUILT]
-
-    # by looking at it
+def known_answer(g, template, i):
+    """Answer a template of `lookup` about object i: "" = unclear, None = not asked."""
+    # by looking at it, or by what is on it or next to it
     if template == "colour":
-        return {i: g.things[i].colour for i in g.unique}
-    if template == "what_colour":
-        return {i: g.category(i) for i in alone(g, "colour")}
-
-    # by what is on it or next to it
+        return g.things[i].colour
     if template == "what_on":
-        carried = {i: np.flatnonzero(g.support == i) for i in g.unique}
-        return {i: g.category(on[0]) for i, on in carried.items() if len(on) == 1}
+        on = np.flatnonzero(g.support == i)
+        return g.category(on[0]) if len(on) == 1 else None
     if template == "what_near":
-        everything = range(len(g.things))
-        return {i: g.category(select(g, "nearest to", everything, i)) for i in g.unique}
+        return g.category(select(g, "nearest to", range(len(g.things)), i))
 
     # by where it is
     if template == "where_support":
-        return {i: support_phrase(g, i) for i in movable}
-    return {i: nearby_phrase(g, i) for i in movable if g.support[i] == FLOOR}
+        return support_phrase(g, i)
+    if template == "where_near":
+        return nearby_phrase(g, i) if g.support[i] == FLOOR else None
+    return g.category(i)
 
 
-@generator(*LOOKUPS)
+@generator("colour", "what", "where")
 def lookup(g, rng, task):
     """Ask for a word that the scene graph knows.
 
@@ -1589,9 +1579,12 @@ def lookup(g, rng, task):
     desk, of the thing nearest to the bed. where: what the only lamp stands or hangs on, or in other
     words what it is near.
     """
-    template = pick(rng, LOOKUPS[task])
-    answers = known_answers(g, template)
-    places = list(answers)
+    template = pick(rng, [name for name in TEMPLATES if name.partition("_")[0] == task])
+    places = alone(g, "colour") if template == "what_colour" else g.unique
+    if task == "where":
+        places = [i for i in places if g.category(i) not in BUILT]
+    answers = {i: known_answer(g, template, i) for i in places}
+    places = [i for i in places if answers[i] is not None]
 
     # the answer is drawn first, or nearly all would be on the floor
     if template == "where_support":
@@ -1601,8 +1594,7 @@ def lookup(g, rng, task):
     if i is None or not answers[i]:
         return None
     what = g.things[i].colour if template == "what_colour" else g.category(i)
-    kind = template.partition("_")[2]
-    return dict(answer=answers[i], text={"what": what}, template=template, kind=kind)
+    return dict(answer=answers[i], text={"what": what}, template=template)
 
 
 @generator("exist")
@@ -1666,10 +1658,9 @@ def heading(g, rng, task):
     SQA3D's situations, or VSI-Bench's choices among the only objects of their category. The answer
     is drawn first.
     """
-    kind = pick(rng, list(HEADINGS[task]))
-    sectors = HEADINGS[task][kind]
-    answer = pick(rng, list(sectors))
-    low, high = sectors[answer]
+    name = pick(rng, [name for name in HEADINGS if name.startswith(task)])
+    kind = name.rpartition("_")[2]
+    answer, low, high = pick(rng, HEADINGS[name])
     for _ in range(8):
         # three objects, each at least 0.8 m from the others on the floor plan
         chosen = several(rng, list(g.names) if task == "situated" else g.unique, 3)
@@ -1679,14 +1670,15 @@ def heading(g, rng, task):
 
         # degrees to turn from what is faced to what is asked about, left positive
         at, facing, what = (complex(*p) for p in xy)
-        turn = math.degrees(cmath.phase((what - at) / (facing - at)))
+        turn = np.angle((what - at) / (facing - at), deg=True)
         if (turn - low) % 360 <= high - low:
             text = dict(zip(("at", "facing", "what"), (g.names[i] for i in chosen), strict=True))
+            drawn = dict(answer=answer, text=text, kind=kind)
             if task == "situated":
-                return dict(answer=answer, text=text, template=f"situated_{kind}", kind=kind)
+                return drawn | dict(template=name)
             text["note"] = "back means at least 135 degrees to turn. " if kind == "medium" else ""
-            wrong = [other for other in sectors if other != answer]
-            return dict(answer=answer, text=text, wrong=wrong, kind=kind)
+            wrong = [other for other, *_ in HEADINGS[name] if other != answer]
+            return drawn | dict(wrong=wrong)
     return None
 
 
@@ -1705,7 +1697,7 @@ def vsi_rel_distance(g, rng, task):
 # -- sets of questions
 
 
-def adopt(paper) -> None:
+def adopt(paper):
     """Take a paper's own question types among the shared ones: its TASKS, and TEMPLATES and METRIC if it has them."""
     own = vars(paper)
     TASKS.update(own["TASKS"])
@@ -1713,17 +1705,17 @@ def adopt(paper) -> None:
     METRIC.update(own.get("METRIC", ()))
 
 
-def vocabulary(categories: Iterable[str] = CATEGORIES) -> list[str]:
+def vocabulary(categories=CATEGORIES):
     """List every word that a question, its steps or its answer may hold, for a word-level tokenizer."""
     texts = [WORDS, *COLOURS, *SELECT, *itertools.chain(*SIDES, *TEMPLATES.values())]
-    for kinds in HEADINGS.values():
-        texts += itertools.chain(*kinds.values())
+    for sectors in HEADINGS.values():
+        texts += [answer for answer, *_ in sectors]
     for category in filter(None, categories):
         texts += [category, plural(category)]
     return sorted(set(re.findall(r"[a-z]+", " ".join(texts))))
 
 
-def questions(scene: Scene, mix: dict[str, float], count: int, rng: np.random.Generator) -> list[Sample]:
+def questions(scene, mix, count, rng):
     """Draw `count` questions, tasks by the weights of `mix`.
 
     A draw that the scene cannot give is replaced by another, four per question at most, so a poor
@@ -1741,7 +1733,7 @@ def questions(scene: Scene, mix: dict[str, float], count: int, rng: np.random.Ge
     return samples
 
 
-def question_set(scenes: Iterable[Scene], tasks: Iterable[str], per_scene: int, seed: int) -> list[Sample]:
+def question_set(scenes, tasks, per_scene, seed):
     """Make an evaluation's questions: per scene and task up to `per_scene` different ones.
 
     Every (scene, task) has a random stream of its own, so a subset of scenes or tasks gets the same
@@ -1752,7 +1744,7 @@ def question_set(scenes: Iterable[Scene], tasks: Iterable[str], per_scene: int, 
         rng = np.random.default_rng([seed, zlib.crc32(scene.name.encode()), zlib.crc32(task.encode())])
 
         # of the same question asked twice, the first stays
-        found: dict[str, Sample] = {}
+        found = {}
         for _ in range(8 * per_scene):
             sample = TASKS[task](scene, rng)
             if sample and sample.question not in found and len(found) < per_scene:
@@ -1765,7 +1757,7 @@ def question_set(scenes: Iterable[Scene], tasks: Iterable[str], per_scene: int, 
 # -- baselines: what a score must be seen against
 
 
-def blind_content(sample: Sample) -> str:
+def blind_content(sample):
     """Give what can be known blindly of an answer: an option's text for its letter, nothing for marks."""
     for option in sample.options or ():
         if option.startswith(sample.answer + ". "):
@@ -1779,23 +1771,26 @@ class Blind:
     Of meters the median, of points and boxes the mean, for marks an arbitrary object of the scene.
     """
 
-    def __init__(self, samples: Iterable[Sample]):
-        self.by_question, self.by_template, self.by_task = (defaultdict(Counter) for _ in range(3))
+    def __init__(self, samples):
+        self.seen = defaultdict(Counter)  # key -> answer -> how often
         for sample in samples:
-            content = blind_content(sample)
-            self.by_question[sample.task, MARK.sub("", sample.question)][content] += 1
-            self.by_template[sample.task, sample.template][content] += 1
-            self.by_task[sample.task][content] += 1
+            for key in self.keys(sample):
+                self.seen[key][blind_content(sample)] += 1
 
-    def answers(self, task: str, most: int = 200) -> list[str]:
+    def keys(self, sample):
+        """List what a question is found again by: its text, its template, its task."""
+        task = sample.task
+        return [(task, "question", MARK.sub("", sample.question)), (task, "template", sample.template), task]
+
+    def answers(self, task, most=200):
         """List the training answers of a task, evenly thinned to `most`: what `chance` draws from."""
-        distinct = sorted(self.by_task[task])
+        distinct = sorted(self.seen[task])
         return distinct[:: max(1, math.ceil(len(distinct) / most))]
 
-    def predict(self, sample: Sample, scene: Scene) -> str:
+    def predict(self, sample, scene):
         """Give the blind answer; "" where training had no question of the template."""
-        seen = self.by_question[sample.task, MARK.sub("", sample.question)]
-        seen = seen or self.by_template[sample.task, sample.template]
+        question, template, _ = self.keys(sample)
+        seen = self.seen[question] or self.seen[template]
         if not seen:
             return ""
 
@@ -1821,7 +1816,7 @@ class Blind:
 EVEN = {"yes", "no", "left", "right", "front", "behind"}  # answers of which there is one other
 
 
-def chance(sample: Sample, scene: Scene, answers: Sequence[str], score: Callable[[str], float]) -> float:
+def chance(sample, scene, answers, score):
     """Compute the expected score of a guess drawn uniformly from what the very question allows.
 
     That is the numbered objects of the scene (for "multi" also "no"; one object against m targets
@@ -1852,7 +1847,7 @@ TUPLE = re.compile(r"\[([^\[\]]{1,200})\]")
 PIECE = re.compile(r"<obj\d{3}>|\[[^\[\]]*\]|[xyzwdh][+-]?\d+\.\d+|-?\d+\.\d+|\d+|[a-z]+(?:'[a-z]+)?|[^\sa-z0-9]")
 
 
-def tuples(text: str, size: int) -> list[np.ndarray | None]:
+def tuples(text, size):
     """Find every bracketed list of `size` entries: [size] float, None where one is no finite number."""
     found = []
     for inside in TUPLE.findall(text):
@@ -1877,7 +1872,7 @@ class TinyText:
 
     template = ("", "", "")  # text before the scene tokens, behind them, between question and answer
 
-    def __init__(self, words: Iterable[str]):
+    def __init__(self, words):
         # number tokens: piece -> (axis, meters)
         numbers = {}
         for axis, (low, high) in NUMBERS.items():
@@ -1895,29 +1890,29 @@ class TinyText:
         self.number = {self.index[p]: number for p, number in numbers.items()}  # the same by token
 
     @classmethod
-    def train(cls, texts: Iterable[str]) -> TinyText:
+    def train(cls, texts):
         """Take every word of the texts as the vocabulary."""
         pieces = [p for text in texts for p in PIECE.findall(text.lower())]
         return cls(p for p in pieces if p[0].isalpha() and p[-1].isalpha())
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.pieces)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text):
         pieces = [p for word in PIECE.findall(text.lower()) for p in number_pieces(word)]
         return [self.index.get(p, self.unk) for p in pieces]
 
-    def unknown(self, text: str) -> list[str]:
+    def unknown(self, text):
         return [p for p in PIECE.findall(text.lower()) if p.isalpha() and p not in self.index]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids):
         """Write the ids up to <eos>: number tokens as meters, identifiers in capitals, as scores read them."""
         pieces = [self.pieces[int(i)] for i in ids if int(i) != self.pad]
         text = join_numbers(" ".join(pieces).partition("<eos>")[0].strip())
         text = re.sub(r" ([.,?!:;])", r"\1", text)
         return re.sub(r"<obj(\d{3})>", r"<OBJ\1>", text)
 
-    def state(self) -> dict:
+    def state(self):
         return {"kind": "tiny", "words": self.words}
 
 
@@ -1928,7 +1923,7 @@ class HubText:
     with two decimals. Raises DataError where there is no such model.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name):
         from transformers import AutoTokenizer
 
         try:
@@ -1950,23 +1945,23 @@ class HubText:
         if "<|vision_start|>" in self.tokenizer.get_vocab():
             self.template = (before + "<|vision_start|>", "<|vision_end|>\n", after)
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.tokenizer)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def unknown(self, text: str) -> list[str]:
+    def unknown(self, text):
         return []
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids):
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True).strip()
 
-    def state(self) -> dict:
+    def state(self):
         return {"kind": "hub", "name": self.name}
 
 
-def load_text(state: dict) -> TinyText | HubText:
+def load_text(state):
     """Make the tokenizer that `state()` described."""
     return TinyText(state["words"]) if state["kind"] == "tiny" else HubText(state["name"])
 
@@ -2014,12 +2009,7 @@ class Stage:
     files: dict[str, Source] = field(default_factory=dict)  # official files asked instead, where a run is given them
 
 
-def collate(
-    groups: Sequence[tuple[Scene, Sequence[Sample]]],
-    text: TinyText | HubText,
-    lengths: Sequence[int],
-    steps: bool = False,
-) -> dict:
+def collate(groups, text, lengths, steps=False):
     """Pack every scene's questions behind its scene tokens: one row per scene, scene tokens once, all questions.
 
     A question sees the scene and itself, never its neighbors (`packed_mask`), and its positions
@@ -2031,14 +2021,15 @@ def collate(
         positions  0  1  2   3    4      5  6  2  3     4 5    6  7
         block      0  0  1   1    1      1  1  2  2     2 2    2  2
 
-    Args: groups, scenes with questions whose marks are already replaced; lengths, scene tokens per
-    scene; steps, write Sample.steps before the answer.
+    Args: groups, pairs of a scene and its questions, whose marks are already replaced; text, the
+    tokenizer; lengths, scene tokens per scene; steps, write Sample.steps before the answer.
     Returns: ids [S, T] with SCENE and PROMPT placeholders, labels [S, T] (what position t must
     predict), positions [S, T], block [S, T] (-1 padding, 0 shared prefix, q >= 1 the question),
     prompts [P, 6], scenes, samples.
     """
     before, between, after = (text.encode(t) for t in text.template)
-    rows = {"ids": [], "labels": [], "positions": [], "block": []}
+    padding = {"ids": text.pad, "labels": IGNORE, "positions": 0, "block": -1}
+    rows = {name: [] for name in padding}
     prompts = []
     for (_, samples), K in zip(groups, lengths, strict=True):
         # what all questions share: all up to the end of the scene
@@ -2065,7 +2056,6 @@ def collate(
             rows[name].append(torch.tensor(row))
 
     # rows of one length
-    padding = {"ids": text.pad, "labels": IGNORE, "positions": 0, "block": -1}
     batch = {name: pad_sequence(rows[name], True, padding[name]) for name in rows}
     batch["prompts"] = torch.tensor(np.array(prompts).reshape(-1, 6), dtype=torch.float32)
     batch["scenes"] = [scene for scene, _ in groups]
@@ -2073,7 +2063,7 @@ def collate(
     return batch
 
 
-def packed_mask(block: torch.Tensor) -> torch.Tensor:
+def packed_mask(block: Tensor) -> Tensor:
     """Say who may attend to whom in packed rows: [S, 1, T, T] bool, True = the second may be seen by the first.
 
     Every position sees the shared prefix and its own question, up to itself. For block = [0, 0, 1,
@@ -2110,7 +2100,7 @@ PLACE = re.compile(r"x#\d+ y#\d+ z#\d+(?: w#\d+ d#\d+ h#\d+)?")
 NUMBER = re.compile(r"([xyzwdhl])#(\d+)")
 
 
-def number_pieces(word: str) -> list[str]:
+def number_pieces(word):
     """Split a word of TinyText into number tokens: "[1.25, -0.80, 0.45]" -> "x#148", "y#115", "z#23"."""
     # which axes its numbers belong to
     if word[0] == "[":
@@ -2131,21 +2121,21 @@ def number_pieces(word: str) -> list[str]:
     return pieces
 
 
-def join_numbers(text: str) -> str:
+def join_numbers(text):
     """Invert `number_pieces` in a text: runs of x y z (w d h) become tuples, others keep their axis."""
 
-    def write(found: re.Match) -> str:
+    def write(found):
         axis, i = found.groups()
         return f"{axis}{NUMBERS[axis][0] + int(i) / BINS:.2f}".removeprefix("l")
 
-    def write_tuple(run: re.Match) -> str:
+    def write_tuple(run):
         numbers = [NUMBER.sub(write, piece)[1:] for piece in run[0].split()]
         return f"[{', '.join(numbers)}]"
 
     return NUMBER.sub(write, PLACE.sub(write_tuple, text))
 
 
-def distance_steps(a: Iterable[float], b: Iterable[float]) -> tuple[str, float]:
+def distance_steps(a, b):
     """Write the steps of a distance and compute the length that follows from the printed numbers.
 
     Per axis both coordinates and their unsigned difference: "x1.25 x0.50 0.75 y-0.80 ...".
@@ -2158,7 +2148,7 @@ def distance_steps(a: Iterable[float], b: Iterable[float]) -> tuple[str, float]:
     return " ".join(parts), math.sqrt(total)
 
 
-TEMPLATES.update(subtract=("{numbers} =",), norm=("{numbers} =",))
+TEMPLATES.update(subtract=["{numbers} ="], norm=["{numbers} ="])
 METRIC.update(("subtract", "norm"))
 
 
@@ -2183,17 +2173,17 @@ def drill(g, rng, task):
     return dict(answer=metres(length), text={"numbers": numbers}, value=length)
 
 
-def start_weights(part: torch.nn.Module) -> None:
+def start_weights(part):
     """Draw every linear map and convolution from N(0, 1 / inputs), the scale for widths of hundreds; biases zero."""
     for module in part.modules():
-        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
-            torch.nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
             if module.bias is not None:
-                torch.nn.init.zeros_(module.bias)
+                nn.init.zeros_(module.bias)
 
 
 @torch.no_grad()
-def start_decoder(decoder: torch.nn.Module, heads: int) -> None:
+def start_decoder(decoder, heads):
     """Start a small decoder (Qwen2 or Llama layers, weights from `start_weights`) where pre-training would lead.
 
     With keys = queries and output = transposed values every head is "find the token like me and add
@@ -2207,7 +2197,7 @@ def start_decoder(decoder: torch.nn.Module, heads: int) -> None:
     decoder.norm.weight.fill_(0.1)
 
 
-def look_back(attention: torch.nn.Module, heads: int, gain: float = 2.0) -> None:
+def look_back(attention, heads, gain=2.0):
     """Turn the first two heads into "the word before" and "the one before that".
 
     Constant queries and keys (biases) whose rotary angles agree at that distance, so that a
@@ -2234,7 +2224,7 @@ def look_back(attention: torch.nn.Module, heads: int, gain: float = 2.0) -> None
 # ---- 6 the base model ------------------------------------------------------------------------------------------------
 
 
-def last_hidden(decoder: torch.nn.Module, cache, **inputs) -> torch.Tensor:
+def last_hidden(decoder, cache, **inputs):
     """Run a decoder of transformers over its inputs, behind a cache of keys and values or None: its last hidden state.
 
     The argument that takes the cache is called past_key_values up to transformers 5.39 and cache in later versions.
@@ -2243,7 +2233,7 @@ def last_hidden(decoder: torch.nn.Module, cache, **inputs) -> torch.Tensor:
     return decoder(**inputs, **{name: cache}, use_cache=cache is not None).last_hidden_state
 
 
-class SceneLanguageModel(torch.nn.Module):
+class SceneLanguageModel(nn.Module):
     """What the three papers share, and every hook that trainer and evaluator call, with its default in one place.
 
     A paper says what may train (`parts`) and what the language model sees of a scene (`encode`). This class freezes by
@@ -2251,32 +2241,32 @@ class SceneLanguageModel(torch.nn.Module):
     greedily behind a prefix that all questions of a scene share.
     """
 
-    scene_inputs: tuple[str, ...] = ()  # what a stage may show: its `scene_input` is one of these
-    frozen_pretrained_names: tuple[str, ...] = ()  # weights that Config loads from elsewhere: no checkpoint holds them
+    scene_inputs = ()  # what a stage may show: its `scene_input` is one of these
+    frozen_pretrained_names = ()  # weights that Config loads from elsewhere: no checkpoint holds them
     frame_width = 0  # pixels of the longer side that frames should be read with, 0 = as they are
 
-    def __init__(self, config, text: TinyText | HubText):
+    def __init__(self, config, text):
         super().__init__()
         self.config, self.text = config, text
-        self.stage: Stage | None = None  # set by configure_stage
-        self.feature_cache: dict[str, dict[str, torch.Tensor]] = {}  # frozen work in memory, by scene
-        self.feature_folder: Path | None = None  # and on disk
+        self.stage = None  # set by configure_stage
+        self.feature_cache = {}  # frozen work in memory: scene -> what `compute_features` gave
+        self.feature_folder = None  # and on disk
 
     @property
-    def device(self) -> torch.device:
+    def device(self):
         return self.llm.device
 
     # -- what every paper gives
 
-    def parts(self) -> dict[str, list]:
-        """Name -> modules and parameters that a stage may train: what `Stage.trains` chooses from."""
+    def parts(self):
+        """Map names to lists of modules and parameters that a stage may train: what `Stage.trains` chooses from."""
         raise NotImplementedError
 
-    def scene_length(self, scene: Scene) -> int:
+    def scene_length(self, scene):
         """Say how many tokens the scene takes; called in loader processes, on the CPU."""
         raise NotImplementedError
 
-    def encode(self, scenes: Sequence[Scene]) -> dict[str, torch.Tensor]:
+    def encode(self, scenes):
         """Turn scenes into {"tokens" [S, K, D], "valid" [S, K] bool} and what else a paper keeps per token.
 
         A scalar "auxiliary_loss" (a mean) may be among them; training adds it once per answer token.
@@ -2285,70 +2275,68 @@ class SceneLanguageModel(torch.nn.Module):
 
     # -- what a paper may give
 
-    def encoder_loss(self, scenes: Sequence[Scene]) -> dict[str, torch.Tensor]:
+    def encoder_loss(self, scenes):
         """Loss of a stage without questions: {"loss", "weight", "correct"[, "count", "tokens"]} as in `forward`."""
         raise NotImplementedError
 
-    def compute_features(self, scene: Scene) -> dict[str, torch.Tensor]:
-        """Do all frozen work on one scene, from its unturned geometry."""
+    def compute_features(self, scene):
+        """Do all frozen work on one scene, from its unturned geometry: name -> tensor."""
         return {}
 
-    def feature_settings(self) -> tuple:
+    def feature_settings(self):
         """List the settings that `compute_features` depends on."""
         return ()
 
-    def feature_weights(self) -> torch.nn.Module | None:
-        """Name the module whose weights `compute_features` depends on."""
+    def feature_weights(self):
+        """Give the module whose weights `compute_features` depends on, or None."""
         return None
 
-    def object_to_text(self, scene: Scene, object_id: int) -> str:
+    def object_to_text(self, scene, object_id):
         """Write the object that a mark "<obj 3>" stands for."""
         return f"<OBJ{scene.identifiers[object_id]:03d}>"
 
-    def add_prompt(self, scene: Scene, sample: Sample, rng: np.random.Generator) -> Sample:
+    def add_prompt(self, scene, sample, rng):
         """Give a question its click or box, where a paper has such prompts."""
         return sample
 
-    def prompt_tokens(self, batch: dict, seen: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Encode the prompts of a batch, in its order: [P, D]."""
+    def prompt_tokens(self, batch, seen):
+        """Encode the prompts of a batch, in its order, [P, D]; seen is what `encode` gave."""
         return seen["tokens"][0, :0]
 
-    def run_decoder(self, embeds: torch.Tensor, is_scene: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor,
-                    cache=None) -> torch.Tensor:  # fmt: skip
+    def run_decoder(self, embeds, is_scene, positions, mask, cache=None):
         """Run the language model over embeds [R, N, D] behind its cache: last hidden state [R, N, D].
 
         is_scene [R, N] bool marks scene and prompt tokens, positions [R, N], mask [R, 1, N, T] bool, True = may attend.
         """
         return last_hidden(self.llm.model, cache, inputs_embeds=embeds, attention_mask=mask, position_ids=positions)
 
-    def refusal(self, scene: Scene, question: str) -> str | None:
+    def refusal(self, scene, question):
         """Say why a question about a scene of one's own cannot be answered, or None."""
         return None
 
-    def proposals(self) -> dict[str, Callable[[Scene], Scene]]:
-        """Name the paper's own object proposals: scene -> scene with other objects."""
+    def proposals(self):
+        """Map names of the paper's own object proposals to functions: scene -> scene with other objects."""
         return {}
 
-    def baselines(self) -> dict:
-        """Name columns beside the score: context managers in which the model lacks something."""
+    def baselines(self):
+        """Map names of columns beside the score to context managers in which the model lacks something."""
         return {}
 
-    def token_centers(self, scene: Scene) -> np.ndarray:
+    def token_centers(self, scene):
         """Say where the scene's tokens are: [K, 3] meters, for pictures."""
         raise NotImplementedError
 
-    def pictures(self, scenes: Sequence[Scene], folder: Path) -> list[Path]:
+    def pictures(self, scenes, folder):
         """Draw what the model sees of some scenes; return the files."""
         return []
 
-    def answer_pictures(self, scene: Scene, samples: Sequence[Sample], answers: Sequence[str],
-                        folder: Path) -> list[Path]:  # fmt: skip
+    def answer_pictures(self, scene, samples, answers, folder):
         """Draw how the model came to its answers; return the files."""
         return []
 
     # -- stages
 
-    def configure_stage(self, stage: Stage) -> None:
+    def configure_stage(self, stage):
         """Freeze everything but the parts that the stage trains, and remember what it shows."""
         parts = self.parts()
         if stage.scene_input not in self.scene_inputs or not set(stage.trains) <= set(parts):
@@ -2359,7 +2347,7 @@ class SceneLanguageModel(torch.nn.Module):
             for part in parts[name]:
                 part.requires_grad_(True)
 
-    def keep_trained_precise(self, stages: Sequence[Stage]) -> None:
+    def keep_trained_precise(self, stages):
         """Turn whatever some stage trains into float32: steps of 5e-6 would vanish in bfloat16."""
         for stage in stages:
             self.configure_stage(stage)
@@ -2367,7 +2355,7 @@ class SceneLanguageModel(torch.nn.Module):
                 if p.requires_grad:
                     p.data = p.data.float()
 
-    def gradient_checkpointing_enable(self) -> None:
+    def gradient_checkpointing_enable(self):
         """Recompute the language model's activations in the backward pass: less memory, more time."""
         # transformers renames the method in version 6
         enable = getattr(self.llm, "activation_checkpointing_enable", self.llm.gradient_checkpointing_enable)
@@ -2375,11 +2363,11 @@ class SceneLanguageModel(torch.nn.Module):
 
     # -- frozen work, once per scene
 
-    def uses_features(self) -> bool:
+    def uses_features(self):
         """Whether the stage sees what `compute_features` gives."""
         return True
 
-    def cache_key(self) -> str:
+    def cache_key(self):
         """Hash the settings and weights that the features depend on."""
         digest = hashlib.sha256(repr(self.feature_settings()).encode())
         weights = self.feature_weights()
@@ -2387,8 +2375,7 @@ class SceneLanguageModel(torch.nn.Module):
             digest.update(name.encode() + value.detach().float().cpu().clone().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def cache_features(self, scenes: Sequence[Scene], folder: Path | None = None,
-                       rank: int = 0, world: int = 1) -> None:  # fmt: skip
+    def cache_features(self, scenes, folder=None, rank=0, world=1):
         """Do the frozen work of a rank's share of the scenes; the others' is then read from the folder."""
         from tqdm import tqdm
 
@@ -2398,36 +2385,34 @@ class SceneLanguageModel(torch.nn.Module):
         for scene in tqdm(scenes[rank::world], "features", disable=rank > 0, mininterval=2):
             self.load_features(scene)
 
-    def load_features(self, scene: Scene) -> dict[str, torch.Tensor]:
-        """Give a scene's features from memory, else from disk, else compute and keep them."""
+    def load_features(self, scene):
+        """Give a scene's features, name -> tensor, from memory, else from disk, else compute and keep them."""
         if scene.name in self.feature_cache:
             return self.feature_cache[scene.name]
 
         # a file belongs to what it was made of: another scene of the same name gets another file
-        path = None
-        if self.feature_folder is not None:
-            path = self.feature_folder / f"{safe_name(scene.name)}-{fingerprint(scene)}.npz"
-        if path is not None and path.exists():
-            with np.load(path, allow_pickle=False) as stored:
+        folder, name = self.feature_folder, f"{safe_name(scene.name)}-{fingerprint(scene)}.npz"
+        if folder and (folder / name).exists():
+            with np.load(folder / name, allow_pickle=False) as stored:
                 found = {key: torch.from_numpy(stored[key]) for key in stored}
         else:
             with torch.no_grad():
                 found = {key: value.cpu() for key, value in self.compute_features(scene).items()}
-            if path is not None:
-                write_npz(path, **{key: value.numpy() for key, value in found.items()})
+            if folder:
+                write_npz(folder / name, **{key: value.numpy() for key, value in found.items()})
 
         self.feature_cache[scene.name] = found
         return found
 
     # -- questions
 
-    def write_marks(self, scene: Scene, sample: Sample) -> Sample:
+    def write_marks(self, scene, sample):
         """Put the paper's own words for objects in place of the marks in a question's texts."""
-        texts = {key: substitute(getattr(sample, key), partial(self.object_to_text, scene))
-                 for key in ("question", "steps", "answer")}  # fmt: skip
-        return replace(sample, **texts)
+        write = partial(self.object_to_text, scene)
+        texts = [substitute(text, write) for text in (sample.question, sample.steps, sample.answer)]
+        return replace(sample, question=texts[0], steps=texts[1], answer=texts[2])
 
-    def batch(self, groups: Sequence[tuple[Scene, Sequence[Sample]]]) -> dict:
+    def batch(self, groups):
         """Turn scenes with their questions into tensors (`collate`); runs in loader processes, on the CPU."""
         if not self.stage.tasks:
             return {"scenes": [scene for scene, _ in groups], "samples": []}
@@ -2439,26 +2424,26 @@ class SceneLanguageModel(torch.nn.Module):
         lengths = [self.scene_length(scene) for scene, _ in groups]
         return collate(written, self.text, lengths, self.stage.steps)
 
-    def forward_llm(self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, seen: dict,
-                    prompts: torch.Tensor, cache=None) -> torch.Tensor:  # fmt: skip
-        """Embed ids [R, N] with scene and prompt tokens in their places, and run the language model: [R, N, D]."""
-        return self.run_decoder(self.embed(ids, seen, prompts), ids < 0, positions, mask, cache)
-
-    def embed(self, ids: torch.Tensor, seen: dict, prompts: torch.Tensor) -> torch.Tensor:
-        """Embed ids [R, N] with scene and prompt tokens in place of the placeholders: [R, N, D]."""
+    def forward_llm(self, ids, positions, mask, seen, prompts, cache=None):
+        """Run the language model over ids [R, N], scene and prompt tokens in place of the placeholders: [R, N, D]."""
         embeds = self.llm.get_input_embeddings()(ids.clamp(min=0))  # [R, N, D]
         scene_tokens = seen["tokens"][seen["valid"]].to(embeds)
-        embeds = embeds.masked_scatter((ids == SCENE)[..., None], scene_tokens)  # [R, N, D]
-        return embeds.masked_scatter((ids == PROMPT)[..., None], prompts.to(embeds))  # [R, N, D]
+        embeds = embeds.masked_scatter((ids == SCENE)[..., None], scene_tokens)
+        embeds = embeds.masked_scatter((ids == PROMPT)[..., None], prompts.to(embeds))
+        return self.run_decoder(embeds, ids < 0, positions, mask, cache)
 
-    def forward(self, batch: dict) -> dict[str, torch.Tensor]:
+    def inputs(self, batch):
+        """Give ids, labels, positions and block of a batch on the model's device, all [S, T]."""
+        return [batch[name].to(self.device) for name in ("ids", "labels", "positions", "block")]
+
+    def forward(self, batch):
         """Sum the next-token loss over answer tokens.
 
         Returns: {"loss", "weight" = answer tokens, "correct" = those predicted right, "tokens" = all that were read}.
         """
         if not self.stage.tasks:
             return self.encoder_loss(batch["scenes"])
-        ids, labels, positions, block = (batch[k].to(self.device) for k in ("ids", "labels", "positions", "block"))
+        ids, labels, positions, block = self.inputs(batch)
         seen = self.encode(batch["scenes"])  # tokens [S, K, D]
         prompts = self.prompt_tokens(batch, seen)  # [P, D]
         hidden = self.forward_llm(ids, positions, packed_mask(block), seen, prompts)  # [S, T, D]
@@ -2467,14 +2452,14 @@ class SceneLanguageModel(torch.nn.Module):
         answered = labels != IGNORE  # [S, T]
         logits = self.llm.lm_head(hidden[answered]).float()  # [A, vocabulary]
         target = labels[answered]  # [A]
-        loss = torch.nn.functional.cross_entropy(logits, target, reduction="sum")
+        loss = F.cross_entropy(logits, target, reduction="sum")
         if "auxiliary_loss" in seen:
             loss = loss + len(target) * seen["auxiliary_loss"]
         correct = (logits.argmax(-1) == target).sum()
         return {"loss": loss, "weight": answered.sum(), "correct": correct, "tokens": (block >= 0).sum()}
 
     @torch.no_grad()
-    def generate(self, batch: dict, max_new_tokens: int = 64) -> list[str]:
+    def generate(self, batch, max_new_tokens=64):
         """Answer greedily, one text per question in the batch's order.
 
         A scene is read once: its keys and values are copied to a row per question, and every row writes a token at a
@@ -2486,7 +2471,7 @@ class SceneLanguageModel(torch.nn.Module):
         """
         from transformers import DynamicCache
 
-        ids, labels, positions, block = (batch[k].to(self.device) for k in ("ids", "labels", "positions", "block"))
+        ids, labels, positions, block = self.inputs(batch)
         seen = self.encode(batch["scenes"])
         prompts = self.prompt_tokens(batch, seen)
         nothing = prompts[:0]
@@ -2495,10 +2480,10 @@ class SceneLanguageModel(torch.nn.Module):
         P = int((block == 0).sum(1).max())
         shared = block[:, :P] == 0  # [S, P]
         cache = DynamicCache()
-        self.forward_llm(ids[:, :P].where(shared, self.text.pad), positions[:, :P].where(shared, 0),
-                         packed_mask(shared.long() - 1), seen, nothing, cache)  # fmt: skip
+        prefix, place = ids[:, :P].where(shared, self.text.pad), positions[:, :P].where(shared, 0)
+        self.forward_llm(prefix, place, packed_mask(shared.long() - 1), seen, nothing, cache)
 
-        # a row per question: what stands before its answer; the position that carries the first label ends it
+        # a row per question: its positions up to the one that carries the first label
         row, asked, places = [], [], []
         for s in range(len(block)):
             for q in range(1, int(block[s].max()) + 1):
@@ -2507,41 +2492,40 @@ class SceneLanguageModel(torch.nn.Module):
                 row.append(s)
                 asked.append(ids[s, own[:end]])
                 places.append(positions[s, own[:end]])
-        row = torch.tensor(row, device=self.device)  # [Q]
-        length = torch.tensor([len(a) for a in asked], device=self.device)  # [Q]
-        question = pad_sequence(asked, batch_first=True, padding_value=self.text.pad)  # [Q, N]
-        position = pad_sequence(places, batch_first=True)  # [Q, N]
+
+        # padded on the left, so that all end in the last column
+        question = pad_sequence(asked, True, IGNORE, "left")  # [Q, N]
+        place = pad_sequence(places, True, 0, "left")  # [Q, N]
+        present = question != IGNORE
+        question = question.where(present, self.text.pad)
         N = question.shape[1]
 
         # read the questions behind copies of their scenes' prefixes
+        row = torch.tensor(row, device=self.device)  # [Q]
         cache.batch_select_indices(row)
-        present = torch.arange(N, device=self.device) < length[:, None]  # [Q, N]
         valid = torch.cat([shared[row], present], 1)  # [Q, P + N]
-        causal = torch.arange(P + N, device=self.device) <= torch.arange(P, P + N, device=self.device)[:, None]
+        causal = torch.ones_like(valid[:1]).expand(N, -1).tril(P)  # [N, P + N]
         mask = (valid[:, None] & causal)[:, None]  # [Q, 1, N, P + N]
-        hidden = self.forward_llm(question, position, mask, seen, prompts, cache)  # [Q, N, D]
-        index = torch.arange(len(row), device=self.device)  # which question a row answers
-        last = hidden[index, length - 1]  # [Q, D]
-        place = position[index, length - 1]  # [Q]
+        hidden = self.forward_llm(question, place, mask, seen, prompts, cache)  # [Q, N, D]
 
         # one token a step; a row that has ended leaves the batch
-        written: list[list[int]] = [[] for _ in asked]
+        index = torch.arange(len(row), device=self.device)  # which question a row answers
+        written = [[] for _ in asked]
         for _ in range(max_new_tokens):
-            token = self.llm.lm_head(last).argmax(-1)  # [rows]
+            token = self.llm.lm_head(hidden[:, -1]).argmax(-1)  # [rows]
             for i, t in zip(index.tolist(), token.tolist(), strict=True):
                 written[i].append(t)
             alive = (token != self.text.eos).nonzero()[:, 0]
             if not len(alive):
                 break
             cache.batch_select_indices(alive)
-            index, token, place, valid = index[alive], token[alive], place[alive] + 1, valid[alive]
-            valid = torch.cat([valid, valid.new_ones(len(alive), 1)], 1)
-            hidden = self.forward_llm(token[:, None], place[:, None], valid[:, None, None], seen, nothing, cache)
-            last = hidden[:, 0]
+            index, token, place = index[alive], token[alive, None], place[alive, -1:] + 1
+            valid = F.pad(valid[alive], (0, 1), value=True)
+            hidden = self.forward_llm(token, place, valid[:, None, None], seen, nothing, cache)
         return [self.text.decode(tokens) for tokens in written]
 
 
-def overfit_demo(model: SceneLanguageModel, scene: Scene, samples: Sequence[Sample], steps: int, lr: float) -> None:
+def overfit_demo(model, scene, samples, steps, lr):
     """Learn one scene's questions by heart: print the falling loss and the answer to the first question."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
@@ -2563,7 +2547,7 @@ def overfit_demo(model: SceneLanguageModel, scene: Scene, samples: Sequence[Samp
 # ---- 6b checkpoints --------------------------------------------------------------------------------------------------
 
 
-def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
     """Name the tensors that a checkpoint holds: tied ones once, those loaded from elsewhere not at all."""
     first = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -2592,7 +2576,7 @@ def read_state(run: Path) -> dict:
     return state
 
 
-def read_tensors(run: Path, kind: str) -> dict[str, torch.Tensor]:
+def read_tensors(run: Path, kind: str) -> dict[str, Tensor]:
     """Read a checkpoint's tensors by their names; kind: "weights" or "optimizer". Raises DataError."""
     state = read_state(run)
     path = run / "checkpoint" / f"{kind}-{state['position']['total']:d}.safetensors"
@@ -2601,7 +2585,7 @@ def read_tensors(run: Path, kind: str) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-def load_weights(model: torch.nn.Module, run: Path) -> None:
+def load_weights(model: nn.Module, run: Path) -> None:
     """Copy a run's weights into a model that is not sharded: every name and shape must agree."""
     saved, own = read_tensors(run, "weights"), named_weights(model)
 
@@ -3746,7 +3730,7 @@ def vggt_geometry(images, model, longest=518):
     h, w = (max(1, round(n * longest / max(H, W) / patch)) * patch for n in (H, W))
     x = torch.from_numpy(np.ascontiguousarray(images)).to(device)  # [V, H, W, 3]
     x = x.permute(0, 3, 1, 2).float() / 255  # [V, 3, H, W]
-    x = torch.nn.functional.interpolate(x, (h, w), mode="bicubic", antialias=True)  # [V, 3, h, w]
+    x = F.interpolate(x, (h, w), mode="bicubic", antialias=True)  # [V, 3, h, w]
     x = x.clamp(0, 1)[None]  # [1, V, 3, h, w]
 
     # one pass of the transformer, two heads
@@ -3758,7 +3742,7 @@ def vggt_geometry(images, model, longest=518):
 
     # arrays of the images' size
     maps = torch.cat([m.reshape(1, V, h, w) for m in maps]).float()  # [2, V, h, w]
-    maps = torch.nn.functional.interpolate(maps, (H, W), mode="nearest-exact")  # [2, V, H, W]
+    maps = F.interpolate(maps, (H, W), mode="nearest-exact")  # [2, V, H, W]
     K = np.diag([W / w, H / h, 1]) @ K[0].double().cpu().numpy()
     poses = np.tile(np.eye(4), (V, 1, 1))
     poses[:, :3] = camera[0].double().cpu().numpy()  # world to camera

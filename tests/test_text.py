@@ -227,17 +227,6 @@ def test_labels_are_the_answers_and_their_eos_and_nothing_else(text, groups, bat
         assert (labels[block <= 0] == IGNORE).all()
 
 
-def test_positions_of_every_question_start_behind_the_scene(text, batch):
-    """As if it were asked alone: a later question must not look farther from the scene than the first."""
-    for row, shared in enumerate([3, 2, 1]):
-        ids, positions, block = (batch[k][row] for k in ("ids", "positions", "block"))
-        assert positions[block == 0].tolist() == list(range(shared))
-        for q in range(1, int(block.max()) + 1):
-            length = int((block == q).sum())
-            assert positions[block == q].tolist() == list(range(shared, shared + length))
-        assert (ids[block == -1] == text.pad).all() and (block[ids == SCENE] == 0).all()
-
-
 def test_the_chat_template_surrounds_scene_and_question(hub, groups):
     """Shared: all up to the scene's end. Own: the question and the turn to the assistant, none of it scored."""
     batch = collate(groups[:1], hub, [3])
@@ -260,13 +249,6 @@ def test_the_packed_mask_equals_a_loop_over_pairs(batch):
     for s, t, u in itertools.product(range(S), range(T), range(T)):
         a, b = int(block[s, t]), int(block[s, u])
         assert bool(mask[s, 0, t, u]) == (t == u or (u < t and b >= 0 and b in (0, a)))
-
-
-def test_a_single_question_without_padding_needs_no_companions(text):
-    """The smallest batch: one scene of one token, one question, one word."""
-    batch = collate([(Scene("s", "rooms", []), [question("is there a bed?", "no")])], text, [1])
-    assert batch["prompts"].shape == (0, 6) and (batch["block"] >= 0).all()
-    assert batch["ids"].shape == batch["labels"].shape == batch["positions"].shape == (1, 7)
 
 
 def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
