@@ -66,12 +66,6 @@ COLOURS = {  # name -> RGB in 0..255; also the vocabulary in which real surfaces
 }
 
 
-def read_table(text):
-    """Read rows "name: content" into a dict; an indented line continues the row above it."""
-    rows = text.replace("\n    ", " ").strip().splitlines()
-    return dict(row.split(": ", 1) for row in rows)
-
-
 class DataError(ValueError):
     """One line for the user: what is wrong, where (file and field), and the remedy.
 
@@ -409,66 +403,65 @@ FLOORS = (
     (122, 104, 88),
 )
 
-# A line per category: width, depth, height in meters; where it stands; its parts (indented lines
-# continue). A part is "x0 x1 y0 y1 z0 z1 material" in percent of the size, the back at y = 0; "|"
-# repeats it mirrored left to right; "legs 46 12" are four legs up to 46 %, 12 % thick. No material:
-# the object's own color, which is most of what is seen. Parts fill the size exactly.
-FURNITURE_TABLE = """
-chair 0.46 0.50 0.92 seat: 0 100 0 100 46 53, 0 100 0 12 53 100, legs 46 12
-stool 0.40 0.40 0.62 free: 0 100 0 100 86 100, legs 86 16 wood
-sofa 1.90 0.90 0.80 wall: 10 90 25 100 8 52, 0 100 0 28 8 100, | 0 10 28 100 8 72, legs 8 6 dark,
-    | 13 48 28 40 52 85
-table 1.40 0.85 0.74 free: 0 100 0 100 92 100, legs 92 7
-desk 1.25 0.65 0.76 wall: 0 100 0 100 94 100, 0 32 2 95 5 94, 95 100 2 95 0 94, 32 95 2 6 40 94,
-    2 30 4 90 0 5 dark, 10 22 95 98 70 76 metal, 10 22 95 98 38 44 metal
-nightstand 0.48 0.42 0.55 wall: 0 100 0 100 94 100, 4 96 0 95 12 94, 38 62 95 100 68 76 metal,
-    38 62 95 100 32 40 metal, legs 12 12 dark
-dresser 1.15 0.48 0.85 wall: 0 100 0 97 8 100, legs 8 8 dark, 3 97 97 98 37 39 dark,
-    3 97 97 98 67 69 dark, | 20 32 97 100 20 25 metal, | 20 32 97 100 50 55 metal,
-    | 20 32 97 100 80 85 metal
-bookshelf 0.90 0.32 1.85 wall: | 0 5 0 100 0 100, 5 95 0 10 0 100, 5 95 10 100 0 3,
-    5 95 10 100 24 27, 5 95 10 100 48 51, 5 95 10 100 72 75, 5 95 10 100 97 100,
-    6 50 15 80 27 42 paper, 52 70 15 75 27 40 wood, 40 92 15 80 51 65 dark, 8 45 15 80 75 90 wood,
-    50 80 15 80 75 88 paper
-wardrobe 1.15 0.60 2.00 wall: 0 100 0 97 4 100, 2 98 2 93 0 4 dark, 49 51 97 98 6 98 dark,
-    | 43 46 97 100 42 60 metal
-bed 1.50 2.05 0.95 wall: 0 100 4 100 10 34 wood, 2 98 4 99 34 55, 0 100 0 4 0 100 wood,
-    | 10 46 6 24 55 66 sheet, legs 10 6 wood
-piano 1.45 0.62 1.20 wall: 0 100 0 55 0 100, 0 100 55 100 50 62, 6 94 58 97 62 65 sheet,
-    6 94 58 76 65 66 dark, | 0 6 55 95 0 50
-fridge 0.70 0.68 1.75 wall: 0 100 0 95 0 64, 0 100 0 95 66 100, 2 98 0 93 64 66 dark,
-    8 14 95 100 35 60 metal, 8 14 95 100 70 88 metal
-stove 0.62 0.62 0.90 wall: 0 100 0 97 6 97, 4 96 4 92 0 6 dark, 12 88 97 98 20 62 screen,
-    15 85 98 100 66 70 metal, | 12 42 12 42 97 100 dark, | 12 42 58 88 97 100 dark,
-    | 12 22 97 100 82 90 dark, 45 55 97 100 82 90 dark
-sink 0.60 0.48 1.00 wall: 0 100 0 100 68 74, 0 100 0 12 74 84, | 0 10 12 100 74 84,
-    10 90 88 100 74 84, 38 62 20 60 0 68, 46 54 3 10 84 100 metal, 46 54 10 40 95 100 metal
-toilet 0.40 0.66 0.80 wall: 0 100 0 28 42 97, 20 80 0 75 0 42, 5 95 28 100 42 52,
-    25 75 45 88 52 53 dark, 40 60 10 20 97 100 metal
-bathtub 1.60 0.75 0.58 wall: 0 100 0 100 0 30, 0 100 0 12 30 100, 0 100 88 100 30 100,
-    | 0 6 12 88 30 100, 6 94 12 88 30 70 glass
-lamp 0.44 0.44 1.60 free: 0 100 0 100 74 100, 46 54 46 54 3 74 metal, 20 80 20 80 0 3
-plant 0.52 0.52 0.95 free: 14 86 14 86 0 48, 4 96 4 96 42 54, 42 58 42 58 54 80 leaf,
-    0 60 34 50 64 72 leaf, 48 100 44 62 74 82 leaf, 34 52 0 100 84 92 leaf, 38 62 38 62 92 100 leaf
-bin 0.34 0.34 0.52 free: 8 92 8 92 0 85, 0 100 0 100 85 93, 30 70 30 70 93 100 dark
-rug 1.70 1.15 0.02 free: 0 100 0 100 0 60 paper, 6 94 8 92 60 100
-monitor 0.58 0.22 0.46 top: 0 100 40 60 25 100, 12 88 60 64 38 90 screen, 44 56 40 60 4 25,
-    25 75 0 100 0 5
-laptop 0.40 0.34 0.28 top: 0 100 15 100 0 9, 0 100 0 15 4 100, 12 88 15 17 24 88 screen,
-    10 90 30 62 9 11 dark
-bottle 0.17 0.17 0.44 top: 0 100 0 100 0 62, 28 72 28 72 62 92, 25 75 25 75 92 100 metal
-vase 0.24 0.24 0.36 top: 20 80 20 80 0 12, 0 100 0 100 12 62, 30 70 30 70 62 85, 18 82 18 82 85 100
-pillow 0.48 0.32 0.16 top: 0 100 0 100 20 80, 12 88 12 88 0 100
-picture 0.80 0.04 0.60 hang: 0 100 0 70 0 100 wood, 8 92 70 100 10 90
-mirror 0.60 0.05 0.95 hang: 0 100 0 80 0 100, 20 80 80 100 14 86 glass
-clock 0.40 0.06 0.40 hang: 18 82 0 80 0 100, 0 100 0 80 18 82, 46 54 80 100 46 88 dark,
-    54 76 80 100 46 54 dark
-tv 1.10 0.08 0.66 hang: 0 100 0 80 0 100, 20 80 80 100 26 84 screen
-door 0.92 0.06 2.05 door: 6 94 0 60 0 97, | 0 6 0 80 0 100 wood, 6 94 0 80 97 100 wood,
-    82 90 60 100 47 50 metal
-window 1.70 0.08 1.30 window: 28 72 0 50 5 95 glass, | 0 28 20 100 0 95, 28 72 0 60 0 5,
-    49 51 50 60 5 95 sheet, 28 72 50 60 48 52 sheet, 0 100 0 100 95 100
-"""
+# category -> width, depth, height in meters; where it stands; its parts. A part is "x0 x1 y0 y1 z0
+# z1 material" in percent of the size, the back at y = 0; "|" repeats it mirrored left to right;
+# "legs 46 12" are four legs up to 46 %, 12 % thick. No material: the object's own color, which is
+# most of what is seen. Parts fill the size exactly.
+FURNITURE = {
+    "chair": (0.46, 0.50, 0.92, "seat", "0 100 0 100 46 53, 0 100 0 12 53 100, legs 46 12"),
+    "stool": (0.40, 0.40, 0.62, "free", "0 100 0 100 86 100, legs 86 16 wood"),
+    "sofa": (1.90, 0.90, 0.80, "wall", "10 90 25 100 8 52, 0 100 0 28 8 100, | 0 10 28 100 8 72, legs 8 6 dark,"
+             "| 13 48 28 40 52 85"),
+    "table": (1.40, 0.85, 0.74, "free", "0 100 0 100 92 100, legs 92 7"),
+    "desk": (1.25, 0.65, 0.76, "wall", "0 100 0 100 94 100, 0 32 2 95 5 94, 95 100 2 95 0 94, 32 95 2 6 40 94,"
+             "2 30 4 90 0 5 dark, 10 22 95 98 70 76 metal, 10 22 95 98 38 44 metal"),
+    "nightstand": (0.48, 0.42, 0.55, "wall", "0 100 0 100 94 100, 4 96 0 95 12 94, 38 62 95 100 68 76 metal,"
+                   "38 62 95 100 32 40 metal, legs 12 12 dark"),
+    "dresser": (1.15, 0.48, 0.85, "wall", "0 100 0 97 8 100, legs 8 8 dark, 3 97 97 98 37 39 dark,"
+                "3 97 97 98 67 69 dark, | 20 32 97 100 20 25 metal, | 20 32 97 100 50 55 metal,"
+                "| 20 32 97 100 80 85 metal"),
+    "bookshelf": (0.90, 0.32, 1.85, "wall", "| 0 5 0 100 0 100, 5 95 0 10 0 100, 5 95 10 100 0 3, 5 95 10 100 24 27,"
+                  "5 95 10 100 48 51, 5 95 10 100 72 75, 5 95 10 100 97 100, 6 50 15 80 27 42 paper,"
+                  "52 70 15 75 27 40 wood, 40 92 15 80 51 65 dark, 8 45 15 80 75 90 wood, 50 80 15 80 75 88 paper"),
+    "wardrobe": (1.15, 0.60, 2.00, "wall", "0 100 0 97 4 100, 2 98 2 93 0 4 dark, 49 51 97 98 6 98 dark,"
+                 "| 43 46 97 100 42 60 metal"),
+    "bed": (1.50, 2.05, 0.95, "wall", "0 100 4 100 10 34 wood, 2 98 4 99 34 55, 0 100 0 4 0 100 wood,"
+            "| 10 46 6 24 55 66 sheet, legs 10 6 wood"),
+    "piano": (1.45, 0.62, 1.20, "wall", "0 100 0 55 0 100, 0 100 55 100 50 62, 6 94 58 97 62 65 sheet,"
+              "6 94 58 76 65 66 dark, | 0 6 55 95 0 50"),
+    "fridge": (0.70, 0.68, 1.75, "wall", "0 100 0 95 0 64, 0 100 0 95 66 100, 2 98 0 93 64 66 dark,"
+               "8 14 95 100 35 60 metal, 8 14 95 100 70 88 metal"),
+    "stove": (0.62, 0.62, 0.90, "wall", "0 100 0 97 6 97, 4 96 4 92 0 6 dark, 12 88 97 98 20 62 screen,"
+              "15 85 98 100 66 70 metal, | 12 42 12 42 97 100 dark, | 12 42 58 88 97 100 dark,"
+              "| 12 22 97 100 82 90 dark, 45 55 97 100 82 90 dark"),
+    "sink": (0.60, 0.48, 1.00, "wall", "0 100 0 100 68 74, 0 100 0 12 74 84, | 0 10 12 100 74 84, 10 90 88 100 74 84,"
+             "38 62 20 60 0 68, 46 54 3 10 84 100 metal, 46 54 10 40 95 100 metal"),
+    "toilet": (0.40, 0.66, 0.80, "wall", "0 100 0 28 42 97, 20 80 0 75 0 42, 5 95 28 100 42 52, 25 75 45 88 52 53 dark,"
+               "40 60 10 20 97 100 metal"),
+    "bathtub": (1.60, 0.75, 0.58, "wall", "0 100 0 100 0 30, 0 100 0 12 30 100, 0 100 88 100 30 100,"
+                "| 0 6 12 88 30 100, 6 94 12 88 30 70 glass"),
+    "lamp": (0.44, 0.44, 1.60, "free", "0 100 0 100 74 100, 46 54 46 54 3 74 metal, 20 80 20 80 0 3"),
+    "plant": (0.52, 0.52, 0.95, "free", "14 86 14 86 0 48, 4 96 4 96 42 54, 42 58 42 58 54 80 leaf,"
+              "0 60 34 50 64 72 leaf, 48 100 44 62 74 82 leaf, 34 52 0 100 84 92 leaf, 38 62 38 62 92 100 leaf"),
+    "bin": (0.34, 0.34, 0.52, "free", "8 92 8 92 0 85, 0 100 0 100 85 93, 30 70 30 70 93 100 dark"),
+    "rug": (1.70, 1.15, 0.02, "free", "0 100 0 100 0 60 paper, 6 94 8 92 60 100"),
+    "monitor": (0.58, 0.22, 0.46, "top", "0 100 40 60 25 100, 12 88 60 64 38 90 screen, 44 56 40 60 4 25,"
+                "25 75 0 100 0 5"),
+    "laptop": (0.40, 0.34, 0.28, "top", "0 100 15 100 0 9, 0 100 0 15 4 100, 12 88 15 17 24 88 screen,"
+               "10 90 30 62 9 11 dark"),
+    "bottle": (0.17, 0.17, 0.44, "top", "0 100 0 100 0 62, 28 72 28 72 62 92, 25 75 25 75 92 100 metal"),
+    "vase": (0.24, 0.24, 0.36, "top", "20 80 20 80 0 12, 0 100 0 100 12 62, 30 70 30 70 62 85, 18 82 18 82 85 100"),
+    "pillow": (0.48, 0.32, 0.16, "top", "0 100 0 100 20 80, 12 88 12 88 0 100"),
+    "picture": (0.80, 0.04, 0.60, "hang", "0 100 0 70 0 100 wood, 8 92 70 100 10 90"),
+    "mirror": (0.60, 0.05, 0.95, "hang", "0 100 0 80 0 100, 20 80 80 100 14 86 glass"),
+    "clock": (0.40, 0.06, 0.40, "hang", "18 82 0 80 0 100, 0 100 0 80 18 82, 46 54 80 100 46 88 dark,"
+              "54 76 80 100 46 54 dark"),
+    "tv": (1.10, 0.08, 0.66, "hang", "0 100 0 80 0 100, 20 80 80 100 26 84 screen"),
+    "door": (0.92, 0.06, 2.05, "door", "6 94 0 60 0 97, | 0 6 0 80 0 100 wood, 6 94 0 80 97 100 wood,"
+             "82 90 60 100 47 50 metal"),
+    "window": (1.70, 0.08, 1.30, "window", "28 72 0 50 5 95 glass, | 0 28 20 100 0 95, 28 72 0 60 0 5,"
+               "49 51 50 60 5 95 sheet, 28 72 50 60 48 52 sheet, 0 100 0 100 95 100"),
+}  # fmt: skip
 SURFACES = ("desk", "dresser", "nightstand", "table")  # flat tops on which small things stand
 ORDER = ("door", "window", "wall", "free", "seat", "hang", "top")  # what is placed first
 CLEAR = {"door": 0.8, "window": 0.7, "hang": 0.5}  # meters kept free in front
@@ -497,11 +490,7 @@ def _parse_parts(text):
     return np.array(boxes).reshape(-1, 3, 2), materials
 
 
-FURNITURE, PARTS = {}, {}  # category -> width, depth, height, where it stands; its parts
-for _about, _parts in read_table(FURNITURE_TABLE).items():
-    _category, *_size, _where = _about.split()
-    FURNITURE[_category] = (*map(float, _size), _where)
-    PARTS[_category] = _parse_parts(_parts)
+PARTS = {category: _parse_parts(row[4]) for category, row in FURNITURE.items()}
 CATEGORIES = sorted(FURNITURE)
 CUBE = _parse_parts("0 100 0 100 0 100")
 
@@ -572,7 +561,7 @@ def _choose(rng, count):
     # what needs a wall before what stands free, large before small; then what stands in for what
     # found no place
     def rank(category):
-        width, depth, _, where = FURNITURE[category]
+        width, depth, _, where = FURNITURE[category][:4]
         return ORDER.index(where), -width * depth
 
     drawn.sort(key=rank)
@@ -591,7 +580,7 @@ def _furnish(rng, count, side, height):
     for category in queue:
         if len(placed) == count:
             break
-        *size, where = FURNITURE[category]
+        *size, where = FURNITURE[category][:4]
         if not unused[category] or (where == "top" and not tops):  # no color twice in a category
             continue
         size = size * rng.uniform(0.88, 1.12, 3)
@@ -966,71 +955,112 @@ def category_icon(category, colour, size):
 # Wordings keep content words close to the answer, since anything between is one more hop for a
 # small model. {what}, {other}, {at}, {facing} are descriptions ("red chair"), {a} and {b} are
 # marks.
-TEMPLATE_TABLE = """
-ground: which one is the {what}?
-    / find the {what}.
-    / which object is the {what}?
-    / point to the {what}.
-multi: find all {what}. / which objects are {what}? / point to all {what}.
-id_category: what is {a}? / what kind of thing is {a}? / name {a}.
-id_colour: what colour is {a}? / which colour has {a}? / name the colour of {a}.
-id_size: is {a} larger than {b}? / is {a} bigger than {b}? / has {a} more volume than {b}?
-coordinate: where is {a}? / what is the position of {a}? / give the coordinates of {a}.
-relation: where is {a} relative to {b}? / on which side is {a} of {b}? / which way is {a} from {b}?
-distance_ids: how far is {a} from {b}?
-    / what is the distance of {a} from {b}?
-    / how many metres is {a} from {b}?
-colour: what colour is the {what}? / which colour has the {what}? / name the colour of the {what}.
-what_colour: what is {what}? / which thing is {what}? / what kind of thing is {what}?
-what_on: what is on the {what}? / what stands on the {what}? / which thing is on the {what}?
-what_near: what is nearest to the {what}?
-    / what is closest to the {what}?
-    / what is next to the {what}?
-where_support: what does the {what} stand or hang on?
-    / what is the {what} on?
-    / what holds the {what}?
-where_near: where is the {what}? / where can i find the {what}? / near what is the {what}?
-count: how many {what} are there? / count the {what}. / what is the number of {what}?
-exist: is there {what}? / do you see {what}? / does the room have {what}?
-situated_side: i am standing at the {at} facing the {facing}. is the {what} on my left or right?
-    / i stand at the {at} and look at the {facing}. is the {what} on my left or right?
-    / from the {at} i face the {facing}. is the {what} on my left or right?
-situated_depth: i am standing at the {at} facing the {facing}. is the {what} in front of me or behind me?
-    / i stand at the {at} and look at the {facing}. is the {what} in front of me or behind me?
-    / from the {at} i face the {facing}. is the {what} in front of me or behind me?
-situated_turn: i am standing at the {at} facing the {facing}. must i turn around to see the {what}?
-    / i stand at the {at} and look at the {facing}. must i turn around to see the {what}?
-    / from the {at} i face the {facing}. must i turn around to see the {what}?
-distance: how far is the {what} from the {other}?
-    / what is the distance of the {what} from the {other}?
-    / how many metres is the {what} from the {other}?
-size_height: how tall is the {what}?
-    / how high in metres is the {what}?
-    / give the height of the {what}.
-size_length: how long is the {what}?
-    / how many metres long is the {what}?
-    / give the length of the {what}.
-caption: describe {a}. / give a description of {a}. / tell me about {a}.
-vsi_counting: how many {what} are in this room?
-    / how many {what} do you count here?
-    / what is the number of {what} in this room?
-vsi_abs_distance: from closest point to closest point, how many metres are between the {what} and the {other}?
-    / what is the shortest distance in metres between the {what} and the {other}?
-    / how wide in metres is the gap between the {what} and the {other}?
-vsi_object_size: in centimetres, how long is the longest side (length, width or height) of the {what}?
-    / how many centimetres measures the longest dimension of the {what}?
-    / give in centimetres the largest of length, width and height of the {what}.
-vsi_room_size: how many square metres has this room?
-    / what is the floor area of this room in square metres?
-    / give the size of this room in square metres.
-vsi_rel_distance: measured between closest points, which of these is closest to the {what}? {options}
-    / by their closest points, which of these is nearest to the {what}? {options}
-    / which of these has the narrowest gap to the {what}? {options}
-vsi_rel_direction: i am standing at the {at} facing the {facing}. {note}where is the {what}? {options}
-    / i stand at the {at} and look at the {facing}. {note}where is the {what}? {options}
-    / from the {at} i face the {facing}. {note}where is the {what}? {options}
-"""
-TEMPLATES = {name: wordings.split(" / ") for name, wordings in read_table(TEMPLATE_TABLE).items()}
+TEMPLATES = {
+    "ground": (
+        "which one is the {what}?",
+        "find the {what}.",
+        "which object is the {what}?",
+        "point to the {what}.",
+    ),
+    "multi": ("find all {what}.", "which objects are {what}?", "point to all {what}."),
+    "id_category": ("what is {a}?", "what kind of thing is {a}?", "name {a}."),
+    "id_colour": ("what colour is {a}?", "which colour has {a}?", "name the colour of {a}."),
+    "id_size": ("is {a} larger than {b}?", "is {a} bigger than {b}?", "has {a} more volume than {b}?"),
+    "coordinate": ("where is {a}?", "what is the position of {a}?", "give the coordinates of {a}."),
+    "relation": (
+        "where is {a} relative to {b}?",
+        "on which side is {a} of {b}?",
+        "which way is {a} from {b}?",
+    ),
+    "distance_ids": (
+        "how far is {a} from {b}?",
+        "what is the distance of {a} from {b}?",
+        "how many metres is {a} from {b}?",
+    ),
+    "colour": (
+        "what colour is the {what}?",
+        "which colour has the {what}?",
+        "name the colour of the {what}.",
+    ),
+    "what_colour": ("what is {what}?", "which thing is {what}?", "what kind of thing is {what}?"),
+    "what_on": ("what is on the {what}?", "what stands on the {what}?", "which thing is on the {what}?"),
+    "what_near": (
+        "what is nearest to the {what}?",
+        "what is closest to the {what}?",
+        "what is next to the {what}?",
+    ),
+    "where_support": (
+        "what does the {what} stand or hang on?",
+        "what is the {what} on?",
+        "what holds the {what}?",
+    ),
+    "where_near": ("where is the {what}?", "where can i find the {what}?", "near what is the {what}?"),
+    "count": ("how many {what} are there?", "count the {what}.", "what is the number of {what}?"),
+    "exist": ("is there {what}?", "do you see {what}?", "does the room have {what}?"),
+    "situated_side": (
+        "i am standing at the {at} facing the {facing}. is the {what} on my left or right?",
+        "i stand at the {at} and look at the {facing}. is the {what} on my left or right?",
+        "from the {at} i face the {facing}. is the {what} on my left or right?",
+    ),
+    "situated_depth": (
+        "i am standing at the {at} facing the {facing}. is the {what} in front of me or behind me?",
+        "i stand at the {at} and look at the {facing}. is the {what} in front of me or behind me?",
+        "from the {at} i face the {facing}. is the {what} in front of me or behind me?",
+    ),
+    "situated_turn": (
+        "i am standing at the {at} facing the {facing}. must i turn around to see the {what}?",
+        "i stand at the {at} and look at the {facing}. must i turn around to see the {what}?",
+        "from the {at} i face the {facing}. must i turn around to see the {what}?",
+    ),
+    "distance": (
+        "how far is the {what} from the {other}?",
+        "what is the distance of the {what} from the {other}?",
+        "how many metres is the {what} from the {other}?",
+    ),
+    "size_height": (
+        "how tall is the {what}?",
+        "how high in metres is the {what}?",
+        "give the height of the {what}.",
+    ),
+    "size_length": (
+        "how long is the {what}?",
+        "how many metres long is the {what}?",
+        "give the length of the {what}.",
+    ),
+    "caption": ("describe {a}.", "give a description of {a}.", "tell me about {a}."),
+    "vsi_counting": (
+        "how many {what} are in this room?",
+        "how many {what} do you count here?",
+        "what is the number of {what} in this room?",
+    ),
+    "vsi_abs_distance": (
+        "from closest point to closest point, how many metres are between the {what} and the {other}?",
+        "what is the shortest distance in metres between the {what} and the {other}?",
+        "how wide in metres is the gap between the {what} and the {other}?",
+    ),
+    "vsi_object_size": (
+        "in centimetres, how long is the longest side (length, width or height) of the {what}?",
+        "how many centimetres measures the longest dimension of the {what}?",
+        "give in centimetres the largest of length, width and height of the {what}.",
+    ),
+    "vsi_room_size": (
+        "how many square metres has this room?",
+        "what is the floor area of this room in square metres?",
+        "give the size of this room in square metres.",
+    ),
+    "vsi_rel_distance": (
+        "measured between closest points, which of these is closest to the {what}? {options}",
+        "by their closest points, which of these is nearest to the {what}? {options}",
+        "which of these has the narrowest gap to the {what}? {options}",
+    ),
+    "vsi_rel_direction": (
+        "i am standing at the {at} facing the {facing}. {note}where is the {what}? {options}",
+        "i stand at the {at} and look at the {facing}. {note}where is the {what}? {options}",
+        "from the {at} i face the {facing}. {note}where is the {what}? {options}",
+    ),
+    "subtract": ("{numbers} =",),
+    "norm": ("{numbers} =",),
+}
 WORDS = (  # the words that code below writes besides those of the tables
     "a an the thing things on near from floor wall yes no this there it is back means at least degrees to turn a b c d"
 )
@@ -1074,20 +1104,19 @@ SIDES = (("left", "right"), ("front", "behind"), ("below", "above"))  # per axis
 
 # Directions from a situation: answer and its sector in degrees, left positive, with a margin at
 # every edge.
-HEADING_TABLE = """
-situated_side: left 20 160, right 200 340
-situated_depth: front -70 70, behind 110 250
-situated_turn: no -70 70, yes 110 250
-vsi_rel_direction_easy: left 15 165, right 195 345
-vsi_rel_direction_medium: left 15 120, right 240 345, back 150 210
-vsi_rel_direction_hard: front-left 15 75, front-right 285 345, back-left 105 165, back-right 195 255
-"""
-HEADINGS = {}
-for _name, _sectors in read_table(HEADING_TABLE).items():
-    _rows = map(str.split, _sectors.split(","))
-    HEADINGS[_name] = [(answer, int(low), int(high)) for answer, low, high in _rows]
-
-
+HEADINGS = {
+    "situated_side": [("left", 20, 160), ("right", 200, 340)],
+    "situated_depth": [("front", -70, 70), ("behind", 110, 250)],
+    "situated_turn": [("no", -70, 70), ("yes", 110, 250)],
+    "vsi_rel_direction_easy": [("left", 15, 165), ("right", 195, 345)],
+    "vsi_rel_direction_medium": [("left", 15, 120), ("right", 240, 345), ("back", 150, 210)],
+    "vsi_rel_direction_hard": [
+        ("front-left", 15, 75),
+        ("front-right", 285, 345),
+        ("back-left", 105, 165),
+        ("back-right", 195, 255),
+    ],
+}
 def plural(noun):
     if noun.endswith("shelf"):
         return noun[:-1] + "ves"
