@@ -417,6 +417,16 @@ def large_inputs(minutes: int = 10, points: int = 4_000_000) -> None:
 # ---- own segments ----------------------------------------------------------------------------------------------------
 
 
+def best_iou(found: np.ndarray, true: np.ndarray) -> dict[int, float]:
+    """Give each true label (1 and up) the IoU with the found one that fits it best; arrays of one shape, 0 = none."""
+    best = {}
+    for i in np.unique(true[true > 0]).tolist():
+        own = true == i
+        rivals = np.unique(found[own & (found > 0)])
+        best[i] = max(((own & (found == j)).sum() / (own | (found == j)).sum() for j in rivals), default=0.0)
+    return best
+
+
 def point_iou(found: np.ndarray, true: np.ndarray) -> np.ndarray:
     """IoU [n, m] of point sets: labels found [N] of 0..n and true [N] of 0..m; rows and columns are labels 1 and up."""
     n, m = int(found.max(initial=0)) + 1, int(true.max(initial=0)) + 1
