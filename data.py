@@ -4010,6 +4010,7 @@ def object_segments(
     kept = ~in_room & (root == np.arange(count)) & (size >= 12) & ((high - low).max(1) >= smallest)
     return keep_labels(root[piece], kept)
 
+
 def keep_labels(labels: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """Renumber the labels with kept[label] from 1 in their order; the others become 0."""
     kept = kept.copy()

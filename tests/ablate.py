@@ -31,7 +31,8 @@ STUDIES = {  # model -> stages trained once; those trained per run, with their s
         "shared": "0 language,0 words",
         "last": {"0 tokenizer": 700, "1 generalist": 200},
         "settings": ["points=1024", "0 tokenizer.batch=8"],  # every point is a node of its own in two of the rows
-        "scores": {"rooms/qa": "em/strict", "rooms/identifier": "em/strict", "rooms/caption": "cider/raw"},
+        "scores": {"rooms/qa": "em/strict", "rooms/identifier": "em/strict",
+                   "rooms/caption": "cider@0.5/ll3da"},
         "paper": "ScanQA CIDEr, from scratch (Tables 3-6)",
         "variants": {
             "superpoints + FFT, 4 curves": ([], 86.91),

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -234,6 +233,7 @@ def bench_tokenizer(little: bool) -> None:
     z = fase3d.graph_pool(S, seed, *graph)  # [T, d]
     attention = torch.nn.MultiheadAttention(paper.dim, paper.heads, batch_first=True)
     former = fase3d.make_qformer(paper.dim, paper.heads)
+    place = found["place"]
 
     # name: module or None, call, name of the row that it stands in for
     rows = {
@@ -241,8 +241,8 @@ def bench_tokenizer(little: bool) -> None:
         "enhancer": (model.enhancer, lambda: model.enhancer(S, orders)),
         "graph pooling": (None, lambda: fase3d.graph_pool(S, seed, *graph)),
         "phi, adapter": (model.merger, lambda: model.merger(z)),
-        "places of tokens": (model.place, lambda: model.place(found["place"])),
-        "coordinate token": (model.coordinate, lambda: model.coordinate(found["place"][:1], box, z, found["place"], 16)),
+        "places of tokens": (model.place, lambda: model.place(place)),
+        "coordinate token": (model.coordinate, lambda: model.coordinate(place[:1], box, z, place, 16)),
         "once per scene: curves, graph, seeds": (None, lambda: model.compute_features(scene)),
         "in the enhancer's place: self-attention": (attention, lambda: attention(S[None], S[None], S[None])),
         "in pooling's place: Q-Former": (former, lambda: former(S[seed], S)),
@@ -281,8 +281,10 @@ def bench_spatial3dllm(little: bool) -> None:
     """Compare Spatial 3D-LLM's parts over numbers of points and of objects; what is kept of a scene runs once."""
     cases = [(f"tiny, 12 objects, {n:,} points", 12, n, {}) for n in (2048, 8192, 32_768)]
     cases += [(f"tiny, {n} objects, 2,048 points", n, 2048, {}) for n in (50, 100, 200)]
-    cases += [("the paper's sizes but the LLM, 40,000 points", 12, 40_000, dict(build=with_paper_encoder, **PAPER_SIZES))]
-    print("seconds per scene:                               geometry    encoder    modules     answer    new/s   kept/s")
+    paper_sizes = dict(build=with_paper_encoder, **PAPER_SIZES)
+    cases += [("the paper's sizes but the LLM, 40,000 points", 12, 40_000, paper_sizes)]
+    columns = ("geometry", "encoder", "modules", "answer", "new/s", "kept/s")
+    print(f"{'seconds per scene':48s}", *(f"{column:>10s}" for column in columns))
     for name, objects, points, sizes in cases[:: len(cases) - 1] if little else cases:
         model = make_model(spatial3dllm, points=points, **sizes)
         stage = model.stage
@@ -302,7 +304,7 @@ def bench_spatial3dllm(little: bool) -> None:
             answer = seconds(lambda m=model, b=batch: m.generate(b, 24)) - modules
         kept = modules + answer
         print(f"  {name:46s} {geometry:10.4f} {encoder:10.4f} {modules:10.4f} {answer:10.4f} "
-              f"{1 / (geometry + encoder + kept):8.1f} {1 / kept:8.1f}")  # fmt: skip
+              f"{1 / (geometry + encoder + kept):10.1f} {1 / kept:10.1f}")  # fmt: skip
 
 
 # ---- own segments

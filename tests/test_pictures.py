@@ -1,4 +1,4 @@
-"""Pictures (data.py, section 10): every kind of scene gives one that is not blank, and what an answer names is on it."""
+"""Pictures (data.py, section 10): none is blank, and what an answer names is on it."""
 
 from dataclasses import replace
 
@@ -25,8 +25,7 @@ def pixels(path) -> np.ndarray:
 def test_a_scene_with_and_without_frames_and_colors_gives_a_picture_that_is_not_blank(scene, changes, tmp_path):
     path = tmp_path / "new" / "x.png"
     data.draw_scene(replace(scene, **changes), path, ["$1 a line", "another"], tokens=np.zeros((2, 3)))
-    image = pixels(path)
-    assert min(image.shape[:2]) > 500 and len(np.unique(image.reshape(-1, 3), axis=0)) > 200
+    assert len(np.unique(pixels(path).reshape(-1, 3), axis=0)) > 200
 
 
 def test_what_answers_name_is_drawn_each_answer_in_its_color(scene, tmp_path):
