@@ -4023,6 +4023,7 @@ def object_segments(
     kept = ~in_room & (root == np.arange(count)) & (size >= 12) & ((high - low).max(1) >= smallest)
     return keep_labels(root[piece], kept)
 
+
 def keep_labels(labels: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """Renumber the labels with kept[label] from 1 in their order; the others become 0."""
     kept = kept.copy()
@@ -4122,9 +4123,11 @@ def load_sam2(name: str = SAM2):
         raise DataError(f"SAM 2 is not installed: {INSTALL['sam2']} (or --masks segments)") from None
     try:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return SAM2VideoPredictor.from_pretrained(name, device=device)
+        model = SAM2VideoPredictor.from_pretrained(name, device=device)
     except (OSError, KeyError) as error:
         raise DataError(f"{name}: no weights of SAM 2 here ({error}); name published ones, with a network") from None
+    model.fill_hole_area = 0  # small holes stay: filling needs SAM 2's CUDA extension, and warns without it
+    return model
 
 
 def automatic_masks(model) -> Callable[[np.ndarray], list[np.ndarray]]:

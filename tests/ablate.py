@@ -5,8 +5,6 @@ Paired: a seed means the same rooms, questions and order for all variants, and a
 symbol stages; only what is listed under "last", short, is trained per run. One thread per run, two runs at a time.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -33,7 +31,8 @@ STUDIES = {  # model -> stages trained once; those trained per run, with their s
         "shared": "0 language,0 words",
         "last": {"0 tokenizer": 700, "1 generalist": 200},
         "settings": ["points=1024", "0 tokenizer.batch=8"],  # every point is a node of its own in two of the rows
-        "scores": {"rooms/qa": "em/strict", "rooms/identifier": "em/strict", "rooms/caption": "cider/raw"},
+        "scores": {"rooms/qa": "em/strict", "rooms/identifier": "em/strict",
+                   "rooms/caption": "cider@0.5/ll3da"},
         "paper": "ScanQA CIDEr, from scratch (Tables 3-6)",
         "variants": {
             "superpoints + FFT, 4 curves": ([], 86.91),
@@ -62,58 +61,74 @@ STUDIES = {  # model -> stages trained once; those trained per run, with their s
             "no positions": (["positions=false"], None),
         },
     },
-}
+}  # fmt: skip
 
 
 def train(model: str, out: Path, *more: str, threads: int = 1) -> None:
-    """One run of train.py, unless its folder is already complete; its output goes to OUT.log."""
+    """Run train.py, unless its folder is already complete; its output goes to OUT.log."""
     if (out / "done").exists():
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(HERE / "train.py"), "--model", model, "--out", str(out), "--overwrite", *more]
+    command = [sys.executable, "train.py", "--model", model, "--out", str(out), "--overwrite", *more]
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
     with open(f"{out}.log", "w") as log:
-        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=HERE, env=env).returncode
     if code:
         sys.exit(f"ablate.py: {' '.join(command[1:])} ended with {code}; see {out}.log")
     (out / "done").touch()
 
 
+def mean_and_spread(values: np.ndarray) -> str:
+    return f"{values.mean():+6.1f} ± {values.std(ddof=min(1, len(values) - 1)):4.1f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=sorted(STUDIES))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="of every stage, to see that all runs (default: the study's own)")
     parser.add_argument("--train-scenes", type=int, default=400)
     parser.add_argument("--test-scenes", type=int, default=100)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--out", type=Path, default=HERE / "runs" / "ablate")
-    a = parser.parse_args()
-    study, root = STUDIES[a.model], a.out / a.model
-    scenes = ["--train-scenes", str(a.train_scenes), "--test-scenes", str(a.test_scenes)]
-    train(a.model, root / "shared", "--stages", study["shared"], "--no-eval", *scenes, threads=2)
-    steps = [f"{stage}.iterations={n}" for stage, n in study["last"].items()]
+    parser.add_argument("--out", type=Path, default=Path("runs/ablate"))
+    args = parser.parse_args()
+    study, root = STUDIES[args.model], args.out.resolve() / args.model
+    scenes = ["--train-scenes", str(args.train_scenes), "--test-scenes", str(args.test_scenes)]
 
-    def one(job: tuple[str, int]) -> list[float]:
+    # what all variants start from
+    shared = study["shared"].split(",")
+    short = [f"{stage}.iterations={args.steps}" for stage in shared] if args.steps else []
+    train(args.model, root / "shared", "--stages", ",".join(shared), "--no-eval", *scenes, "--set", *short,
+          *study["settings"], threads=2)  # fmt: skip
+
+    # every variant with every seed
+    steps = {stage: args.steps or n for stage, n in study["last"].items()}
+    settings = [*(f"{stage}.iterations={n}" for stage, n in steps.items()), *study["settings"]]
+
+    def run(job: tuple[str, int]) -> list[float]:
+        """Train and score one variant with one seed: its scores x 100."""
         name, seed = job
         out = root / f"{re.sub('[^a-z0-9]+', '_', name.lower())}-{seed}"
-        train(a.model, out, "--init", str(root / "shared"), "--stages", ",".join(study["last"]), "--seed", str(seed),
-              "--workers", "0", *scenes, "--set", *steps, *study["settings"], *study["variants"][name][0])  # fmt: skip
+        train(args.model, out, "--init", str(root / "shared"), "--stages", ",".join(steps), "--seed", str(seed),
+              "--workers", "0", *scenes, "--set", *settings, *study["variants"][name][0])  # fmt: skip
         found = json.loads((out / "metrics.json").read_text())
-        return [found[benchmark][metric] for benchmark, metric in study["scores"].items()]
+        return [100 * found[benchmark][metric] for benchmark, metric in study["scores"].items()]
 
-    jobs = [(name, seed) for seed in range(1, a.seeds + 1) for name in study["variants"]]
-    with ThreadPoolExecutor(a.jobs) as pool:
-        found = dict(zip(jobs, pool.map(one, jobs), strict=True))
-    base = next(iter(study["variants"]))
-    of = lambda name: 100 * np.array([found[name, seed] for seed in range(1, a.seeds + 1)])  # noqa: E731
-    spread = lambda x: f"{x.mean():+6.1f} ± {x.std(ddof=min(1, len(x) - 1)):4.1f}"  # noqa: E731
-    budget = ", ".join(f"{n} steps of {s}" for s, n in study["last"].items())
-    print(f"{budget}, {a.seeds} seeds, mean ± std, paired difference to {base!r}; paper: {study['paper']}")
+    variants, seeds = list(study["variants"]), range(1, args.seeds + 1)
+    jobs = [(name, seed) for seed in seeds for name in variants]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        scores = np.array(list(pool.map(run, jobs))).reshape(args.seeds, len(variants), -1)
+
+    # a table per score, differences paired by seed
+    budget = ", ".join(f"{n} steps of {stage}" for stage, n in steps.items())
+    print(f"{budget}, {args.seeds} seeds, mean ± std, paired difference to {variants[0]!r}; paper: {study['paper']}")
     for k, (benchmark, metric) in enumerate(study["scores"].items()):
         print(f"{benchmark} {metric} x 100")
-        for name, (_, paper) in study["variants"].items():
-            row = f"  {name:30s} {spread(of(name)[:, k])}   difference {spread((of(name) - of(base))[:, k])}"
-            print(row + ("" if k or paper is None else f"   paper {paper}"))
+        for i, (name, (_, paper)) in enumerate(study["variants"].items()):
+            own = mean_and_spread(scores[:, i, k])
+            difference = mean_and_spread(scores[:, i, k] - scores[:, 0, k])
+            beside = "" if k or paper is None else f"   paper {paper}"
+            print(f"  {name:30s} {own}   difference {difference}{beside}")
 
 
 if __name__ == "__main__":
