@@ -2651,14 +2651,7 @@ DEPTH_SCALES = (
     "millimeters 1000, TUM and ICL-NUIM 5000, Replica of NICE-SLAM 6553.5, RealSense L515 4000"
 )
 UP = {sign + "xyz"[i]: float(f"{sign}1") * np.eye(3)[i] for i in range(3) for sign in "+-"}
-SAME, DOWN, TURNED = np.diag([1.0, 1, 1, 1]), np.diag([1.0, -1, 1, 1]), np.diag([1.0, -1, -1, 1])
-CONVENTIONS = {  # of poses -> the camera's axes in OpenCV's, the world's, whether they map world to camera
-    "opencv": (SAME, SAME, False),
-    "opengl": (TURNED, SAME, False),
-    "opencv_inverse": (SAME, SAME, True),
-    "opengl_inverse": (TURNED, SAME, True),
-    "povray": (DOWN, DOWN, False),  # both left-handed
-}
+CONVENTIONS = ("opencv", "opengl", "opencv_inverse", "opengl_inverse", "povray")  # of poses
 
 
 @contextmanager
@@ -2807,26 +2800,37 @@ def rigid(position, turn):
     return pose
 
 
-def seconds(files):
-    """The times in names such as 1305031102.175304.png or ID_66236.345.png."""
-    return [float(file.stem.split("_")[-1]) for file in files]
+def stamp(file):
+    """Read the second or the number that a name such as 1305031102.175304.png, ID_66.345.png or
+    frame000012.jpg ends with."""
+    return float(re.findall(r"\d+(?:\.\d+)?", file.stem)[-1])
 
 
 def in_time(images, times, values, within=0.02):
     """Pick for each image the value of the nearest time, None beyond `within` seconds."""
-    wanted, times = seconds(images), np.array(times)
-    index = np.searchsorted((times[1:] + times[:-1]) / 2, wanted)
-    near = np.abs(times[index] - wanted) <= within
-    return [values[i] if n else None for i, n in zip(index, near, strict=True)]
+    times, picked = np.array(times), []
+    for wanted in map(stamp, images):
+        away = np.abs(times - wanted)
+        index = away.argmin()
+        picked.append(values[index] if away[index] <= within else None)
+    return picked
 
 
-def named_views(mark, images, depth, pose, cameras):
-    """Frames whose other files bear the name of their image."""
+def timed_views(images, depths, times, poses, cameras):
+    """Frames whose depth and pose are those nearest in time: each kind has a clock of its own."""
+    depths = in_time(images, [stamp(file) for file in depths], depths)
+    poses = in_time(images, times, poses, 0.01)
+    return map(FrameFiles, images, depths, poses, cameras)
+
+
+def named_views(mark, images, depth, pose):
+    """Frames whose other files bear the name of their image, with one camera, best the depth's."""
     base = mark.parent
-    camera = next((base / name for name in cameras if (base / name).exists()), None)
+    cameras = [*base.glob("*intrinsic*.txt"), *base.glob("intrinsic/intrinsic*.txt")]
+    camera = max(cameras, key=lambda file: "depth" in file.name, default=None)
     for image in pictures(mark if mark.is_dir() else base, images):
         name = image.stem.removesuffix(".color")
-        mask = base / "instance-filt" / f"{name}.png"
+        mask = base / f"instance-filt/{name}.png"
         yield FrameFiles(image, base / depth.format(name), base / pose.format(name), camera, mask)
 
 
@@ -2836,11 +2840,10 @@ def replica(mark):
     cam_params.json lies beside it or above.
     """
     above = [folder / "cam_params.json" for folder in mark.parents]
-    camera = json_camera(read_json(next(file for file in above if file.exists()))["camera"])
+    K = json_camera(read_json(next(file for file in above if file.exists()))["camera"])
+    images, depths = (pictures(mark.parent / "results", f"{kind}*") for kind in ("frame", "depth"))
     poses = read_numbers(mark, 16).reshape(-1, 4, 4)
-    for image, pose in zip(pictures(mark.parent / "results", "frame*"), poses, strict=False):
-        depth = image.with_name(image.stem.replace("frame", "depth") + ".png")
-        yield FrameFiles(image, depth, pose, camera)
+    return timed_views(images, depths, range(len(poses)), poses, itertools.repeat(K))
 
 
 TUM_CAMERAS = {  # part of a sequence's name -> its published camera
@@ -2854,46 +2857,36 @@ TUM_CAMERAS = {  # part of a sequence's name -> its published camera
 
 def tum(mark):
     """rgb/ and depth/ named by seconds; lines "second x y z qx qy qz qw"."""
-    base = mark.parent
-    images, depths = pictures(base / "rgb"), pictures(base / "depth")
+    base, rows = mark.parent, read_numbers(mark, 8)
     cameras = (camera for name, camera in TUM_CAMERAS.items() if name in base.resolve().name)
     K = pinhole(*next(cameras))
-
-    # colors, depth and poses have clocks of their own
-    rows = read_numbers(mark, 8)
     poses = [rigid(row[1:4], row[4:]) for row in rows]
-    depths = in_time(images, seconds(depths), depths)
-    poses = in_time(images, rows[:, 0], poses)
-    for image, depth, pose in zip(images, depths, poses, strict=True):
-        yield FrameFiles(image, depth, pose, K)
+    images, depths = pictures(base / "rgb"), pictures(base / "depth")
+    return timed_views(images, depths, rows[:, 0], poses, itertools.repeat(K))
 
 
 def arkitscenes(mark):
     """lowres_wide/, lowres_depth/, lowres_wide_intrinsics/ named ID_SECONDS; lines "second rx ry
     rz x y z"."""
-    base = mark.parent
-    images = pictures(base / "lowres_wide")
-    depths = [base / "lowres_depth" / image.name for image in images]
-
-    # intrinsics are named by times a millisecond off; poses are fewer than images
-    files = sorted((base / "lowres_wide_intrinsics").glob("*.pincam"))
-    cameras = [pinhole(*read_numbers(file, 6)[0, 2:]) for file in files]  # behind width and height
-    cameras = in_time(images, seconds(files), cameras)
-    rows = read_numbers(mark, 7)
+    base, rows = mark.parent, read_numbers(mark, 7)
     poses = [rigid(row[4:], row[1:4]) for row in rows]
-    poses = in_time(images, rows[:, 0], poses, 0.01)
-    yield from map(FrameFiles, images, depths, poses, cameras)
+    images, depths = pictures(base / "lowres_wide"), pictures(base / "lowres_depth")
+
+    # a file of intrinsics, named a millisecond off, holds width, height and the camera
+    files = sorted((base / "lowres_wide_intrinsics").glob("*.pincam"))
+    cameras = [pinhole(*read_numbers(file, 6)[0, 2:]) for file in files]
+    cameras = in_time(images, [stamp(file) for file in files], cameras)
+    return timed_views(images, depths, rows[:, 0], poses, cameras)
 
 
 def stray_scanner(mark):
     """rgb.mp4 or rgb/NUMBER.png, depth/NUMBER.png; lines "second, number, x, y, z, qx, qy, qz,
     qw"."""
-    base = mark.parent
-    images = {int(image.stem): image for image in pictures(base / "rgb")}
-    for _, number, *pose in read_numbers(mark, 9):
-        image = images.get(int(number), base / f"rgb.mp4/{number:.0f}")
-        depth = base / f"depth/{number:06.0f}.png"
-        yield FrameFiles(image, depth, rigid(pose[:3], pose[3:]), base / "camera_matrix.csv")
+    base, rows = mark.parent, read_numbers(mark, 9)
+    numbers, poses = rows[:, 1], [rigid(row[2:5], row[5:]) for row in rows]
+    images = pictures(base / "rgb") or [base / f"rgb.mp4/{number:.0f}" for number in numbers]
+    camera = itertools.repeat(base / "camera_matrix.csv")
+    return timed_views(images, pictures(base / "depth"), numbers, poses, camera)
 
 
 def polycam(mark):
@@ -2914,8 +2907,8 @@ def nerfstudio(mark):
     per frame or once."""
     held = read_json(mark)
     for frame in held["frames"]:
-        files = (frame.get("file_path"), frame.get("depth_file_path"))
-        image, depth = (name and mark.parent / name for name in files)
+        image, depth = mark.parent / frame["file_path"], frame.get("depth_file_path")
+        depth = depth and mark.parent / depth
         pose = np.array(frame["transform_matrix"], float)
         yield FrameFiles(image, depth, pose, json_camera(held | frame, "fl_"))
 
@@ -2937,7 +2930,14 @@ def colmap(mark):
 
 
 def photographs(mark):
-    yield from map(FrameFiles, pictures(mark.parent))
+    return map(FrameFiles, pictures(mark.parent))
+
+
+def video_views(path):
+    """The frames of a video, by number."""
+    with opened_video(path) as (container, stream):
+        count = round(container.duration / 1e6 * stream.average_rate)
+    return [FrameFiles(path / str(number)) for number in range(count)]
 
 
 @dataclass
@@ -2953,13 +2953,9 @@ class Layout:
     metric: bool = True  # poses are in meters
 
 
-SEVEN_SCENES = partial(named_views, images="*.color.*", depth="{}.depth.png", pose="{}.pose.txt",
-                       cameras=("camera-intrinsics.txt", "intrinsics.txt"))  # fmt: skip
-EXPORTED = partial(named_views, images="*", depth="depth/{}.png", pose="pose/{}.txt",
-                   cameras=("intrinsic/intrinsic_depth.txt", "intrinsics_depth.txt", "intrinsic_depth.txt",
-                            "intrinsic/intrinsic_color.txt", "intrinsics_color.txt"))  # fmt: skip
-POSED_IMAGES = partial(named_views, images="*.jpg", depth="{}.png", pose="{}.txt",
-                       cameras=("depth_intrinsic.txt", "intrinsic.txt"))  # fmt: skip
+SEVEN_SCENES = partial(named_views, images="*.color.*", depth="{}.depth.png", pose="{}.pose.txt")
+EXPORTED = partial(named_views, images="*", depth="depth/{}.png", pose="pose/{}.txt")
+POSED_IMAGES = partial(named_views, images="*.jpg", depth="{}.png", pose="{}.txt")
 LAYOUTS = (  # the first that fits is taken
     Layout("NAME.color.png, NAME.depth.png, NAME.pose.txt (7-Scenes)", ("*.color.*",), SEVEN_SCENES),
     Layout("results/, traj.txt (Replica of NICE-SLAM)", ("traj.txt",), replica, 6553.5, "+z"),
@@ -2978,7 +2974,7 @@ LAYOUTS = (  # the first that fits is taken
            POSED_IMAGES),
     Layout("images alone", ("*",), photographs),
 )  # fmt: skip
-VIDEO = Layout("video", (), photographs)
+VIDEO = Layout("video", (), video_views)
 KNOWN_LAYOUTS = "; ".join(layout.name for layout in LAYOUTS)
 
 
@@ -2989,10 +2985,12 @@ def existing(part):
 
 
 def find_frames(folder: Path) -> tuple[Layout | None, list[FrameFiles]]:
-    """Find the layout that fits a folder, and its frames, with None for missing files.
+    """Find the layout that fits a folder or a video, and its frames, with None for missing files.
 
     Returns (None, []) where there is no image.
     """
+    if folder.is_file():
+        return VIDEO, VIDEO.views(folder)
     for layout in LAYOUTS:
         marks = [file for pattern in layout.marks for file in sorted(folder.glob(pattern))[:1]]
         for mark in marks:
@@ -3010,9 +3008,20 @@ def read_image(path, mode=None):
     """Read an image in a mode of PIL ("RGB", "I" = integers), or a frame of a video; its rows as
     the camera wrote them."""
     if path.parent.is_file():
-        return video_frame(path.parent, int(path.name))
+        return video_frame(path)
     with reading(path, "image"), Image.open(path) as image:
         return np.asarray(image.convert(mode) if mode else image)
+
+
+def read_photograph(path):
+    """Read an image upright, as its tag says; None where there is none, or a depth or confidence
+    map, which has 16 bits or few values."""
+    if path.parent.is_file():
+        return video_frame(path, upright=True)
+    with reading(path, "image"), Image.open(path) as image:
+        if image.mode[0] in "IF" or image.getcolors(8):
+            return None
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def read_depth(path, scale):
@@ -3028,14 +3037,21 @@ def read_pose(pose, convention):
     """Read a pose [4, 4] as camera to world with OpenCV's axes; None where it is not finite, or
     mirrored."""
     pose = read_numbers(pose, 4, 4) if isinstance(pose, Path) else pose
-    camera, world, inverse = choose(CONVENTIONS, convention, "--convention")
     if not np.isfinite(pose).all():
         return None
 
     # files round their numbers: take the nearest rotation (polar decomposition)
     u, _, vt = np.linalg.svd(pose[:3, :3])
     pose = np.block([[u @ vt, pose[:3, 3:]], [0, 0, 0, 1]])
-    pose = world @ (np.linalg.inv(pose) if inverse else pose) @ camera
+
+    # to camera to world, with OpenCV's axes; both of POV-Ray's systems are left-handed
+    if "inverse" in convention:
+        pose = np.linalg.inv(pose)
+    if "opengl" in convention:
+        pose = pose @ np.diag([1, -1, -1, 1])
+    if convention == "povray":
+        mirror = np.diag([1, -1, 1, 1])
+        pose = mirror @ pose @ mirror
     return pose if np.linalg.det(pose) > 0 else None
 
 
@@ -3061,7 +3077,10 @@ def read_view(view, layout, longest):
     [4, 4], with None for what no file holds; or, where the frame is of no use, the reason, a str.
     """
     depth, K, pose = None, None, None
-    color = read_image(view.image, "RGB")
+    alone = all(part is None for part in view[1:])
+    color = read_photograph(view.image) if alone else read_image(view.image, "RGB")
+    if color is None:
+        return "no image, but a depth or confidence map, or what is torn"
     sizes = [color.shape[:2]]
 
     # ScanNet has poses that are not finite, and depth that is empty
@@ -3111,7 +3130,7 @@ def read_frames(where, layout, views, max_frames: int, longest: float, notes: li
     notes.append(f"{len(rows)} of {len(views)} frames used; layout {layout.name}")
     if len({row[0].shape for row in rows}) != 1:
         what = f"{'; '.join(notes)}: none is usable, or their sizes differ"
-        raise DataError(f"{where}: {what}; export the frames again")
+        raise DataError(f"{where}: {what}; export them again, as one of: {KNOWN_LAYOUTS}")
     columns = zip(*rows, strict=True)
     return Frames(*(None if column[0] is None else np.stack(column) for column in columns))
 
@@ -3149,7 +3168,7 @@ def read_views(
     layout. Raises DataError.
     """
     path, notes = Path(path), []
-    layout, views = find_frames(path) if path.is_dir() else (VIDEO, [])
+    layout, views = find_frames(path)
     if layout is None:
         inside = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
         raise DataError(f"{path}: holds no frames, but {inside}; known layouts: {KNOWN_LAYOUTS}")
@@ -3157,14 +3176,7 @@ def read_views(
     has_depth, has_pose = (any(view[part] is not None for view in views) for part in (1, 2))
     measured = has_depth and has_pose
     longest = longest or (320 if measured else 640)
-
-    # what the files hold
-    if has_depth or has_pose:
-        frames = read_frames(path, layout, views, max_frames, longest, notes)
-    else:
-        read = read_photographs if views else read_video
-        images = read(path, views, max_frames, longest, notes)
-        frames = Frames(images, None, np.zeros(images.shape[:3], np.int32), None, None)
+    frames = read_frames(path, layout, views, max_frames, longest, notes)
 
     # VGGT sees the rest in the images, in the unit of what is known; without any it is guessed
     if any(array is None for array in vars(frames).values()):
@@ -3183,8 +3195,7 @@ def read_views(
         )
 
     # the cloud is what the frames show, and both are turned upright
-    views = zip(frames.colour, frames.depth, frames.intrinsics, frames.poses, strict=True)
-    points, colors, normals, voxel = fuse(views)
+    points, colors, normals, voxel = fuse(frames)
     world, said = align_to_gravity(points, normals, layout.up, frames.poses)
     frames.poses = world @ frames.poses
     notes += [f"{len(points)} points in voxels of {voxel * 100:.1f} cm", said]
@@ -3220,11 +3231,8 @@ def move(points, normals, world):
     """Move a cloud by a rigid 4x4: points, normals and bounds as keyword arguments of Scene."""
     points = (points @ world[:3, :3].T + world[:3, 3]).astype(np.float32)
     normals = (normals @ world[:3, :3].T).astype(np.float32)
-    return dict(
-        points=points,
-        normals=normals,
-        bounds=np.stack([points.min(0), points.max(0)]).astype(float),
-    )
+    bounds = np.stack([points.min(0), points.max(0)]).astype(float)
+    return dict(points=points, normals=normals, bounds=bounds)
 
 
 def voxel_of(points, voxel):
@@ -3234,53 +3242,52 @@ def voxel_of(points, voxel):
     return np.unique(cell @ [1 << 42, 1 << 21, 1], return_inverse=True)[1].reshape(-1)
 
 
-def voxel_mean(rows, weight, voxel):
+def voxel_mean(rows, voxel):
     """Average rows [N, C], whose first columns are x, y, z, in each occupied voxel: rows [n, C]
-    and summed weights [n]."""
+    and counts [n]."""
     index = voxel_of(rows[:, :3], voxel)
-    total = np.bincount(index, weight)
-    sums = np.stack([np.bincount(index, weight * column) for column in rows.T], axis=1)
-    return sums / total[:, None], total
+    count = np.bincount(index)
+    sums = [np.bincount(index, column) for column in rows.T]
+    return np.stack(sums, axis=1) / count[:, None], count
 
 
-def voxel_downsample(rows, weight, voxel, limit):
+def voxel_downsample(rows, voxel, limit):
     """Average rows [N, 9] of point, color and normal in the least voxels, from `voxel` meters up,
     that leave at most `limit`: points [n, 3] f32, colors [n, 3] u8, unit normals [n, 3] f32,
     voxel."""
-    rows, weight = voxel_mean(rows, weight, voxel)
+    rows, _ = voxel_mean(rows, voxel)
     while len(rows) > limit:
         voxel *= 1.2
-        rows, weight = voxel_mean(rows, weight, voxel)
+        rows, _ = voxel_mean(rows, voxel)
     points = rows[:, :3].astype(np.float32)
     colors = rows[:, 3:6].round().astype(np.uint8)
     return points, colors, unit(rows[:, 6:]), voxel
 
 
-def fuse(frames: Iterable[tuple], limit: int = 100_000) -> tuple:
-    """Fuse frames (color [H, W, 3], depth [H, W], intrinsics [3, 3], pose [4, 4]) to one cloud:
-    points [N, 3] f32, colors [N, 3] u8, unit normals [N, 3] f32 towards the cameras, voxel in
-    meters: 2.5 cm, or a pixel's footprint if larger."""
-    parts = []
-    for color, depth, K, pose in frames:
-        if not parts:
-            footprint = float(np.median(depth[depth > 0])) / K[0, 0]
-            voxel = max(0.025, footprint)
+def fuse(frames: Frames, limit: int = 100_000) -> tuple:
+    """Fuse frames to one cloud: points [N, 3] f32, colors [N, 3] u8, unit normals [N, 3] f32
+    towards the cameras, voxel in meters: 2.5 cm, or a pixel's footprint if larger."""
+    points = unproject(frames.depth, frames.intrinsics, frames.poses)
 
-        # normals from differences of the point map: NaN beside missing depth, grazing ones at the
-        # edges of things
-        points = unproject(depth[None], K[None], pose[None])[0]
-        normals = unit(np.cross(np.gradient(points, axis=0), np.gradient(points, axis=1)))
-        facing = (normals * unit(pose[:3, 3] - points)).sum(-1)
-        seen = np.abs(facing) > 0.1
-        rows = np.concatenate([points, color, normals * np.sign(facing)[..., None]], axis=-1)[seen]
-        parts.append(voxel_mean(rows, np.ones(len(rows)), voxel))
+    # normals from differences of the point map: NaN beside missing depth, grazing ones at the
+    # edges of things
+    across, down = np.gradient(points, axis=(1, 2))
+    normals = unit(np.cross(across, down))
+    ray = unit(frames.poses[:, None, None, :3, 3] - points)
+    facing = (normals * ray).sum(-1, keepdims=True)
+    normals *= np.sign(facing)
+    seen = np.abs(facing[..., 0]) > 0.1
+    rows = np.concatenate([points[seen], frames.colour[seen], normals[seen]], axis=1)
 
     # voxels with less than a fifth of a single view's samples are flying pixels
-    rows, weight = voxel_mean(*map(np.concatenate, zip(*parts, strict=True)), voxel)
-    solid = weight >= min(3.0, 0.2 * (voxel / footprint) ** 2)
+    distance = np.median(frames.depth[frames.depth > 0])
+    footprint = float(distance) / frames.intrinsics[0, 0, 0]
+    voxel = max(0.025, footprint)
+    rows, count = voxel_mean(rows, voxel)
+    solid = count >= min(3.0, 0.2 * (voxel / footprint) ** 2)
     if not solid.any():
         raise DataError("no frame shows a surface; check the depth images and --depth-scale")
-    return voxel_downsample(rows[solid], weight[solid], voxel, limit)
+    return voxel_downsample(rows[solid], voxel, limit)
 
 
 def estimate_normals(points, k=24):
@@ -3307,6 +3314,7 @@ def load_mesh(path):
     import trimesh
 
     with reading(path, "cloud or mesh"):
+        path.stat()  # a missing file ends here
         mesh = trimesh.load(path, process=False, fix_texture=False)
         if isinstance(mesh, trimesh.Scene):  # a .glb of several parts
             mesh = mesh.to_mesh()
@@ -3349,15 +3357,12 @@ def write_ply(path, points, colours, normals):
 
 def points_of_faces(points, colors, normals, faces, limit):
     """Draw points, colors, normals from the faces of a mesh, one in 3 x 3 cm, where its corners
-    are much fewer: they alone do not show a wall.
-
-    Faces that fill the space like no surface are left alone.
-    """
+    are much fewer: they alone do not show a wall."""
     import trimesh
 
     mesh = trimesh.Trimesh(points, faces, process=False)
     count = int(min(limit, mesh.area / 0.03**2))
-    if count < 4 * len(points) or mesh.area > 8 * mesh.bounding_box.area:
+    if count < 4 * len(points):
         return points, colors, vertex_normals(points, faces) if normals is None else normals
     drawn, face = trimesh.sample.sample_surface(mesh, count, seed=0)
     return drawn, None if colors is None else colors[faces[face]].mean(1), mesh.face_normals[face]
@@ -3389,7 +3394,7 @@ def read_cloud(
     points = points - (low.round() if np.abs(low).max() > 1000 else 0)
     columns = [np.zeros_like(points) if a is None else a for a in (points, colors, normals)]
     rows = np.concatenate(columns, axis=1)[near]
-    points, color, normal, voxel = voxel_downsample(rows, np.ones(len(rows)), 0.005, limit)
+    points, color, normal, voxel = voxel_downsample(rows, 0.005, limit)
     notes.append(f"{len(points)} points averaged in voxels of {voxel * 100:.1f} cm")
     if not (np.square(normal).sum(1) > 0.5).all():
         normal = estimate_normals(points)
@@ -3416,25 +3421,14 @@ def up_of_cameras(points, normals, poses):
     # towards the surfaces that face up, however steeply the cameras look down: no wall in front
     # of a camera does
     up = unit(up)
-    for degrees in (75, 30, 15, 8):
+    for degrees in (75, 30, 15, 8, 4):
         tilt = normals @ up
-        level = (tilt if degrees == 75 else np.abs(tilt)) > np.cos(np.radians(degrees))
+        near = tilt if degrees == 75 else np.abs(tilt)
+        level = near > np.cos(np.radians(degrees))
         if level.sum() < 100:
-            return up
+            break
         up = unit((normals[level] * np.sign(tilt[level])[:, None]).mean(0))
-
-    # fitted to the thickest layer of their points, without those that stick out
-    floor = points[level].astype(np.float64)
-    height = floor @ up
-    bins = np.arange(height.min() - 0.1, height.max() + 0.2, 0.1)
-    counts, edges = np.histogram(height, bins)
-    floor = floor[np.abs(height - edges[counts.argmax()] - 0.05) < 0.1]
-    for _ in range(6):
-        offset = floor - floor.mean(0)
-        plane = np.linalg.eigh(offset.T @ offset)[1][:, 0]
-        away = np.abs(offset @ plane)
-        floor = floor[away < 2 * away.mean() + 0.005]
-    return plane * np.sign(plane @ up)
+    return up
 
 
 def up_of_cloud(points, normals):
@@ -3501,28 +3495,29 @@ def align_to_gravity(points, normals, up, poses=None):
 # ---- 7.5 ScanNet
 
 
-def scan_folder(root: Path, scene_id: str) -> Path:
-    """Find the folder of a scan below a ScanNet root."""
-    for place in (root / scene_id, root / "scans" / scene_id, root / "scans_test" / scene_id):
-        if (place / f"{scene_id}{SCAN_FILES[0]}").exists():
-            return place
-    lacking = f"no {scene_id}/{scene_id}{SCAN_FILES[0]} or under scans/, scans_test/"
-    raise DataError(f"{root}: {lacking}; see python data.py check {root}")
+def is_scan(path: Path) -> bool:
+    return (path / f"{path.name}{SCAN_FILES[0]}").exists()
+
+
+def find_scans(root: Path) -> list[Path]:
+    """Find the folders of all scans below a ScanNet root, whole or not."""
+    patterns = ("scene*_*/", "scans/scene*_*/", "scans_test/scene*_*/")
+    return [scan for pattern in patterns for scan in sorted(root.glob(pattern))]
 
 
 def read_scannet(
-    root: str | Path, scene_id: str, max_frames: int = 32, longest: float = math.inf
+    folder: str | Path, max_frames: int = 32, longest: float = math.inf
 ) -> Scene:
     """Read a ScanNet scan: its own files and, when they are looked at, `max_frames` of the frames
-    exported beside them or below posed_images/<id> or frames/<id>, at most `longest` pixels.
+    exported beside them or to posed_images/<id> or frames/<id> of the root, at most `longest` pixels.
 
     The axis alignment is the only transform. Instance = objectId + 1; wall, floor and ceiling are
     no objects; boxes are the extent of an object's points. Masks are read from instance-filt/ or
     else rendered. Raises DataError.
     """
-    root, notes = Path(root), []
-    folder = scan_folder(root, scene_id)
-    mesh, segs, aggregation, info = (folder / f"{scene_id}{suffix}" for suffix in SCAN_FILES)
+    folder, notes = Path(folder).resolve(), []
+    name = folder.name
+    mesh, segs, aggregation, info = (folder / f"{name}{suffix}" for suffix in SCAN_FILES)
     points, colors, normals, faces = load_mesh(mesh)
     with reading(info, "scan description with an axisAlignment of 16 numbers"):
         aligned = re.search("axisAlignment = (.+)", info.read_text())  # scans for testing have none
@@ -3530,7 +3525,7 @@ def read_scannet(
     if normals is None:
         normals = estimate_normals(points) if faces is None else unit(vertex_normals(points, faces))
     cloud = move(points, normals, world)
-    scene = Scene(scene_id, "scannet", [], colours=colors, notes=notes, **cloud)
+    scene = Scene(name, "scannet", [], colours=colors, notes=notes, **cloud)
 
     # objects are groups of segments; scans of the test split have neither
     scene.instances = np.zeros(len(points), np.int64)
@@ -3541,7 +3536,9 @@ def read_scannet(
         scene.superpoints = over_segment(points, None if faces is not None else normals, faces)
 
     # a thousand scans do not fit in memory, so frames stay on disk
-    places = folder, root / "posed_images" / scene_id, root / "frames" / scene_id
+    places = [folder]
+    for root in folder.parents[:2]:
+        places += [root / "posed_images" / name, root / "frames" / name]
     found = [frames for frames in map(find_frames, places) if any(view.depth for view in frames[1])]
     if found and max_frames:
         load = partial(scan_frames, scene, world, *found[0], max_frames, longest)
@@ -3593,7 +3590,7 @@ def write_scannet(scene: Scene, out: str | Path) -> Path:
     """Write a room as the ScanNet scan <out>/<name>, unaligned as scans are; read_scannet gives
     it back.
 
-    Superpoints are cut at instances, depth is rounded to 1 mm. Color is written as PNG, so that
+    Depth is rounded to 1 mm. Color is written as PNG, so that
     nothing is lost; two extra keys per object (alignedBox, colour) hold what ScanNet has no place
     for.
     """
@@ -3607,14 +3604,12 @@ def write_scannet(scene: Scene, out: str | Path) -> Path:
     write_ply(mesh, raw["points"], scene.colours, raw["normals"])
     info.write_text(f"axisAlignment = {' '.join(map(str, world.ravel().tolist()))}\n")
 
-    # a segment belongs to one object
-    both = np.stack([scene.superpoints, scene.instances])
-    pairs, segment = np.unique(both, axis=1, return_inverse=True)
-    segs.write_text(json.dumps({"segIndices": segment.ravel().tolist()}))
+    # an object is a group of segments, none of which holds points of two
+    segs.write_text(json.dumps({"segIndices": scene.superpoints.tolist()}))
     groups = []
     for o in scene.objects:
-        group = dict(objectId=o.id - 1, label=o.category, colour=o.colour)
-        group |= dict(alignedBox=o.box.tolist(), segments=np.flatnonzero(pairs[1] == o.id).tolist())
+        group = dict(objectId=o.id - 1, label=o.category, colour=o.colour, alignedBox=o.box.tolist())
+        group["segments"] = np.unique(scene.superpoints[scene.instances == o.id]).tolist()
         groups.append(group)
     aggregation.write_text(json.dumps({"segGroups": groups}))
 
@@ -3623,16 +3618,10 @@ def write_scannet(scene: Scene, out: str | Path) -> Path:
     np.savetxt(folder / "intrinsic/intrinsic_depth.txt", camera, "%.17g")
     for i, pose in enumerate(back @ frames.poses):
         np.savetxt(folder / f"pose/{i}.txt", pose, "%.17g")
-        images = {
-            "color": frames.colour[i],
-            "depth": frames.depth[i] * 1000,
-            "instance-filt": frames.masks[i],
-        }
-        for part, image in images.items():
-            kind = np.uint8 if part == "color" else np.uint16
-            Image.fromarray(image.round().astype(kind)).save(
-                folder / part / f"{i}.png", compress_level=1
-            )
+        Image.fromarray(frames.colour[i]).save(folder / f"color/{i}.png")
+        for part, image in (("depth", frames.depth[i] * 1000), ("instance-filt", frames.masks[i])):
+            image = Image.fromarray(image.round().astype(np.uint16))
+            image.save(folder / part / f"{i}.png")
     return folder
 
 
@@ -3641,84 +3630,28 @@ def write_scannet(scene: Scene, out: str | Path) -> Path:
 GUESS = 2.0  # meters: the median depth of frames whose scale nobody knows
 
 
-def sharpness(gray) -> float:
-    """Measure the sharpness of an image [h, w]: the mean squared difference of neighboring
-    pixels, which blur lowers."""
-    gray = np.asarray(gray, np.float32)
-    return float(sum(np.square(np.diff(gray, axis=axis)).mean() for axis in (0, 1)))
-
-
-def frames_from(container, stream, second):
-    """Yield the frames of a video from `second` on, decoded from the key frame before."""
-    container.seek(max(0, int(second / stream.time_base)), stream=stream)
-    for frame in container.decode(stream):
-        if frame.time is not None and frame.time >= second - 1e-6:
-            yield frame
-
-
-def video_frame(path, number):
-    """Decode one frame of a video, [H, W, 3] uint8, with the rows as the camera wrote them."""
+@contextmanager
+def opened_video(path):
+    """Open a video: its container, and the stream of its pictures that is no cover."""
     av = need("av", "reading a video")
-    with reading(path, "video"), av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        frame = next(frames_from(container, stream, (number - 0.5) / stream.average_rate))
-        return frame.to_ndarray(format="rgb24")
-
-
-def read_video(path, _, count, longest, notes, tries=8):
-    """Decode up to `count` frames [V, H, W, 3] uint8 of a video, upright: of each of as many
-    equal intervals of time the sharpest of its first `tries` frames.
-
-    What cannot be decoded, as the end of a torn recording, is left out.
-    """
-    av = need("av", "reading a video")
-    images = []
     with reading(path, "video"), av.open(str(path), metadata_errors="replace") as container:
-        if not container.streams.video:
-            raise DataError(f"{path}: has no pictures; give a video")
-        stream = container.streams.best("video")  # not a cover picture
-        stream.thread_type = "AUTO"
-        times = container.start_time, container.duration
-        start, length = ((time or 0) / av.time_base for time in times)
-        for begin, end in itertools.pairwise(start + np.linspace(0, length, count + 1)):
-            # the first frames of an interval, as far as they can be decoded
-            frames = []
-            with suppress(av.FFmpegError):
-                for frame in itertools.islice(frames_from(container, stream, begin), tries):
-                    frames.append(frame)
-            frames = [frame for frame in frames if frame.time < end]
-
-            # of these the sharpest, turned as the tag of a phone held upright says
-            if frames:
-                best = max(frames, key=lambda frame: sharpness(frame.to_ndarray(format="gray")))
-                image = np.rot90(best.to_ndarray(format="rgb24"), round(best.rotation / 90))
-                size = fit_longest(*image.shape[:2], longest)
-                images.append(resize(np.ascontiguousarray(image), size))
-        notes.append(f"{len(images)} frames of {length:.1f} s, each the sharpest of up to {tries}")
-        return np.stack(images)  # where none can be decoded this is no whole video
+        yield container, container.streams.best("video")
 
 
-def read_photographs(where, views, count, longest, notes, tries=8):
-    """Read up to `count` images [V, H, W, 3] uint8, upright as their EXIF tags say: of each of as
-    many equal parts of the list the sharpest of its first `tries`.
+def video_frame(path, upright=False):
+    """Decode frame VIDEO/NUMBER, [H, W, 3] uint8, with the rows as the camera wrote them or
+    upright; None where a recording broke off."""
+    with opened_video(path.parent) as (container, stream):
+        second = (int(path.name) - 0.5) / stream.average_rate + (stream.start_time or 0) * stream.time_base
 
-    Depth and confidence maps (16 bits, or few values) are left out.
-    """
-    images, maps = [], 0
-    for part in np.array_split(np.arange(len(views)), min(count, len(views))):
-        photos = []
-        for i in part[:tries]:
-            with reading(views[i].image, "image"), Image.open(views[i].image) as image:
-                is_map = image.mode[0] in "IF" or image.getcolors(8)
-                photo = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-            maps += bool(is_map)
-            photos += [] if is_map else [resize(photo, fit_longest(*photo.shape[:2], longest))]
-        images += sorted(photos, key=lambda photo: sharpness(photo.mean(2)))[-1:]
-    said = f"{len(images)} of {len(views)} images, each the sharpest of up to {tries}"
-    notes.append(f"{said}; {maps} depth or confidence maps")
-    if len({image.shape for image in images}) != 1:
-        raise DataError(f"{where}: {notes[-1]}: no photographs of one size; known: {KNOWN_LAYOUTS}")
-    return np.stack(images)
+        # from the key frame before it to the first frame that is not earlier
+        container.seek(max(0, int(second / stream.time_base)), stream=stream)
+        with suppress(need("av", "reading a video").FFmpegError):
+            for frame in container.decode(stream):
+                if frame.time is not None and frame.time >= second:
+                    turn = round(frame.rotation / 90) if upright else 0
+                    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turn))
+    return None
 
 
 @lru_cache(maxsize=1)
@@ -3757,12 +3690,12 @@ def vggt_geometry(images, model, longest=518):
     camera, K = pose_enc.pose_encoding_to_extri_intri(code, (h, w))  # [1, V, 3, 4], [1, V, 3, 3]
 
     # arrays of the images' size
-    maps = torch.cat([m.reshape(1, V, h, w) for m in maps]).float()  # [2, V, h, w]
-    maps = torch.nn.functional.interpolate(maps, (H, W), mode="nearest-exact")  # [2, V, H, W]
+    maps = [m.reshape(V, h, w).float().cpu().numpy() for m in maps]
+    depth, confidence = (np.stack([resize(image, (H, W)) for image in m]) for m in maps)
     K = np.diag([W / w, H / h, 1]) @ K[0].double().cpu().numpy()
     poses = np.tile(np.eye(4), (V, 1, 1))
     poses[:, :3] = camera[0].double().cpu().numpy()  # world to camera
-    return *maps.cpu().numpy(), K, np.linalg.inv(poses)
+    return depth, confidence, K, np.linalg.inv(poses)
 
 
 def rescale(frames: Frames, unit: float) -> None:
@@ -3776,7 +3709,8 @@ def fill_in(where, frames: Frames, vggt: str) -> Frames:
     those that are known.
 
     The unit is the median ratio of known to found depth, else of the cameras' distances from
-    their middle. A fifth of the found depth, the least certain, is dropped. Raises DataError.
+    their middle. A fifth of the found depth, the least certain, is dropped. Raises DataError
+    without VGGT.
     """
     try:
         depth, confidence, K, poses = vggt_geometry(frames.colour, load_vggt(vggt))
@@ -3784,9 +3718,6 @@ def fill_in(where, frames: Frames, vggt: str) -> Frames:
         lacking = [name for name, array in vars(frames).items() if array is None]
         raise DataError(f"{where}: has no {', '.join(lacking)}; {error}") from None
     sure = (depth > 0) & (confidence >= np.quantile(confidence, 0.2))
-    if not (sure.any() and all(np.isfinite(a).all() for a in (depth, K, poses))):
-        what = "no depth and cameras were found in its frames"
-        raise DataError(f"{where}: {what}; record it again, slowly and in light")
     seen = Frames(frames.colour, np.where(sure, depth, 0), frames.masks, K, poses)
 
     # known poses have other axes than the found ones, but the same distances
@@ -3796,9 +3727,6 @@ def fill_in(where, frames: Frames, vggt: str) -> Frames:
     elif frames.poses is not None:
         at = np.stack([frames.poses, poses])[:, :, :3, 3]  # [2, V, 3]
         known, found = np.median(np.linalg.norm(at - at.mean(1, keepdims=True), axis=2), axis=1)
-        if known < 0.02:
-            what = "the camera hardly moves, so its poses give no scale"
-            raise DataError(f"{where}: {what}; leave them out")
         rescale(seen, known / max(found, 1e-9))
     known = {name: array for name, array in vars(frames).items() if array is not None}
     return replace(seen, **known)
@@ -4054,7 +3982,7 @@ def visible_cloud(scene: Scene) -> Scene:
     """
     if scene.frames is not None and (scene.points is None or scene.source == "rooms"):
         f = scene.frames
-        points, colors, normals = fuse(zip(f.colour, f.depth, f.intrinsics, f.poses, strict=True))[:3]
+        points, colors, normals, _ = fuse(f)
         scene = replace(scene, points=points, colours=colors, normals=normals, superpoints=None)
     if scene.points is None or len(scene.points) < 2:
         raise DataError(f"{scene.name}: no cloud and no frames to segment; read them first")
@@ -4372,21 +4300,17 @@ def split_fifths(rows: list) -> dict[str, list]:
     return {"train": [row for row in rows if row not in test] or rows, "test": test}
 
 
-def scan_ids(root: Path) -> dict[str, list[str]]:
+def split_scans(root: Path) -> dict[str, list[Path]]:
     """List the scans below a ScanNet root as {"train", "test"}.
 
     By scannetv2_{train,val}.txt where both lie there, else every fifth is for testing.
     """
-    meshes = [file for place in ("", "scans/") for file in root.glob(f"{place}*/*{SCAN_FILES[0]}")]
-    found = sorted(file.parent.name for file in meshes)
-    if not found:
-        lacking = f"no <id>/<id>{SCAN_FILES[0]} here or under scans/"
-        raise DataError(f"{root}: {lacking}; see python data.py check {root}")
+    scans = list(filter(is_scan, find_scans(root)))
     lists = {"train": root / "scannetv2_train.txt", "test": root / "scannetv2_val.txt"}
     if not all(file.exists() for file in lists.values()):
-        return split_fifths(found)
+        return split_fifths(scans)
     listed = {split: file.read_text().split() for split, file in lists.items()}
-    return {split: [name for name in names if name in found] for split, names in listed.items()}
+    return {split: [scan for scan in scans if scan.name in names] for split, names in listed.items()}
 
 
 def load_scenes(
@@ -4402,15 +4326,13 @@ def load_scenes(
         return rooms(ROOM_SEEDS[split][:count], workers + 1)
     if root is None:
         raise DataError(f"--data {source}: name the folder with --root")
-    if options and source == "scannet":
-        raise DataError(f"--{next(iter(options))}: has no part in --data {source}")
     root, scenes = Path(root), []
     if source == "scannet":
-        return [read_scannet(root, name) for name in scan_ids(root)[split]]
-
-    # what was kept once opens quickly, the rest is read and segmented now
-    paths = sorted(root.glob("*.npz")) if source == "cached" else find_scenes(root)
-    for path in split_fifths(paths)[split]:
+        paths = split_scans(root)[split]
+    else:
+        paths = sorted(root.glob("*.npz")) if source == "cached" else find_scenes(root)
+        paths = split_fifths(paths)[split]
+    for path in paths:
         scene = open_scene(path, **options)
         if scene.objects:
             scenes.append(scene)
@@ -4422,21 +4344,13 @@ def load_scenes(
     return scenes
 
 
-def positive(text: str) -> float:
-    """Read a number above 0 from a flag."""
-    number = int(text) if text.isdigit() else float(text)
-    if not 0 < number < math.inf:
-        raise ValueError(text)
-    return number
-
-
 SCENE_OPTIONS = {  # flags of a scene of one's own -> arguments of argparse
-    "scale": dict(type=positive, help="true meters per unit of a cloud, or per guessed meter of a video"),
+    "scale": dict(type=float, help="true meters per unit of a cloud, or per guessed meter of a video"),
     "up": dict(choices=("auto", *UP), help="axis of the files that points up, as --up=-y (default: found)"),
     "convention": dict(choices=CONVENTIONS, help="of the poses (default: the layout's)"),
-    "depth_scale": dict(type=positive, help=f"units of depth per meter (the layout's; {DEPTH_SCALES})"),
-    "max_frames": dict(type=positive, help="frames to use at most (default: 32)"),
-    "longest": dict(type=positive, help="longer side of frames in pixels (default: 320; 640 for VGGT)"),
+    "depth_scale": dict(type=float, help=f"units of depth per meter (the layout's; {DEPTH_SCALES})"),
+    "max_frames": dict(type=int, help="frames to use at most (default: 32)"),
+    "longest": dict(type=int, help="longer side of frames in pixels (default: 320; 640 for VGGT)"),
     "vggt": dict(help="name or folder of VGGT's weights, for frames without depth or poses"),
     "masks": dict(choices=("files", "segments", "sam2"), help="where objects come from: instance-filt/ "
                   "beside the frames (default where it lies), segments of the cloud (else), SAM 2"),
@@ -4455,17 +4369,13 @@ def scene_options(args: argparse.Namespace) -> dict:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def read_scan(path: Path, **options) -> Scene:
-    return read_scannet(path.parent, path.name, **options)
-
-
 def choose_reader(path: Path) -> tuple[Callable, set[str]]:
     """Choose who reads a scene of one's own, and the options it takes. Raises DataError."""
     kind = path.suffix.lower()
     if kind == ".npz":
         return load_scene, set()
-    if (path / f"{path.name}{SCAN_FILES[0]}").exists():
-        return read_scan, {"max_frames", "longest"}
+    if is_scan(path):
+        return read_scannet, {"max_frames", "longest"}
     if path.is_dir() or kind in VIDEOS:
         return read_views, set(SCENE_OPTIONS)
     if kind in CLOUDS:
@@ -4486,8 +4396,6 @@ def open_scene(
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path}: no such scene; give a video, a cloud, or a folder of frames")
-    if sam2 is not None and masks != "sam2":
-        raise DataError("--sam2: names the weights for --masks sam2; add that, or leave it out")
     reader, takes = choose_reader(path)
     if strange := sorted(set(options) - takes):
         known = ", ".join(sorted(takes)) or "none"
@@ -4495,32 +4403,25 @@ def open_scene(
     scene = reader(path, **options)
     if scene.objects or reader is load_scene or masks == "none":
         return scene
-    labelled = scene.frames is not None and scene.frames.masks.any()
-    how = choose(SEGMENTERS, masks or ("files" if labelled else "segments"), "--masks")
-    return check_scene(how(scene, sam2), trusted=True)
+
+    # where they are sought
+    frames = scene.frames
+    labelled = frames is not None and frames.masks.any()
+    masks = masks or (sam2 and "sam2") or ("files" if labelled else "segments")
+    if masks == "segments":
+        scene = with_own_segments(scene)
+    elif masks == "files" and labelled:
+        scene = with_tracks(scene, frames.masks)
+    elif masks == "sam2" and frames is not None:
+        tracks = sam2_masks(frames.colour, load_sam2(sam2 or SAM2))
+        points = unproject(frames.depth, frames.intrinsics, frames.poses)
+        scene = with_tracks(scene, merge_tracks(tracks, points))
+    else:
+        lacking = "it has no frames, or no instance-filt/ with masks"
+        raise DataError(f"--masks {masks}: {path}: {lacking}; choose files, segments or sam2")
+    return check_scene(scene, trusted=True)
 
 
-def with_sam2(scene: Scene, name: str | None = None) -> Scene:
-    """Take SAM 2's tracks through the frames, merged in 3D, for objects."""
-    f = scene.frames
-    if f is None:
-        raise DataError(f"--masks sam2: {scene.name} has no frames; leave it out")
-    tracks = sam2_masks(f.colour, load_sam2(name or SAM2))
-    return with_tracks(scene, merge_tracks(tracks, unproject(f.depth, f.intrinsics, f.poses)))
-
-
-def with_files(scene: Scene, _=None) -> Scene:
-    """Take the masks that lie beside the frames for objects."""
-    if scene.frames is None or not scene.frames.masks.any():
-        raise DataError(f"--masks files: {scene.name} has no instance-filt/ with masks; leave it out")
-    return with_tracks(scene, scene.frames.masks)
-
-
-SEGMENTERS = {
-    "files": with_files,
-    "segments": lambda scene, _: with_own_segments(scene),
-    "sam2": with_sam2,
-}
 FRAME_ARRAYS = ("colour", "depth", "masks", "intrinsics", "poses")
 
 
@@ -4553,18 +4454,13 @@ def load_scene(path: Path) -> Scene:
 def load_frames(path: Path) -> Frames:
     """Load the frames that save_scene wrote."""
     with reading(path, "kept scene"), np.load(path, allow_pickle=False) as held:
-        frames = Frames(*(held[f"frames.{name}"] for name in FRAME_ARRAYS))
-    V, H, W = frames.masks.shape
-    shapes = [(V, H, W, 3), (V, H, W), (V, H, W), (V, 3, 3), (V, 4, 4)]
-    if [array.shape for array in vars(frames).values()] != shapes:
-        raise DataError(f"{path}: its frames do not belong together; make it with data.py cache again")
-    return frames
+        return Frames(*(held[f"frames.{name}"] for name in FRAME_ARRAYS))
 
 
 def is_scene(path: Path) -> bool:
     """Whether `path` is a video, a cloud, a scan's folder, or one of frames or images."""
     if path.is_dir():
-        return (path / f"{path.name}{SCAN_FILES[0]}").exists() or bool(find_frames(path)[1])
+        return is_scan(path) or bool(find_frames(path)[1])
     return path.suffix.lower() in (*VIDEOS, *CLOUDS) and path.name[0] != "."
 
 
@@ -4612,11 +4508,10 @@ def check_scans(path: Path, scans: list[Path]) -> list[str]:
     """Describe a ScanNet root: how many scans, and what they lack."""
     shown = sum(bool(find_frames(scan)[1]) for scan in scans)
     lines = [f"{path}: {len(scans)} scans, {shown} with frames beside them"]
-    for suffix in SCAN_FILES:
-        lacking = [scan.name for scan in scans if not (scan / f"{scan.name}{suffix}").exists()]
-        if lacking:
-            said = f"missing <id>{suffix} of {len(lacking)} scans, first {lacking[0]}"
-            lines.append(f"{said}; {SCANNET_TERMS}")
+    files = [scan / f"{scan.name}{suffix}" for suffix in SCAN_FILES for scan in scans]
+    lacking = [file for file in files if not file.exists()]
+    if lacking:
+        lines.append(f"missing {len(lacking)} files, first {lacking[0]}; {SCANNET_TERMS}")
     return lines
 
 
@@ -4625,9 +4520,7 @@ def check(path: Path, **options) -> list[str]:
 
     Scenes are opened, but no objects looked for; of a ScanNet root only the files are counted.
     """
-    patterns = ("scene*_*/", "scans/scene*_*/", "scans_test/scene*_*/")
-    scans = [scan for pattern in patterns for scan in sorted(path.glob(pattern))]
-    if scans:
+    if scans := find_scans(path):
         return check_scans(path, scans)
     lines = []
     for place in find_scenes(path):

@@ -1036,10 +1036,8 @@ def load(
     elif root.is_file():
         scenes = read_boxes(root)
     else:
-        there = {
-            path.parent.name for depth in ("*", "*/*") for path in root.glob(f"{depth}/*_vh_clean_2.ply")
-        }
-        scenes = {scene: data.open_scan(root, scene) for scene in wanted & there}
+        there = {scan.name: scan for scan in data.find_scans(root)}
+        scenes = {scene: data.read_scannet(there[scene]) for scene in wanted & there.keys()}
     missing = wanted - scenes.keys()
     if missing and not (partial and wanted & scenes.keys()):
         raise DataError(

@@ -28,8 +28,9 @@ TURNED = [
 def encode(path, images, seconds=None, rotation=None, gop=12):
     """Images [V, H, W, 3] as a video, shown at `seconds`, with a track matrix that says how to turn it."""
     seconds = np.arange(len(images)) / 4 if seconds is None else seconds
+    rate = round(1 / (seconds[-1] - seconds[-2])) if len(images) > 1 else 4
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=30)
+        stream = container.add_stream("libx264", rate=rate)
         stream.height, stream.width = images.shape[1:3]
         stream.pix_fmt, stream.options = "yuv444p", {"g": str(gop), "crf": "0", "preset": "ultrafast"}
         stream.codec_context.time_base = Fraction(1, 1000)
@@ -60,14 +61,9 @@ def number(images, count):
     return np.round((images[:, 44, 5:40].mean((1, 2)) - 20) / (200 // count)).astype(int).tolist()
 
 
-def read_video(path, count=32, longest=640, tries=8):
-    return data.read_video(path, [], count, longest, [], tries)
-
-
-def read_folder(folder, count=32, longest=640, notes=None):
-    return data.read_photographs(
-        folder, data.find_frames(folder)[1], count, longest, [] if notes is None else notes
-    )
+def read_images(path, count=32, longest=640, notes=None):
+    frames = data.read_frames(path, *data.find_frames(path), count, longest, [] if notes is None else notes)
+    return frames.colour
 
 
 # ---- reading a video
@@ -77,30 +73,20 @@ def test_frames_are_evenly_spaced_in_time_not_in_number(tmp_path):
     """Half of the frames lie in the first tenth of the time; they make a tenth of what is read."""
     seconds = np.concatenate([np.linspace(0, 1, 50, endpoint=False), np.linspace(1, 10, 50)])
     found = number(
-        read_video(encode(tmp_path / "a.mp4", numbered(100), seconds), count=10, tries=1), 100
+        read_images(encode(tmp_path / "a.mp4", numbered(100), seconds), count=10), 100
     )
     assert sum(n < 50 for n in found) == 1 and found == sorted(found) and len(found) == 10
 
 
 @pytest.mark.parametrize("gop", [1, 12, 1000])
 def test_every_frame_comes_back_once_whatever_the_distance_of_key_frames(tmp_path, gop):
-    assert number(read_video(encode(tmp_path / "a.mp4", numbered(24), gop=gop), count=100), 24) == list(
+    assert number(read_images(encode(tmp_path / "a.mp4", numbered(24), gop=gop), count=100), 24) == list(
         range(24)
     )
 
 
-def test_the_sharpest_frame_of_an_interval_is_taken(tmp_path):
-    images = numbered(40)
-    for i in np.flatnonzero(np.arange(40) % 4 != 1):
-        images[i, 20:44, 20:44] = images[i, 20:44, 20:44].mean(
-            (0, 1)
-        )  # no pattern: as blurred as can be
-    found = number(read_video(encode(tmp_path / "a.mp4", images), count=10), 40)
-    assert found == [n for n in range(40) if n % 4 == 1]
-
-
 def test_a_video_held_upright_is_turned_and_shrunk(tmp_path):
-    images = read_video(encode(tmp_path / "a.mp4", numbered(3), rotation=TURNED), count=3, longest=32)
+    images = read_images(encode(tmp_path / "a.mp4", numbered(3), rotation=TURNED), count=3, longest=32)
     assert images.shape == (3, 32, 24, 3)
     assert (
         images[0, 2, -2, 0] > 200 > 100 > images[0, 2, 2, 0]
@@ -111,7 +97,7 @@ def test_a_recording_that_broke_off_gives_what_it_has(tmp_path):
     path = encode(tmp_path / "a.mp4", numbered(60), gop=6)
     raw = path.read_bytes()
     path.write_bytes(raw[: int(len(raw) * 0.6)])
-    found = number(read_video(path, count=20, tries=1), 60)
+    found = number(read_images(path, count=20), 60)
     assert 5 < len(found) < 20 and found == sorted(found) and found[0] < 3
 
 
@@ -153,11 +139,10 @@ def test_images_are_read_in_order_upright_and_without_depth_maps(tmp_path):
     save(tmp_path / "confidence_01.png", np.full((48, 64), 2, np.uint8))
     (tmp_path / "._IMG_1.JPG").write_bytes(b"what a Mac leaves beside it")
     notes = []
-    images = read_folder(tmp_path, count=14, notes=notes)
+    images = read_images(tmp_path, count=14, notes=notes)
     assert (
         images.shape == (12, 64, 48, 3)
-        and "12 of 14 images" in notes[0]
-        and "2 depth or confidence maps" in notes[0]
+        and "dropped 2 of 14 frames with no image, but a depth or confidence map" in notes[0]
     )
     assert number(np.rot90(images, axes=(1, 2)), 12) == list(range(12))
 
@@ -167,7 +152,7 @@ def test_a_folder_of_maps_alone_is_refused(tmp_path, values):
     for i in range(3):
         save(tmp_path / f"{i}.png", values)
     with pytest.raises(
-        DataError, match=r"3 depth or confidence maps: no photographs of one size; known: .*rgb/"
+        DataError, match=r"dropped 3 of 3 frames with no image, but a depth or confidence map.*rgb/"
     ):
         open_scene(tmp_path)
 
@@ -175,10 +160,10 @@ def test_a_folder_of_maps_alone_is_refused(tmp_path, values):
 def test_images_one_level_down_are_read_and_images_of_two_sizes_are_not(tmp_path):
     for i, image in enumerate(numbered(4)):
         save(tmp_path / f"color/{i}.png", image)
-    assert number(read_folder(tmp_path), 4) == [0, 1, 2, 3]
+    assert number(read_images(tmp_path), 4) == [0, 1, 2, 3]
     save(tmp_path / "color/4.png", numbered(1, 40, 40)[0])
-    with pytest.raises(DataError, match="no photographs of one size"):
-        read_folder(tmp_path)
+    with pytest.raises(DataError, match="their sizes differ"):
+        read_images(tmp_path)
 
 
 # ---- what VGGT fills in
@@ -293,7 +278,7 @@ def test_poses_of_another_convention_and_cameras_that_stand_still_are_refused(
         read_views(folder, convention="opengl")
     for file in folder.glob("*.pose.txt"):
         save(file, np.eye(4))
-    with pytest.raises(DataError, match="the camera hardly moves, so its poses give no scale"):
+    with pytest.raises(DataError, match="no frame shows a surface"):
         read_views(folder)
 
 
@@ -317,7 +302,7 @@ def test_the_uncertain_fifth_of_the_depth_is_dropped_and_none_at_all_is_one_line
     assert (kept > 0).mean() == pytest.approx(0.8, abs=0.02)
     assert not (kept.ravel()[: int(0.19 * kept.size)] > 0).any()
     stand_in(lambda images: [a * np.nan for a in unsure(images)])
-    with pytest.raises(DataError, match="no depth and cameras were found"):
+    with pytest.raises(DataError, match="no frame shows a surface"):
         read_views(path)
 
 
@@ -398,7 +383,7 @@ def test_every_kind_of_scene_has_its_reader_and_its_options(tmp_path):
     (tmp_path / "room.ply").write_bytes(b"ply")
     with pytest.raises(DataError, match=r"--vggt: has no part in .*room\.ply; known here: scale, up"):
         open_scene(tmp_path / "room.ply", vggt="x")
-    with pytest.raises(DataError, match="--masks 'x' is unknown: choose one of files, segments, sam2"):
+    with pytest.raises(DataError, match="--masks x: .*; choose files, segments or sam2"):
         open_scene(write_rgbd(room(3, views=3, size=32), tmp_path / "a"), masks="x")
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd/scan.sens").write_text("x")
@@ -481,10 +466,9 @@ def test_kept_scenes_whose_arrays_do_not_belong_together_are_one_line(tmp_path):
     path, scene = tmp_path / "a.npz", data.with_own_segments(room(1, views=2, size=48))
     data.save_scene(scene, path)
     held = dict(np.load(path))
-    for change in ({"points": held["points"][:9]}, {"frames.poses": held["frames.poses"][:1]}):
-        np.savez(path, **(held | change))
-        with pytest.raises(DataError, match=r"arrays of {.*} points|do not belong together"):
-            open_scene(path).frames.load()
+    np.savez(path, **(held | {"points": held["points"][:9]}))
+    with pytest.raises(DataError, match=r"arrays of {.*} points"):
+        open_scene(path)
     path.write_bytes(b"")
     with pytest.raises(DataError, match="not a whole kept scene"):
         open_scene(path)
