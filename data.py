@@ -2640,18 +2640,29 @@ def stage_of(values: dict) -> Stage:
 VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 CLOUDS = (".ply", ".glb", ".obj", ".stl", ".xyz")
-SCAN_FILES = ("_vh_clean_2.ply", "_vh_clean_2.0.010000.segs.json", ".aggregation.json", ".txt")
+SCAN_FILES = (
+    "_vh_clean_2.ply",
+    "_vh_clean_2.0.010000.segs.json",
+    ".aggregation.json",
+    ".txt",
+)
 SHELL = ("wall", "floor", "ceiling")  # labels of ScanNet that are no objects
 INSTALL = {  # optional package -> how to install it
     "av": 'pip install -e ".[video]"',
     "vggt": "pip install git+https://github.com/facebookresearch/vggt",
     "sam2": "SAM2_BUILD_CUDA=0 pip install --no-build-isolation sam2",
 }
-DEPTH_SCALES = (
-    "millimeters 1000, TUM and ICL-NUIM 5000, Replica of NICE-SLAM 6553.5, RealSense L515 4000"
-)
-UP = {sign + "xyz"[i]: float(f"{sign}1") * np.eye(3)[i] for i in range(3) for sign in "+-"}
-CONVENTIONS = ("opencv", "opengl", "opencv_inverse", "opengl_inverse", "povray")  # of poses
+DEPTH_SCALES = "millimeters 1000, TUM and ICL-NUIM 5000, Replica of NICE-SLAM 6553.5, RealSense L515 4000"
+UP = {
+    sign + "xyz"[i]: float(f"{sign}1") * np.eye(3)[i] for i in range(3) for sign in "+-"
+}
+CONVENTIONS = (
+    "opencv",
+    "opengl",
+    "opencv_inverse",
+    "opengl_inverse",
+    "povray",
+)  # of poses
 
 
 @contextmanager
@@ -2668,7 +2679,9 @@ def reading(path, what):
         ) from None
     except Exception as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:90]
-        raise DataError(f"{path}: not a whole {what} ({why}); copy or export it again") from None
+        raise DataError(
+            f"{path}: not a whole {what} ({why}); copy or export it again"
+        ) from None
 
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:
@@ -2690,7 +2703,11 @@ def read_words(path):
     """Split the lines of a table at blanks and commas, without remarks and a header that begins
     with "timestamp"."""
     lines = [line.replace(",", " ").split() for line in path.read_text().splitlines()]
-    return [words for words in lines if words and not words[0].startswith(("#", "timestamp"))]
+    return [
+        words
+        for words in lines
+        if words and not words[0].startswith(("#", "timestamp"))
+    ]
 
 
 def read_numbers(path, columns, rows=None):
@@ -2722,7 +2739,8 @@ def choose(table: dict, key: str, what: str):
 def file_key(files):
     """Name a state of files by their paths, sizes and times of change, without reading them."""
     return "|".join(
-        f"{file.resolve()}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files
+        f"{file.resolve()}:{file.stat().st_size}:{file.stat().st_mtime_ns}"
+        for file in files
     )
 
 
@@ -2732,11 +2750,12 @@ def check_scene(scene: Scene, trusted: bool = False) -> Scene:
     Points and boxes are finite, every array is as long as the points, and, unless the unit is
     `trusted`, the scene is 0.5 to 30 meters large. Raises DataError.
     """
-    arrays = [scene.points, scene.colours, scene.normals, scene.superpoints, scene.instances]
+    names = ("points", "colours", "normals", "superpoints", "instances")
+    arrays = [getattr(scene, name) for name in names]
     lengths = {len(array) for array in arrays if array is not None}
     with reading(scene.name, "scene of boxes with six numbers"):
         boxes = np.array([o.box for o in scene.objects], float).reshape(-1, 6)
-    finite = np.isfinite(scene.points).all() and np.isfinite(boxes).all()
+    finite = np.isfinite(scene.points.sum() + boxes.sum())
     if len(lengths) > 1 or min(lengths) < 2 or not finite:
         what = f"arrays of {lengths} points, or numbers that are not finite"
         raise DataError(f"{scene.name}: {what}; export it again")
@@ -2793,7 +2812,9 @@ def rigid(position, turn):
     angle."""
     from scipy.spatial.transform import Rotation
 
-    rotation = Rotation.from_quat(turn) if len(turn) == 4 else Rotation.from_rotvec(turn)
+    rotation = (
+        Rotation.from_quat(turn) if len(turn) == 4 else Rotation.from_rotvec(turn)
+    )
     pose = np.eye(4)
     pose[:3, :3] = rotation.as_matrix()
     pose[:3, 3] = position
@@ -2831,7 +2852,9 @@ def named_views(mark, images, depth, pose):
     for image in pictures(mark if mark.is_dir() else base, images):
         name = image.stem.removesuffix(".color")
         mask = base / f"instance-filt/{name}.png"
-        yield FrameFiles(image, base / depth.format(name), base / pose.format(name), camera, mask)
+        yield FrameFiles(
+            image, base / depth.format(name), base / pose.format(name), camera, mask
+        )
 
 
 def replica(mark):
@@ -2841,7 +2864,9 @@ def replica(mark):
     """
     above = [folder / "cam_params.json" for folder in mark.parents]
     K = json_camera(read_json(next(file for file in above if file.exists()))["camera"])
-    images, depths = (pictures(mark.parent / "results", f"{kind}*") for kind in ("frame", "depth"))
+    images, depths = (
+        pictures(mark.parent / "results", f"{kind}*") for kind in ("frame", "depth")
+    )
     poses = read_numbers(mark, 16).reshape(-1, 4, 4)
     return timed_views(images, depths, range(len(poses)), poses, itertools.repeat(K))
 
@@ -2858,7 +2883,9 @@ TUM_CAMERAS = {  # part of a sequence's name -> its published camera
 def tum(mark):
     """rgb/ and depth/ named by seconds; lines "second x y z qx qy qz qw"."""
     base, rows = mark.parent, read_numbers(mark, 8)
-    cameras = (camera for name, camera in TUM_CAMERAS.items() if name in base.resolve().name)
+    cameras = (
+        camera for name, camera in TUM_CAMERAS.items() if name in base.resolve().name
+    )
     K = pinhole(*next(cameras))
     poses = [rigid(row[1:4], row[4:]) for row in rows]
     images, depths = pictures(base / "rgb"), pictures(base / "depth")
@@ -2884,7 +2911,9 @@ def stray_scanner(mark):
     qw"."""
     base, rows = mark.parent, read_numbers(mark, 9)
     numbers, poses = rows[:, 1], [rigid(row[2:5], row[5:]) for row in rows]
-    images = pictures(base / "rgb") or [base / f"rgb.mp4/{number:.0f}" for number in numbers]
+    images = pictures(base / "rgb") or [
+        base / f"rgb.mp4/{number:.0f}" for number in numbers
+    ]
     camera = itertools.repeat(base / "camera_matrix.csv")
     return timed_views(images, pictures(base / "depth"), numbers, poses, camera)
 
@@ -2916,14 +2945,18 @@ def nerfstudio(mark):
 def colmap(mark):
     """cameras.txt and images.txt of a sparse model; export undistorted images, for lens
     distortion is not undone."""
-    base = next(folder / "images" for folder in mark.parents if (folder / "images").is_dir())
+    base = next(
+        folder / "images" for folder in mark.parents if (folder / "images").is_dir()
+    )
     cameras = {}
     for id, model, _, _, *numbers in read_words(mark.with_name("cameras.txt")):
         if model in ("SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL"):  # one focal length
             numbers.insert(0, numbers[0])
         cameras[id] = pinhole(*numbers[:4])
     for words in read_words(mark):
-        if len(words) == 10:  # an image; the line behind it lists its points, three words each
+        if (
+            len(words) == 10
+        ):  # an image; the line behind it lists its points, three words each
             w, x, y, z, *position = map(float, words[1:8])
             pose = rigid(position, (x, y, z, w))
             yield FrameFiles(base / words[9], None, pose, cameras[words[8]])
@@ -2953,7 +2986,9 @@ class Layout:
     metric: bool = True  # poses are in meters
 
 
-SEVEN_SCENES = partial(named_views, images="*.color.*", depth="{}.depth.png", pose="{}.pose.txt")
+SEVEN_SCENES = partial(
+    named_views, images="*.color.*", depth="{}.depth.png", pose="{}.pose.txt"
+)
 EXPORTED = partial(named_views, images="*", depth="depth/{}.png", pose="pose/{}.txt")
 POSED_IMAGES = partial(named_views, images="*.jpg", depth="{}.png", pose="{}.txt")
 LAYOUTS = (  # the first that fits is taken
@@ -2992,10 +3027,16 @@ def find_frames(folder: Path) -> tuple[Layout | None, list[FrameFiles]]:
     if folder.is_file():
         return VIDEO, VIDEO.views(folder)
     for layout in LAYOUTS:
-        marks = [file for pattern in layout.marks for file in sorted(folder.glob(pattern))[:1]]
+        marks = [
+            file
+            for pattern in layout.marks
+            for file in sorted(folder.glob(pattern))[:1]
+        ]
         for mark in marks:
             with reading(mark, layout.name):
-                views = [FrameFiles(*map(existing, view)) for view in layout.views(mark)]
+                views = [
+                    FrameFiles(*map(existing, view)) for view in layout.views(mark)
+                ]
             if any(view.image for view in views):
                 return layout, views
     return None, []
@@ -3095,12 +3136,14 @@ def read_view(view, layout, longest):
 
         # color of another shape shows another part of the room
         sizes.insert(0, depth.shape)
-        if abs(np.divide(*sizes[0]) / np.divide(*sizes[1]) - 1) > 0.03:
+        tall, wide = np.divide(*sizes)
+        if abs(tall / wide - 1) > 0.03:
             what = f"depth and color have different shapes {sizes}"
             raise DataError(f"{view.depth}: {what}; export depth registered to color")
 
     # bring all to one size; the intrinsics follow
-    H, W = fit_longest(*sizes[0], longest)
+    shrink = min(1.0, longest / max(sizes[0]))
+    H, W = (max(1, round(side * shrink)) for side in sizes[0])
     depth = depth if depth is None else resize(depth, (H, W))
     mask = np.zeros((H, W), np.int32)
     if view.mask is not None:
@@ -3110,14 +3153,18 @@ def read_view(view, layout, longest):
     return resize(color, (H, W)), depth, mask, K, pose
 
 
-def read_frames(where, layout, views, max_frames: int, longest: float, notes: list[str]) -> Frames:
+def read_frames(
+    where, layout, views, max_frames: int, longest: float, notes: list[str]
+) -> Frames:
     """Read at most `max_frames` views, evenly spaced, as Frames; what no file holds is None.
 
     Dropped and counted are frames that lack a file that others have, whose pose is not finite, or
     whose depth is empty. Raises DataError where none is left.
     """
     known = [part for part in range(4) if any(view[part] is not None for view in views)]
-    chosen = np.linspace(0, len(views) - 1, min(max_frames, len(views))).round().astype(int)
+    chosen = (
+        np.linspace(0, len(views) - 1, min(max_frames, len(views))).round().astype(int)
+    )
     rows = []
     for view in [views[i] for i in np.unique(chosen)]:
         complete = all(view[part] is not None for part in known)
@@ -3126,13 +3173,19 @@ def read_frames(where, layout, views, max_frames: int, longest: float, notes: li
     # say what was lost, and why
     lost = Counter(row for row in rows if isinstance(row, str))
     rows = [row for row in rows if not isinstance(row, str)]
-    notes += [f"dropped {n} of {len(views)} frames with {why}" for why, n in lost.items()]
+    notes += [
+        f"dropped {n} of {len(views)} frames with {why}" for why, n in lost.items()
+    ]
     notes.append(f"{len(rows)} of {len(views)} frames used; layout {layout.name}")
     if len({row[0].shape for row in rows}) != 1:
         what = f"{'; '.join(notes)}: none is usable, or their sizes differ"
-        raise DataError(f"{where}: {what}; export them again, as one of: {KNOWN_LAYOUTS}")
+        raise DataError(
+            f"{where}: {what}; export them again, as one of: {KNOWN_LAYOUTS}"
+        )
     columns = zip(*rows, strict=True)
-    return Frames(*(None if column[0] is None else np.stack(column) for column in columns))
+    return Frames(
+        *(None if column[0] is None else np.stack(column) for column in columns)
+    )
 
 
 def agreement(frames: Frames, reach: float = 0.1) -> float:
@@ -3170,10 +3223,16 @@ def read_views(
     path, notes = Path(path), []
     layout, views = find_frames(path)
     if layout is None:
-        inside = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
-        raise DataError(f"{path}: holds no frames, but {inside}; known layouts: {KNOWN_LAYOUTS}")
+        inside = (
+            ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
+        )
+        raise DataError(
+            f"{path}: holds no frames, but {inside}; known layouts: {KNOWN_LAYOUTS}"
+        )
     layout = replace(layout, **documented)
-    has_depth, has_pose = (any(view[part] is not None for view in views) for part in (1, 2))
+    has_depth, has_pose = (
+        any(view[part] is not None for view in views) for part in (1, 2)
+    )
     measured = has_depth and has_pose
     longest = longest or (320 if measured else 640)
     frames = read_frames(path, layout, views, max_frames, longest, notes)
@@ -3203,12 +3262,6 @@ def read_views(
     scene = Scene(path.resolve().stem, source, [], colours=colors, notes=notes, **cloud)
     scene.frames, scene.metric = frames, metric or scale is not None
     return check_scene(scene, trusted=scale is not None or "depth_scale" in documented)
-
-
-def fit_longest(height, width, longest):
-    """Shrink a size so that its longer side is at most `longest` pixels."""
-    scale = min(1.0, longest / max(height, width))
-    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def resize(image, size):
@@ -3286,7 +3339,9 @@ def fuse(frames: Frames, limit: int = 100_000) -> tuple:
     rows, count = voxel_mean(rows, voxel)
     solid = count >= min(3.0, 0.2 * (voxel / footprint) ** 2)
     if not solid.any():
-        raise DataError("no frame shows a surface; check the depth images and --depth-scale")
+        raise DataError(
+            "no frame shows a surface; check the depth images and --depth-scale"
+        )
     return voxel_downsample(rows[solid], voxel, limit)
 
 
@@ -3304,7 +3359,11 @@ COLORS = (  # names of the three color fields of a .ply
     ("red", "green", "blue"),
     ("diffuse_red", "diffuse_green", "diffuse_blue"),
     ("r", "g", "b"),
-    ("f_dc_0", "f_dc_1", "f_dc_2"),  # of Gaussian splats: spherical harmonics of degree 0
+    (
+        "f_dc_0",
+        "f_dc_1",
+        "f_dc_2",
+    ),  # of Gaussian splats: spherical harmonics of degree 0
 )
 
 
@@ -3318,9 +3377,15 @@ def load_mesh(path):
         mesh = trimesh.load(path, process=False, fix_texture=False)
         if isinstance(mesh, trimesh.Scene):  # a .glb of several parts
             mesh = mesh.to_mesh()
-        visual = mesh.visual.to_color() if mesh.visual.kind == "texture" else mesh.visual
+        visual = (
+            mesh.visual.to_color() if mesh.visual.kind == "texture" else mesh.visual
+        )
         points, faces, normals = np.asarray(mesh.vertices, float), None, None
-        colors = visual.vertex_colors[:, :3] if visual.kind and len(visual.vertex_colors) else None
+        colors = (
+            visual.vertex_colors[:, :3]
+            if visual.kind and len(visual.vertex_colors)
+            else None
+        )
         if isinstance(mesh, trimesh.Trimesh):
             faces = np.asarray(mesh.faces)
             points[faces]  # a face of a vertex that is not there ends here
@@ -3332,11 +3397,15 @@ def load_mesh(path):
             for names in (("nx", "ny", "nz"), *COLORS):
                 if not set(names) <= set(held["properties"]):
                     continue
-                values = np.stack([np.ravel(held["data"][name]) for name in names], axis=1)
+                values = np.stack(
+                    [np.ravel(held["data"][name]) for name in names], axis=1
+                )
                 if names[0] == "nx":
                     normals = values
                 else:
-                    colors = eight_bit(0.5 + 0.2821 * values if names[0] == "f_dc_0" else values)
+                    colors = eight_bit(
+                        0.5 + 0.2821 * values if names[0] == "f_dc_0" else values
+                    )
     return points, colors, normals, faces
 
 
@@ -3351,7 +3420,9 @@ def write_ply(path, points, colours, normals):
     """Write a cloud as a binary .ply: points and normals [N, 3] in float32, colors [N, 3] uint8."""
     import trimesh
 
-    cloud = trimesh.Trimesh(points, vertex_normals=normals, vertex_colors=colours, process=False)
+    cloud = trimesh.Trimesh(
+        points, vertex_normals=normals, vertex_colors=colours, process=False
+    )
     cloud.export(path, file_type="ply", vertex_normal=True)
 
 
@@ -3363,9 +3434,17 @@ def points_of_faces(points, colors, normals, faces, limit):
     mesh = trimesh.Trimesh(points, faces, process=False)
     count = int(min(limit, mesh.area / 0.03**2))
     if count < 4 * len(points):
-        return points, colors, vertex_normals(points, faces) if normals is None else normals
+        return (
+            points,
+            colors,
+            vertex_normals(points, faces) if normals is None else normals,
+        )
     drawn, face = trimesh.sample.sample_surface(mesh, count, seed=0)
-    return drawn, None if colors is None else colors[faces[face]].mean(1), mesh.face_normals[face]
+    return (
+        drawn,
+        None if colors is None else colors[faces[face]].mean(1),
+        mesh.face_normals[face],
+    )
 
 
 def read_cloud(
@@ -3388,18 +3467,24 @@ def read_cloud(
     low, high = np.nanpercentile(points, (1, 99), axis=0)
     near = (np.abs(points - (low + high) / 2) <= 10 * (high - low).max()).all(1)
     if not near.all():
-        notes.append(f"dropped {(~near).sum()} points that are not finite or far from all others")
+        notes.append(
+            f"dropped {(~near).sum()} points that are not finite or far from all others"
+        )
 
     # near the origin, where float32 is fine enough; what lies twice at a place is one point
     points = points - (low.round() if np.abs(low).max() > 1000 else 0)
-    columns = [np.zeros_like(points) if a is None else a for a in (points, colors, normals)]
+    columns = [
+        np.zeros_like(points) if a is None else a for a in (points, colors, normals)
+    ]
     rows = np.concatenate(columns, axis=1)[near]
     points, color, normal, voxel = voxel_downsample(rows, 0.005, limit)
     notes.append(f"{len(points)} points averaged in voxels of {voxel * 100:.1f} cm")
     if not (np.square(normal).sum(1) > 0.5).all():
         normal = estimate_normals(points)
     world, said = align_to_gravity(points, normal, up)
-    scene = Scene(path.stem, "ply", [], notes=[*notes, said], **move(points, normal, world))
+    scene = Scene(
+        path.stem, "ply", [], notes=[*notes, said], **move(points, normal, world)
+    )
     scene.colours = None if colors is None else color
     return check_scene(scene, trusted=scale is not None)
 
@@ -3421,7 +3506,7 @@ def up_of_cameras(points, normals, poses):
     # towards the surfaces that face up, however steeply the cameras look down: no wall in front
     # of a camera does
     up = unit(up)
-    for degrees in (75, 30, 15, 8, 4):
+    for degrees in (75, 30, 15, 8, 4, 2, 2, 2):
         tilt = normals @ up
         near = tilt if degrees == 75 else np.abs(tilt)
         level = near > np.cos(np.radians(degrees))
@@ -3459,8 +3544,10 @@ def find_up(points, normals, up, poses):
         return found, f"what is level and lies low, near {axis}"
     up = "+z" if up == "auto" else up
     direction = choose(UP, up, "--up")
-    doubt = "" if direction @ found > 0.8 else f"; if it lies on its side, --up={axis} fits better"
-    return direction, f"up = {up}{doubt}"
+    said = f"up = {up}"
+    if direction @ found < 0.8:
+        said += f"; if it lies on its side, --up={axis} fits better"
+    return direction, said
 
 
 def align_to_gravity(points, normals, up, poses=None):
@@ -3483,7 +3570,7 @@ def align_to_gravity(points, normals, up, poses=None):
 
     # the floor is the lowest level surface that is no crumb
     z = turn.apply(points)[:, 2]
-    level = z[np.abs(turn.apply(normals)[:, 2]) > 0.9]
+    level = z[np.abs(wall[:, 2]) > 0.9]
     level = level if len(level) else z
     floor = np.median(level[np.abs(level - np.percentile(level, 3)) < 0.08])
     world = np.eye(4)
@@ -3517,13 +3604,23 @@ def read_scannet(
     """
     folder, notes = Path(folder).resolve(), []
     name = folder.name
-    mesh, segs, aggregation, info = (folder / f"{name}{suffix}" for suffix in SCAN_FILES)
+    mesh, segs, aggregation, info = (
+        folder / f"{name}{suffix}" for suffix in SCAN_FILES
+    )
     points, colors, normals, faces = load_mesh(mesh)
     with reading(info, "scan description with an axisAlignment of 16 numbers"):
-        aligned = re.search("axisAlignment = (.+)", info.read_text())  # scans for testing have none
-        world = np.array(aligned[1].split(), float).reshape(4, 4) if aligned else np.eye(4)
+        aligned = re.search(
+            "axisAlignment = (.+)", info.read_text()
+        )  # scans for testing have none
+        world = (
+            np.array(aligned[1].split(), float).reshape(4, 4) if aligned else np.eye(4)
+        )
     if normals is None:
-        normals = estimate_normals(points) if faces is None else unit(vertex_normals(points, faces))
+        normals = (
+            estimate_normals(points)
+            if faces is None
+            else unit(vertex_normals(points, faces))
+        )
     cloud = move(points, normals, world)
     scene = Scene(name, "scannet", [], colours=colors, notes=notes, **cloud)
 
@@ -3532,20 +3629,25 @@ def read_scannet(
     if segs.exists() or aggregation.exists():
         add_objects(scene, segs, aggregation)
     else:
-        notes.append("a test scan without labels: superpoints are our own, objects unknown")
-        scene.superpoints = over_segment(points, None if faces is not None else normals, faces)
+        notes.append(
+            "a test scan without labels: superpoints are our own, objects unknown"
+        )
+        scene.superpoints = over_segment(
+            points, None if faces is not None else normals, faces
+        )
 
     # a thousand scans do not fit in memory, so frames stay on disk
     places = [folder]
     for root in folder.parents[:2]:
         places += [root / "posed_images" / name, root / "frames" / name]
-    found = [frames for frames in map(find_frames, places) if any(view.depth for view in frames[1])]
-    if found and max_frames:
-        load = partial(scan_frames, scene, world, *found[0], max_frames, longest)
-        files = [view.image for view in found[0][1] if view.image]
-        scene.frames = LazyFrames(load, file_key([mesh, *files]))
-    elif max_frames:
-        notes.append("no exported frames (color/, depth/, pose/, intrinsic/): points only")
+    for place in places if max_frames else ():
+        layout, views = find_frames(place)
+        if scene.frames is None and any(view.depth for view in views):
+            load = partial(
+                scan_frames, scene, world, layout, views, max_frames, longest
+            )
+            files = [view.image for view in views if view.image]
+            scene.frames = LazyFrames(load, file_key([mesh, *files]))
     return check_scene(scene, trusted=True)
 
 
@@ -3597,7 +3699,9 @@ def write_scannet(scene: Scene, out: str | Path) -> Path:
     folder = Path(out) / scene.name
     for part in ("color", "depth", "pose", "intrinsic", "instance-filt"):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    mesh, segs, aggregation, info = (folder / f"{scene.name}{suffix}" for suffix in SCAN_FILES)
+    mesh, segs, aggregation, info = (
+        folder / f"{scene.name}{suffix}" for suffix in SCAN_FILES
+    )
     world = rigid((1.5, -0.75, 0.25), (0, 0, 0.6435))  # a shift, and a turn about z
     back = np.linalg.inv(world)
     raw = move(scene.points, scene.normals, back)
@@ -3608,8 +3712,15 @@ def write_scannet(scene: Scene, out: str | Path) -> Path:
     segs.write_text(json.dumps({"segIndices": scene.superpoints.tolist()}))
     groups = []
     for o in scene.objects:
-        group = dict(objectId=o.id - 1, label=o.category, colour=o.colour, alignedBox=o.box.tolist())
-        group["segments"] = np.unique(scene.superpoints[scene.instances == o.id]).tolist()
+        group = dict(
+            objectId=o.id - 1,
+            label=o.category,
+            colour=o.colour,
+            alignedBox=o.box.tolist(),
+        )
+        group["segments"] = np.unique(
+            scene.superpoints[scene.instances == o.id]
+        ).tolist()
         groups.append(group)
     aggregation.write_text(json.dumps({"segGroups": groups}))
 
@@ -3619,7 +3730,10 @@ def write_scannet(scene: Scene, out: str | Path) -> Path:
     for i, pose in enumerate(back @ frames.poses):
         np.savetxt(folder / f"pose/{i}.txt", pose, "%.17g")
         Image.fromarray(frames.colour[i]).save(folder / f"color/{i}.png")
-        for part, image in (("depth", frames.depth[i] * 1000), ("instance-filt", frames.masks[i])):
+        for part, image in (
+            ("depth", frames.depth[i] * 1000),
+            ("instance-filt", frames.masks[i]),
+        ):
             image = Image.fromarray(image.round().astype(np.uint16))
             image.save(folder / part / f"{i}.png")
     return folder
@@ -3634,7 +3748,10 @@ GUESS = 2.0  # meters: the median depth of frames whose scale nobody knows
 def opened_video(path):
     """Open a video: its container, and the stream of its pictures that is no cover."""
     av = need("av", "reading a video")
-    with reading(path, "video"), av.open(str(path), metadata_errors="replace") as container:
+    with (
+        reading(path, "video"),
+        av.open(str(path), metadata_errors="replace") as container,
+    ):
         yield container, container.streams.best("video")
 
 
@@ -3642,7 +3759,8 @@ def video_frame(path, upright=False):
     """Decode frame VIDEO/NUMBER, [H, W, 3] uint8, with the rows as the camera wrote them or
     upright; None where a recording broke off."""
     with opened_video(path.parent) as (container, stream):
-        second = (int(path.name) - 0.5) / stream.average_rate + (stream.start_time or 0) * stream.time_base
+        start = (stream.start_time or 0) * stream.time_base
+        second = start + (int(path.name) - 0.5) / stream.average_rate
 
         # from the key frame before it to the first frame that is not earlier
         container.seek(max(0, int(second / stream.time_base)), stream=stream)
@@ -3650,7 +3768,9 @@ def video_frame(path, upright=False):
             for frame in container.decode(stream):
                 if frame.time is not None and frame.time >= second:
                     turn = round(frame.rotation / 90) if upright else 0
-                    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turn))
+                    return np.ascontiguousarray(
+                        np.rot90(frame.to_ndarray(format="rgb24"), turn)
+                    )
     return None
 
 
@@ -3659,7 +3779,9 @@ def load_vggt(name: str):
     """Load VGGT (Wang et al., CVPR 2025) by its hub name or a folder of its weights, on a GPU
     where there is one."""
     vggt = need("vggt.models.vggt", "depth and cameras from bare frames")
-    with reading(f"--vggt {name}", "VGGT, whose weights are on the hub as facebook/VGGT-1B"):
+    with reading(
+        f"--vggt {name}", "VGGT, whose weights are on the hub as facebook/VGGT-1B"
+    ):
         model = vggt.VGGT.from_pretrained(name).eval()
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -3677,17 +3799,23 @@ def vggt_geometry(images, model, longest=518):
     V, H, W, _ = images.shape
     patch, device = model.aggregator.patch_size, next(model.parameters()).device
     h, w = (max(1, round(n * longest / max(H, W) / patch)) * patch for n in (H, W))
-    x = torch.from_numpy(np.ascontiguousarray(images)).to(device)  # [V, H, W, 3]
-    x = x.permute(0, 3, 1, 2).float() / 255  # [V, 3, H, W]
-    x = torch.nn.functional.interpolate(x, (h, w), mode="bicubic", antialias=True)  # [V, 3, h, w]
-    x = x.clamp(0, 1)[None]  # [1, V, 3, h, w]
+    shown = [
+        Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC)
+        for image in images
+    ]
+    x = torch.from_numpy(np.stack(shown)).to(device)  # [V, h, w, 3]
+    x = x.permute(0, 3, 1, 2).float()[None] / 255  # [1, V, 3, h, w]
 
     # one pass of the transformer, two heads
     with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
         tokens, first = model.aggregator(x)
     code = model.camera_head(tokens)[-1]  # [1, V, 9]
-    maps = model.depth_head(tokens, images=x, patch_start_idx=first)  # [1, V, h, w, 1], [1, V, h, w]
-    camera, K = pose_enc.pose_encoding_to_extri_intri(code, (h, w))  # [1, V, 3, 4], [1, V, 3, 3]
+    maps = model.depth_head(
+        tokens, images=x, patch_start_idx=first
+    )  # [1, V, h, w, 1], [1, V, h, w]
+    camera, K = pose_enc.pose_encoding_to_extri_intri(
+        code, (h, w)
+    )  # [1, V, 3, 4], [1, V, 3, 3]
 
     # arrays of the images' size
     maps = [m.reshape(V, h, w).float().cpu().numpy() for m in maps]
@@ -3726,7 +3854,9 @@ def fill_in(where, frames: Frames, vggt: str) -> Frames:
         rescale(seen, float(np.median(frames.depth[both] / depth[both])))
     elif frames.poses is not None:
         at = np.stack([frames.poses, poses])[:, :, :3, 3]  # [2, V, 3]
-        known, found = np.median(np.linalg.norm(at - at.mean(1, keepdims=True), axis=2), axis=1)
+        known, found = np.median(
+            np.linalg.norm(at - at.mean(1, keepdims=True), axis=2), axis=1
+        )
         rescale(seen, known / max(found, 1e-9))
     known = {name: array for name, array in vars(frames).items() if array is not None}
     return replace(seen, **known)
@@ -4301,20 +4431,27 @@ def split_fifths(rows: list) -> dict[str, list]:
 
 
 def split_scans(root: Path) -> dict[str, list[Path]]:
-    """List the scans below a ScanNet root as {"train", "test"}.
-
-    By scannetv2_{train,val}.txt where both lie there, else every fifth is for testing.
-    """
-    scans = list(filter(is_scan, find_scans(root)))
-    lists = {"train": root / "scannetv2_train.txt", "test": root / "scannetv2_val.txt"}
-    if not all(file.exists() for file in lists.values()):
+    """List the scans below a ScanNet root as {"train", "test"}: those that scannetv2_val.txt names
+    are for testing, without that file every fifth."""
+    scans, listed = list(filter(is_scan, find_scans(root))), root / "scannetv2_val.txt"
+    if not scans:
+        lacking = f"no <id>/<id>{SCAN_FILES[0]} here or under scans/"
+        raise DataError(f"{root}: {lacking}; see python data.py check {root}")
+    if not listed.exists():
         return split_fifths(scans)
-    listed = {split: file.read_text().split() for split, file in lists.items()}
-    return {split: [scan for scan in scans if scan.name in names] for split, names in listed.items()}
+    parts, names = {"train": [], "test": []}, listed.read_text().split()
+    for scan in scans:
+        parts["test" if scan.name in names else "train"].append(scan)
+    return parts
 
 
 def load_scenes(
-    source: str, split: str, root: Path | None = None, count: int = 800, workers: int = 0, **options
+    source: str,
+    split: str,
+    root: Path | None = None,
+    count: int = 800,
+    workers: int = 0,
+    **options,
 ) -> list[Scene]:
     """Load the scenes of a split, "train" or "test", of one of SOURCES: rooms, scans, or own
     scenes below `root`.
@@ -4338,7 +4475,7 @@ def load_scenes(
             scenes.append(scene)
         else:
             print(f"{path}: no object was found, so nothing can be asked; left out")
-    if not scenes:
+    if paths and not scenes:
         lacking = f"no scenes with objects for the {split} split"
         raise DataError(f"--root {root}: {lacking}; see python data.py check {root}")
     return scenes
@@ -4395,11 +4532,15 @@ def open_scene(
     """
     path = Path(path)
     if not path.exists():
-        raise DataError(f"{path}: no such scene; give a video, a cloud, or a folder of frames")
+        raise DataError(
+            f"{path}: no such scene; give a video, a cloud, or a folder of frames"
+        )
     reader, takes = choose_reader(path)
     if strange := sorted(set(options) - takes):
         known = ", ".join(sorted(takes)) or "none"
-        raise DataError(f"--{strange[0].replace('_', '-')}: has no part in {path}; known here: {known}")
+        raise DataError(
+            f"--{strange[0].replace('_', '-')}: has no part in {path}; known here: {known}"
+        )
     scene = reader(path, **options)
     if scene.objects or reader is load_scene or masks == "none":
         return scene
@@ -4418,7 +4559,9 @@ def open_scene(
         scene = with_tracks(scene, merge_tracks(tracks, points))
     else:
         lacking = "it has no frames, or no instance-filt/ with masks"
-        raise DataError(f"--masks {masks}: {path}: {lacking}; choose files, segments or sam2")
+        raise DataError(
+            f"--masks {masks}: {path}: {lacking}; choose files, segments or sam2"
+        )
     return check_scene(scene, trusted=True)
 
 
@@ -4427,11 +4570,21 @@ FRAME_ARRAYS = ("colour", "depth", "masks", "intrinsics", "poses")
 
 def save_scene(scene: Scene, path: Path) -> None:
     """Write a scene as one .npz file, without pickle; objects and notes go as JSON."""
-    arrays = {name: array for name, array in vars(scene).items() if isinstance(array, np.ndarray)}
+    arrays = {
+        name: array
+        for name, array in vars(scene).items()
+        if isinstance(array, np.ndarray)
+    }
     if scene.frames is not None:
-        arrays |= {f"frames.{name}": getattr(scene.frames, name) for name in FRAME_ARRAYS}
-    about = dict(name=scene.name, source=scene.source, metric=scene.metric, notes=scene.notes)
-    about["objects"] = [[o.id, o.category, o.colour, *map(float, o.box)] for o in scene.objects]
+        arrays |= {
+            f"frames.{name}": getattr(scene.frames, name) for name in FRAME_ARRAYS
+        }
+    about = dict(
+        name=scene.name, source=scene.source, metric=scene.metric, notes=scene.notes
+    )
+    about["objects"] = [
+        [o.id, o.category, o.colour, *map(float, o.box)] for o in scene.objects
+    ]
     write_npz(path, about=np.array(json.dumps(about)), **arrays)
 
 
@@ -4443,8 +4596,13 @@ def load_scene(path: Path) -> Scene:
     with reading(path, "kept scene"), np.load(path, allow_pickle=False) as held:
         about = json.loads(str(held["about"])) | {"name": path.stem}
         rows = about.pop("objects")
-        objects = [Thing(i, category, color, np.array(box)) for i, category, color, *box in rows]
-        arrays = {name: held[name] for name in held if name != "about" and "." not in name}
+        objects = [
+            Thing(i, category, color, np.array(box))
+            for i, category, color, *box in rows
+        ]
+        arrays = {
+            name: held[name] for name in held if name != "about" and "." not in name
+        }
         scene = Scene(objects=objects, **about, **arrays)
         if "frames.masks" in held:
             scene.frames = LazyFrames(partial(load_frames, path), file_key([path]))
@@ -4467,10 +4625,10 @@ def is_scene(path: Path) -> bool:
 def find_scenes(path: Path) -> list[Path]:
     """Find all scenes that lie in a folder, or else in the folders in it; what is a scene itself,
     or holds none, is alone."""
-    if not path.is_dir() or is_scene(path):
-        return [path]
-    here, below = sorted(path.glob("*")), sorted(path.glob("*/*"))
-    return list(filter(is_scene, here)) or list(filter(is_scene, below)) or [path]
+    for places in ([path], path.glob("*"), path.glob("*/*")):
+        if found := sorted(filter(is_scene, places)):
+            return found
+    return [path]
 
 
 def cache_scenes(path: Path, out: Path, **options) -> int:
@@ -4511,7 +4669,9 @@ def check_scans(path: Path, scans: list[Path]) -> list[str]:
     files = [scan / f"{scan.name}{suffix}" for suffix in SCAN_FILES for scan in scans]
     lacking = [file for file in files if not file.exists()]
     if lacking:
-        lines.append(f"missing {len(lacking)} files, first {lacking[0]}; {SCANNET_TERMS}")
+        lines.append(
+            f"missing {len(lacking)} files, first {lacking[0]}; {SCANNET_TERMS}"
+        )
     return lines
 
 
@@ -4553,14 +4713,20 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     """Look at data or make some; the status is 2 also where a scene could not be kept."""
     parser = argparse.ArgumentParser(description="Look at data, or make some.")
     commands = parser.add_subparsers(dest="command", required=True)
-    look = commands.add_parser("check", help="what is there, what is missing, and where it is had")
+    look = commands.add_parser(
+        "check", help="what is there, what is missing, and where it is had"
+    )
     look.add_argument("path", type=Path)
-    make = commands.add_parser("rooms", help="procedural rooms in ScanNet's file layout")
+    make = commands.add_parser(
+        "rooms", help="procedural rooms in ScanNet's file layout"
+    )
     make.add_argument("out", type=Path)
     make.add_argument("--count", type=int, default=10)
     make.add_argument("--objects", type=int, help="objects per room (default: 8 to 16)")
     make.add_argument("--seed", type=int, default=0, help="of the first room")
-    keep = commands.add_parser("cache", help="scenes through VGGT, SAM 2 and segmentation, once")
+    keep = commands.add_parser(
+        "cache", help="scenes through VGGT, SAM 2 and segmentation, once"
+    )
     keep.add_argument("path", type=Path, help="a scene, or a folder of scenes")
     keep.add_argument("out", type=Path)
     add_scene_options(look)
