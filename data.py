@@ -2862,6 +2862,7 @@ def replica(mark):
 
     cam_params.json lies beside it or above.
     """
+    # one camera, and a pose for every number of a frame
     above = [folder / "cam_params.json" for folder in mark.parents]
     K = json_camera(read_json(next(file for file in above if file.exists()))["camera"])
     images, depths = (
@@ -2882,6 +2883,7 @@ TUM_CAMERAS = {  # part of a sequence's name -> its published camera
 
 def tum(mark):
     """rgb/ and depth/ named by seconds; lines "second x y z qx qy qz qw"."""
+    # the published camera of a sequence is known by its name
     base, rows = mark.parent, read_numbers(mark, 8)
     cameras = (
         camera for name, camera in TUM_CAMERAS.items() if name in base.resolve().name
@@ -2910,6 +2912,8 @@ def stray_scanner(mark):
     """rgb.mp4 or rgb/NUMBER.png, depth/NUMBER.png; lines "second, number, x, y, z, qx, qy, qz,
     qw"."""
     base, rows = mark.parent, read_numbers(mark, 9)
+
+    # names are the numbers of the second column
     numbers, poses = rows[:, 1], [rigid(row[2:5], row[5:]) for row in rows]
     images = pictures(base / "rgb") or [
         base / f"rgb.mp4/{number:.0f}" for number in numbers
@@ -2921,6 +2925,7 @@ def stray_scanner(mark):
 def polycam(mark):
     """keyframes/ with images/, depth/, cameras/; corrected_ ones, where there are any, have the
     better poses."""
+    # poses that the app corrected after recording, else those of the recording
     kind = "corrected_" if (mark / "corrected_cameras").exists() else ""
     for file in sorted((mark / f"{kind}cameras").glob("*.json")):
         held = read_json(file)
@@ -2945,14 +2950,19 @@ def nerfstudio(mark):
 def colmap(mark):
     """cameras.txt and images.txt of a sparse model; export undistorted images, for lens
     distortion is not undone."""
+    # the images lie above the model
     base = next(
         folder / "images" for folder in mark.parents if (folder / "images").is_dir()
     )
+
+    # a model of one focal length writes it once
     cameras = {}
     for id, model, _, _, *numbers in read_words(mark.with_name("cameras.txt")):
         if model in ("SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL"):  # one focal length
             numbers.insert(0, numbers[0])
         cameras[id] = pinhole(*numbers[:4])
+
+    # every second line is an image
     for words in read_words(mark):
         if (
             len(words) == 10
@@ -3027,6 +3037,7 @@ def find_frames(folder: Path) -> tuple[Layout | None, list[FrameFiles]]:
     if folder.is_file():
         return VIDEO, VIDEO.views(folder)
     for layout in LAYOUTS:
+        # the first file that only this program writes tells its layout
         marks = [
             file
             for pattern in layout.marks
@@ -3102,6 +3113,7 @@ def read_camera(camera, sizes):
     Files do not say whether it is the color's or the depth's: of `sizes` (H, W) take the one
     whose middle is nearest to the principal point. Raises DataError where that is near none.
     """
+    # of the right image the principal point is in the middle
     K = read_numbers(camera, 3, 3) if isinstance(camera, Path) else camera
     scaled = [np.diag([1 / W, 1 / H, 1]) @ K for H, W in sizes]
     best = min(scaled, key=lambda K: np.abs(K[:2, 2] - 0.5).max())
@@ -3162,9 +3174,8 @@ def read_frames(
     whose depth is empty. Raises DataError where none is left.
     """
     known = [part for part in range(4) if any(view[part] is not None for view in views)]
-    chosen = (
-        np.linspace(0, len(views) - 1, min(max_frames, len(views))).round().astype(int)
-    )
+    count = min(max_frames, len(views))
+    chosen = np.linspace(0, len(views) - 1, count).round().astype(int)
     rows = []
     for view in [views[i] for i in np.unique(chosen)]:
         complete = all(view[part] is not None for part in known)
@@ -3183,14 +3194,13 @@ def read_frames(
             f"{where}: {what}; export them again, as one of: {KNOWN_LAYOUTS}"
         )
     columns = zip(*rows, strict=True)
-    return Frames(
-        *(None if column[0] is None else np.stack(column) for column in columns)
-    )
+    return Frames(*(None if c[0] is None else np.stack(c) for c in columns))
 
 
 def agreement(frames: Frames, reach: float = 0.1) -> float:
     """Share of some frames' depth that others confirm to `reach` meters, among what these do not
     see hidden."""
+    # see some points of some frames from all other frames
     points = unproject(frames.depth, frames.intrinsics, frames.poses)
     some = range(0, len(points), 1 + len(points) // 8)
     confirmed, denied = 1, 0
@@ -3198,6 +3208,7 @@ def agreement(frames: Frames, reach: float = 0.1) -> float:
         seen = points[v][frames.depth[v] > 0][::16]
         camera = frames.intrinsics[other], frames.poses[other], frames.depth.shape[1:]
         _, row, column, z = in_view(seen, *camera)
+        # what is hidden there tells nothing
         beyond = frames.depth[other][row, column] - z
         confirmed += (np.abs(beyond) <= reach).sum()
         denied += (beyond > reach).sum()
@@ -3229,6 +3240,8 @@ def read_views(
         raise DataError(
             f"{path}: holds no frames, but {inside}; known layouts: {KNOWN_LAYOUTS}"
         )
+
+    # what a user says holds before what the layout documents
     layout = replace(layout, **documented)
     has_depth, has_pose = (
         any(view[part] is not None for view in views) for part in (1, 2)
@@ -3308,6 +3321,7 @@ def voxel_downsample(rows, voxel, limit):
     """Average rows [N, 9] of point, color and normal in the least voxels, from `voxel` meters up,
     that leave at most `limit`: points [n, 3] f32, colors [n, 3] u8, unit normals [n, 3] f32,
     voxel."""
+    # coarser until it fits
     rows, _ = voxel_mean(rows, voxel)
     while len(rows) > limit:
         voxel *= 1.2
@@ -3348,9 +3362,12 @@ def fuse(frames: Frames, limit: int = 100_000) -> tuple:
 def estimate_normals(points, k=24):
     """Estimate unit normals [N, 3] float32: the least axis of each point's k neighbors, facing
     the centroid."""
+    # the axis along which neighbors differ least
     near = points[nearest(points, points, k)[1]].astype(np.float32)
     near = near - near.mean(1, keepdims=True)
     normals = np.linalg.eigh(np.einsum("nki,nkj->nij", near, near))[1][..., 0]
+
+    # walls and tops face the middle of a room
     inward = (normals * (points.mean(0) - points)).sum(1, keepdims=True) >= 0
     return np.where(inward, normals, -normals).astype(np.float32)
 
@@ -3377,6 +3394,7 @@ def load_mesh(path):
         mesh = trimesh.load(path, process=False, fix_texture=False)
         if isinstance(mesh, trimesh.Scene):  # a .glb of several parts
             mesh = mesh.to_mesh()
+        # pictures on faces become a color per corner
         visual = (
             mesh.visual.to_color() if mesh.visual.kind == "texture" else mesh.visual
         )
@@ -3428,12 +3446,13 @@ def write_ply(path, points, colours, normals):
 
 def points_of_faces(points, colors, normals, faces, limit):
     """Draw points, colors, normals from the faces of a mesh, one in 3 x 3 cm, where its corners
-    are much fewer: they alone do not show a wall."""
+    are much fewer: they alone do not show a wall. Faces that fill the space like no surface are
+    left alone."""
     import trimesh
 
     mesh = trimesh.Trimesh(points, faces, process=False)
     count = int(min(limit, mesh.area / 0.03**2))
-    if count < 4 * len(points):
+    if count < 4 * len(points) or mesh.area > 8 * mesh.bounding_box.area:
         return (
             points,
             colors,
@@ -3519,6 +3538,7 @@ def up_of_cameras(points, normals, poses):
 def up_of_cloud(points, normals):
     """Weigh for x, y and z what speaks for its pointing up (down, where negative): level surfaces
     and things lie low, and rooms are 2 to 3.5 meters high."""
+    # what lies low along which axis
     low, high = np.percentile(points, (1, 99), axis=0)
     size = np.maximum(high - low, 1e-6)
     place = (points - low) / size - 0.5  # [N, 3], -0.5 to 0.5
@@ -3533,12 +3553,15 @@ def find_up(points, normals, up, poses):
 
     `up`: an axis that a user or a layout names, or "auto".
     """
+    # what the data say
     if poses is not None:
         found, sure = up_of_cameras(points, normals, poses), True
     else:
         weight = up_of_cloud(points, normals)
         found = np.where(np.abs(weight) == np.abs(weight).max(), np.sign(weight), 0)
         sure = weight @ found > 2.5 * max(weight[2], 0.02)  # clouds are z-up by custom
+
+    # a user or a layout is believed, but told
     axis = max(UP, key=lambda name: UP[name] @ found)
     if up == "auto" and sure:
         return found, f"what is level and lies low, near {axis}"
@@ -3602,25 +3625,21 @@ def read_scannet(
     no objects; boxes are the extent of an object's points. Masks are read from instance-filt/ or
     else rendered. Raises DataError.
     """
-    folder, notes = Path(folder).resolve(), []
+    folder, notes = Path(folder).absolute(), []
     name = folder.name
     mesh, segs, aggregation, info = (
         folder / f"{name}{suffix}" for suffix in SCAN_FILES
     )
     points, colors, normals, faces = load_mesh(mesh)
     with reading(info, "scan description with an axisAlignment of 16 numbers"):
-        aligned = re.search(
-            "axisAlignment = (.+)", info.read_text()
-        )  # scans for testing have none
-        world = (
-            np.array(aligned[1].split(), float).reshape(4, 4) if aligned else np.eye(4)
-        )
-    if normals is None:
-        normals = (
-            estimate_normals(points)
-            if faces is None
-            else unit(vertex_normals(points, faces))
-        )
+        # scans for testing have none
+        aligned, world = re.search("axisAlignment = (.+)", info.read_text()), np.eye(4)
+        if aligned:
+            world = np.array(aligned[1].split(), float).reshape(4, 4)
+    if normals is None and faces is None:
+        normals = estimate_normals(points)
+    elif normals is None:
+        normals = unit(vertex_normals(points, faces))
     cloud = move(points, normals, world)
     scene = Scene(name, "scannet", [], colours=colors, notes=notes, **cloud)
 
@@ -3655,6 +3674,8 @@ def add_objects(scene, segs, aggregation):
     """Give a scan its superpoints, objects and instances."""
     with reading(segs, "list of segIndices"):
         segments = np.array(read_json(segs)["segIndices"], np.int64)
+
+    # superpoints are the segments, numbered from 0
     values, scene.superpoints = np.unique(segments, return_inverse=True)
     seen = []
     with reading(aggregation, "list of segGroups with objectId, label, segments"):
@@ -3681,6 +3702,8 @@ def scan_frames(scene, world, layout, views, max_frames, longest) -> Frames:
     notes = []
     frames = read_frames(scene.name, layout, views, max_frames, longest, notes)
     scene.notes += [note for note in notes if note not in scene.notes]
+
+    # masks from files, or of the points that a frame sees
     frames.poses = world @ frames.poses
     if not any(view.mask for view in views):
         frames.masks = render_masks(scene.points, scene.instances, frames)
@@ -3692,13 +3715,14 @@ def write_scannet(scene: Scene, out: str | Path) -> Path:
     """Write a room as the ScanNet scan <out>/<name>, unaligned as scans are; read_scannet gives
     it back.
 
-    Depth is rounded to 1 mm. Color is written as PNG, so that
-    nothing is lost; two extra keys per object (alignedBox, colour) hold what ScanNet has no place
-    for.
+    Depth is rounded to 1 mm. Color is written as PNG, so that nothing is lost; two extra keys per
+    object (alignedBox, colour) hold what ScanNet has no place for.
     """
     folder = Path(out) / scene.name
     for part in ("color", "depth", "pose", "intrinsic", "instance-filt"):
         (folder / part).mkdir(parents=True, exist_ok=True)
+
+    # points as a scanner gives them, and how they are aligned
     mesh, segs, aggregation, info = (
         folder / f"{scene.name}{suffix}" for suffix in SCAN_FILES
     )
@@ -3724,9 +3748,12 @@ def write_scannet(scene: Scene, out: str | Path) -> Path:
         groups.append(group)
     aggregation.write_text(json.dumps({"segGroups": groups}))
 
+    # ScanNet's matrices are 4 x 4
     frames, camera = scene.frames, np.eye(4)
     camera[:3, :3] = frames.intrinsics[0]
     np.savetxt(folder / "intrinsic/intrinsic_depth.txt", camera, "%.17g")
+
+    # a file of every kind per frame
     for i, pose in enumerate(back @ frames.poses):
         np.savetxt(folder / f"pose/{i}.txt", pose, "%.17g")
         Image.fromarray(frames.colour[i]).save(folder / f"color/{i}.png")
@@ -3796,6 +3823,8 @@ def vggt_geometry(images, model, longest=518):
     the point map. The longer side is brought to `longest` pixels, both to whole patches.
     """
     pose_enc = need("vggt.utils.pose_enc", "depth and cameras from bare frames")
+
+    # whole patches, as VGGT was trained on
     V, H, W, _ = images.shape
     patch, device = model.aggregator.patch_size, next(model.parameters()).device
     h, w = (max(1, round(n * longest / max(H, W) / patch)) * patch for n in (H, W))
@@ -3810,12 +3839,10 @@ def vggt_geometry(images, model, longest=518):
     with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
         tokens, first = model.aggregator(x)
     code = model.camera_head(tokens)[-1]  # [1, V, 9]
-    maps = model.depth_head(
-        tokens, images=x, patch_start_idx=first
-    )  # [1, V, h, w, 1], [1, V, h, w]
-    camera, K = pose_enc.pose_encoding_to_extri_intri(
-        code, (h, w)
-    )  # [1, V, 3, 4], [1, V, 3, 3]
+
+    # depth [1, V, h, w, 1] and confidence [1, V, h, w]; cameras [1, V, 3, 4] and [1, V, 3, 3]
+    maps = model.depth_head(tokens, images=x, patch_start_idx=first)
+    camera, K = pose_enc.pose_encoding_to_extri_intri(code, (h, w))
 
     # arrays of the images' size
     maps = [m.reshape(V, h, w).float().cpu().numpy() for m in maps]
@@ -3841,6 +3868,7 @@ def fill_in(where, frames: Frames, vggt: str) -> Frames:
     without VGGT.
     """
     try:
+        # what the images show, in a unit of their own
         depth, confidence, K, poses = vggt_geometry(frames.colour, load_vggt(vggt))
     except DataError as error:
         lacking = [name for name, array in vars(frames).items() if array is None]
@@ -4439,6 +4467,8 @@ def split_scans(root: Path) -> dict[str, list[Path]]:
         raise DataError(f"{root}: {lacking}; see python data.py check {root}")
     if not listed.exists():
         return split_fifths(scans)
+
+    # all scans that are not for testing
     parts, names = {"train": [], "test": []}, listed.read_text().split()
     for scan in scans:
         parts["test" if scan.name in names else "train"].append(scan)
@@ -4459,6 +4489,7 @@ def load_scenes(
     Own scenes in which no object is found are left out, and said. options: of `open_scene`.
     Raises DataError.
     """
+    # rooms are made, all else is read
     if source == "rooms":
         return rooms(ROOM_SEEDS[split][:count], workers + 1)
     if root is None:
@@ -4469,6 +4500,8 @@ def load_scenes(
     else:
         paths = sorted(root.glob("*.npz")) if source == "cached" else find_scenes(root)
         paths = split_fifths(paths)[split]
+
+    # without an object there is nothing to ask
     for path in paths:
         scene = open_scene(path, **options)
         if scene.objects:
@@ -4535,6 +4568,8 @@ def open_scene(
         raise DataError(
             f"{path}: no such scene; give a video, a cloud, or a folder of frames"
         )
+
+    # the format decides which options have a meaning
     reader, takes = choose_reader(path)
     if strange := sorted(set(options) - takes):
         known = ", ".join(sorted(takes)) or "none"
@@ -4579,6 +4614,8 @@ def save_scene(scene: Scene, path: Path) -> None:
         arrays |= {
             f"frames.{name}": getattr(scene.frames, name) for name in FRAME_ARRAYS
         }
+
+    # what is no array goes as JSON
     about = dict(
         name=scene.name, source=scene.source, metric=scene.metric, notes=scene.notes
     )
@@ -4595,6 +4632,7 @@ def load_scene(path: Path) -> Scene:
     """
     with reading(path, "kept scene"), np.load(path, allow_pickle=False) as held:
         about = json.loads(str(held["about"])) | {"name": path.stem}
+        # objects from JSON, arrays by their names, frames later
         rows = about.pop("objects")
         objects = [
             Thing(i, category, color, np.array(box))
@@ -4640,9 +4678,12 @@ def cache_scenes(path: Path, out: Path, **options) -> int:
     """
     from tqdm import tqdm
 
+    # under torchrun a process has its share of the scenes, and a GPU
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         torch.cuda.set_device(rank % torch.cuda.device_count())
+
+    # what fails is said, and the rest goes on
     failed = 0
     for scene in tqdm(find_scenes(path)[rank::world], unit="scene"):
         name = "_".join(scene.relative_to(path).parts) or path.resolve().name
@@ -4664,8 +4705,11 @@ SCANNET_TERMS = (
 
 def check_scans(path: Path, scans: list[Path]) -> list[str]:
     """Describe a ScanNet root: how many scans, and what they lack."""
+    # a thousand scans are counted, not opened
     shown = sum(bool(find_frames(scan)[1]) for scan in scans)
     lines = [f"{path}: {len(scans)} scans, {shown} with frames beside them"]
+
+    # where missing files are had, and under which terms
     files = [scan / f"{scan.name}{suffix}" for suffix in SCAN_FILES for scan in scans]
     lacking = [file for file in files if not file.exists()]
     if lacking:
@@ -4680,6 +4724,7 @@ def check(path: Path, **options) -> list[str]:
 
     Scenes are opened, but no objects looked for; of a ScanNet root only the files are counted.
     """
+    # a ScanNet root is too large to be opened
     if scans := find_scans(path):
         return check_scans(path, scans)
     lines = []
@@ -4713,6 +4758,8 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     """Look at data or make some; the status is 2 also where a scene could not be kept."""
     parser = argparse.ArgumentParser(description="Look at data, or make some.")
     commands = parser.add_subparsers(dest="command", required=True)
+
+    # one sub-command each
     look = commands.add_parser(
         "check", help="what is there, what is missing, and where it is had"
     )
@@ -4731,6 +4778,8 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     keep.add_argument("out", type=Path)
     add_scene_options(look)
     add_scene_options(keep)
+
+    # a command prints what it finds or makes
     args = parser.parse_args(arguments)
     if args.command == "check":
         print("\n".join(check(args.path, **scene_options(args))))
