@@ -2653,25 +2653,29 @@ def stage_of(values: dict) -> Stage:
 VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 CLOUDS = (".ply", ".glb", ".obj", ".stl", ".xyz")
-SCAN_FILES = ("_vh_clean_2.ply", "_vh_clean_2.0.010000.segs.json", ".aggregation.json", ".txt")
+SCAN_FILES = (
+    "_vh_clean_2.ply",
+    "_vh_clean_2.0.010000.segs.json",
+    ".aggregation.json",
+    ".txt",
+)
 SHELL = ("wall", "floor", "ceiling")  # labels of ScanNet that are no objects
 INSTALL = {  # optional package -> how to install it
     "av": 'pip install -e ".[video]"',
     "vggt": "pip install git+https://github.com/facebookresearch/vggt",
     "sam2": "SAM2_BUILD_CUDA=0 pip install --no-build-isolation sam2",
 }
-DEPTH_SCALES = (
-    "millimeters 1000, TUM and ICL-NUIM 5000, Replica of NICE-SLAM 6553.5, RealSense L515 4000"
-)
-UP = {sign + "xyz"[i]: float(f"{sign}1") * np.eye(3)[i] for i in range(3) for sign in "+-"}
-SAME, DOWN, TURNED = np.diag([1.0, 1, 1, 1]), np.diag([1.0, -1, 1, 1]), np.diag([1.0, -1, -1, 1])
-CONVENTIONS = {  # of poses -> the camera's axes in OpenCV's, the world's, whether they map world to camera
-    "opencv": (SAME, SAME, False),
-    "opengl": (TURNED, SAME, False),
-    "opencv_inverse": (SAME, SAME, True),
-    "opengl_inverse": (TURNED, SAME, True),
-    "povray": (DOWN, DOWN, False),  # both left-handed
+DEPTH_SCALES = "millimeters 1000, TUM and ICL-NUIM 5000, Replica of NICE-SLAM 6553.5, RealSense L515 4000"
+UP = {
+    sign + "xyz"[i]: float(f"{sign}1") * np.eye(3)[i] for i in range(3) for sign in "+-"
 }
+CONVENTIONS = (
+    "opencv",
+    "opengl",
+    "opencv_inverse",
+    "opengl_inverse",
+    "povray",
+)  # of poses
 
 
 @contextmanager
@@ -2688,7 +2692,9 @@ def reading(path, what):
         ) from None
     except Exception as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:90]
-        raise DataError(f"{path}: not a whole {what} ({why}); copy or export it again") from None
+        raise DataError(
+            f"{path}: not a whole {what} ({why}); copy or export it again"
+        ) from None
 
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:
@@ -2710,7 +2716,11 @@ def read_words(path):
     """Split the lines of a table at blanks and commas, without remarks and a header that begins
     with "timestamp"."""
     lines = [line.replace(",", " ").split() for line in path.read_text().splitlines()]
-    return [words for words in lines if words and not words[0].startswith(("#", "timestamp"))]
+    return [
+        words
+        for words in lines
+        if words and not words[0].startswith(("#", "timestamp"))
+    ]
 
 
 def read_numbers(path, columns, rows=None):
@@ -2742,7 +2752,8 @@ def choose(table: dict, key: str, what: str):
 def file_key(files):
     """Name a state of files by their paths, sizes and times of change, without reading them."""
     return "|".join(
-        f"{file.resolve()}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files
+        f"{file.resolve()}:{file.stat().st_size}:{file.stat().st_mtime_ns}"
+        for file in files
     )
 
 
@@ -2752,11 +2763,12 @@ def check_scene(scene: Scene, trusted: bool = False) -> Scene:
     Points and boxes are finite, every array is as long as the points, and, unless the unit is
     `trusted`, the scene is 0.5 to 30 meters large. Raises DataError.
     """
-    arrays = [scene.points, scene.colours, scene.normals, scene.superpoints, scene.instances]
+    names = ("points", "colours", "normals", "superpoints", "instances")
+    arrays = [getattr(scene, name) for name in names]
     lengths = {len(array) for array in arrays if array is not None}
     with reading(scene.name, "scene of boxes with six numbers"):
         boxes = np.array([o.box for o in scene.objects], float).reshape(-1, 6)
-    finite = np.isfinite(scene.points).all() and np.isfinite(boxes).all()
+    finite = np.isfinite(scene.points.sum() + boxes.sum())
     if len(lengths) > 1 or min(lengths) < 2 or not finite:
         what = f"arrays of {lengths} points, or numbers that are not finite"
         raise DataError(f"{scene.name}: {what}; export it again")
@@ -2813,34 +2825,49 @@ def rigid(position, turn):
     angle."""
     from scipy.spatial.transform import Rotation
 
-    rotation = Rotation.from_quat(turn) if len(turn) == 4 else Rotation.from_rotvec(turn)
+    rotation = (
+        Rotation.from_quat(turn) if len(turn) == 4 else Rotation.from_rotvec(turn)
+    )
     pose = np.eye(4)
     pose[:3, :3] = rotation.as_matrix()
     pose[:3, 3] = position
     return pose
 
 
-def seconds(files):
-    """The times in names such as 1305031102.175304.png or ID_66236.345.png."""
-    return [float(file.stem.split("_")[-1]) for file in files]
+def stamp(file):
+    """Read the second or the number that a name such as 1305031102.175304.png, ID_66.345.png or
+    frame000012.jpg ends with."""
+    return float(re.findall(r"\d+(?:\.\d+)?", file.stem)[-1])
 
 
 def in_time(images, times, values, within=0.02):
     """Pick for each image the value of the nearest time, None beyond `within` seconds."""
-    wanted, times = seconds(images), np.array(times)
-    index = np.searchsorted((times[1:] + times[:-1]) / 2, wanted)
-    near = np.abs(times[index] - wanted) <= within
-    return [values[i] if n else None for i, n in zip(index, near, strict=True)]
+    times, picked = np.array(times), []
+    for wanted in map(stamp, images):
+        away = np.abs(times - wanted)
+        index = away.argmin()
+        picked.append(values[index] if away[index] <= within else None)
+    return picked
 
 
-def named_views(mark, images, depth, pose, cameras):
-    """Frames whose other files bear the name of their image."""
+def timed_views(images, depths, times, poses, cameras):
+    """Frames whose depth and pose are those nearest in time: each kind has a clock of its own."""
+    depths = in_time(images, [stamp(file) for file in depths], depths)
+    poses = in_time(images, times, poses, 0.01)
+    return map(FrameFiles, images, depths, poses, cameras)
+
+
+def named_views(mark, images, depth, pose):
+    """Frames whose other files bear the name of their image, with one camera, best the depth's."""
     base = mark.parent
-    camera = next((base / name for name in cameras if (base / name).exists()), None)
+    cameras = [*base.glob("*intrinsic*.txt"), *base.glob("intrinsic/intrinsic*.txt")]
+    camera = max(cameras, key=lambda file: "depth" in file.name, default=None)
     for image in pictures(mark if mark.is_dir() else base, images):
         name = image.stem.removesuffix(".color")
-        mask = base / "instance-filt" / f"{name}.png"
-        yield FrameFiles(image, base / depth.format(name), base / pose.format(name), camera, mask)
+        mask = base / f"instance-filt/{name}.png"
+        yield FrameFiles(
+            image, base / depth.format(name), base / pose.format(name), camera, mask
+        )
 
 
 def replica(mark):
@@ -2848,12 +2875,14 @@ def replica(mark):
 
     cam_params.json lies beside it or above.
     """
+    # one camera, and a pose for every number of a frame
     above = [folder / "cam_params.json" for folder in mark.parents]
-    camera = json_camera(read_json(next(file for file in above if file.exists()))["camera"])
+    K = json_camera(read_json(next(file for file in above if file.exists()))["camera"])
+    images, depths = (
+        pictures(mark.parent / "results", f"{kind}*") for kind in ("frame", "depth")
+    )
     poses = read_numbers(mark, 16).reshape(-1, 4, 4)
-    for image, pose in zip(pictures(mark.parent / "results", "frame*"), poses, strict=False):
-        depth = image.with_name(image.stem.replace("frame", "depth") + ".png")
-        yield FrameFiles(image, depth, pose, camera)
+    return timed_views(images, depths, range(len(poses)), poses, itertools.repeat(K))
 
 
 TUM_CAMERAS = {  # part of a sequence's name -> its published camera
@@ -2867,51 +2896,49 @@ TUM_CAMERAS = {  # part of a sequence's name -> its published camera
 
 def tum(mark):
     """rgb/ and depth/ named by seconds; lines "second x y z qx qy qz qw"."""
-    base = mark.parent
-    images, depths = pictures(base / "rgb"), pictures(base / "depth")
-    cameras = (camera for name, camera in TUM_CAMERAS.items() if name in base.resolve().name)
+    # the published camera of a sequence is known by its name
+    base, rows = mark.parent, read_numbers(mark, 8)
+    cameras = (
+        camera for name, camera in TUM_CAMERAS.items() if name in base.resolve().name
+    )
     K = pinhole(*next(cameras))
-
-    # colors, depth and poses have clocks of their own
-    rows = read_numbers(mark, 8)
     poses = [rigid(row[1:4], row[4:]) for row in rows]
-    depths = in_time(images, seconds(depths), depths)
-    poses = in_time(images, rows[:, 0], poses)
-    for image, depth, pose in zip(images, depths, poses, strict=True):
-        yield FrameFiles(image, depth, pose, K)
+    images, depths = pictures(base / "rgb"), pictures(base / "depth")
+    return timed_views(images, depths, rows[:, 0], poses, itertools.repeat(K))
 
 
 def arkitscenes(mark):
     """lowres_wide/, lowres_depth/, lowres_wide_intrinsics/ named ID_SECONDS; lines "second rx ry
     rz x y z"."""
-    base = mark.parent
-    images = pictures(base / "lowres_wide")
-    depths = [base / "lowres_depth" / image.name for image in images]
-
-    # intrinsics are named by times a millisecond off; poses are fewer than images
-    files = sorted((base / "lowres_wide_intrinsics").glob("*.pincam"))
-    cameras = [pinhole(*read_numbers(file, 6)[0, 2:]) for file in files]  # behind width and height
-    cameras = in_time(images, seconds(files), cameras)
-    rows = read_numbers(mark, 7)
+    base, rows = mark.parent, read_numbers(mark, 7)
     poses = [rigid(row[4:], row[1:4]) for row in rows]
-    poses = in_time(images, rows[:, 0], poses, 0.01)
-    yield from map(FrameFiles, images, depths, poses, cameras)
+    images, depths = pictures(base / "lowres_wide"), pictures(base / "lowres_depth")
+
+    # a file of intrinsics, named a millisecond off, holds width, height and the camera
+    files = sorted((base / "lowres_wide_intrinsics").glob("*.pincam"))
+    cameras = [pinhole(*read_numbers(file, 6)[0, 2:]) for file in files]
+    cameras = in_time(images, [stamp(file) for file in files], cameras)
+    return timed_views(images, depths, rows[:, 0], poses, cameras)
 
 
 def stray_scanner(mark):
     """rgb.mp4 or rgb/NUMBER.png, depth/NUMBER.png; lines "second, number, x, y, z, qx, qy, qz,
     qw"."""
-    base = mark.parent
-    images = {int(image.stem): image for image in pictures(base / "rgb")}
-    for _, number, *pose in read_numbers(mark, 9):
-        image = images.get(int(number), base / f"rgb.mp4/{number:.0f}")
-        depth = base / f"depth/{number:06.0f}.png"
-        yield FrameFiles(image, depth, rigid(pose[:3], pose[3:]), base / "camera_matrix.csv")
+    base, rows = mark.parent, read_numbers(mark, 9)
+
+    # names are the numbers of the second column
+    numbers, poses = rows[:, 1], [rigid(row[2:5], row[5:]) for row in rows]
+    images = pictures(base / "rgb") or [
+        base / f"rgb.mp4/{number:.0f}" for number in numbers
+    ]
+    camera = itertools.repeat(base / "camera_matrix.csv")
+    return timed_views(images, pictures(base / "depth"), numbers, poses, camera)
 
 
 def polycam(mark):
     """keyframes/ with images/, depth/, cameras/; corrected_ ones, where there are any, have the
     better poses."""
+    # poses that the app corrected after recording, else those of the recording
     kind = "corrected_" if (mark / "corrected_cameras").exists() else ""
     for file in sorted((mark / f"{kind}cameras").glob("*.json")):
         held = read_json(file)
@@ -2927,8 +2954,8 @@ def nerfstudio(mark):
     per frame or once."""
     held = read_json(mark)
     for frame in held["frames"]:
-        files = (frame.get("file_path"), frame.get("depth_file_path"))
-        image, depth = (name and mark.parent / name for name in files)
+        image, depth = mark.parent / frame["file_path"], frame.get("depth_file_path")
+        depth = depth and mark.parent / depth
         pose = np.array(frame["transform_matrix"], float)
         yield FrameFiles(image, depth, pose, json_camera(held | frame, "fl_"))
 
@@ -2936,21 +2963,37 @@ def nerfstudio(mark):
 def colmap(mark):
     """cameras.txt and images.txt of a sparse model; export undistorted images, for lens
     distortion is not undone."""
-    base = next(folder / "images" for folder in mark.parents if (folder / "images").is_dir())
+    # the images lie above the model
+    base = next(
+        folder / "images" for folder in mark.parents if (folder / "images").is_dir()
+    )
+
+    # a model of one focal length writes it once
     cameras = {}
     for id, model, _, _, *numbers in read_words(mark.with_name("cameras.txt")):
         if model in ("SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL"):  # one focal length
             numbers.insert(0, numbers[0])
         cameras[id] = pinhole(*numbers[:4])
+
+    # every second line is an image
     for words in read_words(mark):
-        if len(words) == 10:  # an image; the line behind it lists its points, three words each
+        if (
+            len(words) == 10
+        ):  # an image; the line behind it lists its points, three words each
             w, x, y, z, *position = map(float, words[1:8])
             pose = rigid(position, (x, y, z, w))
             yield FrameFiles(base / words[9], None, pose, cameras[words[8]])
 
 
 def photographs(mark):
-    yield from map(FrameFiles, pictures(mark.parent))
+    return map(FrameFiles, pictures(mark.parent))
+
+
+def video_views(path):
+    """The frames of a video, by number."""
+    with opened_video(path) as (container, stream):
+        count = round(container.duration / 1e6 * stream.average_rate)
+    return [FrameFiles(path / str(number)) for number in range(count)]
 
 
 @dataclass
@@ -2966,13 +3009,11 @@ class Layout:
     metric: bool = True  # poses are in meters
 
 
-SEVEN_SCENES = partial(named_views, images="*.color.*", depth="{}.depth.png", pose="{}.pose.txt",
-                       cameras=("camera-intrinsics.txt", "intrinsics.txt"))  # fmt: skip
-EXPORTED = partial(named_views, images="*", depth="depth/{}.png", pose="pose/{}.txt",
-                   cameras=("intrinsic/intrinsic_depth.txt", "intrinsics_depth.txt", "intrinsic_depth.txt",
-                            "intrinsic/intrinsic_color.txt", "intrinsics_color.txt"))  # fmt: skip
-POSED_IMAGES = partial(named_views, images="*.jpg", depth="{}.png", pose="{}.txt",
-                       cameras=("depth_intrinsic.txt", "intrinsic.txt"))  # fmt: skip
+SEVEN_SCENES = partial(
+    named_views, images="*.color.*", depth="{}.depth.png", pose="{}.pose.txt"
+)
+EXPORTED = partial(named_views, images="*", depth="depth/{}.png", pose="pose/{}.txt")
+POSED_IMAGES = partial(named_views, images="*.jpg", depth="{}.png", pose="{}.txt")
 LAYOUTS = (  # the first that fits is taken
     Layout("NAME.color.png, NAME.depth.png, NAME.pose.txt (7-Scenes)", ("*.color.*",), SEVEN_SCENES),
     Layout("results/, traj.txt (Replica of NICE-SLAM)", ("traj.txt",), replica, 6553.5, "+z"),
@@ -2991,7 +3032,7 @@ LAYOUTS = (  # the first that fits is taken
            POSED_IMAGES),
     Layout("images alone", ("*",), photographs),
 )  # fmt: skip
-VIDEO = Layout("video", (), photographs)
+VIDEO = Layout("video", (), video_views)
 KNOWN_LAYOUTS = "; ".join(layout.name for layout in LAYOUTS)
 
 
@@ -3002,15 +3043,24 @@ def existing(part):
 
 
 def find_frames(folder: Path) -> tuple[Layout | None, list[FrameFiles]]:
-    """Find the layout that fits a folder, and its frames, with None for missing files.
+    """Find the layout that fits a folder or a video, and its frames, with None for missing files.
 
     Returns (None, []) where there is no image.
     """
+    if folder.is_file():
+        return VIDEO, VIDEO.views(folder)
     for layout in LAYOUTS:
-        marks = [file for pattern in layout.marks for file in sorted(folder.glob(pattern))[:1]]
+        # the first file that only this program writes tells its layout
+        marks = [
+            file
+            for pattern in layout.marks
+            for file in sorted(folder.glob(pattern))[:1]
+        ]
         for mark in marks:
             with reading(mark, layout.name):
-                views = [FrameFiles(*map(existing, view)) for view in layout.views(mark)]
+                views = [
+                    FrameFiles(*map(existing, view)) for view in layout.views(mark)
+                ]
             if any(view.image for view in views):
                 return layout, views
     return None, []
@@ -3023,9 +3073,20 @@ def read_image(path, mode=None):
     """Read an image in a mode of PIL ("RGB", "I" = integers), or a frame of a video; its rows as
     the camera wrote them."""
     if path.parent.is_file():
-        return video_frame(path.parent, int(path.name))
+        return video_frame(path)
     with reading(path, "image"), Image.open(path) as image:
         return np.asarray(image.convert(mode) if mode else image)
+
+
+def read_photograph(path):
+    """Read an image upright, as its tag says; None where there is none, or a depth or confidence
+    map, which has 16 bits or few values."""
+    if path.parent.is_file():
+        return video_frame(path, upright=True)
+    with reading(path, "image"), Image.open(path) as image:
+        if image.mode[0] in "IF" or image.getcolors(8):
+            return None
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def read_depth(path, scale):
@@ -3041,14 +3102,21 @@ def read_pose(pose, convention):
     """Read a pose [4, 4] as camera to world with OpenCV's axes; None where it is not finite, or
     mirrored."""
     pose = read_numbers(pose, 4, 4) if isinstance(pose, Path) else pose
-    camera, world, inverse = choose(CONVENTIONS, convention, "--convention")
     if not np.isfinite(pose).all():
         return None
 
     # files round their numbers: take the nearest rotation (polar decomposition)
     u, _, vt = np.linalg.svd(pose[:3, :3])
     pose = np.block([[u @ vt, pose[:3, 3:]], [0, 0, 0, 1]])
-    pose = world @ (np.linalg.inv(pose) if inverse else pose) @ camera
+
+    # to camera to world, with OpenCV's axes; both of POV-Ray's systems are left-handed
+    if "inverse" in convention:
+        pose = np.linalg.inv(pose)
+    if "opengl" in convention:
+        pose = pose @ np.diag([1, -1, -1, 1])
+    if convention == "povray":
+        mirror = np.diag([1, -1, 1, 1])
+        pose = mirror @ pose @ mirror
     return pose if np.linalg.det(pose) > 0 else None
 
 
@@ -3058,6 +3126,7 @@ def read_camera(camera, sizes):
     Files do not say whether it is the color's or the depth's: of `sizes` (H, W) take the one
     whose middle is nearest to the principal point. Raises DataError where that is near none.
     """
+    # of the right image the principal point is in the middle
     K = read_numbers(camera, 3, 3) if isinstance(camera, Path) else camera
     scaled = [np.diag([1 / W, 1 / H, 1]) @ K for H, W in sizes]
     best = min(scaled, key=lambda K: np.abs(K[:2, 2] - 0.5).max())
@@ -3074,7 +3143,10 @@ def read_view(view, layout, longest):
     [4, 4], with None for what no file holds; or, where the frame is of no use, the reason, a str.
     """
     depth, K, pose = None, None, None
-    color = read_image(view.image, "RGB")
+    alone = all(part is None for part in view[1:])
+    color = read_photograph(view.image) if alone else read_image(view.image, "RGB")
+    if color is None:
+        return "no image, but a depth or confidence map, or what is torn"
     sizes = [color.shape[:2]]
 
     # ScanNet has poses that are not finite, and depth that is empty
@@ -3089,12 +3161,14 @@ def read_view(view, layout, longest):
 
         # color of another shape shows another part of the room
         sizes.insert(0, depth.shape)
-        if abs(np.divide(*sizes[0]) / np.divide(*sizes[1]) - 1) > 0.03:
+        tall, wide = np.divide(*sizes)
+        if abs(tall / wide - 1) > 0.03:
             what = f"depth and color have different shapes {sizes}"
             raise DataError(f"{view.depth}: {what}; export depth registered to color")
 
     # bring all to one size; the intrinsics follow
-    H, W = fit_longest(*sizes[0], longest)
+    shrink = min(1.0, longest / max(sizes[0]))
+    H, W = (max(1, round(side * shrink)) for side in sizes[0])
     depth = depth if depth is None else resize(depth, (H, W))
     mask = np.zeros((H, W), np.int32)
     if view.mask is not None:
@@ -3104,14 +3178,17 @@ def read_view(view, layout, longest):
     return resize(color, (H, W)), depth, mask, K, pose
 
 
-def read_frames(where, layout, views, max_frames: int, longest: float, notes: list[str]) -> Frames:
+def read_frames(
+    where, layout, views, max_frames: int, longest: float, notes: list[str]
+) -> Frames:
     """Read at most `max_frames` views, evenly spaced, as Frames; what no file holds is None.
 
     Dropped and counted are frames that lack a file that others have, whose pose is not finite, or
     whose depth is empty. Raises DataError where none is left.
     """
     known = [part for part in range(4) if any(view[part] is not None for view in views)]
-    chosen = np.linspace(0, len(views) - 1, min(max_frames, len(views))).round().astype(int)
+    count = min(max_frames, len(views))
+    chosen = np.linspace(0, len(views) - 1, count).round().astype(int)
     rows = []
     for view in [views[i] for i in np.unique(chosen)]:
         complete = all(view[part] is not None for part in known)
@@ -3120,18 +3197,23 @@ def read_frames(where, layout, views, max_frames: int, longest: float, notes: li
     # say what was lost, and why
     lost = Counter(row for row in rows if isinstance(row, str))
     rows = [row for row in rows if not isinstance(row, str)]
-    notes += [f"dropped {n} of {len(views)} frames with {why}" for why, n in lost.items()]
+    notes += [
+        f"dropped {n} of {len(views)} frames with {why}" for why, n in lost.items()
+    ]
     notes.append(f"{len(rows)} of {len(views)} frames used; layout {layout.name}")
     if len({row[0].shape for row in rows}) != 1:
         what = f"{'; '.join(notes)}: none is usable, or their sizes differ"
-        raise DataError(f"{where}: {what}; export the frames again")
+        raise DataError(
+            f"{where}: {what}; export them again, as one of: {KNOWN_LAYOUTS}"
+        )
     columns = zip(*rows, strict=True)
-    return Frames(*(None if column[0] is None else np.stack(column) for column in columns))
+    return Frames(*(None if c[0] is None else np.stack(c) for c in columns))
 
 
 def agreement(frames: Frames, reach: float = 0.1) -> float:
     """Share of some frames' depth that others confirm to `reach` meters, among what these do not
     see hidden."""
+    # see some points of some frames from all other frames
     points = unproject(frames.depth, frames.intrinsics, frames.poses)
     some = range(0, len(points), 1 + len(points) // 8)
     confirmed, denied = 1, 0
@@ -3139,6 +3221,7 @@ def agreement(frames: Frames, reach: float = 0.1) -> float:
         seen = points[v][frames.depth[v] > 0][::16]
         camera = frames.intrinsics[other], frames.poses[other], frames.depth.shape[1:]
         _, row, column, z = in_view(seen, *camera)
+        # what is hidden there tells nothing
         beyond = frames.depth[other][row, column] - z
         confirmed += (np.abs(beyond) <= reach).sum()
         denied += (beyond > reach).sum()
@@ -3162,22 +3245,23 @@ def read_views(
     layout. Raises DataError.
     """
     path, notes = Path(path), []
-    layout, views = find_frames(path) if path.is_dir() else (VIDEO, [])
+    layout, views = find_frames(path)
     if layout is None:
-        inside = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
-        raise DataError(f"{path}: holds no frames, but {inside}; known layouts: {KNOWN_LAYOUTS}")
+        inside = (
+            ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
+        )
+        raise DataError(
+            f"{path}: holds no frames, but {inside}; known layouts: {KNOWN_LAYOUTS}"
+        )
+
+    # what a user says holds before what the layout documents
     layout = replace(layout, **documented)
-    has_depth, has_pose = (any(view[part] is not None for view in views) for part in (1, 2))
+    has_depth, has_pose = (
+        any(view[part] is not None for view in views) for part in (1, 2)
+    )
     measured = has_depth and has_pose
     longest = longest or (320 if measured else 640)
-
-    # what the files hold
-    if has_depth or has_pose:
-        frames = read_frames(path, layout, views, max_frames, longest, notes)
-    else:
-        read = read_photographs if views else read_video
-        images = read(path, views, max_frames, longest, notes)
-        frames = Frames(images, None, np.zeros(images.shape[:3], np.int32), None, None)
+    frames = read_frames(path, layout, views, max_frames, longest, notes)
 
     # VGGT sees the rest in the images, in the unit of what is known; without any it is guessed
     if any(array is None for array in vars(frames).values()):
@@ -3196,8 +3280,7 @@ def read_views(
         )
 
     # the cloud is what the frames show, and both are turned upright
-    views = zip(frames.colour, frames.depth, frames.intrinsics, frames.poses, strict=True)
-    points, colors, normals, voxel = fuse(views)
+    points, colors, normals, voxel = fuse(frames)
     world, said = align_to_gravity(points, normals, layout.up, frames.poses)
     frames.poses = world @ frames.poses
     notes += [f"{len(points)} points in voxels of {voxel * 100:.1f} cm", said]
@@ -3205,12 +3288,6 @@ def read_views(
     scene = Scene(path.resolve().stem, source, [], colours=colors, notes=notes, **cloud)
     scene.frames, scene.metric = frames, metric or scale is not None
     return check_scene(scene, trusted=scale is not None or "depth_scale" in documented)
-
-
-def fit_longest(height, width, longest):
-    """Shrink a size so that its longer side is at most `longest` pixels."""
-    scale = min(1.0, longest / max(height, width))
-    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def resize(image, size):
@@ -3233,11 +3310,8 @@ def move(points, normals, world):
     """Move a cloud by a rigid 4x4: points, normals and bounds as keyword arguments of Scene."""
     points = (points @ world[:3, :3].T + world[:3, 3]).astype(np.float32)
     normals = (normals @ world[:3, :3].T).astype(np.float32)
-    return dict(
-        points=points,
-        normals=normals,
-        bounds=np.stack([points.min(0), points.max(0)]).astype(float),
-    )
+    bounds = np.stack([points.min(0), points.max(0)]).astype(float)
+    return dict(points=points, normals=normals, bounds=bounds)
 
 
 def voxel_of(points, voxel):
@@ -3247,61 +3321,66 @@ def voxel_of(points, voxel):
     return np.unique(cell @ [1 << 42, 1 << 21, 1], return_inverse=True)[1].reshape(-1)
 
 
-def voxel_mean(rows, weight, voxel):
+def voxel_mean(rows, voxel):
     """Average rows [N, C], whose first columns are x, y, z, in each occupied voxel: rows [n, C]
-    and summed weights [n]."""
+    and counts [n]."""
     index = voxel_of(rows[:, :3], voxel)
-    total = np.bincount(index, weight)
-    sums = np.stack([np.bincount(index, weight * column) for column in rows.T], axis=1)
-    return sums / total[:, None], total
+    count = np.bincount(index)
+    sums = [np.bincount(index, column) for column in rows.T]
+    return np.stack(sums, axis=1) / count[:, None], count
 
 
-def voxel_downsample(rows, weight, voxel, limit):
+def voxel_downsample(rows, voxel, limit):
     """Average rows [N, 9] of point, color and normal in the least voxels, from `voxel` meters up,
     that leave at most `limit`: points [n, 3] f32, colors [n, 3] u8, unit normals [n, 3] f32,
     voxel."""
-    rows, weight = voxel_mean(rows, weight, voxel)
+    # coarser until it fits
+    rows, _ = voxel_mean(rows, voxel)
     while len(rows) > limit:
         voxel *= 1.2
-        rows, weight = voxel_mean(rows, weight, voxel)
+        rows, _ = voxel_mean(rows, voxel)
     points = rows[:, :3].astype(np.float32)
     colors = rows[:, 3:6].round().astype(np.uint8)
     return points, colors, unit(rows[:, 6:]), voxel
 
 
-def fuse(frames: Iterable[tuple], limit: int = 100_000) -> tuple:
-    """Fuse frames (color [H, W, 3], depth [H, W], intrinsics [3, 3], pose [4, 4]) to one cloud:
-    points [N, 3] f32, colors [N, 3] u8, unit normals [N, 3] f32 towards the cameras, voxel in
-    meters: 2.5 cm, or a pixel's footprint if larger."""
-    parts = []
-    for color, depth, K, pose in frames:
-        if not parts:
-            footprint = float(np.median(depth[depth > 0])) / K[0, 0]
-            voxel = max(0.025, footprint)
+def fuse(frames: Frames, limit: int = 100_000) -> tuple:
+    """Fuse frames to one cloud: points [N, 3] f32, colors [N, 3] u8, unit normals [N, 3] f32
+    towards the cameras, voxel in meters: 2.5 cm, or a pixel's footprint if larger."""
+    points = unproject(frames.depth, frames.intrinsics, frames.poses)
 
-        # normals from differences of the point map: NaN beside missing depth, grazing ones at the
-        # edges of things
-        points = unproject(depth[None], K[None], pose[None])[0]
-        normals = unit(np.cross(np.gradient(points, axis=0), np.gradient(points, axis=1)))
-        facing = (normals * unit(pose[:3, 3] - points)).sum(-1)
-        seen = np.abs(facing) > 0.1
-        rows = np.concatenate([points, color, normals * np.sign(facing)[..., None]], axis=-1)[seen]
-        parts.append(voxel_mean(rows, np.ones(len(rows)), voxel))
+    # normals from differences of the point map: NaN beside missing depth, grazing ones at the
+    # edges of things
+    across, down = np.gradient(points, axis=(1, 2))
+    normals = unit(np.cross(across, down))
+    ray = unit(frames.poses[:, None, None, :3, 3] - points)
+    facing = (normals * ray).sum(-1, keepdims=True)
+    normals *= np.sign(facing)
+    seen = np.abs(facing[..., 0]) > 0.1
+    rows = np.concatenate([points[seen], frames.colour[seen], normals[seen]], axis=1)
 
     # voxels with less than a fifth of a single view's samples are flying pixels
-    rows, weight = voxel_mean(*map(np.concatenate, zip(*parts, strict=True)), voxel)
-    solid = weight >= min(3.0, 0.2 * (voxel / footprint) ** 2)
+    distance = np.median(frames.depth[frames.depth > 0])
+    footprint = float(distance) / frames.intrinsics[0, 0, 0]
+    voxel = max(0.025, footprint)
+    rows, count = voxel_mean(rows, voxel)
+    solid = count >= min(3.0, 0.2 * (voxel / footprint) ** 2)
     if not solid.any():
-        raise DataError("no frame shows a surface; check the depth images and --depth-scale")
-    return voxel_downsample(rows[solid], weight[solid], voxel, limit)
+        raise DataError(
+            "no frame shows a surface; check the depth images and --depth-scale"
+        )
+    return voxel_downsample(rows[solid], voxel, limit)
 
 
 def estimate_normals(points, k=24):
     """Estimate unit normals [N, 3] float32: the least axis of each point's k neighbors, facing
     the centroid."""
+    # the axis along which neighbors differ least
     near = points[nearest(points, points, k)[1]].astype(np.float32)
     near = near - near.mean(1, keepdims=True)
     normals = np.linalg.eigh(np.einsum("nki,nkj->nij", near, near))[1][..., 0]
+
+    # walls and tops face the middle of a room
     inward = (normals * (points.mean(0) - points)).sum(1, keepdims=True) >= 0
     return np.where(inward, normals, -normals).astype(np.float32)
 
@@ -3310,7 +3389,11 @@ COLORS = (  # names of the three color fields of a .ply
     ("red", "green", "blue"),
     ("diffuse_red", "diffuse_green", "diffuse_blue"),
     ("r", "g", "b"),
-    ("f_dc_0", "f_dc_1", "f_dc_2"),  # of Gaussian splats: spherical harmonics of degree 0
+    (
+        "f_dc_0",
+        "f_dc_1",
+        "f_dc_2",
+    ),  # of Gaussian splats: spherical harmonics of degree 0
 )
 
 
@@ -3320,12 +3403,20 @@ def load_mesh(path):
     import trimesh
 
     with reading(path, "cloud or mesh"):
+        path.stat()  # a missing file ends here
         mesh = trimesh.load(path, process=False, fix_texture=False)
         if isinstance(mesh, trimesh.Scene):  # a .glb of several parts
             mesh = mesh.to_mesh()
-        visual = mesh.visual.to_color() if mesh.visual.kind == "texture" else mesh.visual
+        # pictures on faces become a color per corner
+        visual = (
+            mesh.visual.to_color() if mesh.visual.kind == "texture" else mesh.visual
+        )
         points, faces, normals = np.asarray(mesh.vertices, float), None, None
-        colors = visual.vertex_colors[:, :3] if visual.kind and len(visual.vertex_colors) else None
+        colors = (
+            visual.vertex_colors[:, :3]
+            if visual.kind and len(visual.vertex_colors)
+            else None
+        )
         if isinstance(mesh, trimesh.Trimesh):
             faces = np.asarray(mesh.faces)
             points[faces]  # a face of a vertex that is not there ends here
@@ -3337,11 +3428,15 @@ def load_mesh(path):
             for names in (("nx", "ny", "nz"), *COLORS):
                 if not set(names) <= set(held["properties"]):
                     continue
-                values = np.stack([np.ravel(held["data"][name]) for name in names], axis=1)
+                values = np.stack(
+                    [np.ravel(held["data"][name]) for name in names], axis=1
+                )
                 if names[0] == "nx":
                     normals = values
                 else:
-                    colors = eight_bit(0.5 + 0.2821 * values if names[0] == "f_dc_0" else values)
+                    colors = eight_bit(
+                        0.5 + 0.2821 * values if names[0] == "f_dc_0" else values
+                    )
     return points, colors, normals, faces
 
 
@@ -3356,24 +3451,32 @@ def write_ply(path, points, colours, normals):
     """Write a cloud as a binary .ply: points and normals [N, 3] in float32, colors [N, 3] uint8."""
     import trimesh
 
-    cloud = trimesh.Trimesh(points, vertex_normals=normals, vertex_colors=colours, process=False)
+    cloud = trimesh.Trimesh(
+        points, vertex_normals=normals, vertex_colors=colours, process=False
+    )
     cloud.export(path, file_type="ply", vertex_normal=True)
 
 
 def points_of_faces(points, colors, normals, faces, limit):
     """Draw points, colors, normals from the faces of a mesh, one in 3 x 3 cm, where its corners
-    are much fewer: they alone do not show a wall.
-
-    Faces that fill the space like no surface are left alone.
-    """
+    are much fewer: they alone do not show a wall. Faces that fill the space like no surface are
+    left alone."""
     import trimesh
 
     mesh = trimesh.Trimesh(points, faces, process=False)
     count = int(min(limit, mesh.area / 0.03**2))
     if count < 4 * len(points) or mesh.area > 8 * mesh.bounding_box.area:
-        return points, colors, vertex_normals(points, faces) if normals is None else normals
+        return (
+            points,
+            colors,
+            vertex_normals(points, faces) if normals is None else normals,
+        )
     drawn, face = trimesh.sample.sample_surface(mesh, count, seed=0)
-    return drawn, None if colors is None else colors[faces[face]].mean(1), mesh.face_normals[face]
+    return (
+        drawn,
+        None if colors is None else colors[faces[face]].mean(1),
+        mesh.face_normals[face],
+    )
 
 
 def read_cloud(
@@ -3396,18 +3499,24 @@ def read_cloud(
     low, high = np.nanpercentile(points, (1, 99), axis=0)
     near = (np.abs(points - (low + high) / 2) <= 10 * (high - low).max()).all(1)
     if not near.all():
-        notes.append(f"dropped {(~near).sum()} points that are not finite or far from all others")
+        notes.append(
+            f"dropped {(~near).sum()} points that are not finite or far from all others"
+        )
 
     # near the origin, where float32 is fine enough; what lies twice at a place is one point
     points = points - (low.round() if np.abs(low).max() > 1000 else 0)
-    columns = [np.zeros_like(points) if a is None else a for a in (points, colors, normals)]
+    columns = [
+        np.zeros_like(points) if a is None else a for a in (points, colors, normals)
+    ]
     rows = np.concatenate(columns, axis=1)[near]
-    points, color, normal, voxel = voxel_downsample(rows, np.ones(len(rows)), 0.005, limit)
+    points, color, normal, voxel = voxel_downsample(rows, 0.005, limit)
     notes.append(f"{len(points)} points averaged in voxels of {voxel * 100:.1f} cm")
     if not (np.square(normal).sum(1) > 0.5).all():
         normal = estimate_normals(points)
     world, said = align_to_gravity(points, normal, up)
-    scene = Scene(path.stem, "ply", [], notes=[*notes, said], **move(points, normal, world))
+    scene = Scene(
+        path.stem, "ply", [], notes=[*notes, said], **move(points, normal, world)
+    )
     scene.colours = None if colors is None else color
     return check_scene(scene, trusted=scale is not None)
 
@@ -3429,30 +3538,20 @@ def up_of_cameras(points, normals, poses):
     # towards the surfaces that face up, however steeply the cameras look down: no wall in front
     # of a camera does
     up = unit(up)
-    for degrees in (75, 30, 15, 8):
+    for degrees in (75, 30, 15, 8, 4, 2, 2, 2):
         tilt = normals @ up
-        level = (tilt if degrees == 75 else np.abs(tilt)) > np.cos(np.radians(degrees))
+        near = tilt if degrees == 75 else np.abs(tilt)
+        level = near > np.cos(np.radians(degrees))
         if level.sum() < 100:
-            return up
+            break
         up = unit((normals[level] * np.sign(tilt[level])[:, None]).mean(0))
-
-    # fitted to the thickest layer of their points, without those that stick out
-    floor = points[level].astype(np.float64)
-    height = floor @ up
-    bins = np.arange(height.min() - 0.1, height.max() + 0.2, 0.1)
-    counts, edges = np.histogram(height, bins)
-    floor = floor[np.abs(height - edges[counts.argmax()] - 0.05) < 0.1]
-    for _ in range(6):
-        offset = floor - floor.mean(0)
-        plane = np.linalg.eigh(offset.T @ offset)[1][:, 0]
-        away = np.abs(offset @ plane)
-        floor = floor[away < 2 * away.mean() + 0.005]
-    return plane * np.sign(plane @ up)
+    return up
 
 
 def up_of_cloud(points, normals):
     """Weigh for x, y and z what speaks for its pointing up (down, where negative): level surfaces
     and things lie low, and rooms are 2 to 3.5 meters high."""
+    # what lies low along which axis
     low, high = np.percentile(points, (1, 99), axis=0)
     size = np.maximum(high - low, 1e-6)
     place = (points - low) / size - 0.5  # [N, 3], -0.5 to 0.5
@@ -3467,19 +3566,24 @@ def find_up(points, normals, up, poses):
 
     `up`: an axis that a user or a layout names, or "auto".
     """
+    # what the data say
     if poses is not None:
         found, sure = up_of_cameras(points, normals, poses), True
     else:
         weight = up_of_cloud(points, normals)
         found = np.where(np.abs(weight) == np.abs(weight).max(), np.sign(weight), 0)
         sure = weight @ found > 2.5 * max(weight[2], 0.02)  # clouds are z-up by custom
+
+    # a user or a layout is believed, but told
     axis = max(UP, key=lambda name: UP[name] @ found)
     if up == "auto" and sure:
         return found, f"what is level and lies low, near {axis}"
     up = "+z" if up == "auto" else up
     direction = choose(UP, up, "--up")
-    doubt = "" if direction @ found > 0.8 else f"; if it lies on its side, --up={axis} fits better"
-    return direction, f"up = {up}{doubt}"
+    said = f"up = {up}"
+    if direction @ found < 0.8:
+        said += f"; if it lies on its side, --up={axis} fits better"
+    return direction, said
 
 
 def align_to_gravity(points, normals, up, poses=None):
@@ -3502,7 +3606,7 @@ def align_to_gravity(points, normals, up, poses=None):
 
     # the floor is the lowest level surface that is no crumb
     z = turn.apply(points)[:, 2]
-    level = z[np.abs(turn.apply(normals)[:, 2]) > 0.9]
+    level = z[np.abs(wall[:, 2]) > 0.9]
     level = level if len(level) else z
     floor = np.median(level[np.abs(level - np.percentile(level, 3)) < 0.08])
     world = np.eye(4)
@@ -3514,54 +3618,68 @@ def align_to_gravity(points, normals, up, poses=None):
 # ---- 7.5 ScanNet
 
 
-def scan_folder(root: Path, scene_id: str) -> Path:
-    """Find the folder of a scan below a ScanNet root."""
-    for place in (root / scene_id, root / "scans" / scene_id, root / "scans_test" / scene_id):
-        if (place / f"{scene_id}{SCAN_FILES[0]}").exists():
-            return place
-    lacking = f"no {scene_id}/{scene_id}{SCAN_FILES[0]} or under scans/, scans_test/"
-    raise DataError(f"{root}: {lacking}; see python data.py check {root}")
+def is_scan(path: Path) -> bool:
+    return (path / f"{path.name}{SCAN_FILES[0]}").exists()
+
+
+def find_scans(root: Path) -> list[Path]:
+    """Find the folders of all scans below a ScanNet root, whole or not."""
+    patterns = ("scene*_*/", "scans/scene*_*/", "scans_test/scene*_*/")
+    return [scan for pattern in patterns for scan in sorted(root.glob(pattern))]
 
 
 def read_scannet(
-    root: str | Path, scene_id: str, max_frames: int = 32, longest: float = math.inf
+    folder: str | Path, max_frames: int = 32, longest: float = math.inf
 ) -> Scene:
     """Read a ScanNet scan: its own files and, when they are looked at, `max_frames` of the frames
-    exported beside them or below posed_images/<id> or frames/<id>, at most `longest` pixels.
+    exported beside them or to posed_images/<id> or frames/<id> of the root, at most `longest` pixels.
 
     The axis alignment is the only transform. Instance = objectId + 1; wall, floor and ceiling are
     no objects; boxes are the extent of an object's points. Masks are read from instance-filt/ or
     else rendered. Raises DataError.
     """
-    root, notes = Path(root), []
-    folder = scan_folder(root, scene_id)
-    mesh, segs, aggregation, info = (folder / f"{scene_id}{suffix}" for suffix in SCAN_FILES)
+    folder, notes = Path(folder).absolute(), []
+    name = folder.name
+    mesh, segs, aggregation, info = (
+        folder / f"{name}{suffix}" for suffix in SCAN_FILES
+    )
     points, colors, normals, faces = load_mesh(mesh)
     with reading(info, "scan description with an axisAlignment of 16 numbers"):
-        aligned = re.search("axisAlignment = (.+)", info.read_text())  # scans for testing have none
-        world = np.array(aligned[1].split(), float).reshape(4, 4) if aligned else np.eye(4)
-    if normals is None:
-        normals = estimate_normals(points) if faces is None else unit(vertex_normals(points, faces))
+        # scans for testing have none
+        aligned, world = re.search("axisAlignment = (.+)", info.read_text()), np.eye(4)
+        if aligned:
+            world = np.array(aligned[1].split(), float).reshape(4, 4)
+    if normals is None and faces is None:
+        normals = estimate_normals(points)
+    elif normals is None:
+        normals = unit(vertex_normals(points, faces))
     cloud = move(points, normals, world)
-    scene = Scene(scene_id, "scannet", [], colours=colors, notes=notes, **cloud)
+    scene = Scene(name, "scannet", [], colours=colors, notes=notes, **cloud)
 
     # objects are groups of segments; scans of the test split have neither
     scene.instances = np.zeros(len(points), np.int64)
     if segs.exists() or aggregation.exists():
         add_objects(scene, segs, aggregation)
     else:
-        notes.append("a test scan without labels: superpoints are our own, objects unknown")
-        scene.superpoints = over_segment(points, None if faces is not None else normals, faces)
+        notes.append(
+            "a test scan without labels: superpoints are our own, objects unknown"
+        )
+        scene.superpoints = over_segment(
+            points, None if faces is not None else normals, faces
+        )
 
     # a thousand scans do not fit in memory, so frames stay on disk
-    places = folder, root / "posed_images" / scene_id, root / "frames" / scene_id
-    found = [frames for frames in map(find_frames, places) if any(view.depth for view in frames[1])]
-    if found and max_frames:
-        load = partial(scan_frames, scene, world, *found[0], max_frames, longest)
-        files = [view.image for view in found[0][1] if view.image]
-        scene.frames = LazyFrames(load, file_key([mesh, *files]))
-    elif max_frames:
-        notes.append("no exported frames (color/, depth/, pose/, intrinsic/): points only")
+    places = [folder]
+    for root in folder.parents[:2]:
+        places += [root / "posed_images" / name, root / "frames" / name]
+    for place in places if max_frames else ():
+        layout, views = find_frames(place)
+        if scene.frames is None and any(view.depth for view in views):
+            load = partial(
+                scan_frames, scene, world, layout, views, max_frames, longest
+            )
+            files = [view.image for view in views if view.image]
+            scene.frames = LazyFrames(load, file_key([mesh, *files]))
     return check_scene(scene, trusted=True)
 
 
@@ -3569,6 +3687,8 @@ def add_objects(scene, segs, aggregation):
     """Give a scan its superpoints, objects and instances."""
     with reading(segs, "list of segIndices"):
         segments = np.array(read_json(segs)["segIndices"], np.int64)
+
+    # superpoints are the segments, numbered from 0
     values, scene.superpoints = np.unique(segments, return_inverse=True)
     seen = []
     with reading(aggregation, "list of segGroups with objectId, label, segments"):
@@ -3595,6 +3715,8 @@ def scan_frames(scene, world, layout, views, max_frames, longest) -> Frames:
     notes = []
     frames = read_frames(scene.name, layout, views, max_frames, longest, notes)
     scene.notes += [note for note in notes if note not in scene.notes]
+
+    # masks from files, or of the points that a frame sees
     frames.poses = world @ frames.poses
     if not any(view.mask for view in views):
         frames.masks = render_masks(scene.points, scene.instances, frames)
@@ -3606,46 +3728,54 @@ def write_scannet(scene: Scene, out: str | Path) -> Path:
     """Write a room as the ScanNet scan <out>/<name>, unaligned as scans are; read_scannet gives
     it back.
 
-    Superpoints are cut at instances, depth is rounded to 1 mm. Color is written as PNG, so that
-    nothing is lost; two extra keys per object (alignedBox, colour) hold what ScanNet has no place
-    for.
+    Depth is rounded to 1 mm. Color is written as PNG, so that nothing is lost; two extra keys per
+    object (alignedBox, colour) hold what ScanNet has no place for.
     """
     folder = Path(out) / scene.name
     for part in ("color", "depth", "pose", "intrinsic", "instance-filt"):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    mesh, segs, aggregation, info = (folder / f"{scene.name}{suffix}" for suffix in SCAN_FILES)
+
+    # points as a scanner gives them, and how they are aligned
+    mesh, segs, aggregation, info = (
+        folder / f"{scene.name}{suffix}" for suffix in SCAN_FILES
+    )
     world = rigid((1.5, -0.75, 0.25), (0, 0, 0.6435))  # a shift, and a turn about z
     back = np.linalg.inv(world)
     raw = move(scene.points, scene.normals, back)
     write_ply(mesh, raw["points"], scene.colours, raw["normals"])
     info.write_text(f"axisAlignment = {' '.join(map(str, world.ravel().tolist()))}\n")
 
-    # a segment belongs to one object
-    both = np.stack([scene.superpoints, scene.instances])
-    pairs, segment = np.unique(both, axis=1, return_inverse=True)
-    segs.write_text(json.dumps({"segIndices": segment.ravel().tolist()}))
+    # an object is a group of segments, none of which holds points of two
+    segs.write_text(json.dumps({"segIndices": scene.superpoints.tolist()}))
     groups = []
     for o in scene.objects:
-        group = dict(objectId=o.id - 1, label=o.category, colour=o.colour)
-        group |= dict(alignedBox=o.box.tolist(), segments=np.flatnonzero(pairs[1] == o.id).tolist())
+        group = dict(
+            objectId=o.id - 1,
+            label=o.category,
+            colour=o.colour,
+            alignedBox=o.box.tolist(),
+        )
+        group["segments"] = np.unique(
+            scene.superpoints[scene.instances == o.id]
+        ).tolist()
         groups.append(group)
     aggregation.write_text(json.dumps({"segGroups": groups}))
 
+    # ScanNet's matrices are 4 x 4
     frames, camera = scene.frames, np.eye(4)
     camera[:3, :3] = frames.intrinsics[0]
     np.savetxt(folder / "intrinsic/intrinsic_depth.txt", camera, "%.17g")
+
+    # a file of every kind per frame
     for i, pose in enumerate(back @ frames.poses):
         np.savetxt(folder / f"pose/{i}.txt", pose, "%.17g")
-        images = {
-            "color": frames.colour[i],
-            "depth": frames.depth[i] * 1000,
-            "instance-filt": frames.masks[i],
-        }
-        for part, image in images.items():
-            kind = np.uint8 if part == "color" else np.uint16
-            Image.fromarray(image.round().astype(kind)).save(
-                folder / part / f"{i}.png", compress_level=1
-            )
+        Image.fromarray(frames.colour[i]).save(folder / f"color/{i}.png")
+        for part, image in (
+            ("depth", frames.depth[i] * 1000),
+            ("instance-filt", frames.masks[i]),
+        ):
+            image = Image.fromarray(image.round().astype(np.uint16))
+            image.save(folder / part / f"{i}.png")
     return folder
 
 
@@ -3654,84 +3784,34 @@ def write_scannet(scene: Scene, out: str | Path) -> Path:
 GUESS = 2.0  # meters: the median depth of frames whose scale nobody knows
 
 
-def sharpness(gray) -> float:
-    """Measure the sharpness of an image [h, w]: the mean squared difference of neighboring
-    pixels, which blur lowers."""
-    gray = np.asarray(gray, np.float32)
-    return float(sum(np.square(np.diff(gray, axis=axis)).mean() for axis in (0, 1)))
-
-
-def frames_from(container, stream, second):
-    """Yield the frames of a video from `second` on, decoded from the key frame before."""
-    container.seek(max(0, int(second / stream.time_base)), stream=stream)
-    for frame in container.decode(stream):
-        if frame.time is not None and frame.time >= second - 1e-6:
-            yield frame
-
-
-def video_frame(path, number):
-    """Decode one frame of a video, [H, W, 3] uint8, with the rows as the camera wrote them."""
+@contextmanager
+def opened_video(path):
+    """Open a video: its container, and the stream of its pictures that is no cover."""
     av = need("av", "reading a video")
-    with reading(path, "video"), av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        frame = next(frames_from(container, stream, (number - 0.5) / stream.average_rate))
-        return frame.to_ndarray(format="rgb24")
+    with (
+        reading(path, "video"),
+        av.open(str(path), metadata_errors="replace") as container,
+    ):
+        yield container, container.streams.best("video")
 
 
-def read_video(path, _, count, longest, notes, tries=8):
-    """Decode up to `count` frames [V, H, W, 3] uint8 of a video, upright: of each of as many
-    equal intervals of time the sharpest of its first `tries` frames.
+def video_frame(path, upright=False):
+    """Decode frame VIDEO/NUMBER, [H, W, 3] uint8, with the rows as the camera wrote them or
+    upright; None where a recording broke off."""
+    with opened_video(path.parent) as (container, stream):
+        start = (stream.start_time or 0) * stream.time_base
+        second = start + (int(path.name) - 0.5) / stream.average_rate
 
-    What cannot be decoded, as the end of a torn recording, is left out.
-    """
-    av = need("av", "reading a video")
-    images = []
-    with reading(path, "video"), av.open(str(path), metadata_errors="replace") as container:
-        if not container.streams.video:
-            raise DataError(f"{path}: has no pictures; give a video")
-        stream = container.streams.best("video")  # not a cover picture
-        stream.thread_type = "AUTO"
-        times = container.start_time, container.duration
-        start, length = ((time or 0) / av.time_base for time in times)
-        for begin, end in itertools.pairwise(start + np.linspace(0, length, count + 1)):
-            # the first frames of an interval, as far as they can be decoded
-            frames = []
-            with suppress(av.FFmpegError):
-                for frame in itertools.islice(frames_from(container, stream, begin), tries):
-                    frames.append(frame)
-            frames = [frame for frame in frames if frame.time < end]
-
-            # of these the sharpest, turned as the tag of a phone held upright says
-            if frames:
-                best = max(frames, key=lambda frame: sharpness(frame.to_ndarray(format="gray")))
-                image = np.rot90(best.to_ndarray(format="rgb24"), round(best.rotation / 90))
-                size = fit_longest(*image.shape[:2], longest)
-                images.append(resize(np.ascontiguousarray(image), size))
-        notes.append(f"{len(images)} frames of {length:.1f} s, each the sharpest of up to {tries}")
-        return np.stack(images)  # where none can be decoded this is no whole video
-
-
-def read_photographs(where, views, count, longest, notes, tries=8):
-    """Read up to `count` images [V, H, W, 3] uint8, upright as their EXIF tags say: of each of as
-    many equal parts of the list the sharpest of its first `tries`.
-
-    Depth and confidence maps (16 bits, or few values) are left out.
-    """
-    images, maps = [], 0
-    for part in np.array_split(np.arange(len(views)), min(count, len(views))):
-        photos = []
-        for i in part[:tries]:
-            with reading(views[i].image, "image"), Image.open(views[i].image) as image:
-                is_map = image.mode[0] in "IF" or image.getcolors(8)
-                photo = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-            maps += bool(is_map)
-            photos += [] if is_map else [resize(photo, fit_longest(*photo.shape[:2], longest))]
-        images += sorted(photos, key=lambda photo: sharpness(photo.mean(2)))[-1:]
-    said = f"{len(images)} of {len(views)} images, each the sharpest of up to {tries}"
-    notes.append(f"{said}; {maps} depth or confidence maps")
-    if len({image.shape for image in images}) != 1:
-        raise DataError(f"{where}: {notes[-1]}: no photographs of one size; known: {KNOWN_LAYOUTS}")
-    return np.stack(images)
+        # from the key frame before it to the first frame that is not earlier
+        container.seek(max(0, int(second / stream.time_base)), stream=stream)
+        with suppress(need("av", "reading a video").FFmpegError):
+            for frame in container.decode(stream):
+                if frame.time is not None and frame.time >= second:
+                    turn = round(frame.rotation / 90) if upright else 0
+                    return np.ascontiguousarray(
+                        np.rot90(frame.to_ndarray(format="rgb24"), turn)
+                    )
+    return None
 
 
 @lru_cache(maxsize=1)
@@ -3739,7 +3819,9 @@ def load_vggt(name: str):
     """Load VGGT (Wang et al., CVPR 2025) by its hub name or a folder of its weights, on a GPU
     where there is one."""
     vggt = need("vggt.models.vggt", "depth and cameras from bare frames")
-    with reading(f"--vggt {name}", "VGGT, whose weights are on the hub as facebook/VGGT-1B"):
+    with reading(
+        f"--vggt {name}", "VGGT, whose weights are on the hub as facebook/VGGT-1B"
+    ):
         model = vggt.VGGT.from_pretrained(name).eval()
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -3754,28 +3836,34 @@ def vggt_geometry(images, model, longest=518):
     the point map. The longer side is brought to `longest` pixels, both to whole patches.
     """
     pose_enc = need("vggt.utils.pose_enc", "depth and cameras from bare frames")
+
+    # whole patches, as VGGT was trained on
     V, H, W, _ = images.shape
     patch, device = model.aggregator.patch_size, next(model.parameters()).device
     h, w = (max(1, round(n * longest / max(H, W) / patch)) * patch for n in (H, W))
-    x = torch.from_numpy(np.ascontiguousarray(images)).to(device)  # [V, H, W, 3]
-    x = x.permute(0, 3, 1, 2).float() / 255  # [V, 3, H, W]
-    x = F.interpolate(x, (h, w), mode="bicubic", antialias=True)  # [V, 3, h, w]
-    x = x.clamp(0, 1)[None]  # [1, V, 3, h, w]
+    shown = [
+        Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC)
+        for image in images
+    ]
+    x = torch.from_numpy(np.stack(shown)).to(device)  # [V, h, w, 3]
+    x = x.permute(0, 3, 1, 2).float()[None] / 255  # [1, V, 3, h, w]
 
     # one pass of the transformer, two heads
     with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
         tokens, first = model.aggregator(x)
     code = model.camera_head(tokens)[-1]  # [1, V, 9]
-    maps = model.depth_head(tokens, images=x, patch_start_idx=first)  # [1, V, h, w, 1], [1, V, h, w]
-    camera, K = pose_enc.pose_encoding_to_extri_intri(code, (h, w))  # [1, V, 3, 4], [1, V, 3, 3]
+
+    # depth [1, V, h, w, 1] and confidence [1, V, h, w]; cameras [1, V, 3, 4] and [1, V, 3, 3]
+    maps = model.depth_head(tokens, images=x, patch_start_idx=first)
+    camera, K = pose_enc.pose_encoding_to_extri_intri(code, (h, w))
 
     # arrays of the images' size
-    maps = torch.cat([m.reshape(1, V, h, w) for m in maps]).float()  # [2, V, h, w]
-    maps = F.interpolate(maps, (H, W), mode="nearest-exact")  # [2, V, H, W]
+    maps = [m.reshape(V, h, w).float().cpu().numpy() for m in maps]
+    depth, confidence = (np.stack([resize(image, (H, W)) for image in m]) for m in maps)
     K = np.diag([W / w, H / h, 1]) @ K[0].double().cpu().numpy()
     poses = np.tile(np.eye(4), (V, 1, 1))
     poses[:, :3] = camera[0].double().cpu().numpy()  # world to camera
-    return *maps.cpu().numpy(), K, np.linalg.inv(poses)
+    return depth, confidence, K, np.linalg.inv(poses)
 
 
 def rescale(frames: Frames, unit: float) -> None:
@@ -3789,17 +3877,16 @@ def fill_in(where, frames: Frames, vggt: str) -> Frames:
     those that are known.
 
     The unit is the median ratio of known to found depth, else of the cameras' distances from
-    their middle. A fifth of the found depth, the least certain, is dropped. Raises DataError.
+    their middle. A fifth of the found depth, the least certain, is dropped. Raises DataError
+    without VGGT.
     """
     try:
+        # what the images show, in a unit of their own
         depth, confidence, K, poses = vggt_geometry(frames.colour, load_vggt(vggt))
     except DataError as error:
         lacking = [name for name, array in vars(frames).items() if array is None]
         raise DataError(f"{where}: has no {', '.join(lacking)}; {error}") from None
     sure = (depth > 0) & (confidence >= np.quantile(confidence, 0.2))
-    if not (sure.any() and all(np.isfinite(a).all() for a in (depth, K, poses))):
-        what = "no depth and cameras were found in its frames"
-        raise DataError(f"{where}: {what}; record it again, slowly and in light")
     seen = Frames(frames.colour, np.where(sure, depth, 0), frames.masks, K, poses)
 
     # known poses have other axes than the found ones, but the same distances
@@ -3808,10 +3895,9 @@ def fill_in(where, frames: Frames, vggt: str) -> Frames:
         rescale(seen, float(np.median(frames.depth[both] / depth[both])))
     elif frames.poses is not None:
         at = np.stack([frames.poses, poses])[:, :, :3, 3]  # [2, V, 3]
-        known, found = np.median(np.linalg.norm(at - at.mean(1, keepdims=True), axis=2), axis=1)
-        if known < 0.02:
-            what = "the camera hardly moves, so its poses give no scale"
-            raise DataError(f"{where}: {what}; leave them out")
+        known, found = np.median(
+            np.linalg.norm(at - at.mean(1, keepdims=True), axis=2), axis=1
+        )
         rescale(seen, known / max(found, 1e-9))
     known = {name: array for name, array in vars(frames).items() if array is not None}
     return replace(seen, **known)
@@ -4068,7 +4154,7 @@ def visible_cloud(scene: Scene) -> Scene:
     """
     if scene.frames is not None and (scene.points is None or scene.source == "rooms"):
         f = scene.frames
-        points, colors, normals = fuse(zip(f.colour, f.depth, f.intrinsics, f.poses, strict=True))[:3]
+        points, colors, normals, _ = fuse(f)
         scene = replace(scene, points=points, colours=colors, normals=normals, superpoints=None)
     if scene.points is None or len(scene.points) < 2:
         raise DataError(f"{scene.name}: no cloud and no frames to segment; read them first")
@@ -4388,25 +4474,30 @@ def split_fifths(rows: list) -> dict[str, list]:
     return {"train": [row for row in rows if row not in test] or rows, "test": test}
 
 
-def scan_ids(root: Path) -> dict[str, list[str]]:
-    """List the scans below a ScanNet root as {"train", "test"}.
-
-    By scannetv2_{train,val}.txt where both lie there, else every fifth is for testing.
-    """
-    meshes = [file for place in ("", "scans/") for file in root.glob(f"{place}*/*{SCAN_FILES[0]}")]
-    found = sorted(file.parent.name for file in meshes)
-    if not found:
+def split_scans(root: Path) -> dict[str, list[Path]]:
+    """List the scans below a ScanNet root as {"train", "test"}: those that scannetv2_val.txt names
+    are for testing, without that file every fifth."""
+    scans, listed = list(filter(is_scan, find_scans(root))), root / "scannetv2_val.txt"
+    if not scans:
         lacking = f"no <id>/<id>{SCAN_FILES[0]} here or under scans/"
         raise DataError(f"{root}: {lacking}; see python data.py check {root}")
-    lists = {"train": root / "scannetv2_train.txt", "test": root / "scannetv2_val.txt"}
-    if not all(file.exists() for file in lists.values()):
-        return split_fifths(found)
-    listed = {split: file.read_text().split() for split, file in lists.items()}
-    return {split: [name for name in names if name in found] for split, names in listed.items()}
+    if not listed.exists():
+        return split_fifths(scans)
+
+    # all scans that are not for testing
+    parts, names = {"train": [], "test": []}, listed.read_text().split()
+    for scan in scans:
+        parts["test" if scan.name in names else "train"].append(scan)
+    return parts
 
 
 def load_scenes(
-    source: str, split: str, root: Path | None = None, count: int = 800, workers: int = 0, **options
+    source: str,
+    split: str,
+    root: Path | None = None,
+    count: int = 800,
+    workers: int = 0,
+    **options,
 ) -> list[Scene]:
     """Load the scenes of a split, "train" or "test", of one of SOURCES: rooms, scans, or own
     scenes below `root`.
@@ -4414,45 +4505,38 @@ def load_scenes(
     Own scenes in which no object is found are left out, and said. options: of `open_scene`.
     Raises DataError.
     """
+    # rooms are made, all else is read
     if source == "rooms":
         return rooms(ROOM_SEEDS[split][:count], workers + 1)
     if root is None:
         raise DataError(f"--data {source}: name the folder with --root")
-    if options and source == "scannet":
-        raise DataError(f"--{next(iter(options))}: has no part in --data {source}")
     root, scenes = Path(root), []
     if source == "scannet":
-        return [read_scannet(root, name) for name in scan_ids(root)[split]]
+        paths = split_scans(root)[split]
+    else:
+        paths = sorted(root.glob("*.npz")) if source == "cached" else find_scenes(root)
+        paths = split_fifths(paths)[split]
 
-    # what was kept once opens quickly, the rest is read and segmented now
-    paths = sorted(root.glob("*.npz")) if source == "cached" else find_scenes(root)
-    for path in split_fifths(paths)[split]:
+    # without an object there is nothing to ask
+    for path in paths:
         scene = open_scene(path, **options)
         if scene.objects:
             scenes.append(scene)
         else:
             print(f"{path}: no object was found, so nothing can be asked; left out")
-    if not scenes:
+    if paths and not scenes:
         lacking = f"no scenes with objects for the {split} split"
         raise DataError(f"--root {root}: {lacking}; see python data.py check {root}")
     return scenes
 
 
-def positive(text: str) -> float:
-    """Read a number above 0 from a flag."""
-    number = int(text) if text.isdigit() else float(text)
-    if not 0 < number < math.inf:
-        raise ValueError(text)
-    return number
-
-
 SCENE_OPTIONS = {  # flags of a scene of one's own -> arguments of argparse
-    "scale": dict(type=positive, help="true meters per unit of a cloud, or per guessed meter of a video"),
+    "scale": dict(type=float, help="true meters per unit of a cloud, or per guessed meter of a video"),
     "up": dict(choices=("auto", *UP), help="axis of the files that points up, as --up=-y (default: found)"),
     "convention": dict(choices=CONVENTIONS, help="of the poses (default: the layout's)"),
-    "depth_scale": dict(type=positive, help=f"units of depth per meter (the layout's; {DEPTH_SCALES})"),
-    "max_frames": dict(type=positive, help="frames to use at most (default: 32)"),
-    "longest": dict(type=positive, help="longer side of frames in pixels (default: 320; 640 for VGGT)"),
+    "depth_scale": dict(type=float, help=f"units of depth per meter (the layout's; {DEPTH_SCALES})"),
+    "max_frames": dict(type=int, help="frames to use at most (default: 32)"),
+    "longest": dict(type=int, help="longer side of frames in pixels (default: 320; 640 for VGGT)"),
     "vggt": dict(help="name or folder of VGGT's weights, for frames without depth or poses"),
     "masks": dict(choices=("files", "segments", "sam2"), help="where objects come from: instance-filt/ "
                   "beside the frames (default where it lies), segments of the cloud (else), SAM 2"),
@@ -4471,17 +4555,13 @@ def scene_options(args: argparse.Namespace) -> dict:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def read_scan(path: Path, **options) -> Scene:
-    return read_scannet(path.parent, path.name, **options)
-
-
 def choose_reader(path: Path) -> tuple[Callable, set[str]]:
     """Choose who reads a scene of one's own, and the options it takes. Raises DataError."""
     kind = path.suffix.lower()
     if kind == ".npz":
         return load_scene, set()
-    if (path / f"{path.name}{SCAN_FILES[0]}").exists():
-        return read_scan, {"max_frames", "longest"}
+    if is_scan(path):
+        return read_scannet, {"max_frames", "longest"}
     if path.is_dir() or kind in VIDEOS:
         return read_views, set(SCENE_OPTIONS)
     if kind in CLOUDS:
@@ -4501,52 +4581,63 @@ def open_scene(
     """
     path = Path(path)
     if not path.exists():
-        raise DataError(f"{path}: no such scene; give a video, a cloud, or a folder of frames")
-    if sam2 is not None and masks != "sam2":
-        raise DataError("--sam2: names the weights for --masks sam2; add that, or leave it out")
+        raise DataError(
+            f"{path}: no such scene; give a video, a cloud, or a folder of frames"
+        )
+
+    # the format decides which options have a meaning
     reader, takes = choose_reader(path)
     if strange := sorted(set(options) - takes):
         known = ", ".join(sorted(takes)) or "none"
-        raise DataError(f"--{strange[0].replace('_', '-')}: has no part in {path}; known here: {known}")
+        raise DataError(
+            f"--{strange[0].replace('_', '-')}: has no part in {path}; known here: {known}"
+        )
     scene = reader(path, **options)
     if scene.objects or reader is load_scene or masks == "none":
         return scene
-    labelled = scene.frames is not None and scene.frames.masks.any()
-    how = choose(SEGMENTERS, masks or ("files" if labelled else "segments"), "--masks")
-    return check_scene(how(scene, sam2), trusted=True)
+
+    # where they are sought
+    frames = scene.frames
+    labelled = frames is not None and frames.masks.any()
+    masks = masks or (sam2 and "sam2") or ("files" if labelled else "segments")
+    if masks == "segments":
+        scene = with_own_segments(scene)
+    elif masks == "files" and labelled:
+        scene = with_tracks(scene, frames.masks)
+    elif masks == "sam2" and frames is not None:
+        tracks = sam2_masks(frames.colour, load_sam2(sam2 or SAM2))
+        points = unproject(frames.depth, frames.intrinsics, frames.poses)
+        scene = with_tracks(scene, merge_tracks(tracks, points))
+    else:
+        lacking = "it has no frames, or no instance-filt/ with masks"
+        raise DataError(
+            f"--masks {masks}: {path}: {lacking}; choose files, segments or sam2"
+        )
+    return check_scene(scene, trusted=True)
 
 
-def with_sam2(scene: Scene, name: str | None = None) -> Scene:
-    """Take SAM 2's tracks through the frames, merged in 3D, for objects."""
-    f = scene.frames
-    if f is None:
-        raise DataError(f"--masks sam2: {scene.name} has no frames; leave it out")
-    tracks = sam2_masks(f.colour, load_sam2(name or SAM2))
-    return with_tracks(scene, merge_tracks(tracks, unproject(f.depth, f.intrinsics, f.poses)))
-
-
-def with_files(scene: Scene, _=None) -> Scene:
-    """Take the masks that lie beside the frames for objects."""
-    if scene.frames is None or not scene.frames.masks.any():
-        raise DataError(f"--masks files: {scene.name} has no instance-filt/ with masks; leave it out")
-    return with_tracks(scene, scene.frames.masks)
-
-
-SEGMENTERS = {
-    "files": with_files,
-    "segments": lambda scene, _: with_own_segments(scene),
-    "sam2": with_sam2,
-}
 FRAME_ARRAYS = ("colour", "depth", "masks", "intrinsics", "poses")
 
 
 def save_scene(scene: Scene, path: Path) -> None:
     """Write a scene as one .npz file, without pickle; objects and notes go as JSON."""
-    arrays = {name: array for name, array in vars(scene).items() if isinstance(array, np.ndarray)}
+    arrays = {
+        name: array
+        for name, array in vars(scene).items()
+        if isinstance(array, np.ndarray)
+    }
     if scene.frames is not None:
-        arrays |= {f"frames.{name}": getattr(scene.frames, name) for name in FRAME_ARRAYS}
-    about = dict(name=scene.name, source=scene.source, metric=scene.metric, notes=scene.notes)
-    about["objects"] = [[o.id, o.category, o.colour, *map(float, o.box)] for o in scene.objects]
+        arrays |= {
+            f"frames.{name}": getattr(scene.frames, name) for name in FRAME_ARRAYS
+        }
+
+    # what is no array goes as JSON
+    about = dict(
+        name=scene.name, source=scene.source, metric=scene.metric, notes=scene.notes
+    )
+    about["objects"] = [
+        [o.id, o.category, o.colour, *map(float, o.box)] for o in scene.objects
+    ]
     write_npz(path, about=np.array(json.dumps(about)), **arrays)
 
 
@@ -4557,9 +4648,15 @@ def load_scene(path: Path) -> Scene:
     """
     with reading(path, "kept scene"), np.load(path, allow_pickle=False) as held:
         about = json.loads(str(held["about"])) | {"name": path.stem}
+        # objects from JSON, arrays by their names, frames later
         rows = about.pop("objects")
-        objects = [Thing(i, category, color, np.array(box)) for i, category, color, *box in rows]
-        arrays = {name: held[name] for name in held if name != "about" and "." not in name}
+        objects = [
+            Thing(i, category, color, np.array(box))
+            for i, category, color, *box in rows
+        ]
+        arrays = {
+            name: held[name] for name in held if name != "about" and "." not in name
+        }
         scene = Scene(objects=objects, **about, **arrays)
         if "frames.masks" in held:
             scene.frames = LazyFrames(partial(load_frames, path), file_key([path]))
@@ -4569,28 +4666,23 @@ def load_scene(path: Path) -> Scene:
 def load_frames(path: Path) -> Frames:
     """Load the frames that save_scene wrote."""
     with reading(path, "kept scene"), np.load(path, allow_pickle=False) as held:
-        frames = Frames(*(held[f"frames.{name}"] for name in FRAME_ARRAYS))
-    V, H, W = frames.masks.shape
-    shapes = [(V, H, W, 3), (V, H, W), (V, H, W), (V, 3, 3), (V, 4, 4)]
-    if [array.shape for array in vars(frames).values()] != shapes:
-        raise DataError(f"{path}: its frames do not belong together; make it with data.py cache again")
-    return frames
+        return Frames(*(held[f"frames.{name}"] for name in FRAME_ARRAYS))
 
 
 def is_scene(path: Path) -> bool:
     """Whether `path` is a video, a cloud, a scan's folder, or one of frames or images."""
     if path.is_dir():
-        return (path / f"{path.name}{SCAN_FILES[0]}").exists() or bool(find_frames(path)[1])
+        return is_scan(path) or bool(find_frames(path)[1])
     return path.suffix.lower() in (*VIDEOS, *CLOUDS) and path.name[0] != "."
 
 
 def find_scenes(path: Path) -> list[Path]:
     """Find all scenes that lie in a folder, or else in the folders in it; what is a scene itself,
     or holds none, is alone."""
-    if not path.is_dir() or is_scene(path):
-        return [path]
-    here, below = sorted(path.glob("*")), sorted(path.glob("*/*"))
-    return list(filter(is_scene, here)) or list(filter(is_scene, below)) or [path]
+    for places in ([path], path.glob("*"), path.glob("*/*")):
+        if found := sorted(filter(is_scene, places)):
+            return found
+    return [path]
 
 
 def cache_scenes(path: Path, out: Path, **options) -> int:
@@ -4602,9 +4694,12 @@ def cache_scenes(path: Path, out: Path, **options) -> int:
     """
     from tqdm import tqdm
 
+    # under torchrun a process has its share of the scenes, and a GPU
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         torch.cuda.set_device(rank % torch.cuda.device_count())
+
+    # what fails is said, and the rest goes on
     failed = 0
     for scene in tqdm(find_scenes(path)[rank::world], unit="scene"):
         name = "_".join(scene.relative_to(path).parts) or path.resolve().name
@@ -4626,13 +4721,17 @@ SCANNET_TERMS = (
 
 def check_scans(path: Path, scans: list[Path]) -> list[str]:
     """Describe a ScanNet root: how many scans, and what they lack."""
+    # a thousand scans are counted, not opened
     shown = sum(bool(find_frames(scan)[1]) for scan in scans)
     lines = [f"{path}: {len(scans)} scans, {shown} with frames beside them"]
-    for suffix in SCAN_FILES:
-        lacking = [scan.name for scan in scans if not (scan / f"{scan.name}{suffix}").exists()]
-        if lacking:
-            said = f"missing <id>{suffix} of {len(lacking)} scans, first {lacking[0]}"
-            lines.append(f"{said}; {SCANNET_TERMS}")
+
+    # where missing files are had, and under which terms
+    files = [scan / f"{scan.name}{suffix}" for suffix in SCAN_FILES for scan in scans]
+    lacking = [file for file in files if not file.exists()]
+    if lacking:
+        lines.append(
+            f"missing {len(lacking)} files, first {lacking[0]}; {SCANNET_TERMS}"
+        )
     return lines
 
 
@@ -4641,9 +4740,8 @@ def check(path: Path, **options) -> list[str]:
 
     Scenes are opened, but no objects looked for; of a ScanNet root only the files are counted.
     """
-    patterns = ("scene*_*/", "scans/scene*_*/", "scans_test/scene*_*/")
-    scans = [scan for pattern in patterns for scan in sorted(path.glob(pattern))]
-    if scans:
+    # a ScanNet root is too large to be opened
+    if scans := find_scans(path):
         return check_scans(path, scans)
     lines = []
     for place in find_scenes(path):
@@ -4676,18 +4774,28 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     """Look at data or make some; the status is 2 also where a scene could not be kept."""
     parser = argparse.ArgumentParser(description="Look at data, or make some.")
     commands = parser.add_subparsers(dest="command", required=True)
-    look = commands.add_parser("check", help="what is there, what is missing, and where it is had")
+
+    # one sub-command each
+    look = commands.add_parser(
+        "check", help="what is there, what is missing, and where it is had"
+    )
     look.add_argument("path", type=Path)
-    make = commands.add_parser("rooms", help="procedural rooms in ScanNet's file layout")
+    make = commands.add_parser(
+        "rooms", help="procedural rooms in ScanNet's file layout"
+    )
     make.add_argument("out", type=Path)
     make.add_argument("--count", type=int, default=10)
     make.add_argument("--objects", type=int, help="objects per room (default: 8 to 16)")
     make.add_argument("--seed", type=int, default=0, help="of the first room")
-    keep = commands.add_parser("cache", help="scenes through VGGT, SAM 2 and segmentation, once")
+    keep = commands.add_parser(
+        "cache", help="scenes through VGGT, SAM 2 and segmentation, once"
+    )
     keep.add_argument("path", type=Path, help="a scene, or a folder of scenes")
     keep.add_argument("out", type=Path)
     add_scene_options(look)
     add_scene_options(keep)
+
+    # a command prints what it finds or makes
     args = parser.parse_args(arguments)
     if args.command == "check":
         print("\n".join(check(args.path, **scene_options(args))))

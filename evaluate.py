@@ -1054,8 +1054,8 @@ def load(
     elif root.is_file():
         scenes = read_boxes(root)
     else:
-        there = set(itertools.chain(*data.scan_ids(root).values()))
-        scenes = {scene: data.read_scannet(root, scene) for scene in wanted & there}
+        there = {scan.name: scan for scan in data.find_scans(root)}
+        scenes = {scene: data.read_scannet(there[scene]) for scene in wanted & there.keys()}
     missing = wanted - scenes.keys()
     if missing and not (partial and wanted & scenes.keys()):
         raise DataError(

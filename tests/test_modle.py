@@ -401,7 +401,7 @@ def test_the_command_writes_true_questions_in_the_scans_own_numbers(root, tmp_pa
         )
         assert Counter(row["task"] for row in rows)["modle_distance"] == 8 * scans
         for row in rows:
-            scene = data.read_scannet(root, row["scene_id"], max_frames=0)
+            scene = data.read_scannet(root / row["scene_id"], max_frames=0)
             boxes = [scene.thing(i + 1).box for i in row["object_ids"]]  # ScanNet's objectId
             if row["task"] == "modle_distance":
                 assert row["value"] == pytest.approx(

@@ -103,23 +103,3 @@ def test_a_cloud_and_one_in_which_nothing_is_found_can_be_asked(runs, scene, tmp
             tmp_path / f"{name}.ply", scene.points[part], scene.colours[part], scene.normals[part]
         )
         ask(runs, paper, tmp_path / f"{name}.ply")
-
-
-@pytest.mark.parametrize(("name", "content", "says"), [
-    ("a.mp4", b"\0" * 5000, "not a whole video"), ("a.ply", b"ply\nformat ascii 1.0\n", "not a whole cloud or mesh"),
-    ("a.txt", b"hello", "no scene; give .ply"),
-])  # fmt: skip
-def test_what_is_no_scene_ends_in_one_line(runs, tmp_path, capsys, name, content, says):
-    (tmp_path / name).write_bytes(content)
-    for paper in PAPERS:
-        command = [
-            "--run",
-            str(runs / paper),
-            "--scene",
-            str(tmp_path / name),
-            "--ask",
-            "what is this?",
-        ]
-        assert evaluate.main(command) == 2
-        said = capsys.readouterr().err
-        assert says in said and said.count("\n") == 1

