@@ -4178,10 +4178,10 @@ def with_own_segments(scene: Scene) -> Scene:
     return with_instances(scene, instances, masks, "segments of our own")
 
 
-def with_instances(scene: Scene, instances: np.ndarray, masks: np.ndarray | None, what: str, trim: float = 0.0) -> Scene:
-    """Make the instances [N] of a cloud its objects: category "", colour by name, masks [V, H, W].
+def with_instances(scene, instances, masks, what, trim=0.0) -> Scene:
+    """Make the instances [N] of a cloud its objects: category "", colour by name, masks [V, H, W] or None.
 
-    Boxes leave out the share `trim` of an object's points at every side. Raises nothing; says what was done.
+    Boxes leave out the share `trim` of an object's points at every side; `what` says in a note what the objects are.
     """
     objects = []
     for i in range(1, int(instances.max(initial=0)) + 1):

@@ -599,9 +599,7 @@ class Model(data.SceneLanguageModel):
 
     def compute_features(self, scene):
         """Make a scene's proxies: z [K, C] float16, c [K, 3] meters, group [K] object ids, 0 = none."""
-        f = scene.frames
-        if f is None:
-            raise data.DataError(f"{scene.name}: Proxy3D needs posed frames, here are points only")
+        f = frames_of(scene)
 
         # evenly spaced frames, the first and the last among them
         total = len(f.colour)
@@ -708,6 +706,13 @@ class Model(data.SceneLanguageModel):
         path = folder / f"{scene.name}_attention.png"
         draw_attention(self, scene, samples[0], answers[0], path)
         return [path]
+
+
+def frames_of(scene: Scene) -> data.Frames:
+    """Give a scene's frames. Raises DataError where it has points only."""
+    if scene.frames is None:
+        raise data.DataError(f"{scene.name}: Proxy3D needs posed frames, here are points only")
+    return scene.frames
 
 
 def rms(x: Tensor) -> float:
@@ -1136,7 +1141,7 @@ class TinyModel(Model):
             numbers = list(scene.identifiers.values())
             rng = np.random.default_rng(numbers)
             known = {o.id: self.name_pair(f"{o.category} {o.colour}") for o in scene.objects}
-            masks = torch.from_numpy(scene.frames.masks).long()
+            masks = torch.from_numpy(frames_of(scene).masks).long()
             labels = patch_labels(masks, 2 * h, 2 * w).numpy()
             for _ in range(crops):
                 pixels, label = self.draw_crop(scene, labels, rng)
