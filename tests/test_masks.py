@@ -293,15 +293,22 @@ def test_weights_that_are_not_here_or_unknown_are_one_line(monkeypatch):
             data.load_sam2(name)
 
 
-def test_a_tiny_untrained_sam2_tracks_what_it_proposes(monkeypatch):
-    """Shapes, types and order of the real network's inputs and outputs; the masks themselves mean nothing."""
-    build = pytest.importorskip("sam2.build_sam", reason=f"SAM 2 is not installed: {data.INSTALL['sam2']}")
-    from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
+def tiny_sam2():
+    """Build the package's smallest network, untrained, on small images."""
+    from sam2.build_sam import build_sam2_video_predictor
 
     torch.manual_seed(0)
     small = ["++model.image_size=256", "++model.memory_attention.num_layers=1"]
     config = "configs/sam2.1/sam2.1_hiera_t.yaml"
-    model = build.build_sam2_video_predictor(config, device="cpu", hydra_overrides_extra=small)
+    return build_sam2_video_predictor(config, device="cpu", hydra_overrides_extra=small)
+
+
+def test_a_tiny_untrained_sam2_tracks_what_it_proposes(monkeypatch):
+    """Shapes, types and order of the real network's inputs and outputs; the masks themselves mean nothing."""
+    pytest.importorskip("sam2", reason=f"SAM 2 is not installed: {data.INSTALL['sam2']}")
+    from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
+
+    model = tiny_sam2()
 
     colour = room(3, views=2, size=64, points=0).frames.colour
     all_of_few = partial(SAM2AutomaticMaskGenerator, points_per_side=2, pred_iou_thresh=0, stability_score_thresh=0)

@@ -84,12 +84,13 @@ def test_a_video_ends_in_an_answer_in_meters_where_its_scale_is_known(runs, vide
 
 def test_tracks_of_sam_2_become_the_objects_of_a_video(runs, video, capsys, monkeypatch):
     pytest.importorskip("sam2", reason=f"SAM 2 was not run: {data.INSTALL['sam2']}")
-    from test_masks import SMALL, TINY
+    from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
+    from test_masks import tiny_sam2
 
-    network = data.load_sam2(None, config=TINY, device="cpu", **SMALL)
-    easy = dict(points_per_side=2, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=1.0)
-    monkeypatch.setattr(data, "load_sam2", lambda name: network)
-    monkeypatch.setattr(data, "automatic_masks", partial(data.automatic_masks, **easy))
+    monkeypatch.setattr(data, "load_sam2", lambda name: tiny_sam2())
+    easy = {"points_per_side": 2, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0}
+    generator = "sam2.automatic_mask_generator.SAM2AutomaticMaskGenerator"
+    monkeypatch.setattr(generator, partial(SAM2AutomaticMaskGenerator, **easy))
     ask(runs, "proxy3d", video, "--masks", "sam2")
     assert "tracks through the frames" in capsys.readouterr().out
 
