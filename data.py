@@ -4417,7 +4417,7 @@ def scene_figure(scene: Scene, title: str, lines: Sequence[str] = ()) -> tuple:
     for place, v in enumerate((0, -1) if frames is not None else ()):
         for image, name, column in ((frames.colour[v], "a frame", 0), (frames.masks[v] % 20, "its objects", 1)):
             axis = figure.add_subplot(grid[1, 2 * place + column], title=name)
-            axis.imshow(image, cmap="tab20")
+            axis.imshow(image, cmap="tab20", vmin=0, vmax=19)
             axis.set_axis_off()
     figure.suptitle(title, parse_math=False)
     figure.supxlabel("\n".join(lines), parse_math=False)
