@@ -2573,6 +2573,13 @@ def overfit_demo(model, scene, samples, steps, lr):
     print(f"{first.question}  ->  {answer}  (true: {first.answer}; learned by heart, train.py learns to see)")
 
 
+def run_demo(demo: Callable[[], None]) -> None:
+    """Run a paper's demo as a command that takes no flags."""
+    ask = 'a trained run is asked by: python evaluate.py --run RUN --scene PATH --ask "..."'
+    argparse.ArgumentParser(description=demo.__doc__, epilog=ask).parse_args()
+    demo()
+
+
 # ---- 6b checkpoints --------------------------------------------------------------------------------------------------
 
 

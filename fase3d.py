@@ -1296,4 +1296,4 @@ def build(config: Config, text: data.TinyText | data.HubText) -> Model:
 
 
 if __name__ == "__main__":
-    demo()
+    data.run_demo(demo)
