@@ -1355,7 +1355,8 @@ def read_predictions(path: Path, questions: Questions, partial: bool = False) ->
     print(
         f"{path}: {len(rows)} rows, id = {id_field}, text = {text_field}, {len(answers)} of {len(known)} answered"
     )
-    if len(answers) < len(known) and not (partial and answers):
+    understood = id_field and text_field
+    if not understood or (len(answers) < len(known) and not (partial and answers)):
         raise DataError(
             f"{path}: {len(known) - len(answers)} of {len(known)} questions have no answer; complete it, or "
             f'say --partial; wanted are rows like {{"id": "{min(known)}", "prediction": "text"}}, these have '
