@@ -51,7 +51,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-COLOURS = {  # name -> RGB in 0..255; also the vocabulary in which real surfaces are described
+COLORS = {  # name -> RGB in 0..255; also the vocabulary in which real surfaces are described
     "red": (200, 40, 40),
     "orange": (235, 130, 30),
     "yellow": (235, 210, 60),
@@ -82,7 +82,7 @@ class Thing:
 
     id: int  # its label in masks and instances, >= 1; 0 is everything else
     category: str  # "chair"; "" where unknown (an unlabeled real scene)
-    colour: str  # a name from COLOURS; "" where unknown
+    color: str  # a name from COLORS; "" where unknown
     box: np.ndarray  # [6] cx, cy, cz, w, d, h in meters, in the scene's frame
 
 
@@ -90,7 +90,7 @@ class Thing:
 class Frames:
     """V posed RGB-D views of one size."""
 
-    colour: np.ndarray  # [V, H, W, 3] uint8
+    color: np.ndarray  # [V, H, W, 3] uint8
     depth: np.ndarray  # [V, H, W] float32 meters along the camera's z axis, 0 = missing
     masks: np.ndarray  # [V, H, W] int32 object ids, 0 = none
     intrinsics: np.ndarray  # [V, 3, 3] float64
@@ -129,7 +129,7 @@ class Scene:
     source: str  # "rooms" | "scannet" | "rgbd" | "video" | "ply"
     objects: list[Thing]
     points: Array = None  # [N, 3] float32
-    colours: Array = None  # [N, 3] uint8
+    colors: Array = None  # [N, 3] uint8
     normals: Array = None  # [N, 3] float32 unit
     superpoints: Array = None  # [N] int64, contiguous from 0
     instances: Array = None  # [N] int64 object ids, 0 = none
@@ -182,14 +182,14 @@ def fingerprint(scene):
     change the result.
     """
     digest = hashlib.sha256(f"{scene.name} {scene.source}".encode())
-    arrays = [scene.colours, scene.superpoints, scene.instances]
+    arrays = [scene.colors, scene.superpoints, scene.instances]
     if scene.points is not None:
         arrays.append(np.linalg.norm(scene.points, axis=1).round(3))  # lengths do not change with a turn
     if isinstance(scene.frames, LazyFrames):
         digest.update(scene.frames.key.encode())
     elif scene.frames is not None:
         f = scene.frames
-        arrays += [f.poses, *(pixels[:, ::16, ::16] for pixels in (f.colour, f.depth, f.masks))]
+        arrays += [f.poses, *(pixels[:, ::16, ::16] for pixels in (f.color, f.depth, f.masks))]
 
     # some 4,096 rows of each are enough to tell scenes apart
     for array in arrays:
@@ -221,10 +221,10 @@ def number_objects(scene, rng, count=100):
     return dict(zip(numbered, rng.permutation(count).tolist(), strict=False))
 
 
-def augment(scene, rng, recolour=False, mirror=True):
+def augment(scene, rng, recolor=False, mirror=True):
     """Copy a scene with new identifiers and, at random, another of the eight symmetries of its floor plan.
 
-    recolour: draw new object colors too, where the colors that a model sees come from the object
+    recolor: draw new object colors too, where the colors that a model sees come from the object
     table (symbols). mirror: False turns only, for questions that people wrote and that say left and
     right.
     """
@@ -239,10 +239,10 @@ def augment(scene, rng, recolour=False, mirror=True):
     objects = []
     for o in scene.objects:
         box = np.concatenate([turn @ o.box[:3], np.abs(turn) @ o.box[3:]])
-        colour = o.colour
-        if recolour and colour:
-            colour = list(COLOURS)[rng.integers(len(COLOURS))]
-        objects.append(replace(o, box=box, colour=colour))
+        color = o.color
+        if recolor and color:
+            color = list(COLORS)[rng.integers(len(COLORS))]
+        objects.append(replace(o, box=box, color=color))
 
     # the cloud turns along; frames do not, their points are turned when they are unprojected
     turned = {}
@@ -575,7 +575,7 @@ def _furnish(rng, count, side, height):
     None where the room is too small.
     """
     queue, chosen = _choose(rng, count)
-    unused = {category: several(rng, list(COLOURS), len(COLOURS)) for category in chosen}
+    unused = {category: several(rng, list(COLORS), len(COLORS)) for category in chosen}
     placed, taken, tops, tables = [], [], [], []
     for category in queue:
         if len(placed) == count:
@@ -821,8 +821,8 @@ def _sample_surface(lo, hi, owner, bounds, count, rng):
 def _palette(placed, rng):
     """Color the six faces of every part and then of the room: [6 * (B + 1), 3] int16."""
     rgb = []
-    for category, colour, _ in placed:
-        own = np.array(COLOURS[colour]) + rng.integers(-8, 9, 3)
+    for category, color, _ in placed:
+        own = np.array(COLORS[color]) + rng.integers(-8, 9, 3)
         rgb += [MATERIALS.get(material, own) for material in PARTS[category][1]]
     faces = np.array(rgb)[:, None] * SHADE[:, None]  # [B, 6, 3]
 
@@ -835,12 +835,12 @@ def _palette(placed, rng):
 
 def _paint(palette, face, xyz, boards, rng):
     """Color points [P, 3] by their faces [P], with slight noise and, on the last face, the floor's boards."""
-    colour = palette[face] + rng.integers(-5, 6, (len(face), 1), dtype=np.int8)
+    color = palette[face] + rng.integers(-5, 6, (len(face), 1), dtype=np.int8)
     floor = np.flatnonzero(face == len(palette) - 1)
     row = np.floor(xyz[floor, 1] * 5).astype(int)
     column = np.floor(xyz[floor, 0] * 0.8 + boards[row % 64] * 0.1).astype(int)
-    colour[floor] += boards[(row * 7 + column * 13) % 64, None]
-    return np.clip(colour, 0, 255).astype(np.uint8)
+    color[floor] += boards[(row * 7 + column * 13) % 64, None]
+    return np.clip(color, 0, 255).astype(np.uint8)
 
 
 def room(seed, objects=None, views=12, size=96, points=4096):
@@ -856,7 +856,7 @@ def room(seed, objects=None, views=12, size=96, points=4096):
     count = int(rng.integers(8, 17))
     side, height = rng.uniform(4.0, 6.5, 2), 2.6
     if objects is not None:
-        most = len(CATEGORIES) * len(COLOURS) * 2 // 3  # beyond, too few pairs of category and color are left
+        most = len(CATEGORIES) * len(COLORS) * 2 // 3  # beyond, too few pairs of category and color are left
         if not 3 <= objects <= most:
             raise DataError(f"room: objects = {objects}; give 3 to {most}")
         count = objects
@@ -867,12 +867,12 @@ def room(seed, objects=None, views=12, size=96, points=4096):
     while (placed := _furnish(rng, count, side, height)) is None:
         side = side * 1.08
     placed = several(rng, placed, count)
-    categories, colours, parts = zip(*placed, strict=True)
+    categories, colors, parts = zip(*placed, strict=True)
     low = np.array([part[0].min(0) for part in parts])
     high = np.array([part[1].max(0) for part in parts])
     boxes = np.concatenate([(low + high) / 2, high - low], 1)
     ids = np.arange(1, count + 1)
-    things = [Thing(*about) for about in zip(ids.tolist(), categories, colours, boxes, strict=True)]
+    things = [Thing(*about) for about in zip(ids.tolist(), categories, colors, boxes, strict=True)]
     bounds = np.array([[*-side / 2, 0.0], [*side / 2, height]])
     scene = Scene(f"room{seed:06d}", "rooms", things, bounds=bounds)
 
@@ -889,18 +889,18 @@ def room(seed, objects=None, views=12, size=96, points=4096):
         cast = [ray_cast(lo, hi, pose, size, bounds) for pose in poses]
         depth, box, face, xyz = (np.concatenate(part) for part in zip(*cast, strict=True))
         shape = (views, size, size)
-        colour = _paint(palette, 6 * box + face, xyz, boards, rng).reshape(*shape, 3)
+        color = _paint(palette, 6 * box + face, xyz, boards, rng).reshape(*shape, 3)
         masks = owner[box].astype(np.int32).reshape(shape)
         focal = size / 2 / HALF_FOV
         K = np.tile([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]], (views, 1, 1))
-        scene.frames = Frames(colour, depth.reshape(shape), masks, K, poses)
+        scene.frames = Frames(color, depth.reshape(shape), masks, K, poses)
 
     if points:
         xyz, box, face = _sample_surface(lo, hi, owner[:-1], bounds, points, rng)
         scene.points = xyz.astype(np.float32)
         scene.normals = NORMALS[face]
         scene.instances = owner[box]
-        scene.colours = _paint(palette, 6 * box + face, xyz, boards, rng)
+        scene.colors = _paint(palette, 6 * box + face, xyz, boards, rng)
         piece = np.column_stack([np.floor(xyz).astype(int), 6 * box + face])
         scene.superpoints = np.unique(piece[:, [2, 3, 0, 1]], axis=0, return_inverse=True)[1].ravel()
     return scene
@@ -919,7 +919,7 @@ def rooms(seeds, workers=2, **options):
         return pool.map(make, seeds)
 
 
-def category_icon(category, colour, size):
+def category_icon(category, color, size):
     """Draw the category's furniture alone on black, three-quarter view, filling the image: [size, size, 3] uint8.
 
     The paper embeds categories from drawn icons (Proxy3D); a category outside the table is drawn as
@@ -940,7 +940,7 @@ def category_icon(category, colour, size):
     pose[:3, 3] = _along(eye, pose[:3, :3].T)
 
     _, box, face, _ = ray_cast(lo, hi, pose, size, half_fov=half_fov)
-    rgb = [MATERIALS.get(material, COLOURS[colour]) for material in PARTS.get(category, CUBE)[1]]
+    rgb = [MATERIALS.get(material, COLORS[color]) for material in PARTS.get(category, CUBE)[1]]
     shaded = np.array(rgb)[:, None] * SHADE[:, None]  # [m, 6, 3]
     image = np.where(box[:, None] < 0, 0, shaded[box, face])
     return image.astype(np.uint8).reshape(size, size, 3)
@@ -964,7 +964,7 @@ TEMPLATES = {
     ),
     "multi": ("find all {what}.", "which objects are {what}?", "point to all {what}."),
     "id_category": ("what is {a}?", "what kind of thing is {a}?", "name {a}."),
-    "id_colour": ("what colour is {a}?", "which colour has {a}?", "name the colour of {a}."),
+    "id_color": ("what color is {a}?", "which color has {a}?", "name the color of {a}."),
     "id_size": ("is {a} larger than {b}?", "is {a} bigger than {b}?", "has {a} more volume than {b}?"),
     "coordinate": ("where is {a}?", "what is the position of {a}?", "give the coordinates of {a}."),
     "relation": (
@@ -975,14 +975,14 @@ TEMPLATES = {
     "distance_ids": (
         "how far is {a} from {b}?",
         "what is the distance of {a} from {b}?",
-        "how many metres is {a} from {b}?",
+        "how many meters is {a} from {b}?",
     ),
-    "colour": (
-        "what colour is the {what}?",
-        "which colour has the {what}?",
-        "name the colour of the {what}.",
+    "color": (
+        "what color is the {what}?",
+        "which color has the {what}?",
+        "name the color of the {what}.",
     ),
-    "what_colour": ("what is {what}?", "which thing is {what}?", "what kind of thing is {what}?"),
+    "what_color": ("what is {what}?", "which thing is {what}?", "what kind of thing is {what}?"),
     "what_on": ("what is on the {what}?", "what stands on the {what}?", "which thing is on the {what}?"),
     "what_near": (
         "what is nearest to the {what}?",
@@ -1015,16 +1015,16 @@ TEMPLATES = {
     "distance": (
         "how far is the {what} from the {other}?",
         "what is the distance of the {what} from the {other}?",
-        "how many metres is the {what} from the {other}?",
+        "how many meters is the {what} from the {other}?",
     ),
     "size_height": (
         "how tall is the {what}?",
-        "how high in metres is the {what}?",
+        "how high in meters is the {what}?",
         "give the height of the {what}.",
     ),
     "size_length": (
         "how long is the {what}?",
-        "how many metres long is the {what}?",
+        "how many meters long is the {what}?",
         "give the length of the {what}.",
     ),
     "caption": ("describe {a}.", "give a description of {a}.", "tell me about {a}."),
@@ -1034,19 +1034,19 @@ TEMPLATES = {
         "what is the number of {what} in this room?",
     ),
     "vsi_abs_distance": (
-        "from closest point to closest point, how many metres are between the {what} and the {other}?",
-        "what is the shortest distance in metres between the {what} and the {other}?",
-        "how wide in metres is the gap between the {what} and the {other}?",
+        "from closest point to closest point, how many meters are between the {what} and the {other}?",
+        "what is the shortest distance in meters between the {what} and the {other}?",
+        "how wide in meters is the gap between the {what} and the {other}?",
     ),
     "vsi_object_size": (
-        "in centimetres, how long is the longest side (length, width or height) of the {what}?",
-        "how many centimetres measures the longest dimension of the {what}?",
-        "give in centimetres the largest of length, width and height of the {what}.",
+        "in centimeters, how long is the longest side (length, width or height) of the {what}?",
+        "how many centimeters measures the longest dimension of the {what}?",
+        "give in centimeters the largest of length, width and height of the {what}.",
     ),
     "vsi_room_size": (
-        "how many square metres has this room?",
-        "what is the floor area of this room in square metres?",
-        "give the size of this room in square metres.",
+        "how many square meters has this room?",
+        "what is the floor area of this room in square meters?",
+        "give the size of this room in square meters.",
     ),
     "vsi_rel_distance": (
         "measured between closest points, which of these is closest to the {what}? {options}",
@@ -1099,7 +1099,7 @@ EXTREMES = {
 SELECT = RELATIONS | EXTREMES
 
 # what a question may name of a group: its category, its color, both
-FORMS = {"category": (True, False), "colour": (False, True), "pair": (True, True)}
+FORMS = {"category": (True, False), "color": (False, True), "pair": (True, True)}
 SIDES = (("left", "right"), ("front", "behind"), ("below", "above"))  # per axis: negative, positive
 
 # Directions from a situation: answer and its sector in degrees, left positive, with a margin at
@@ -1123,10 +1123,10 @@ def plural(noun):
     return noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
 
 
-def phrase(category, colour, many=False):
+def phrase(category, color, many=False):
     """Name a group of things, "" = any: "red chair", "chairs", "red thing"."""
     noun = category or "thing"
-    return f"{colour} {plural(noun) if many else noun}".lstrip()
+    return f"{color} {plural(noun) if many else noun}".lstrip()
 
 
 def article(noun):
@@ -1137,13 +1137,13 @@ def mark(thing):
     return f"<obj {thing.id}>"
 
 
-def metres(value):
+def meters(value):
     return f"{round(value, 2) + 0.0:.2f}"  # + 0.0: never "-0.00"
 
 
 def listed(values):
     """Write a point or a box: "[1.25, -0.80, 0.45]"."""
-    return f"[{', '.join(map(metres, values))}]"
+    return f"[{', '.join(map(meters, values))}]"
 
 
 def pick(rng, items):
@@ -1178,14 +1178,14 @@ class SceneGraph:
         # who has the same category, the same color, both: (category, color) -> places, "" = any
         self.groups = {}
         for i, o in enumerate(things):
-            for key in dict.fromkeys([(o.category, ""), ("", o.colour), (o.category, o.colour)]):
+            for key in dict.fromkeys([(o.category, ""), ("", o.color), (o.category, o.color)]):
                 if any(key):
                     self.groups.setdefault(key, []).append(i)
 
         # what nothing else is: "chair", else "red chair", "red thing" without category
         self.names = {}  # place -> words
         for i, o in enumerate(things):
-            for key in [(o.category, ""), (o.category, o.colour)]:
+            for key in [(o.category, ""), (o.category, o.color)]:
                 if len(self.groups.get(key, ())) == 1:
                     self.names.setdefault(i, phrase(*key))
         self.unique = [i for i, name in self.names.items() if name == things[i].category]
@@ -1284,7 +1284,7 @@ def _words(g, i):
     o = g.things[i]
     kind = (o.category, "")
     tries = [(how, kind, anchor) for how in RELATIONS for anchor in g.unique if o.category]
-    tries += [(how, key, None) for key in (kind, ("", o.colour), ("", "")) for how in EXTREMES]
+    tries += [(how, key, None) for key in (kind, ("", o.color), ("", "")) for how in EXTREMES]
     for how, key, anchor in tries:
         if select(g, how, g.groups.get(key, range(len(g.things))), anchor) == i:
             return selection(g, how, key, anchor)
@@ -1320,7 +1320,7 @@ TASKS = {}  # task -> a function (scene, rng) -> Sample or None
 METRIC = {  # tasks whose answers are in meters
     "coordinate", "distance_ids", "distance", "size", "vsi_abs_distance", "vsi_object_size", "vsi_room_size"
 }  # fmt: skip
-UNLABELLED = ("ground_superlative", "id_colour", "id_size")  # stand in where objects have no names
+UNLABELLED = ("ground_superlative", "id_color", "id_size")  # stand in where objects have no names
 
 
 def make_sample(function, task, scene, rng):
@@ -1392,7 +1392,7 @@ def ground(g, rng, task):
     if i is None:
         return None
     o = g.things[i]
-    what = phrase(o.category, o.colour if form == "pair" else "")
+    what = phrase(o.category, o.color if form == "pair" else "")
     return pointed(o, what, "unique" if i in g.unique else "multiple")
 
 
@@ -1436,8 +1436,8 @@ def absent(g, rng, form):
     text = " ".join(here)  # "office chair" and "couch" are a chair and a sofa by another name
     choices = {
         "category": ([c for c in CATEGORIES if c not in text and SYNONYMS.get(c, c) not in text], [""]),
-        "colour": ([""], list(COLOURS)),
-        "pair": (here, [colour for _, colour in keys_of(g, "colour")]),
+        "color": ([""], list(COLORS)),
+        "pair": (here, [color for _, color in keys_of(g, "color")]),
     }
     for _ in range(8):
         key = tuple(pick(rng, part) for part in choices[form])
@@ -1448,10 +1448,10 @@ def absent(g, rng, form):
 
 def kind_of(g, key):
     """Name Multi3DRefer's kind of a group: mt = several targets, st = one, with or without distractors."""
-    category, colour = key
+    category, color = key
     if len(g.groups[key]) > 1:
         return "mt"
-    if not colour:
+    if not color:
         return "st_wo_d"
     return "st_w_d" if category and len(g.groups[category, ""]) > 1 else ""
 
@@ -1466,7 +1466,7 @@ def multi(g, rng, task):
     # the kind first, then a group of that kind: most groups have one object
     kind = pick(rng, ("zt_w_d", "zt_wo_d", "st_w_d", "st_wo_d", "mt"))
     if kind.startswith("zt"):
-        forms = ("category", "colour") if keys_of(g, "category") else ("colour",)
+        forms = ("category", "color") if keys_of(g, "category") else ("color",)
         key = absent(g, rng, "pair" if kind == "zt_w_d" else pick(rng, forms))
     else:
         key = pick(rng, [key for key in g.groups if kind_of(g, key) == kind])
@@ -1502,7 +1502,7 @@ def side_of(g, i, j):
 
 MARKED = {  # task -> how many marked objects, a word about them ("" = unclear)
     "id_category": (1, lambda g, i: g.things[i].category),
-    "id_colour": (1, lambda g, i: g.things[i].colour),
+    "id_color": (1, lambda g, i: g.things[i].color),
     "id_size": (2, larger),
     "relation": (2, side_of),
     "coordinate": (1, lambda g, i: listed(g.boxes[i, :3].tolist())),
@@ -1548,7 +1548,7 @@ def distance(g, rng, task):
     if task == "distance":
         steps = f"{text['a']} from {text['b']}? {steps}"
         text = {"what": g.names[chosen[0]], "other": g.names[chosen[1]]}
-    return dict(answer=metres(length), text=text, steps=steps + " =", value=math.dist(p, q))
+    return dict(answer=meters(length), text=text, steps=steps + " =", value=math.dist(p, q))
 
 
 MEASURES = {  # template -> how many objects, the number in the unit asked for, how it is written
@@ -1584,8 +1584,8 @@ def measure(g, rng, task):
 def known_answer(g, template, i):
     """Answer a template of `lookup` about object i: "" = unclear, None = not asked."""
     # by looking at it, or by what is on it or next to it
-    if template == "colour":
-        return g.things[i].colour
+    if template == "color":
+        return g.things[i].color
     if template == "what_on":
         on = np.flatnonzero(g.support == i)
         return g.category(on[0]) if len(on) == 1 else None
@@ -1600,16 +1600,16 @@ def known_answer(g, template, i):
     return g.category(i)
 
 
-@generator("colour", "what", "where")
+@generator("color", "what", "where")
 def lookup(g, rng, task):
     """Ask for a word that the scene graph knows.
 
-    colour: of the only chair. what: the category of the only red thing, of the only thing on the
+    color: of the only chair. what: the category of the only red thing, of the only thing on the
     desk, of the thing nearest to the bed. where: what the only lamp stands or hangs on, or in other
     words what it is near.
     """
     template = pick(rng, [name for name in TEMPLATES if name.partition("_")[0] == task])
-    places = alone(g, "colour") if template == "what_colour" else g.unique
+    places = alone(g, "color") if template == "what_color" else g.unique
     if task == "where":
         places = [i for i in places if g.category(i) not in BUILT]
     answers = {i: known_answer(g, template, i) for i in places}
@@ -1622,14 +1622,14 @@ def lookup(g, rng, task):
     i = pick(rng, places)
     if i is None or not answers[i]:
         return None
-    what = g.things[i].colour if template == "what_colour" else g.category(i)
+    what = g.things[i].color if template == "what_color" else g.category(i)
     return dict(answer=answers[i], text={"what": what}, template=template)
 
 
 @generator("exist")
 def exist(g, rng, task):
     """Ask whether there is a red chair; the form is drawn before yes or no and gives nothing away."""
-    form = pick(rng, tuple(FORMS) if keys_of(g, "category") else ("colour",))
+    form = pick(rng, tuple(FORMS) if keys_of(g, "category") else ("color",))
     yes = rng.random() < 0.5
     key = pick(rng, keys_of(g, form)) if yes else absent(g, rng, form)
     if key is None:
@@ -1643,9 +1643,9 @@ def count(g, rng, task):
 
     The number is drawn first, or small ones would win.
     """
-    form, least, by_number = "colour", 1, {0: []}
+    form, least, by_number = "color", 1, {0: []}
     if keys_of(g, "category"):
-        form = pick(rng, ("category", "colour", "category", "colour", "pair"))
+        form = pick(rng, ("category", "color", "category", "color", "pair"))
     if task == "vsi_counting":
         form, least, by_number = "category", 2, {}
 
@@ -1672,7 +1672,7 @@ def caption(g, rng, task):
         where = nearby_phrase(g, i) if g.support[i] == FLOOR else support_phrase(g, i)
 
     # one wording to write, others to accept
-    noun = phrase(o.category, o.colour)
+    noun = phrase(o.category, o.color)
     starts = ("this is ", "", "there is ", "it is ")
     answers = [f"{start}{article(noun)} {where}".strip() + "." for start in starts]
     if where:
@@ -1736,7 +1736,7 @@ def adopt(paper):
 
 def vocabulary(categories=CATEGORIES):
     """List every word that a question, its steps or its answer may hold, for a word-level tokenizer."""
-    texts = [WORDS, *COLOURS, *SELECT, *itertools.chain(*SIDES, *TEMPLATES.values())]
+    texts = [WORDS, *COLORS, *SELECT, *itertools.chain(*SIDES, *TEMPLATES.values())]
     for sectors in HEADINGS.values():
         texts += [answer for answer, *_ in sectors]
     for category in filter(None, categories):
@@ -1831,7 +1831,7 @@ class Blind:
         rows = [re.findall(r"-?\d+\.?\d*", answer) for answer in seen.elements()]
         if sample.task in METRIC and rows[0]:
             numbers = np.array(rows, float)  # [answers, 1, 3 or 6]
-            return metres(np.median(numbers)) if numbers.shape[1] == 1 else listed(numbers.mean(0))
+            return meters(np.median(numbers)) if numbers.shape[1] == 1 else listed(numbers.mean(0))
 
         # the most frequent answer; a mark is replaced by an object of this scene
         text = max(seen, key=seen.get)
@@ -2033,7 +2033,7 @@ class Stage:
     accumulate: int = 1  # micro-batches per step: memory only, never the result
     until: float | None = None  # leave once the running answer-token accuracy exceeds this
     steps: bool = False  # write Sample.steps before the answer
-    recolour: bool = False  # draw new object colors at every use (symbols only)
+    recolor: bool = False  # draw new object colors at every use (symbols only)
     score: tuple[str, ...] = ()  # benchmarks to ask at the end of this stage, before the next changes the model
     files: dict[str, Source] = field(default_factory=dict)  # official files asked instead, where a run is given them
 
@@ -2199,7 +2199,7 @@ def drill(g, rng, task):
         axis = 3 * int(rng.random() * 3)
         *pair, difference = numbers.split()[axis : axis + 3]
         numbers, length = " ".join(pair), float(difference)
-    return dict(answer=metres(length), text={"numbers": numbers}, value=length)
+    return dict(answer=meters(length), text={"numbers": numbers}, value=length)
 
 
 def start_weights(part):
@@ -2770,7 +2770,7 @@ def check_scene(scene: Scene, trusted: bool = False) -> Scene:
     Points and boxes are finite, every array is as long as the points, and, unless the unit is
     `trusted`, the scene is 0.5 to 30 meters large. Raises DataError.
     """
-    names = ("points", "colours", "normals", "superpoints", "instances")
+    names = ("points", "colors", "normals", "superpoints", "instances")
     arrays = [getattr(scene, name) for name in names]
     lengths = {len(array) for array in arrays if array is not None}
     with reading(scene.name, "scene of boxes with six numbers"):
@@ -3292,7 +3292,7 @@ def read_views(
     frames.poses = world @ frames.poses
     notes += [f"{len(points)} points in voxels of {voxel * 100:.1f} cm", said]
     source, cloud = "rgbd" if measured else "video", move(points, normals, world)
-    scene = Scene(path.resolve().stem, source, [], colours=colors, notes=notes, **cloud)
+    scene = Scene(path.resolve().stem, source, [], colors=colors, notes=notes, **cloud)
     scene.frames, scene.metric = frames, metric or scale is not None
     return check_scene(scene, trusted=scale is not None or "depth_scale" in documented)
 
@@ -3364,7 +3364,7 @@ def fuse(frames: Frames, limit: int = 100_000) -> tuple:
     facing = (normals * ray).sum(-1, keepdims=True)
     normals *= np.sign(facing)
     seen = np.abs(facing[..., 0]) > 0.1
-    rows = np.concatenate([points[seen], frames.colour[seen], normals[seen]], axis=1)
+    rows = np.concatenate([points[seen], frames.color[seen], normals[seen]], axis=1)
 
     # voxels with less than a fifth of a single view's samples are flying pixels
     distance = np.median(frames.depth[frames.depth > 0])
@@ -3392,7 +3392,7 @@ def estimate_normals(points, k=24):
     return np.where(inward, normals, -normals).astype(np.float32)
 
 
-COLORS = (  # names of the three color fields of a .ply
+PLY_COLORS = (  # names of the three color fields of a .ply
     ("red", "green", "blue"),
     ("diffuse_red", "diffuse_green", "diffuse_blue"),
     ("r", "g", "b"),
@@ -3432,7 +3432,7 @@ def load_mesh(path):
         if "_ply_raw" in mesh.metadata:
             held = mesh.metadata["_ply_raw"]["vertex"]
             points[held["length"] - 1]  # a text that is cut off ends here
-            for names in (("nx", "ny", "nz"), *COLORS):
+            for names in (("nx", "ny", "nz"), *PLY_COLORS):
                 if not set(names) <= set(held["properties"]):
                     continue
                 values = np.stack(
@@ -3454,12 +3454,12 @@ def eight_bit(values):
     return np.nan_to_num(values * (255.0 / full)).round().clip(0, 255).astype(np.uint8)
 
 
-def write_ply(path, points, colours, normals):
+def write_ply(path, points, colors, normals):
     """Write a cloud as a binary .ply: points and normals [N, 3] in float32, colors [N, 3] uint8."""
     import trimesh
 
     cloud = trimesh.Trimesh(
-        points, vertex_normals=normals, vertex_colors=colours, process=False
+        points, vertex_normals=normals, vertex_colors=colors, process=False
     )
     cloud.export(path, file_type="ply", vertex_normal=True)
 
@@ -3524,7 +3524,7 @@ def read_cloud(
     scene = Scene(
         path.stem, "ply", [], notes=[*notes, said], **move(points, normal, world)
     )
-    scene.colours = None if colors is None else color
+    scene.colors = None if colors is None else color
     return check_scene(scene, trusted=scale is not None)
 
 
@@ -3661,7 +3661,7 @@ def read_scannet(
     elif normals is None:
         normals = unit(vertex_normals(points, faces))
     cloud = move(points, normals, world)
-    scene = Scene(name, "scannet", [], colours=colors, notes=notes, **cloud)
+    scene = Scene(name, "scannet", [], colors=colors, notes=notes, **cloud)
 
     # objects are groups of segments; scans of the test split have neither
     scene.instances = np.zeros(len(points), np.int64)
@@ -3713,7 +3713,7 @@ def add_objects(scene, segs, aggregation):
 
             # two keys are of write_scannet: boxes and colors that points can only approach
             box = np.array(group.get("alignedBox", extent(scene.points[mine])))
-            color = group.get("colour") or colour_name(scene.colours, mine)
+            color = group.get("color") or color_name(scene.colors, mine)
             scene.objects.append(Thing(id, label, color, box))
 
 
@@ -3736,7 +3736,7 @@ def write_scannet(scene: Scene, out: str | Path) -> Path:
     it back.
 
     Depth is rounded to 1 mm. Color is written as PNG, so that nothing is lost; two extra keys per
-    object (alignedBox, colour) hold what ScanNet has no place for.
+    object (alignedBox, color) hold what ScanNet has no place for.
     """
     folder = Path(out) / scene.name
     for part in ("color", "depth", "pose", "intrinsic", "instance-filt"):
@@ -3749,7 +3749,7 @@ def write_scannet(scene: Scene, out: str | Path) -> Path:
     world = rigid((1.5, -0.75, 0.25), (0, 0, 0.6435))  # a shift, and a turn about z
     back = np.linalg.inv(world)
     raw = move(scene.points, scene.normals, back)
-    write_ply(mesh, raw["points"], scene.colours, raw["normals"])
+    write_ply(mesh, raw["points"], scene.colors, raw["normals"])
     info.write_text(f"axisAlignment = {' '.join(map(str, world.ravel().tolist()))}\n")
 
     # an object is a group of segments, none of which holds points of two
@@ -3759,7 +3759,7 @@ def write_scannet(scene: Scene, out: str | Path) -> Path:
         group = dict(
             objectId=o.id - 1,
             label=o.category,
-            colour=o.colour,
+            color=o.color,
             alignedBox=o.box.tolist(),
         )
         group["segments"] = np.unique(
@@ -3776,7 +3776,7 @@ def write_scannet(scene: Scene, out: str | Path) -> Path:
     # a file of every kind per frame
     for i, pose in enumerate(back @ frames.poses):
         np.savetxt(folder / f"pose/{i}.txt", pose, "%.17g")
-        Image.fromarray(frames.colour[i]).save(folder / f"color/{i}.png")
+        Image.fromarray(frames.color[i]).save(folder / f"color/{i}.png")
         for part, image in (
             ("depth", frames.depth[i] * 1000),
             ("instance-filt", frames.masks[i]),
@@ -3889,12 +3889,12 @@ def fill_in(where, frames: Frames, vggt: str) -> Frames:
     """
     try:
         # what the images show, in a unit of their own
-        depth, confidence, K, poses = vggt_geometry(frames.colour, load_vggt(vggt))
+        depth, confidence, K, poses = vggt_geometry(frames.color, load_vggt(vggt))
     except DataError as error:
         lacking = [name for name, array in vars(frames).items() if array is None]
         raise DataError(f"{where}: has no {', '.join(lacking)}; {error}") from None
     sure = (depth > 0) & (confidence >= np.quantile(confidence, 0.2))
-    seen = Frames(frames.colour, np.where(sure, depth, 0), frames.masks, K, poses)
+    seen = Frames(frames.color, np.where(sure, depth, 0), frames.masks, K, poses)
 
     # known poses have other axes than the found ones, but the same distances
     if frames.depth is not None:
@@ -4020,12 +4020,12 @@ def extent(points: np.ndarray) -> np.ndarray:
     return np.concatenate([(low + high) / 2, high - low])
 
 
-def colour_name(colors: np.ndarray | None, chosen: np.ndarray) -> str:
-    """Name the median of colors [N, 3] at `chosen` by the nearest of COLOURS; "" without colors."""
+def color_name(colors: np.ndarray | None, chosen: np.ndarray) -> str:
+    """Name the median of colors [N, 3] at `chosen` by the nearest of COLORS; "" without colors."""
     if colors is None:
         return ""
     median = np.median(colors[chosen], axis=0)
-    return min(COLOURS, key=lambda name: np.square(median - COLOURS[name]).sum())
+    return min(COLORS, key=lambda name: np.square(median - COLORS[name]).sum())
 
 
 def opponent_colors(colors: np.ndarray) -> np.ndarray:
@@ -4146,7 +4146,7 @@ def in_view(points: np.ndarray, K: np.ndarray, pose: np.ndarray, size: tuple[int
     """Find which of points [N, 3] fall on an image of size (H, W), hidden ones too.
 
     Args: K [3, 3]; pose [4, 4], camera to world.
-    Returns: index, row, column [M] and depth [M] in metres along the camera's axis.
+    Returns: index, row, column [M] and depth [M] in meters along the camera's axis.
     """
     pixels, depth = project(points, K, pose)
     inside = np.flatnonzero((depth > 0.1) & (pixels >= 0).all(1) & (pixels < size[::-1]).all(1))
@@ -4162,7 +4162,7 @@ def visible_cloud(scene: Scene) -> Scene:
     if scene.frames is not None and (scene.points is None or scene.source == "rooms"):
         f = scene.frames
         points, colors, normals, _ = fuse(f)
-        scene = replace(scene, points=points, colours=colors, normals=normals, superpoints=None)
+        scene = replace(scene, points=points, colors=colors, normals=normals, superpoints=None)
     if scene.points is None or len(scene.points) < 2:
         raise DataError(f"{scene.name}: no cloud and no frames to segment; read them first")
     if scene.normals is None:
@@ -4173,8 +4173,8 @@ def visible_cloud(scene: Scene) -> Scene:
 
 
 def shown_colors(scene: Scene) -> np.ndarray:
-    """Give a cloud's colours [N, 3] u8, gray where it has none."""
-    return np.full(scene.points.shape, 128, np.uint8) if scene.colours is None else scene.colours
+    """Give a cloud's colors [N, 3] u8, gray where it has none."""
+    return np.full(scene.points.shape, 128, np.uint8) if scene.colors is None else scene.colors
 
 
 def with_own_segments(scene: Scene) -> Scene:
@@ -4186,7 +4186,7 @@ def with_own_segments(scene: Scene) -> Scene:
 
 
 def with_instances(scene, instances, masks, what, trim=0.0) -> Scene:
-    """Make the instances [N] of a cloud its objects: category "", colour by name, masks [V, H, W] or None.
+    """Make the instances [N] of a cloud its objects: category "", color by name, masks [V, H, W] or None.
 
     Boxes leave out the share `trim` of an object's points at every side; `what` says in a note what the objects are.
     """
@@ -4194,10 +4194,10 @@ def with_instances(scene, instances, masks, what, trim=0.0) -> Scene:
     for i in range(1, int(instances.max(initial=0)) + 1):
         own = instances == i
         box = extent(np.quantile(scene.points[own], (trim, 1 - trim), axis=0))
-        objects.append(Thing(i, "", colour_name(scene.colours, own), box))
+        objects.append(Thing(i, "", color_name(scene.colors, own), box))
     frames = scene.frames
     if frames is not None:
-        frames = Frames(frames.colour, frames.depth, masks, frames.intrinsics, frames.poses)
+        frames = Frames(frames.color, frames.depth, masks, frames.intrinsics, frames.poses)
     notes = [*scene.notes, f"objects are {len(objects)} {what}, without categories"]
     return replace(scene, instances=instances, objects=objects, frames=frames, notes=notes)
 
@@ -4289,7 +4289,7 @@ def sam2_masks(images: np.ndarray, model, propose: Callable | None = None, keyfr
 def merge_tracks(tracks: np.ndarray, points: np.ndarray, voxel: float = 0.05, share: float = 0.3) -> np.ndarray:
     """Give tracks [V, H, W] that are one object one id, from 1: masks [V, H, W] int32.
 
-    points [V, H, W, 3] in metres, NaN = missing. Two tracks become one if they share at least `share` of the voxels of
+    points [V, H, W, 3] in meters, NaN = missing. Two tracks become one if they share at least `share` of the voxels of
     the smaller, the largest shares first, unless some frame shows both: side by side they are two objects. A track
     occupies the voxels where most points on its own frames are its own, since masks spill over edges.
     """
@@ -4328,7 +4328,7 @@ def vote(points: np.ndarray, masks: np.ndarray, frames: Frames | LazyFrames, rea
     """Label points [N, 3] by masks [V, H, W]: instances [N], 0 = none.
 
     A point takes the mask that most frames show at it, if most of those that see the point, and that mask anywhere,
-    agree. A frame sees a point within `reach` metres of its depth.
+    agree. A frame sees a point within `reach` meters of its depth.
     """
     N, n, V = len(points), int(masks.max(initial=0)), len(masks)
     votes, seen = np.zeros((N, n + 1), np.int16), np.zeros((V, N), bool)
@@ -4372,7 +4372,7 @@ def with_tracks(scene: Scene, tracks: np.ndarray) -> Scene:
 
 CORNERS = np.array(list(itertools.product((-0.5, 0.5), repeat=3)))  # [8, 3] of a box of size 1
 EDGES = [(a, b) for a, b in itertools.combinations(range(8), 2) if np.abs(CORNERS[a] - CORNERS[b]).sum() == 1]  # 12
-ANSWERS = ("crimson", "royalblue", "seagreen", "darkorange")  # colours of the first answer, the second, ...
+ANSWERS = ("crimson", "royalblue", "seagreen", "darkorange")  # colors of the first answer, the second, ...
 
 
 def axes_of(axis) -> int:
@@ -4400,10 +4400,10 @@ def scene_figure(scene: Scene, title: str, lines: Sequence[str] = ()) -> tuple:
     if frames is not None:
         seen = frames.depth > 0
         points = unproject(frames.depth, frames.intrinsics, frames.poses)[seen]
-        colors = frames.colour[seen] / 255
+        colors = frames.color[seen] / 255
     else:
         points = scene.points
-        colors = np.full(points.shape, 0.6) if scene.colours is None else scene.colours / 255
+        colors = np.full(points.shape, 0.6) if scene.colors is None else scene.colors / 255
     some = np.random.default_rng(0).permutation(len(points))[:30_000]
 
     # the ceiling would hide the room; from above the highest is drawn last
@@ -4413,7 +4413,7 @@ def scene_figure(scene: Scene, title: str, lines: Sequence[str] = ()) -> tuple:
 
     figure = Figure(figsize=(15, 8 if frames is None else 11), layout="constrained")
     grid = figure.add_gridspec(2, 4, height_ratios=(3, 0.01 if frames is None else 1))
-    top = figure.add_subplot(grid[0, :2], aspect="equal", xlabel="x in metres", ylabel="y in metres")
+    top = figure.add_subplot(grid[0, :2], aspect="equal", xlabel="x in meters", ylabel="y in meters")
     view = figure.add_subplot(grid[0, 2:], projection="3d", computed_zorder=False)
     top.scatter(*points[:, :2].T, c=colors, s=4, zorder=0)
     view.scatter(*points.T, c=colors, s=2, depthshade=False, zorder=0)
@@ -4422,7 +4422,7 @@ def scene_figure(scene: Scene, title: str, lines: Sequence[str] = ()) -> tuple:
 
     # the first and the last frame, each with its objects beside it
     for place, v in enumerate((0, -1) if frames is not None else ()):
-        for image, name, column in ((frames.colour[v], "a frame", 0), (frames.masks[v] % 20, "its objects", 1)):
+        for image, name, column in ((frames.color[v], "a frame", 0), (frames.masks[v] % 20, "its objects", 1)):
             axis = figure.add_subplot(grid[1, 2 * place + column], title=name)
             axis.imshow(image, cmap="tab20", vmin=0, vmax=19)
             axis.set_axis_off()
@@ -4441,7 +4441,7 @@ def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.n
                answers: Sequence[str] = ()) -> None:  # fmt: skip
     """Draw a scene with its objects' boxes, identifiers and names, and what a model sees and answers.
 
-    tokens [K, 3] in metres are crosses; the boxes, points and identifiers that an answer writes are drawn in a colour
+    tokens [K, 3] in meters are crosses; the boxes, points and identifiers that an answer writes are drawn in a color
     per answer.
     """
     from matplotlib import colormaps
@@ -4454,12 +4454,12 @@ def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.n
         for thing in scene.objects:
             color, top = palette[thing.id % 20], thing.box[:3] + np.array([0, 0, thing.box[5] / 2])
             draw_boxes(axis, [thing.box], color=color, lw=0.8)
-            name = f"{scene.identifiers.get(thing.id, '')} {thing.category or thing.colour}".strip()
+            name = f"{scene.identifiers.get(thing.id, '')} {thing.category or thing.color}".strip()
             axis.text(*top[:n], name, fontsize=7, ha="center", parse_math=False)
         if tokens is not None:
             axis.scatter(*tokens[:, :n].T, c="black", marker="x", s=12, lw=0.7)
 
-        # an answer names objects by identifier, or writes boxes and points in metres
+        # an answer names objects by identifier, or writes boxes and points in meters
         for color, text in zip(itertools.cycle(ANSWERS), answers):
             named = [by_identifier[int(i)] for i in re.findall(r"<OBJ(\d{3})>", text) if int(i) in by_identifier]
             boxes = [scene.thing(i).box for i in named] + [box for box in tuples(text, 6) if box is not None]
@@ -4612,7 +4612,7 @@ def open_scene(
     elif masks == "files" and labelled:
         scene = with_tracks(scene, frames.masks)
     elif masks == "sam2" and frames is not None:
-        tracks = sam2_masks(frames.colour, load_sam2(sam2 or SAM2))
+        tracks = sam2_masks(frames.color, load_sam2(sam2 or SAM2))
         points = unproject(frames.depth, frames.intrinsics, frames.poses)
         scene = with_tracks(scene, merge_tracks(tracks, points))
     else:
@@ -4623,7 +4623,7 @@ def open_scene(
     return check_scene(scene, trusted=True)
 
 
-FRAME_ARRAYS = ("colour", "depth", "masks", "intrinsics", "poses")
+FRAME_ARRAYS = ("color", "depth", "masks", "intrinsics", "poses")
 
 
 def save_scene(scene: Scene, path: Path) -> None:
@@ -4643,7 +4643,7 @@ def save_scene(scene: Scene, path: Path) -> None:
         name=scene.name, source=scene.source, metric=scene.metric, notes=scene.notes
     )
     about["objects"] = [
-        [o.id, o.category, o.colour, *map(float, o.box)] for o in scene.objects
+        [o.id, o.category, o.color, *map(float, o.box)] for o in scene.objects
     ]
     write_npz(path, about=np.array(json.dumps(about)), **arrays)
 

@@ -583,9 +583,9 @@ BENCHMARKS: dict[str, Benchmark] = {
         for kind in ("", "_multiple", "_category", "_relation", "_superlative")
     },
     "rooms/multi": ManyTargets(tasks=("multi",)),
-    "rooms/qa": TextBenchmark(tasks=("colour", "what", "where", "count", "exist", "situated"), **ROOM_WORDS),
+    "rooms/qa": TextBenchmark(tasks=("color", "what", "where", "count", "exist", "situated"), **ROOM_WORDS),
     "rooms/identifier": TextBenchmark(
-        tasks=("id_category", "id_colour", "id_size", "relation"), **ROOM_WORDS
+        tasks=("id_category", "id_color", "id_size", "relation"), **ROOM_WORDS
     ),
     "rooms/coordinate": Benchmark(tasks=("coordinate",), metrics=POSITION),
     "rooms/distance": Benchmark(

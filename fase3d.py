@@ -790,15 +790,15 @@ class Model(SceneLanguageModel):
 
         # colors run from -1 to 1
         if config.color:
-            if scene.colours is None and not config.no_color:
+            if scene.colors is None and not config.no_color:
                 raise DataError(
                     f"{scene.name}: the cloud has no color and this model never saw such; "
                     "train with --set color=false or no_color=0.1"
                 )
             # in training a share of the scenes hides it, drawn from their identifiers
             draw = np.random.default_rng([7, *scene.identifiers.values()]).random()
-            hidden = scene.colours is None or (self.training and draw < config.no_color)
-            parts.append(np.zeros((len(index), 3)) if hidden else scene.colours[index] / 127.5 - 1)
+            hidden = scene.colors is None or (self.training and draw < config.no_color)
+            parts.append(np.zeros((len(index), 3)) if hidden else scene.colors[index] / 127.5 - 1)
 
         if config.normals:
             if scene.normals is None:
@@ -860,8 +860,8 @@ class Model(SceneLanguageModel):
     def refusal(self, scene: Scene, question: str) -> str | None:
         """Say why a question cannot be answered about a scene of one's own, or None."""
         words = set(question.lower().replace("?", " ").split())
-        about_color = words & {"colour", "color", *data.COLOURS}
-        return "this cloud has no color." if about_color and scene.colours is None else None
+        about_color = words & {"color", "colour", *data.COLORS}
+        return "this cloud has no color." if about_color and scene.colors is None else None
 
     def add_prompt(self, scene: Scene, sample: Sample, rng: np.random.Generator) -> Sample:
         """Give a question about a marked object its box, or in training sometimes a click on it."""
@@ -992,11 +992,11 @@ def spectral_clusters(edges: np.ndarray, weight: np.ndarray, nodes: int, count: 
 # ---- 9 the paper's recipe ------------------------------------------------------------------------
 
 TASKS = {}  # no question types beyond data.TASKS
-UNLABELLED = ("id_colour", "exist", "count")  # what stands in for questions that need names
+UNLABELLED = ("id_color", "exist", "count")  # what stands in for questions that need names
 
-QA = {"colour": 0.2, "what": 0.2, "where": 0.12, "count": 0.12, "exist": 0.16, "situated": 0.04}
+QA = {"color": 0.2, "what": 0.2, "where": 0.12, "count": 0.12, "exist": 0.16, "situated": 0.04}
 CAPTION = {"caption": 1.0}
-NAME = {"id_category": 0.5, "id_colour": 0.5}  # "what is this?" with a click: a caption in short
+NAME = {"id_category": 0.5, "id_color": 0.5}  # "what is this?" with a click: a caption in short
 GENERALIST = {  # official files of stage 1, and how many questions they hold: of 3D-LLM as the
     # paper counts (with descriptions of validation rooms: the leak filter takes those out), of the
     # others the size of their training split
@@ -1202,14 +1202,14 @@ class TinyModel(Model):
         for scene in scenes:
             for thing in scene.objects:
                 ids.update(self.words(thing))
-        for color in data.COLOURS:
+        for color in data.COLORS:
             ids.update(self.text.encode(color)[:1])
         self.name_ids = sorted(ids)
         super().cache_features(scenes, *args, **kwargs)
 
     def words(self, thing: data.Thing) -> list[int]:
         """Look up the words for category and color; one alone stands for both."""
-        pair = self.text.encode(thing.category)[:1] + self.text.encode(thing.colour)[:1]
+        pair = self.text.encode(thing.category)[:1] + self.text.encode(thing.color)[:1]
         return (pair + pair)[:2]
 
     def objects_in_order(self, scene: Scene) -> list:
@@ -1278,9 +1278,9 @@ ALL = mixture((0.6, QA), (0.15, CAPTION), (0.25, NAME))
 TINY = dict(lr=2e-3, weight_decay=0.01, batch=256, schedule="constant", steps=True)
 STAGES["tiny"] = [
     Stage("0 language", LANGUAGE, ("lm", "place"), "symbols",
-          iterations=800, recolour=True, **TINY),
+          iterations=800, recolor=True, **TINY),
     Stage("0 words", ALL, ("lm", "place"), "words",
-          iterations=300, per_scene=32, recolour=True, **TINY),
+          iterations=300, per_scene=32, recolor=True, **TINY),
     Stage("0 tokenizer", {}, ("tokenizer",), "tokenizer",
           iterations=400, batch=16, lr=8e-3, warmup=0.05),
     Stage("1 generalist", ALL, PARTS, "tokens",

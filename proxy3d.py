@@ -565,7 +565,7 @@ class Model(data.SceneLanguageModel):
     def category_keys(self, objects: Sequence[Thing]) -> list[tuple]:
         """Name the objects' symbols: no colors, as in the paper's icons, unless no object has a category."""
         named = any(o.category for o in objects)
-        return [("category", o.category, "white" if named else o.colour) for o in objects]
+        return [("category", o.category, "white" if named else o.color) for o in objects]
 
     @torch.no_grad()
     def measure_gains(self, scenes: Sequence[Scene]) -> None:
@@ -602,9 +602,9 @@ class Model(data.SceneLanguageModel):
         f = frames_of(scene)
 
         # evenly spaced frames, the first and the last among them
-        total = len(f.colour)
+        total = len(f.color)
         pick = np.linspace(0, total - 1, min(self.config.frames, total)).round().astype(int)
-        images = self.resize_frames(torch.from_numpy(f.colour[pick]).to(self.device))
+        images = self.resize_frames(torch.from_numpy(f.color[pick]).to(self.device))
         features = self.encode_images(images, together=True)  # [V, h, w, C]
         points = data.unproject(f.depth[pick], f.intrinsics[pick], f.poses[pick])
         points = torch.from_numpy(points).to(self.device)
@@ -737,7 +737,7 @@ SPACESPAN = {
     "SR-91K choices": Source("sr91k", 20_000, "choice", most=20_000),
 }
 GENERATED = {  # where those files are not given: generated questions in SpaceSpan's shares, in thousands
-    "colour": 13,
+    "color": 13,
     "what": 13,
     "situated": 26,
     "caption": 32,
@@ -892,16 +892,16 @@ def demo() -> None:
     f = scene.frames
 
     # the paper's path, part by part
-    features = model.encode_images(torch.from_numpy(f.colour)).detach()
+    features = model.encode_images(torch.from_numpy(f.color)).detach()
     points = torch.from_numpy(data.unproject(f.depth, f.intrinsics, f.poses))
     masks = torch.from_numpy(f.masks).long()
     z, c, _ = make_proxies(features, points, masks, 96)
-    print(f"frames [V, H, W, 3]       {list(f.colour.shape)}")
+    print(f"frames [V, H, W, 3]       {list(f.color.shape)}")
     print(f"features [V, h, w, C]     {list(features.shape)}")
     print(f"proxies z [K, C]          {list(z.shape)}, c [K, 3] {list(c.shape)}")
 
     # questions about the room, packed behind its proxies
-    tasks = {"ground": 1.0, "id_colour": 1.0, "colour": 1.0}
+    tasks = {"ground": 1.0, "id_color": 1.0, "color": 1.0}
     model.configure_stage(Stage("demo", tasks, ("3d", "lm")))
     samples = data.questions(scene, tasks, 24, np.random.default_rng(1))
     data.overfit_demo(model, scene, samples, 60, 3e-3)
@@ -1054,7 +1054,7 @@ class TinyModel(Model):
         return self.norm(super().encode_symbols(keys))
 
     def category_keys(self, objects):
-        return [("category", o.category, o.colour) for o in objects]
+        return [("category", o.category, o.color) for o in objects]
 
     def measure_gains(self, scenes):
         """Leave all as it is: everything starts at the scale of the embeddings."""
@@ -1094,8 +1094,8 @@ class TinyModel(Model):
         if self.stage.scene_input != "tower":
             return super().cache_features(scenes, folder, rank, world)
         # nothing, colors, identifiers, and whatever the scenes hold
-        texts = ["", *data.COLOURS, *(f"<OBJ{i:03d}>" for i in range(100))]
-        texts += [f"{o.category} {o.colour}" for scene in scenes for o in scene.objects]
+        texts = ["", *data.COLORS, *(f"<OBJ{i:03d}>" for i in range(100))]
+        texts += [f"{o.category} {o.color}" for scene in scenes for o in scene.objects]
         self.names = sorted({token for text in texts for token in self.name_pair(text)})
 
     def name_pair(self, text: str) -> tuple[int, int]:
@@ -1119,7 +1119,7 @@ class TinyModel(Model):
         size = np.array(self.config.grid) // 2
         low = (middle - size / 2).round().clip(0, label.shape[1:] - size).astype(int)
         (top, left), (bottom, right), cell = low, low + size, self.cell
-        frame = self.resize_frames(torch.from_numpy(scene.frames.colour[view][None]))[0]
+        frame = self.resize_frames(torch.from_numpy(scene.frames.color[view][None]))[0]
         pixels = frame[top * cell : bottom * cell, left * cell : right * cell]
         return pixels, torch.from_numpy(label[view, top:bottom, left:right])
 
@@ -1140,7 +1140,7 @@ class TinyModel(Model):
         for scene in scenes:
             numbers = list(scene.identifiers.values())
             rng = np.random.default_rng(numbers)
-            known = {o.id: self.name_pair(f"{o.category} {o.colour}") for o in scene.objects}
+            known = {o.id: self.name_pair(f"{o.category} {o.color}") for o in scene.objects}
             masks = torch.from_numpy(frames_of(scene).masks).long()
             labels = patch_labels(masks, 2 * h, 2 * w).numpy()
             for _ in range(crops):
@@ -1181,12 +1181,12 @@ class TinyModel(Model):
         }
 
 
-SYMBOLS = dict(lr=2e-3, weight_decay=0.01, per_scene=16, schedule="constant", steps=True, recolour=True)
+SYMBOLS = dict(lr=2e-3, weight_decay=0.01, per_scene=16, schedule="constant", steps=True, recolor=True)
 STAGES["tiny"] = [
     Stage("0 tower", {}, ("tower",), "tower", iterations=1600, batch=16, lr=4e-3, warmup=0.03),
     Stage(
         "I identifiers",
-        {"ground": 0.25, "ground_category": 0.2, "id_category": 0.25, "id_colour": 0.2, "colour": 0.1},
+        {"ground": 0.25, "ground_category": 0.2, "id_category": 0.25, "id_color": 0.2, "color": 0.1},
         ("lm",),
         "symbols",
         iterations=1100,
@@ -1199,7 +1199,7 @@ STAGES["tiny"] = [
             "coordinate": 0.45,
             "ground": 0.12,
             "id_category": 0.1,
-            "id_colour": 0.1,
+            "id_color": 0.1,
             "exist": 0.13,
             "what": 0.1,
         },
@@ -1219,7 +1219,7 @@ STAGES["tiny"] = [
             "coordinate": 0.06,
             "ground": 0.06,
             "id_category": 0.05,
-            "colour": 0.05,
+            "color": 0.05,
             "exist": 0.09,
             "what": 0.05,
             "relation": 0.04,
@@ -1238,8 +1238,8 @@ STAGES["tiny"] = [
             "ground_category": 0.05,
             "multi": 0.03,
             "id_category": 0.05,
-            "id_colour": 0.03,
-            "colour": 0.11,
+            "id_color": 0.03,
+            "color": 0.11,
             "what": 0.13,
             "where": 0.08,
             "count": 0.08,
@@ -1252,7 +1252,7 @@ STAGES["tiny"] = [
         "proxies",
         iterations=1600,
         files=SPACESPAN,
-        **{**SYMBOLS, "schedule": "trapezoid", "recolour": False},
+        **{**SYMBOLS, "schedule": "trapezoid", "recolor": False},
     ),
 ]
 

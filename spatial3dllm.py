@@ -85,7 +85,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import data
-from data import DataError, Source, Stage, box_ends, listed, metres, pick, several
+from data import DataError, Source, Stage, box_ends, listed, meters, pick, several
 
 # ---- configuration -------------------------------------------------------------------------------
 
@@ -564,8 +564,8 @@ class Model(data.SceneLanguageModel):
         normal, color, instances = np.zeros_like(p), np.full(p.shape, 0.5), np.zeros(len(p), int)
         if scene.normals is not None:
             normal = scene.normals[kept] @ back  # [N, 3]
-        if scene.colours is not None:
-            color = scene.colours[kept] / 255  # [N, 3]
+        if scene.colors is not None:
+            color = scene.colors[kept] / 255  # [N, 3]
         if scene.instances is not None:
             instances = scene.instances[kept]  # [N]
 
@@ -598,7 +598,7 @@ class Model(data.SceneLanguageModel):
     def cache_features(self, scenes, folder=None, rank=0, world=1):
         """Do the frozen work, and learn the names of what is there."""
         things = [o for scene in scenes for o in scene.objects]
-        for kind, names in enumerate(({o.category for o in things}, {o.colour for o in things})):
+        for kind, names in enumerate(({o.category for o in things}, {o.color for o in things})):
             known = sorted(names.union(self.names[kind]) - data.STRUCTURE)  # "" sorts first
             self.names[kind] = {name: i for i, name in enumerate(known)}
         super().cache_features(scenes, folder, rank, world)
@@ -685,7 +685,7 @@ class Model(data.SceneLanguageModel):
                 if o.category not in data.STRUCTURE:
                     own[ids == o.id] = len(boxes)
                     boxes.append(o.box)
-                    named.append([self.names[0].get(o.category, 0), self.names[1].get(o.colour, 0)])
+                    named.append([self.names[0].get(o.category, 0), self.names[1].get(o.color, 0)])
 
         on = row > 0  # [B, M]
         true = torch.from_numpy(np.stack(boxes)).float()[row]  # [B, M, 6]
@@ -754,32 +754,32 @@ class Model(data.SceneLanguageModel):
 
 TEMPLATES = {
     "modle_distance": (
-        "from centre to centre, how far is the {what} from the {other}?",
-        "in metres between centres, how far is the {what} from the {other}?",
-        "what is the distance from the centre of the {what} to the centre of the {other}?",
-        "measure from the centre of the {what} to the centre of the {other}.",
+        "from center to center, how far is the {what} from the {other}?",
+        "in meters between centers, how far is the {what} from the {other}?",
+        "what is the distance from the center of the {what} to the center of the {other}?",
+        "measure from the center of the {what} to the center of the {other}.",
     ),
     "modle_move_axis": (
-        "move the {what} {direction} by {amount} metres.",
-        "move the {what} by {amount} metres {direction}.",
-        "shift the {what} {direction} by {amount} metres.",
-        "shift the {what} {amount} metres {direction}.",
+        "move the {what} {direction} by {amount} meters.",
+        "move the {what} by {amount} meters {direction}.",
+        "shift the {what} {direction} by {amount} meters.",
+        "shift the {what} {amount} meters {direction}.",
     ),
     "modle_move_towards": (
-        "move the {what} along {axis} towards the {other} by {amount} metres.",
-        "move the {what} by {amount} metres along {axis} towards the {other}.",
-        "shift the {what} along {axis} towards the {other} by {amount} metres.",
+        "move the {what} along {axis} towards the {other} by {amount} meters.",
+        "move the {what} by {amount} meters along {axis} towards the {other}.",
+        "shift the {what} along {axis} towards the {other} by {amount} meters.",
     ),
     "modle_move_beside": (
-        "move the {what} next to the {other}, {direction} of its centre by {amount} metres.",
-        "move the {what} next to the {other}: {amount} metres {direction} of its centre.",
-        "shift the {what} next to the {other}, {amount} metres {direction} of its centre.",
+        "move the {what} next to the {other}, {direction} of its center by {amount} meters.",
+        "move the {what} next to the {other}: {amount} meters {direction} of its center.",
+        "shift the {what} next to the {other}, {amount} meters {direction} of its center.",
     ),
     "modle_place_floor": (
         "take the {what} away and put it on the floor, "
-        "{direction} of the centre of the {other} by {amount} metres.",
+        "{direction} of the center of the {other} by {amount} meters.",
         "remove the {what}, then set it on the floor: "
-        "{amount} metres {direction} of the centre of the {other}.",
+        "{amount} meters {direction} of the center of the {other}.",
     ),
     "modle_place_top": (
         "take the {what} away and put it in the middle on top of the {other}.",
@@ -926,7 +926,7 @@ def modle_distance(g, rng, task):
         if length >= 0.1:
             text = {"what": g.described[i], "other": g.described[j]}
             about = [g.things[i].id, g.things[j].id]
-            return dict(answer=metres(length), text=text, value=length, about=about)
+            return dict(answer=meters(length), text=text, value=length, about=about)
     return None
 
 
@@ -957,7 +957,7 @@ def modle_edit(g, rng, task):
             "other": g.described[j],
             "direction": words,
             "axis": "xy"[axis],
-            "amount": metres(amount),
+            "amount": meters(amount),
         }
         about = [g.things[k].id for k in dict.fromkeys([i, j])]
         return dict(
@@ -1092,7 +1092,7 @@ INSTRUCTIONS = {  # official files beside MODLE, and their own counts; the paper
     "3D-LLM descriptions": Source("3dllm/description", 1033),
 }
 GROUNDING = {"ground": 0.15, "multi": 0.05, "situated": 0.05}
-USUAL = {"colour": 0.04, "what": 0.05, "where": 0.03, "count": 0.03, "exist": 0.06, "caption": 0.04}
+USUAL = {"color": 0.04, "what": 0.05, "where": 0.03, "count": 0.03, "exist": 0.06, "caption": 0.04}
 MODLE = {"modle_distance": 0.2, "modle_move": 0.2, "modle_place": 0.08}
 
 STAGES = {
@@ -1309,7 +1309,7 @@ class TinyModel(Model):
             boxes.append(torch.from_numpy(np.stack([o.box for o in things])).float())
 
             # the sum of two words, of the size that referents have
-            pairs = [[self.first_token(o.category), self.first_token(o.colour)] for o in things]
+            pairs = [[self.first_token(o.category), self.first_token(o.color)] for o in things]
             total = self.embeddings[torch.tensor(pairs, device=self.device)].sum(1)  # [n, D]
             words.append(F.layer_norm(total, (self.config.width,)))
         words = pad_sequence(words, batch_first=True)  # [B, K, D]
@@ -1331,13 +1331,13 @@ def shift_steps(axis, value, words, amount):
     """Write a shift, "x1.25 right 0.80 x2.05"; give the sum of the printed numbers too."""
     total = round(round(value, 2) + DIRECTIONS[words][1] * amount, 2)
     letter, side = "xy"[axis], words.split()[-1]
-    return f"{letter}{metres(value)} {side} {metres(amount)} {letter}{metres(total)}", total
+    return f"{letter}{meters(value)} {side} {meters(amount)} {letter}{meters(total)}", total
 
 
 def stack_steps(z, height):
     """Write half a height, "z0.74 h0.36 z0.92"; give the printed sum z + height / 2 too."""
     total = round(round(z, 2) + round(height, 2) / 2, 2)
-    return f"z{metres(z)} h{metres(height)} z{metres(total)}", total
+    return f"z{meters(z)} h{meters(height)} z{meters(total)}", total
 
 
 def written_steps(scene, sample):
@@ -1351,7 +1351,7 @@ def written_steps(scene, sample):
     box, other = things[0].box, things[-1].box
     if not kind:
         sums, length = data.distance_steps(box[:3].tolist(), other[:3].tolist())
-        return " ".join([*steps, sums]), metres(length)
+        return " ".join([*steps, sums]), meters(length)
 
     # along the floor, from the own place or from the other thing's
     answer = answer.copy()
@@ -1407,7 +1407,7 @@ def modle_refuse(g, rng, task):
 
     # a move of that thing
     sides = list(DIRECTIONS)
-    words, amount = pick(rng, sides), metres(pick(rng, AMOUNTS))
+    words, amount = pick(rng, sides), meters(pick(rng, AMOUNTS))
     text = {
         "what": known,
         "direction": words,
@@ -1430,9 +1430,9 @@ def modle_refuse(g, rng, task):
 
 TEMPLATES |= {
     "modle_contradiction": (
-        "move the {what} {direction} and {opposite} by {amount} metres.",
-        "shift the {what} by {amount} metres {direction} and {opposite}.",
-        "move the {what} {amount} metres towards the {what}.",
+        "move the {what} {direction} and {opposite} by {amount} meters.",
+        "shift the {what} by {amount} meters {direction} and {opposite}.",
+        "move the {what} {amount} meters towards the {what}.",
         "take the {what} away and put it in the middle on top of the {what}.",
     ),
     "modle_refusal": ("more than one thing fits.", "this contradicts itself."),
@@ -1453,15 +1453,15 @@ _TINY = dict(
 STAGES["tiny"] = [
     Stage(
         "I locations",
-        {"ground": 0.4, "ground_multiple": 0.2, "ground_category": 0.2, "colour": 0.2},
-        ("code", "lm"), "symbols", iterations=340, recolour=True, **_TINY,
+        {"ground": 0.4, "ground_multiple": 0.2, "ground_category": 0.2, "color": 0.2},
+        ("code", "lm"), "symbols", iterations=340, recolor=True, **_TINY,
     ),
     Stage(
         "II steps",
         {"subtract": 0.27, "norm": 0.05, "modle_add": 0.24, "modle_stack": 0.03, "ground": 0.06,
-         "colour": 0.02, "what": 0.03, "exist": 0.05, "count": 0.02, "modle_distance": 0.13,
+         "color": 0.02, "what": 0.03, "exist": 0.05, "count": 0.02, "modle_distance": 0.13,
          "modle_move": 0.15, "modle_refuse": 0.06},
-        ("code", "lm"), "symbols", iterations=800, recolour=True,
+        ("code", "lm"), "symbols", iterations=800, recolor=True,
         **{**_TINY, "batch": 192, "per_scene": 12},
     ),
     Stage(

@@ -367,7 +367,7 @@ class QuestionDataset(torch.utils.data.Dataset):
         """Turn a scene, number its objects anew, and draw questions about it."""
         stage = self.stage
         for scene in self.scenes[which:] + self.scenes[:which]:
-            scene = data.augment(scene, rng, stage.recolour)
+            scene = data.augment(scene, rng, stage.recolor)
             samples = data.questions(scene, stage.tasks, count, rng) if stage.tasks else []
             if samples or not stage.tasks:  # a scene that allows no question gives way to the next
                 return scene, samples

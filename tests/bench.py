@@ -102,7 +102,7 @@ def bench_latency(little: bool) -> None:
     print("latency in seconds, tiny model (paper, 7B on a GPU: 9.4 / 2.9 / 1.1 at batch 8, 16.2 / 5.6 / 1.5 at 16)")
     print("  batch   encoder   clustering   LLM (8 new tokens)   per question")
     for B in batches:
-        images = [torch.from_numpy(scene.frames.colour) for scene in scenes[:B]]
+        images = [torch.from_numpy(scene.frames.color) for scene in scenes[:B]]
         with torch.no_grad():
             encoder = seconds(lambda images=images: [model.encode_images(x) for x in images])
             whole = seconds(lambda B=B: [model.compute_features(scene) for scene in scenes[:B]])
@@ -325,7 +325,7 @@ def dbscan(scene: data.Scene) -> np.ndarray:
     from sklearn.cluster import DBSCAN
 
     spacing = np.median(data.nearest(scene.points, scene.points, 2)[0][:, 1])
-    colors = data.opponent_colors(scene.colours)
+    colors = data.opponent_colors(scene.colors)
     thing = ~data.find_shell(scene.points, scene.normals, colors, scene.superpoints)
     label = np.zeros(len(thing), int)
     label[thing] = DBSCAN(eps=2.5 * spacing, min_samples=6).fit(scene.points[thing]).labels_ + 1
@@ -338,7 +338,7 @@ def bench_segments(little: bool) -> None:
         "superpoints, not merged": lambda scene: scene.superpoints + 1,
         "DBSCAN without the shell": dbscan,
         "superpoints, merged": lambda scene: data.object_segments(
-            scene.points, scene.normals, scene.colours, scene.superpoints
+            scene.points, scene.normals, scene.colors, scene.superpoints
         ),
     }
     seeds = data.ROOM_SEEDS["test"][: 2 if little else 60]

@@ -45,7 +45,7 @@ def width(scene: data.Scene, rng: np.random.Generator) -> data.Sample | None:
     if not scene.objects:
         return None
     thing = scene.objects[rng.integers(len(scene.objects))]
-    answer = " ".join([thing.colour] * (1 + thing.id % 3))
+    answer = " ".join([thing.color] * (1 + thing.id % 3))
     return data.Sample(
         "", scene.name, "width", f"what is {thing.id + 10 * (int(scene.name[5:]) % 9)} ?", answer
     )

@@ -29,11 +29,11 @@ def room_digest() -> str:
     import data
 
     scene, digest = data.room(7), hashlib.sha256()
-    arrays = [scene.points, scene.colours, scene.normals, scene.superpoints, scene.instances]
-    arrays += [scene.frames.colour, scene.frames.depth, scene.frames.masks, scene.frames.poses]
+    arrays = [scene.points, scene.colors, scene.normals, scene.superpoints, scene.instances]
+    arrays += [scene.frames.color, scene.frames.depth, scene.frames.masks, scene.frames.poses]
     for array in [*arrays, *(o.box for o in scene.objects)]:
         digest.update(np.ascontiguousarray(array).tobytes())
-    digest.update(" ".join(f"{o.category} {o.colour}" for o in scene.objects).encode())
+    digest.update(" ".join(f"{o.category} {o.color}" for o in scene.objects).encode())
     return digest.hexdigest()[:16]
 
 

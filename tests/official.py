@@ -12,7 +12,7 @@ from data import Sample, Scene
 from evaluate import BENCHMARKS, number_objects
 
 TASKS = {  # benchmark -> generated questions of the same form
-    "scanqa": ("colour", "what", "where", "count", "exist"),
+    "scanqa": ("color", "what", "where", "count", "exist"),
     "sqa3d": ("situated",),
     "scanrefer": ("ground",),
     "multi3drefer": ("multi",),

@@ -11,7 +11,7 @@ from papers import PAPERS, answer_logits, make, questions_of
 import data
 from data import IGNORE
 
-MIX = {"id_category": 2, "id_colour": 1, "count": 1, "what": 1}  # questions with and without a marked object
+MIX = {"id_category": 2, "id_color": 1, "count": 1, "what": 1}  # questions with and without a marked object
 
 
 @pytest.fixture(scope="module")
@@ -231,9 +231,9 @@ def test_a_checkpoint_holds_no_weight_that_was_loaded_and_stayed_frozen(folders)
 
 
 @pytest.mark.parametrize("name", PAPERS)
-@pytest.mark.parametrize("unknown", ["category", "colour"])
-def test_things_of_unknown_category_or_colour_pass_every_stage(name, unknown, scenes):
-    """A scan's objects may lack a name, and nobody names every colour."""
+@pytest.mark.parametrize("unknown", ["category", "color"])
+def test_things_of_unknown_category_or_color_pass_every_stage(name, unknown, scenes):
+    """A scan's objects may lack a name, and nobody names every color."""
     model = make(name).eval()
     bare = [replace(s, objects=[replace(o, **{unknown: ""}) for o in s.objects]) for s in scenes]
     for stage in stages_of(name, "tiny"):

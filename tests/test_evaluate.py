@@ -44,7 +44,7 @@ SAMPLES = [
     Sample("g2", "a", "ground", "find the lamp.", "<obj 4>", targets=[4], kind="unique"),
     Sample("m0", "a", "multi", "find all beds.", "no.", targets=[], kind="zt_wo_d"),
     Sample("m2", "a", "multi", "find all chairs.", "yes. <obj 1> <obj 2>", targets=[1, 2], kind="mt"),
-    Sample("q1", "a", "colour", "what colour is the table?", "white"),
+    Sample("q1", "a", "color", "what color is the table?", "white"),
     Sample("q2", "a", "count", "how many chairs are there?", "2", value=2.0),
     Sample("q3", "a", "exist", "is there a bed?", "no"),
     Sample("i1", "a", "id_category", "what is <obj 2>?", "chair"),

@@ -37,7 +37,7 @@ SMALL = dict(
 )
 TINY = dict(SMALL, width=32, attention_heads=2, ffn=48, layers=3, no_color=0.0)
 TOKENS = Stage("tokens", {"count": 1}, fase3d.PARTS, "tokens")
-MIX = {"count": 2, "id_category": 2, "id_colour": 1, "caption": 1, "what": 1}
+MIX = {"count": 2, "id_category": 2, "id_color": 1, "caption": 1, "what": 1}
 FAMILIES = ("qwen", "llama", "opt")
 
 
@@ -790,7 +790,7 @@ def shuffled(scene, seed):
     # every array moves along, superpoints under new names
     arrays = {
         key: getattr(scene, key)[order]
-        for key in ("points", "colours", "normals", "instances")
+        for key in ("points", "colors", "normals", "instances")
     }
     superpoints = names[scene.superpoints[order]]
     return replace(
@@ -864,7 +864,7 @@ def test_stages_on_words_have_a_token_per_object_or_per_seed(
     )
     for b, scene in enumerate(scenes):
         # what each token stands for
-        words = {o.id: text.encode(f"{o.category} {o.colour}") for o in scene.objects}
+        words = {o.id: text.encode(f"{o.category} {o.color}") for o in scene.objects}
         at = {o.box[:3].astype(np.float32).tobytes(): o.id for o in scene.objects}
         places = seen["places"][b, : lengths[b]]
         shown = [
@@ -892,7 +892,7 @@ def test_what_a_seed_shows_is_the_most_frequent_object_on_its_superpoint(
         assert votes[int(shown)] == max(votes.values())
 
 
-@pytest.mark.parametrize("unknown", ["category", "colour"])
+@pytest.mark.parametrize("unknown", ["category", "color"])
 @pytest.mark.parametrize(
     "stage", fase3d.recipe(Config.tiny(), STAGES["tiny"]), ids=lambda s: s.name
 )
@@ -918,7 +918,7 @@ def test_one_superpoint_is_a_scene(text):
 
         # a gray scene of n points and no objects
         arrays = dict(
-            colours=np.zeros((n, 3), np.uint8), normals=np.zeros((n, 3), np.float32)
+            colors=np.zeros((n, 3), np.uint8), normals=np.zeros((n, 3), np.float32)
         )
         scene = data.Scene(
             "wall", "ply", [], points=points, superpoints=np.zeros(n, int), **arrays
@@ -943,7 +943,7 @@ def test_one_superpoint_is_a_scene(text):
         ("points", "Fase3D needs points; this source has none"),
         ("superpoints", "no superpoints; make them with data.over_segment"),
         (
-            "colours",
+            "colors",
             "the cloud has no color and this model never saw such; train with",
         ),
         (
@@ -964,7 +964,7 @@ def test_a_scene_that_lacks_something_says_so_in_one_line(
 @torch.no_grad()
 def test_what_a_model_does_not_look_at_may_be_missing(text, scenes):
     """Color, normals and superpoints can be switched off."""
-    bare = replace(scenes[0], name="bare", colours=None, superpoints=None)
+    bare = replace(scenes[0], name="bare", colors=None, superpoints=None)
     model = make(text, color=False, superpoint=False).eval()
     assert torch.equal(
         model.encode(scenes[:1])["tokens"], model.encode([bare])["tokens"]
@@ -982,13 +982,13 @@ def test_a_model_that_saw_colorless_scenes_answers_about_one(text, scenes):
 
     # as if it had none
     dark = draws[hidden.index(True)]
-    none = model.point_features(replace(dark, colours=None), index)
+    none = model.point_features(replace(dark, colors=None), index)
     assert torch.equal(model.point_features(dark, index), none)
 
     # without training nothing is hidden
     lit = model.eval().point_features(dark, index).numpy()
     assert np.allclose(
-        lit, np.c_[dark.colours[:50] / 127.5 - 1, dark.normals[:50]], atol=1e-6
+        lit, np.c_[dark.colors[:50] / 127.5 - 1, dark.normals[:50]], atol=1e-6
     )
 
 
@@ -1215,7 +1215,7 @@ def test_proposals_are_clusters_of_superpoints_with_the_extent_of_their_points(
     found = model.propose(scene, count)
     labels = set(found.instances.tolist()) - {0}
     assert labels == {o.id for o in found.objects} and 1 < len(labels) <= count
-    assert {(o.category, o.colour) for o in found.objects} == {("", "")}
+    assert {(o.category, o.color) for o in found.objects} == {("", "")}
 
     # boxes span their points
     for o in found.objects:

@@ -154,7 +154,7 @@ def propose_truth(frames):
     """Automatic masks that are right: the wall, every object, and the upper part of each."""
 
     def propose(image):
-        v = next(v for v, colour in enumerate(frames.colour) if np.array_equal(colour, image))
+        v = next(v for v, color in enumerate(frames.color) if np.array_equal(color, image))
         whole = [frames.masks[v] == i for i in np.unique(frames.masks[v])]
         return whole + [mask & (np.arange(64) < 32)[:, None] for mask in whole]
 
@@ -166,7 +166,7 @@ def test_every_object_on_a_keyframe_comes_back_as_tracks_with_its_true_pixels(fu
     least, most = 0.001 * 64 * 64, 0.5 * 64 * 64
     for scene in furnished:
         f = scene.frames
-        tracks = sam2_masks(f.colour, TrueMasks(f.masks), propose_truth(f), keyframe_every=4)
+        tracks = sam2_masks(f.color, TrueMasks(f.masks), propose_truth(f), keyframe_every=4)
         for thing in scene.objects:
             area = (f.masks == thing.id).sum((1, 2))
             shown = ((tracks > 0) & (f.masks == thing.id)).sum((1, 2))
@@ -310,13 +310,13 @@ def test_a_tiny_untrained_sam2_tracks_what_it_proposes(monkeypatch):
 
     model = tiny_sam2()
 
-    colour = room(3, views=2, size=64, points=0).frames.colour
+    color = room(3, views=2, size=64, points=0).frames.color
     all_of_few = partial(SAM2AutomaticMaskGenerator, points_per_side=2, pred_iou_thresh=0, stability_score_thresh=0)
     monkeypatch.setattr("sam2.automatic_mask_generator.SAM2AutomaticMaskGenerator", all_of_few)
-    found = data.automatic_masks(model)(colour[0])
+    found = data.automatic_masks(model)(color[0])
     assert found and all(m.shape == (64, 64) and m.dtype == bool for m in found)
 
     strips = [np.arange(64) // 16 + np.zeros((64, 1)) == i for i in range(3)]
-    tracks, again = (sam2_masks(colour, model, lambda image: strips, 2, most=2) for _ in range(2))
+    tracks, again = (sam2_masks(color, model, lambda image: strips, 2, most=2) for _ in range(2))
     assert tracks.shape == (2, 64, 64) and 1 <= tracks.max() <= 2
     assert np.array_equal(tracks, again)

@@ -34,8 +34,8 @@ def asked(scenes):
     return {task: [(s, scenes[s.scene]) for s in samples if s.task == task] for task in ASKED}
 
 
-def thing(id, category, colour, x, y, z=0.5, w=0.5, d=0.5, h=1.0):
-    return Thing(id, category, colour, np.array([x, y, z, w, d, h], float))
+def thing(id, category, color, x, y, z=0.5, w=0.5, d=0.5, h=1.0):
+    return Thing(id, category, color, np.array([x, y, z, w, d, h], float))
 
 
 def hand(*things, **rest):

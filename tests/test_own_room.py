@@ -53,7 +53,7 @@ def scene():
 def video(scene, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "load_vggt", lambda name: None)
     monkeypatch.setattr(data, "vggt_geometry", oracle(scene.frames))
-    return encode(tmp_path / "room.mp4", scene.frames.colour)
+    return encode(tmp_path / "room.mp4", scene.frames.color)
 
 
 def ask(runs, paper, path, *more):
@@ -101,6 +101,6 @@ def test_a_cloud_and_one_in_which_nothing_is_found_can_be_asked(runs, scene, tmp
     wall = np.abs(scene.points[:, 0] - scene.points[:, 0].min()) < 0.02
     for name, part in (("room", slice(None)), ("wall", wall)):
         data.write_ply(
-            tmp_path / f"{name}.ply", scene.points[part], scene.colours[part], scene.normals[part]
+            tmp_path / f"{name}.ply", scene.points[part], scene.colors[part], scene.normals[part]
         )
         ask(runs, paper, tmp_path / f"{name}.ply")

@@ -589,7 +589,7 @@ def test_stage_one_tokens_are_category_plus_identifier(text, scenes):
         for k, i in enumerate(bfs_order(centers, torch.arange(len(centers))).tolist()):
             o = scene.objects[i]
             f_sem, f_id = model.symbols(
-                [("category", o.category, o.colour), ("id", scene.identifiers[o.id])]
+                [("category", o.category, o.color), ("id", scene.identifiers[o.id])]
             )
             assert (
                 torch.allclose(seen["tokens"][b, k], f_sem + f_id, atol=1e-6)
@@ -669,7 +669,7 @@ def test_frames_of_any_size_are_seen_at_the_grid_and_evenly_spaced(
         )
         model.compute_features(scenes[0])
     assert seen[0].shape == (3, 48, 40, 3) and seen[0].dtype == torch.uint8
-    assert torch.equal(seen[1], torch.from_numpy(scenes[0].frames.colour[[0, 2, 3]]))
+    assert torch.equal(seen[1], torch.from_numpy(scenes[0].frames.color[[0, 2, 3]]))
 
 
 # ---- what a stage asks and trains ----------------------------------------------------------------
@@ -712,7 +712,7 @@ def test_each_of_the_papers_settings_has_a_name():
 def test_a_symbol_stage_asks_only_what_its_tokens_show(folder, scenes, stage):
     """Other colors leave the tokens as they are, so no answer may change with them; other categories change both."""
     model, scene = load(folder, stage), scenes[0]
-    gray = replace(scene, objects=[replace(o, colour="gray") for o in scene.objects])
+    gray = replace(scene, objects=[replace(o, color="gray") for o in scene.objects])
     odd = replace(
         scene, objects=[replace(o, category=f"thing {o.id}") for o in scene.objects]
     )
@@ -751,7 +751,7 @@ def test_the_tower_learns_from_what_its_labels_name_whatever_the_size_of_the_fra
     for times in (1, 3):
         large = {
             name: getattr(f, name).repeat(times, 1).repeat(times, 2)
-            for name in ("colour", "masks")
+            for name in ("color", "masks")
         }
         model.encoder_loss([replace(scenes[0], frames=replace(f, **large))])
     one, three = seen[0], seen[2]  # the others are symbols

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import data
-from data import CATEGORIES, COLOURS, TASKS, Blind, Sample, Scene, Thing, augment, chance, describe, question_set, room
+from data import CATEGORIES, COLORS, TASKS, Blind, Sample, Scene, Thing, augment, chance, describe, question_set, room
 
 NOUNS = {data.plural(c): c for c in [*CATEGORIES, "thing"]} | {c: c for c in [*CATEGORIES, "thing"]}
 
@@ -20,7 +20,7 @@ def scenes():
     """Rooms with fresh identifiers, mirrored and recolored as in training."""
     rng = np.random.default_rng(1)
     rooms = [room(seed, views=0, points=0) for seed in range(40)]
-    return {s.name: augment(s, rng, recolour=i % 2 == 1) for i, s in enumerate(rooms)}
+    return {s.name: augment(s, rng, recolor=i % 2 == 1) for i, s in enumerate(rooms)}
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,8 @@ def asked(scenes):
     return {task: [(s, scenes[s.scene]) for s in samples if s.task == task] for task in TASKS}
 
 
-def thing(id, category, colour, x, y, z=0.5, w=0.5, d=0.5, h=1.0):
-    return Thing(id, category, colour, np.array([x, y, z, w, d, h], float))
+def thing(id, category, color, x, y, z=0.5, w=0.5, d=0.5, h=1.0):
+    return Thing(id, category, color, np.array([x, y, z, w, d, h], float))
 
 
 def hand(*things, **rest):
@@ -130,9 +130,9 @@ def find(scene, words):
         rows = range(len(COMPARED[first](group[0])))
         margin = math.log(1.49) if first in ("largest", "smallest") else 0.1
         return clearly_first(group, [lambda o, r=r: COMPARED[first](o)[r] for r in rows], margin)
-    *colour, noun = words.split()
-    same_colour = [o for o in scene.objects if not colour or o.colour == colour[0]]
-    return [o for o in same_colour if NOUNS[noun] in ("thing", o.category)]
+    *color, noun = words.split()
+    same_color = [o for o in scene.objects if not color or o.color == color[0]]
+    return [o for o in same_color if NOUNS[noun] in ("thing", o.category)]
 
 
 def only(scene, words):
@@ -176,10 +176,10 @@ def chosen(s):
 
 WORD = {  # template -> the word about the objects that the question names
     "id_category": lambda scene, o: o.category,
-    "id_colour": lambda scene, o: o.colour,
+    "id_color": lambda scene, o: o.color,
     "id_size": larger,
     "relation": side_of,
-    "colour": lambda scene, o: o.colour,
+    "color": lambda scene, o: o.color,
     "what_on": lambda scene, o: " ".join(p.category for p in scene.objects if support(p, scene) is o),
     "what_near": lambda scene, o: " ".join(p.category for p in nearest(scene.objects, o)),
     "where_support": place_of,
@@ -264,7 +264,7 @@ def check_multi(s, scene):
 
 
 def check_only_thing(s, scene):
-    (o,) = [o for o in scene.objects if o.colour == slots(s)["what"]]
+    (o,) = [o for o in scene.objects if o.color == slots(s)["what"]]
     assert s.answer == o.category
 
 
@@ -278,8 +278,8 @@ def check_exist(s, scene):
     assert (a == "an") == (words[0] in "aeiou")
     assert s.answer == ("yes" if find(scene, words) else "no")
     if s.kind == "pair" and s.answer == "no":  # hard: the category is here, and so is the color
-        colour, category = words.split()
-        assert find(scene, category) and find(scene, f"{colour} thing")
+        color, category = words.split()
+        assert find(scene, category) and find(scene, f"{color} thing")
 
 
 def check_heading(s, scene):
@@ -302,10 +302,10 @@ def check_heading(s, scene):
 
 def check_caption(s, scene):
     (o,) = named(s, scene)
-    colour, category, spot = re.fullmatch(r"this is an? (\w+) (\w+)(?: ((?:on|near) the \w+))?\.", s.answer).groups()
-    assert (colour, category) == (o.colour, o.category) and s.answer == s.answers[0] and len(set(s.answers)) >= 4
+    color, category, spot = re.fullmatch(r"this is an? (\w+) (\w+)(?: ((?:on|near) the \w+))?\.", s.answer).groups()
+    assert (color, category) == (o.color, o.category) and s.answer == s.answers[0] and len(set(s.answers)) >= 4
     assert spot is None or spot == (neighbor_of if support(o, scene) == "floor" else place_of)(scene, o)
-    assert all(f"{colour} {category}" in a and (spot or "") in a for a in s.answers)
+    assert all(f"{color} {category}" in a and (spot or "") in a for a in s.answers)
 
 
 def check_nearest_of_four(s, scene):
@@ -319,7 +319,7 @@ CHECK = {
     "multi": check_multi, "coordinate": check_coordinate, "subtract": check_drill, "norm": check_drill,
     "exist": check_exist, "count": check_count, "vsi_counting": check_count, "caption": check_caption,
     "situated": check_heading, "vsi_rel_direction": check_heading, "vsi_rel_distance": check_nearest_of_four,
-    "what_colour": check_only_thing, **dict.fromkeys(WORD, check_word), **dict.fromkeys(NUMBER, check_number),
+    "what_color": check_only_thing, **dict.fromkeys(WORD, check_word), **dict.fromkeys(NUMBER, check_number),
 }  # fmt: skip
 
 
@@ -346,7 +346,7 @@ def test_marks_name_numbered_objects_only():
     many = []
     for i in range(130):
         x, y = rng.uniform(-4, 4, 2)
-        many.append(thing(i + 1, CATEGORIES[i % 20], list(COLOURS)[i % 11], x, y, w=0.2 + 0.01 * (i % 7)))
+        many.append(thing(i + 1, CATEGORIES[i % 20], list(COLORS)[i % 11], x, y, w=0.2 + 0.01 * (i % 7)))
     scene = augment(hand(*many), rng)
     assert len(scene.identifiers) == 100
     samples = question_set([scene], TASKS, 12, seed=0)
@@ -367,21 +367,21 @@ def test_the_same_seed_gives_the_same_questions_also_in_a_subset(scenes):
 
 def test_a_mix_is_drawn_by_its_weights_and_impossible_tasks_are_replaced(scenes):
     scene = scenes["room000020"]
-    samples = data.questions(scene, {"id_colour": 3.0, "colour": 1.0}, 400, np.random.default_rng(0))
-    assert len(samples) == 400 and 0.68 < Counter(s.task for s in samples)["id_colour"] / 400 < 0.82
+    samples = data.questions(scene, {"id_color": 3.0, "color": 1.0}, 400, np.random.default_rng(0))
+    assert len(samples) == 400 and 0.68 < Counter(s.task for s in samples)["id_color"] / 400 < 0.82
     assert len({s.id for s in samples}) == 400 and samples[7].id == f"{scene.name}/{samples[7].task}/7"
     unscaled = replace(scene, metric=False)
-    mixed = data.questions(unscaled, {"coordinate": 1.0, "id_colour": 1.0}, 16, np.random.default_rng(0))
-    assert [s.task for s in mixed] == ["id_colour"] * 16
+    mixed = data.questions(unscaled, {"coordinate": 1.0, "id_color": 1.0}, 16, np.random.default_rng(0))
+    assert [s.task for s in mixed] == ["id_color"] * 16
     assert data.questions(unscaled, {"coordinate": 1.0}, 16, np.random.default_rng(0)) == []
 
 
 def test_a_scene_of_unknown_scale_gets_no_metric_question(scenes):
-    """Metres from a video of unknown scale would be invented."""
+    """Meters from a video of unknown scale would be invented."""
     scene = replace(scenes["room000020"], metric=False)
     drawn = {task: draws(scene, task) for task in TASKS}
     assert {task for task, samples in drawn.items() if samples} == set(TASKS) - data.METRIC
-    with_units = ("metre", "how far", "how tall", "coordinates")
+    with_units = ("meter", "how far", "how tall", "coordinates")
     assert not any(unit in s.question for samples in drawn.values() for s in samples for unit in with_units)
 
 
@@ -393,8 +393,8 @@ def test_geometry_needs_no_category(scenes):
         samples = draws(bare, task)
         assert len(samples) >= 20, task
         assert not any(re.search(rf"\b{c}\b", s.question) for s in samples for c in CATEGORIES)
-    colourless = replace(bare, objects=[replace(o, colour="") for o in bare.objects])
-    assert all(draws(colourless, task) for task in ("coordinate", "distance_ids", "relation", "ground_superlative"))
+    colorless = replace(bare, objects=[replace(o, color="") for o in bare.objects])
+    assert all(draws(colorless, task) for task in ("coordinate", "distance_ids", "relation", "ground_superlative"))
 
 
 @pytest.mark.parametrize("things", [0, 1, 2])
@@ -457,11 +457,11 @@ def test_answers_follow_augmentation(scenes):
     scene, rng = scenes["room000022"], np.random.default_rng(0)
     draws(scene, "ground"), draws(scene, "relation")
     for _ in range(4):
-        again = augment(scene, rng, recolour=True)
-        for task in ("ground", "relation", "colour", "vsi_rel_direction"):
+        again = augment(scene, rng, recolor=True)
+        for task in ("ground", "relation", "color", "vsi_rel_direction"):
             for s in draws(again, task):
                 check(s, again)
-    again.objects = augment(again, rng, recolour=True).objects
+    again.objects = augment(again, rng, recolor=True).objects
     for s in draws(again, "ground"):
         check_ground(s, again)
 
@@ -469,7 +469,7 @@ def test_answers_follow_augmentation(scenes):
 def test_yes_and_no_are_even_within_every_form_of_question(scenes):
     """If "is there a red thing?" were mostly yes, the blind baseline would be right without looking."""
     rng = np.random.default_rng(0)
-    yes = {"": [], "category": [], "colour": [], "pair": []}
+    yes = {"": [], "category": [], "color": [], "pair": []}
     for s in (s for scene in scenes.values() for task in ("exist", "id_size") for s in draws(scene, task, 60, rng)):
         yes[s.kind].append(s.answer == "yes")
     assert all(0.44 < np.mean(answers) < 0.58 for answers in yes.values())
@@ -493,9 +493,9 @@ def told(task, answer, question="?", number=1, **rest):
 def test_blind_gives_the_most_frequent_answer_to_the_same_question_else_to_its_template():
     """Marks are left out: which object is meant cannot be known blindly."""
     train = [*told("count", "3", "how many chairs?", 2), *told("count", "1", "how many lamps?", 5)]
-    train += [*told("id_colour", "red", "what colour is <obj 3>?"), *told("id_colour", "blue", "name it.", 4)]
+    train += [*told("id_color", "red", "what color is <obj 3>?"), *told("id_color", "blue", "name it.", 4)]
     guess = [Blind(train).predict(told(task, "", question)[0], hand()) for task, question in (
-        ("count", "how many chairs?"), ("count", "how many sofas?"), ("id_colour", "what colour is <obj 8>?"),
+        ("count", "how many chairs?"), ("count", "how many sofas?"), ("id_color", "what color is <obj 8>?"),
         ("caption", "describe it."))]  # fmt: skip
     assert guess == ["3", "1", "red", ""]
 
@@ -536,7 +536,7 @@ def test_chance_is_the_share_of_the_answers_that_the_question_allows():
     assert guess("exist", "no") == guess("situated", "left") == 1 / 2
     assert guess("relation", "left", ["left", "right", "front", "behind"]) == 1 / 4
     assert guess("distance", "near 1.70 or 2.30", ["1.00", "1.70", "2.30", "9.00"]) == 1 / 2
-    assert guess("colour", "red") == 0.0  # nothing known to guess from
+    assert guess("color", "red") == 0.0  # nothing known to guess from
 
 
 def test_chance_of_several_targets_is_the_mean_score_of_every_possible_guess():

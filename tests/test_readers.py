@@ -67,7 +67,7 @@ def write_rgbd(scene, folder, world=Y_DOWN, scale=1000):
     save(folder / "camera-intrinsics.txt", f.intrinsics[0])
     for i, pose in enumerate(world @ f.poses):
         pose[:3, :3] *= 0.9999
-        save(folder / f"frame-{i:06d}.color.png", f.colour[i])
+        save(folder / f"frame-{i:06d}.color.png", f.color[i])
         save(folder / f"frame-{i:06d}.depth.png", np.round(f.depth[i] * scale).astype(np.uint16))
         save(folder / f"frame-{i:06d}.pose.txt", pose)
     return folder
@@ -75,7 +75,7 @@ def write_rgbd(scene, folder, world=Y_DOWN, scale=1000):
 
 def write_frames(scene, folder, color, depth, scale=1000):
     """Images and depth under names with a place for the frame's number."""
-    for i, (image, meters) in enumerate(zip(scene.frames.colour, scene.frames.depth, strict=True)):
+    for i, (image, meters) in enumerate(zip(scene.frames.color, scene.frames.depth, strict=True)):
         save(folder / color.format(i), image)
         save(folder / depth.format(i), np.round(meters * scale).astype(np.uint16))
     K = scene.frames.intrinsics[0]
@@ -157,7 +157,7 @@ def write_stray_scanner(scene, folder, monkeypatch):
 
 def write_polycam(scene, folder, monkeypatch):
     camera = write_frames(scene, folder / "keyframes", "corrected_images/{}.jpg", "depth/{}.png")
-    save(folder / "thumbnail.jpg", scene.frames.colour[0])
+    save(folder / "thumbnail.jpg", scene.frames.color[0])
     for i, pose in enumerate(Y_UP @ scene.frames.poses @ OPENGL):
         file = folder / f"keyframes/corrected_cameras/{i}.json"
         file.parent.mkdir(exist_ok=True)
@@ -202,7 +202,7 @@ def turn_by_a_quarter(scene):
     """The frames of a phone held upright: its sensor lies on its side."""
     f, turned = scene.frames, np.eye(4)
     turned[:3, :3] = [[0, -1, 0], [1, 0, 0], [0, 0, 1]]  # its right is the picture's down
-    rows = [np.rot90(a, axes=(1, 2)) for a in (f.colour, f.depth, f.masks)]
+    rows = [np.rot90(a, axes=(1, 2)) for a in (f.color, f.depth, f.masks)]
     return data.replace(
         scene, frames=data.Frames(*map(np.ascontiguousarray, rows), f.intrinsics, f.poses @ turned)
     )
@@ -217,7 +217,7 @@ def assert_same_room(found, truth):
     np.testing.assert_allclose(between_a, between_b, atol=1e-5)
     np.testing.assert_allclose(found.frames.depth, truth.frames.depth, atol=6e-4)
     np.testing.assert_allclose(found.frames.intrinsics, truth.frames.intrinsics, atol=1e-6)
-    assert np.abs(found.frames.colour.astype(int) - truth.frames.colour).mean() < 4
+    assert np.abs(found.frames.color.astype(int) - truth.frames.color).mean() < 4
     assert found.metric and found.objects == []
 
 
@@ -236,7 +236,7 @@ def test_a_video_beside_the_depth_gives_its_frames(small, tmp_path, monkeypatch)
     write_stray_scanner(small, tmp_path, monkeypatch)
     for file in (tmp_path / "rgb").iterdir():
         file.unlink()
-    encode(tmp_path / "rgb.mp4", small.frames.colour, np.arange(8) / 20)
+    encode(tmp_path / "rgb.mp4", small.frames.color, np.arange(8) / 20)
     assert_same_room(read_views(tmp_path), small)
 
 
@@ -364,7 +364,7 @@ def test_a_cloud_that_lies_on_its_side_is_turned_upright(small, tmp_path, up, no
         up
     ]
     direction = small.normals if normals else np.zeros_like(small.normals)
-    write_ply(tmp_path / "a.ply", small.points @ turn.T, small.colours, direction @ turn.T)
+    write_ply(tmp_path / "a.ply", small.points @ turn.T, small.colors, direction @ turn.T)
     scene = read_cloud(tmp_path / "a.ply")
     share = np.linspace(0, 1, 21)
     np.testing.assert_allclose(
@@ -374,7 +374,7 @@ def test_a_cloud_that_lies_on_its_side_is_turned_upright(small, tmp_path, up, no
 
 
 def test_an_axis_that_fits_worse_is_taken_as_given_and_doubted(small, tmp_path):
-    write_ply(tmp_path / "a.ply", small.points, small.colours, small.normals)
+    write_ply(tmp_path / "a.ply", small.points, small.colors, small.normals)
     assert "--up=+z fits better" in "".join(read_cloud(tmp_path / "a.ply", up="+y").notes)
     folder = write_rgbd(small, tmp_path / "a")
     assert "up = +x; if it lies on its side, --up=-y fits better" in "".join(
@@ -410,11 +410,11 @@ NAMES = {  # how others name and scale colors -> fields, and values from 0 to 1 
 @pytest.mark.parametrize("name", NAMES)
 def test_colors_are_read_under_all_their_names(small, tmp_path, name):
     fields, write = NAMES[name]
-    rows = np.concatenate([small.points, write(small.colours / 255.0)], axis=1)
+    rows = np.concatenate([small.points, write(small.colors / 255.0)], axis=1)
     (tmp_path / "a.ply").write_text(ply(XYZ + fields, rows))
     points, colors, *_ = data.load_mesh(tmp_path / "a.ply")
     np.testing.assert_allclose(points, small.points, atol=1e-5)
-    assert np.abs(colors.astype(int) - small.colours).max() <= 1
+    assert np.abs(colors.astype(int) - small.colors).max() <= 1
 
 
 FACES = {
@@ -447,7 +447,7 @@ def test_a_mesh_of_few_large_faces_gets_points_from_them(tmp_path, suffix):
     )
     assert len(scene.points) > 50_000
     np.testing.assert_allclose(np.ptp(scene.points, axis=0)[2], 2.6, atol=0.01)
-    assert suffix == ".stl" or np.abs(scene.colours[0].astype(int) - [200, 40, 40]).max() <= 1
+    assert suffix == ".stl" or np.abs(scene.colors[0].astype(int) - [200, 40, 40]).max() <= 1
 
 
 def test_points_that_are_not_finite_far_away_or_twice_there_are_dropped(small, tmp_path):
@@ -462,7 +462,7 @@ def test_points_that_are_not_finite_far_away_or_twice_there_are_dropped(small, t
 
 def test_sizes_that_no_room_has_are_refused_and_every_size_is_said(small, tmp_path):
     for unit in (1000, 0.01):
-        write_ply(tmp_path / "a.ply", small.points * unit, small.colours, small.normals)
+        write_ply(tmp_path / "a.ply", small.points * unit, small.colors, small.normals)
         with pytest.raises(
             DataError, match=r"m is hardly a room; give --scale \(0.001 if in millimeters"
         ):
@@ -487,15 +487,15 @@ def test_a_room_written_as_a_scan_is_read_back(small, scan):
     np.testing.assert_allclose(back.points, small.points, atol=1e-5)
     np.testing.assert_allclose(back.normals, small.normals, atol=1e-5)
     np.testing.assert_allclose(back.bounds, small.bounds, atol=0.05)
-    assert np.array_equal(back.colours, small.colours) and np.array_equal(
+    assert np.array_equal(back.colors, small.colors) and np.array_equal(
         back.instances, small.instances
     )
     assert same_partition(back.superpoints, small.superpoints)
     for a, b in zip(back.objects, small.objects, strict=True):
-        assert (a.id, a.category, a.colour) == (b.id, b.category, b.colour) and np.array_equal(
+        assert (a.id, a.category, a.color) == (b.id, b.category, b.color) and np.array_equal(
             a.box, b.box
         )
-    for name in ("colour", "masks", "intrinsics"):
+    for name in ("color", "masks", "intrinsics"):
         assert np.array_equal(getattr(back.frames, name), getattr(small.frames, name)), name
     np.testing.assert_allclose(
         back.frames.depth, small.frames.depth, atol=6e-4
@@ -514,7 +514,7 @@ def test_scans_without_our_extra_keys_get_boxes_from_points_and_rendered_masks(s
 
     def strip(held):
         for group in held["segGroups"]:
-            del group["alignedBox"], group["colour"]
+            del group["alignedBox"], group["color"]
 
     edit(scan / f"{small.name}.aggregation.json", strip)
     for mask in (scan / "instance-filt").iterdir():

@@ -9,7 +9,7 @@ import pytest
 
 from data import (
     CATEGORIES,
-    COLOURS,
+    COLORS,
     FURNITURE,
     HALF_FOV,
     MATERIALS,
@@ -26,7 +26,7 @@ from data import (
 )
 
 SEEDS = range(900_000, 900_012)
-PINNED = [2395426368, 431871428, 661907911, 974076495, 1967054597]  # masks, colour, depth, points, colours
+PINNED = [2395426368, 431871428, 661907911, 974076495, 1967054597]  # masks, color, depth, points, colors
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_a_seed_is_a_room_whoever_makes_it():
 def test_a_seed_is_the_same_room_on_every_machine():
     """Breaks where a machine or a numpy rounds or draws differently; a change of the furniture needs a new number."""
     scene = room(0, views=3, size=48, points=512)
-    arrays = (scene.frames.masks, scene.frames.colour, scene.frames.depth, scene.points, scene.colours)
+    arrays = (scene.frames.masks, scene.frames.color, scene.frames.depth, scene.points, scene.colors)
     assert [zlib.crc32(np.ascontiguousarray(a).tobytes()) for a in arrays] == PINNED
 
 
@@ -92,8 +92,8 @@ def test_objects_are_disjoint_inside_the_room_and_stand_or_hang(scenes):
 
 def test_a_category_and_a_color_name_one_object(scenes):
     """ "the red chair" is the right answer only if there is one; "the chair" alone must often not be enough."""
-    pairs = [[(o.category, o.colour) for o in s.objects] for s in scenes]
-    assert all(len(set(p)) == len(p) and all(c in COLOURS for _, c in p) for p in pairs)
+    pairs = [[(o.category, o.color) for o in s.objects] for s in scenes]
+    assert all(len(set(p)) == len(p) and all(c in COLORS for _, c in p) for p in pairs)
     assert np.mean([len({c for c, _ in p}) < len(p) for p in pairs]) > 0.6
     assert {len(p) for p in pairs} <= set(range(8, 17))
 
@@ -108,7 +108,7 @@ def test_depth_masks_and_poses_agree_with_the_boxes(scenes):
     for scene in scenes[:4]:
         f = scene.frames
         xyz = unproject(f.depth, f.intrinsics, f.poses)
-        assert f.colour.shape == (12, 96, 96, 3) and f.colour.dtype == np.uint8 and (f.depth > 0).all()
+        assert f.color.shape == (12, 96, 96, 3) and f.color.dtype == np.uint8 and (f.depth > 0).all()
         for thing in scene.objects:
             lo, hi = box_ends(thing.box)
             p = xyz[f.masks == thing.id]
@@ -138,14 +138,14 @@ def test_nearly_every_object_owns_two_patches(scenes):
 
 def test_most_of_an_object_shows_its_color(scenes):
     """Names were given by the table; a shade that turns white into gray would make the answers wrong."""
-    names, centers = list(COLOURS), 0.92 * np.array(list(COLOURS.values()), float)
+    names, centers = list(COLORS), 0.92 * np.array(list(COLORS.values()), float)
     right = []
     for scene in scenes[:6]:
         for thing in scene.objects:
-            pixels = scene.frames.colour[scene.frames.masks == thing.id].astype(float)
+            pixels = scene.frames.color[scene.frames.masks == thing.id].astype(float)
             if len(pixels) >= 40:
                 nearest = ((pixels[:, None] - centers) ** 2).sum(-1).argmin(1)
-                right.append(names[np.bincount(nearest).argmax()] == thing.colour)
+                right.append(names[np.bincount(nearest).argmax()] == thing.color)
     assert np.mean(right) > 0.95
 
 
@@ -206,7 +206,7 @@ def test_faces_that_touch_have_no_points(scenes):
     assert checked
 
 
-def test_superpoints_are_flat_pieces_of_one_object_of_at_most_a_metre(scenes):
+def test_superpoints_are_flat_pieces_of_one_object_of_at_most_a_meter(scenes):
     for scene in scenes[:3]:
         sp = scene.superpoints
         assert sp.dtype == np.int64 and np.array_equal(np.unique(sp), np.arange(sp.max() + 1))
@@ -221,7 +221,7 @@ def test_superpoints_are_flat_pieces_of_one_object_of_at_most_a_metre(scenes):
 def test_a_room_grows_with_its_objects(count):
     scene = room(5, objects=count, views=0, points=0)
     assert len(scene.objects) == count and scene.frames is None and scene.points is None
-    assert len({(o.category, o.colour) for o in scene.objects}) == count
+    assert len({(o.category, o.color) for o in scene.objects}) == count
 
 
 def test_too_many_objects_are_refused_in_one_line():

@@ -293,7 +293,7 @@ def test_seeds_are_told_what_they_lie_on(scenes):
                 assert not on[b, m] and names == ["", ""]
                 assert torch.equal(true[b, m, :3], seen["places"][b, m])
             else:
-                assert on[b, m] and names == [thing.category, thing.colour]
+                assert on[b, m] and names == [thing.category, thing.color]
                 assert torch.allclose(true[b, m].double(), torch.from_numpy(thing.box), atol=1e-6)
 
 
@@ -305,7 +305,7 @@ def test_neither_the_order_of_the_points_nor_the_turn_of_a_room_changes_its_seed
     """A cloud has no order, and two processes meet the same scene turned differently."""
     scene = scenes[0]
     order = np.random.default_rng(1).permutation(len(scene.points))
-    arrays = {k: getattr(scene, k)[order] for k in ("points", "colours", "normals", "instances")}
+    arrays = {k: getattr(scene, k)[order] for k in ("points", "colors", "normals", "instances")}
     shuffled = replace(scene, name="shuffled", **arrays)
     assert same(model_at(stage).see([scene]), model_at(stage).see([shuffled]))
 
@@ -336,9 +336,9 @@ def test_boxes_and_votes_of_a_frozen_encoder_follow_a_turned_scene(scenes):
 
 def test_small_and_bare_clouds_share_a_batch_and_change_nothing_for_others(scenes):
     """Fewer points than are read, a single one, no colors, normals or objects."""
-    keys = ("points", "colours", "normals", "instances")
+    keys = ("points", "colors", "normals", "instances")
     few = replace(scenes[1], name="few", **{k: getattr(scenes[1], k)[::3] for k in keys})
-    bare = replace(scenes[0], name="bare", colours=None, normals=None, instances=None)
+    bare = replace(scenes[0], name="bare", colors=None, normals=None, instances=None)
     one = replace(bare, name="one", points=scenes[0].points[:1])
     batch = [scenes[0], few, bare, one]
     model = model_at(ENCODER)
@@ -460,7 +460,7 @@ def test_symbols_are_the_objects_words_and_true_boxes_in_random_order(scenes):
     for b, scene in enumerate(scenes):
         expected = []
         for o in scene.objects:
-            ids = [model.text.encode(word)[0] for word in (o.category, o.colour) if word]
+            ids = [model.text.encode(word)[0] for word in (o.category, o.color) if word]
             ids += [model.text.unk] * (2 - len(ids))
             words = nn.functional.layer_norm(model.embeddings[ids].sum(0), (model.config.width,))
             expected.append(words + model.code(torch.from_numpy(o.box).float()))

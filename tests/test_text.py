@@ -65,9 +65,9 @@ def hub(tmp_path_factory):
 
 def test_one_token_per_word_identifier_number_and_mark(text):
     """Small models copy single tokens; what falls into several must be put together again."""
-    ids = text.encode("Is <OBJ012> 2.5 metres from [1.25, -0.80, 0.45], or x-3.0? 17.")
+    ids = text.encode("Is <OBJ012> 2.5 meters from [1.25, -0.80, 0.45], or x-3.0? 17.")
     pieces = " ".join(text.pieces[i] for i in ids)
-    assert pieces == "is <obj012> l#40 metres from x#148 y#115 z#23 , or x#80 ? 17 ."
+    assert pieces == "is <obj012> l#40 meters from x#148 y#115 z#23 , or x#80 ? 17 ."
 
 
 @pytest.mark.parametrize("axis", NUMBERS)
@@ -91,7 +91,7 @@ def test_points_and_boxes_come_back_as_tuples(text, numbers):
 
 def test_numbers_of_single_axes_and_lengths_come_back_without_brackets(text):
     """Steps of a calculation name their axes: "x1.25" is not a point."""
-    for written in ("x1.25 y-0.50 = x1.75, 2.50 metres", "[1.00, 2.00, 0.50] [0.00, 1.00, 0.50]"):
+    for written in ("x1.25 y-0.50 = x1.75, 2.50 meters", "[1.00, 2.00, 0.50] [0.00, 1.00, 0.50]"):
         assert text.decode(text.encode(written)) == written
 
 

@@ -63,7 +63,7 @@ def number(images, count):
 
 def read_images(path, count=32, longest=640, notes=None):
     frames = data.read_frames(path, *data.find_frames(path), count, longest, [] if notes is None else notes)
-    return frames.colour
+    return frames.color
 
 
 # ---- reading a video
@@ -190,7 +190,7 @@ def write_colmap(scene, folder, unit=2.5):
     """A sparse model as text: world to camera in a unit of its own, and a line of points behind every image."""
     f, lines = scene.frames, ["# IMAGE_ID, QW, QX, QY, QZ, TX, TY, TZ, CAMERA_ID, NAME"]
     for i, pose in enumerate(f.poses):
-        save(folder / f"images/{i}.png", f.colour[i])
+        save(folder / f"images/{i}.png", f.color[i])
         inverse = np.linalg.inv(np.block([[pose[:3, :3], pose[:3, 3:] / unit], [0, 0, 0, 1]]))
         x, y, z, w = quaternion(inverse).as_quat()
         lines += [
@@ -219,12 +219,12 @@ def test_what_is_known_makes_a_scene_metric_and_what_is_not_is_guessed(scene, tm
         for file in whole.iterdir():
             if not any(word in file.name for word in lacks):
                 (tmp_path / kind / file.name).symlink_to(file)
-    encode(tmp_path / "video.mp4", scene.frames.colour)
+    encode(tmp_path / "video.mp4", scene.frames.color)
 
     true = read_views(whole)
     for kind in ("poses", "depth"):
         found = read_views(tmp_path / kind)
-        assert found.metric and np.array_equal(found.frames.colour, true.frames.colour)
+        assert found.metric and np.array_equal(found.frames.color, true.frames.color)
         np.testing.assert_allclose(extent(found), extent(true), atol=0.15)
     for kind in ("images", "video.mp4", "colmap"):
         found = read_views(tmp_path / kind)
@@ -266,7 +266,7 @@ def test_poses_of_another_convention_and_cameras_that_stand_still_are_refused(
 def test_the_uncertain_fifth_of_the_depth_is_dropped_and_none_at_all_is_one_line(
     scene, tmp_path, stand_in
 ):
-    path = encode(tmp_path / "a.mp4", scene.frames.colour)
+    path = encode(tmp_path / "a.mp4", scene.frames.color)
 
     def unsure(images):
         depth, _, K, poses = oracle(scene.frames)(images)
@@ -312,7 +312,7 @@ def small_vggt(width=32):
 
 def test_vggts_own_parts_give_depth_and_cameras_in_our_conventions(tmp_path, monkeypatch):
     """Untrained, so where things are means nothing; every array has its shape and every number is finite."""
-    images, model = room(2, views=3, size=60).frames.colour[:, :48], small_vggt()
+    images, model = room(2, views=3, size=60).frames.color[:, :48], small_vggt()
     depth, confidence, K, poses = data.vggt_geometry(images, model, longest=70)
     assert (
         depth.shape == confidence.shape == (3, 48, 60) and (depth > 0).all() and (confidence >= 1).all()
@@ -368,7 +368,7 @@ def videos(tmp_path, stand_in):
     scenes = [room(i, views=4, size=48) for i in range(2)]
     (tmp_path / "in").mkdir()
     for i, scene in enumerate(scenes):
-        encode(tmp_path / f"in/room{i}.mp4", scene.frames.colour)
+        encode(tmp_path / f"in/room{i}.mp4", scene.frames.color)
     (tmp_path / "in/torn.mp4").write_bytes(b"x")
     stand_in(oracle(scenes[0].frames))
     return tmp_path
@@ -382,7 +382,7 @@ def test_scenes_are_kept_once_and_what_failed_is_said_and_tried_again(videos, ca
     kept = open_scene(videos / "out/room0.mp4.npz")
     assert len(kept.frames.depth) == 4 and not kept.metric and kept.objects
 
-    encode(videos / "in/torn.mp4", room(5, views=4, size=48).frames.colour)  # recorded again
+    encode(videos / "in/torn.mp4", room(5, views=4, size=48).frames.color)  # recorded again
     opened = []
     monkeypatch.setattr(
         data, "open_scene", lambda path, **o: opened.append(path.name) or open_scene(path, **o)
@@ -394,7 +394,7 @@ def test_processes_share_the_scenes(tmp_path, monkeypatch):
     for i in range(3):
         part = room(i, views=0, points=2000)
         (tmp_path / "in").mkdir(exist_ok=True)
-        data.write_ply(tmp_path / f"in/{i}.ply", part.points, part.colours, part.normals)
+        data.write_ply(tmp_path / f"in/{i}.ply", part.points, part.colors, part.normals)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, names in (("1", ["1.ply.npz"]), ("0", ["0.ply.npz", "1.ply.npz", "2.ply.npz"])):
         monkeypatch.setenv("RANK", rank)
@@ -406,12 +406,12 @@ def test_a_scene_survives_being_kept(tmp_path):
     scene = data.check_scene(data.with_own_segments(room(5, views=3, size=48)))
     data.save_scene(scene, tmp_path / "a.npz")
     again = open_scene(tmp_path / "a.npz")
-    for key in ("points", "colours", "normals", "superpoints", "instances", "bounds"):
+    for key in ("points", "colors", "normals", "superpoints", "instances", "bounds"):
         assert np.array_equal(getattr(scene, key), getattr(again, key))
     for key in data.FRAME_ARRAYS:
         assert np.array_equal(getattr(scene.frames, key), getattr(again.frames, key))
-    assert [(o.id, o.category, o.colour, *o.box) for o in again.objects] == [
-        (o.id, o.category, o.colour, *o.box) for o in scene.objects]  # fmt: skip
+    assert [(o.id, o.category, o.color, *o.box) for o in again.objects] == [
+        (o.id, o.category, o.color, *o.box) for o in scene.objects]  # fmt: skip
     data.save_scene(data.replace(scene, objects=[]), tmp_path / "b.npz")
     assert not open_scene(tmp_path / "b.npz").objects, "nothing was found, and is not looked for again"
 
@@ -433,7 +433,7 @@ def test_own_scenes_are_trained_on_without_those_in_which_nothing_was_found(tmp_
     """Boxes then have sides that a loss can take the logarithm of."""
     for i in range(3):
         part = room(i, views=0)
-        data.write_ply(tmp_path / f"{i}.ply", part.points, part.colours, part.normals)
+        data.write_ply(tmp_path / f"{i}.ply", part.points, part.colors, part.normals)
     flat = np.random.default_rng(0).uniform(-2, 2, (900, 3)) * [1, 1, 0]
     data.write_ply(
         tmp_path / "0_empty.ply", flat, np.full((900, 3), 120, np.uint8), np.tile([0.0, 0, 1], (900, 1))
