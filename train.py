@@ -241,6 +241,10 @@ class Distributed:
         self.signal, self.in_step = 0, False
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = torch.device("cpu")
+
+        # on a CPU threads add the gradients of x[index] in any order, unless told not to
+        torch.use_deterministic_algorithms(not torch.cuda.is_available())
+        torch.utils.deterministic.fill_uninitialized_memory = False
         if torch.cuda.is_available():
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)

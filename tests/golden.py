@@ -54,7 +54,7 @@ def short_run(model: str, out: Path) -> dict:
     for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()):
         losses.setdefault(line["stage"], []).append(round(line["loss"], 6))
     answers = {}
-    for path in sorted((out / "predictions").glob("*.jsonl")):
+    for path in sorted((out / "predictions").rglob("*.jsonl")):
         if not path.name.endswith(".questions.jsonl"):
             for row in map(json.loads, path.read_text().splitlines()[:2]):
                 answers[str(row["id"])] = row["prediction"]

@@ -30,8 +30,9 @@ def test_short_runs_of_a_paper_repeat_their_losses_and_answers(model, words, tmp
     assert now["losses"].keys() == then["losses"].keys()
     for stage, losses in then["losses"].items():
         assert now["losses"][stage] == pytest.approx(losses, rel=1e-2), stage
+    assert len(then["answers"]) >= 6
     same = [key for key, text in then["answers"].items() if now["answers"].get(key) == text]
-    assert len(same) >= len(then["answers"]) / 2  # after 20 steps many are near ties
+    assert len(same) >= len(then["answers"]) - 2
 
 
 def test_official_files_keep_their_scores(tmp_path):

@@ -578,3 +578,13 @@ def test_a_signal_ends_the_run_with_a_checkpoint_one_line_and_its_status(
 def test_a_dead_loader_process_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(dummy_paper.Model, "batch", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     assert "fewer --workers" in refusal(capsys, f"--out={tmp_path}", "--workers=1", status=1)
+
+
+def test_gradients_of_indexing_repeat_to_the_bit_on_several_threads():
+    """Threads add them in any order unless the trainer forbids it: a resumed run would not be the run it resumes."""
+    index = torch.randint(50, (4, 4000), generator=torch.Generator().manual_seed(0))
+    x = torch.randn(50, 32, requires_grad=True)
+    scale = torch.randn(4, 4000, 32)
+    train.Distributed()
+    found = [torch.autograd.grad((x[index] * scale).sum(), x)[0] for _ in range(20)]
+    assert all(torch.equal(found[0], gradient) for gradient in found)
