@@ -15,8 +15,8 @@ Axis legend: S scenes, B boxes, V views, H W pixels, P pixels of a view or promp
 points, n objects, Q questions, T tokens, K scene tokens, D width.
 
 Contents: 1 scenes and samples · 2 geometry · 3 procedural rooms · 4 questions · 5 text and batches
-· T stand-ins for pre-training · 6 the base model; a first reading ends here · 7 scenes from disk ·
-8 video · 9 superpoints and segments · 10 pictures · 11 own scenes
+· 6 the base model; a first reading ends here · T the stand-in for pre-training · 7 scenes from disk
+· 8 video · 9 superpoints and segments · 10 pictures · 11 own scenes
 """
 
 from __future__ import annotations
@@ -221,12 +221,10 @@ def number_objects(scene, rng, count=100):
     return dict(zip(numbered, rng.permutation(count).tolist(), strict=False))
 
 
-def augment(scene, rng, recolor=False, mirror=True):
+def augment(scene, rng, mirror=True):
     """Copy a scene with new identifiers and, at random, another of the eight symmetries of its floor plan.
 
-    recolor: draw new object colors too, where the colors that a model sees come from the object
-    table (symbols). mirror: False turns only, for questions that people wrote and that say left and
-    right.
+    mirror: False turns only, for questions that people wrote and that say left and right.
     """
     # mirror x, mirror y, swap x and y
     turn = np.diag([*rng.choice([-1.0, 1.0], 2), 1.0])
@@ -239,10 +237,7 @@ def augment(scene, rng, recolor=False, mirror=True):
     objects = []
     for o in scene.objects:
         box = np.concatenate([turn @ o.box[:3], np.abs(turn) @ o.box[3:]])
-        color = o.color
-        if recolor and color:
-            color = list(COLORS)[rng.integers(len(COLORS))]
-        objects.append(replace(o, box=box, color=color))
+        objects.append(replace(o, box=box))
 
     # the cloud turns along; frames do not, their points are turned when they are unprojected
     turned = {}
@@ -632,66 +627,30 @@ def _along(vectors, axes):
     return (vectors[..., None] * axes).sum(-2)
 
 
-TRIES = 24  # candidates for the place of a camera
-
-
-def _clearance(eye, low, high):
-    """Measure how far eye [..., 3] is from the nearest of the boxes low, high [n, 3], at most 0.3 m."""
-    eye = eye[..., None, :]
-    return np.maximum(low - eye, eye - high).max(-1).min(-1).clip(max=0.3)
-
-
-def _survey(rng, count, side, low, high):
-    """Give poses [count, 4, 4] around the room that look across it; low, high [n, 3]: the objects."""
-    # candidates once along the perimeter, from half way to the walls outwards
-    view = np.arange(count)
-    s = (view[:, None] + rng.uniform(0, 1, (count, TRIES))) / count * 4  # wall 0..3 and where along it
-    wall = s.astype(int) % 4
-    sideways = 2 * (s % 1) - 1
-    xy = BACK[wall] + sideways[..., None] * BACK[(wall + 1) % 4]
-    xy = xy * rng.uniform(0.5, 0.8, (count, TRIES, 1)) * side / 2
-    z = rng.uniform(1.7, 2.4, (count, TRIES, 1))
-    eye = np.concatenate([xy, z], 2)  # [count, TRIES, 3]
-    eye = eye[view, _clearance(eye, low, high).argmax(1)]
-
-    # they look beyond the middle, a little down
-    across = eye[:, :2] * rng.uniform(-0.6, -0.2, (count, 1))
-    return _look(eye, np.column_stack([across, rng.uniform(0.3, 0.8, count)]))
-
-
-def _close_ups(rng, count, survey, side, low, high):
-    """Give poses [count, 4, 4] from near, of the objects low, high [n, 3] that the survey shows smallest."""
-    # how much of the best view an object fills, by the two larger sides of its box
-    center = (low + high) / 2
-    axes, eye = survey[:, None, :3, :3], survey[:, None, :3, 3]
-    camera = _along(center - eye, axes)  # [views, n, 3] right, down, forward
-    z = camera[..., 2]
-    inside = np.abs(camera[..., :2]).max(2) < 0.85 * HALF_FOV * z
-    nearness = (inside / np.maximum(z, 0.1) ** 2).max(0)
+def _cameras(rng, count, side, low, high):
+    """Give poses [count, 4, 4] that each look at one of the objects low, high [n, 3], the smallest first."""
+    # the two larger sides of a box say how much of it can be seen
     _, middle, largest = np.sort(high - low, axis=1).T
-    order = np.argsort(nearness * middle * largest, kind="stable")
-    pick = np.resize(order, count)
+    pick = np.resize(np.argsort(middle * largest, kind="stable"), count)
+    target = ((low + high) / 2)[pick, None]  # [count, 1, 3]
 
-    # candidates about it, towards the middle of the room: what hangs on a wall is seen from the
-    # front
-    target = center[pick]  # [count, 3]
-    inwards = target[:, :2] * (1 - 1.6 / side)
-    xy = inwards[:, None] + rng.uniform(-1.0, 1.0, (count, TRIES, 2))
-    xy = np.clip(xy, -side / 2 + 0.25, side / 2 - 0.25)
-    height = rng.uniform(1.5, 1.8, (count, TRIES, 1))
-    eye = np.concatenate([xy, height], 2)  # [count, TRIES, 3]
+    # 24 candidates for each, towards the middle of the room: what hangs on a wall is seen from the front
+    inside = np.array([*side / 2 - 0.3, 0])
+    xy = target * np.array([*1 - 2 / side, 0]) + rng.uniform(-1.5, 1.5, (count, 24, 3))
+    eye = np.clip(xy, -inside, inside) + rng.uniform([0, 0, 1.4], [0, 0, 2.2], (count, 24, 3))
 
-    # the best is clear of everything, about 0.8 m away, and no other box is between (slab test of
-    # the line of sight)
-    path = target[:, None] - eye
-    a, b = ((corner - eye[:, :, None]) / path[:, :, None] for corner in (low, high))
-    enter, leave = np.minimum(a, b).max(3), np.maximum(a, b).min(3)  # [count, TRIES, n]
+    # how far a candidate is from the nearest box, and whether one is in its line of sight (slab test)
+    ends = np.stack([low, high])[:, None, None]  # [2, 1, 1, n, 3]
+    clear = np.maximum(ends[0] - eye[:, :, None], eye[:, :, None] - ends[1]).max(3).min(2)  # [count, 24]
+    enter, leave = np.sort((ends - eye[:, :, None]) / (target - eye)[:, :, None], axis=0)
+    enter, leave = enter.max(3), leave.min(3)  # [count, 24, n]
     between = (enter < leave) & (leave > 0) & (enter < 1)
-    other = np.arange(len(low)) != pick[:, None, None]
-    blocked = (between & other).any(2)
-    away = np.abs(path[:, :, :2]).max(2)
-    fitness = _clearance(eye, low, high) - 0.3 * np.abs(away - 0.8) - blocked
-    return _look(eye[np.arange(count), fitness.argmax(1)], target)
+    between[np.arange(count), :, pick] = False
+
+    # the best sees it freely, from 1.2 m away
+    away = np.abs(target - eye)[..., :2].max(2)
+    fitness = clear.clip(max=0.3) - 0.2 * np.abs(away - 1.2) - between.any(2)
+    return _look(eye[np.arange(count), fitness.argmax(1)], target[:, 0])
 
 
 def _rectangles(low, high, pose, size, half_fov):
@@ -883,9 +842,7 @@ def room(seed, objects=None, views=12, size=96, points=4096):
     boards = rng.integers(-10, 11, 64).astype(np.int16)
 
     if views:
-        survey = _survey(rng, (views + 1) // 2, side, low, high)
-        close_ups = _close_ups(rng, views // 2, survey, side, low, high)
-        poses = np.concatenate([survey, close_ups])
+        poses = _cameras(rng, views, side, low, high)
         cast = [ray_cast(lo, hi, pose, size, bounds) for pose in poses]
         depth, box, face, xyz = (np.concatenate(part) for part in zip(*cast, strict=True))
         shape = (views, size, size)
@@ -1948,8 +1905,9 @@ class TinyText:
 class HubText:
     """The tokenizer of a pre-trained model (any `AutoTokenizer` name or folder), with its own chat template.
 
-    Without one it takes the plain "### human: ... ### assistant:" form. Numbers stay text, meters
-    with two decimals. Raises DataError where there is no such model.
+    Without one the text begins as the tokenizer itself begins it ("<s>") and takes Vicuna's form for
+    a Vicuna, "### human: ... ### assistant:" for others. Numbers stay text, meters with two
+    decimals. Raises DataError where there is no such model.
     """
 
     def __init__(self, name):
@@ -1965,7 +1923,9 @@ class HubText:
         self.pad = self.eos if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
 
         # where in a chat the scene and the question stand
-        chat = "### human: \0scene\0question\0 ### assistant: "
+        person, assistant = ("USER", "ASSISTANT") if "vicuna" in name.lower() else ("### human", "### assistant")
+        start = self.tokenizer.decode(self.tokenizer.encode(""))
+        chat = f"{start}{person}: \0scene\0question\0 {assistant}: "
         if self.tokenizer.chat_template:
             message = [{"role": "user", "content": "\0scene\0question\0"}]
             chat = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
@@ -2031,9 +1991,7 @@ class Stage:
     weight_decay: float = 0.0
     clip: float = 1.0
     accumulate: int = 1  # micro-batches per step: memory only, never the result
-    until: float | None = None  # leave once the running answer-token accuracy exceeds this
     steps: bool = False  # write Sample.steps before the answer
-    recolor: bool = False  # draw new object colors at every use (symbols only)
     score: tuple[str, ...] = ()  # benchmarks to ask at the end of this stage, before the next changes the model
     files: dict[str, Source] = field(default_factory=dict)  # official files asked instead, where a run is given them
 
@@ -2114,142 +2072,6 @@ def packed_mask(block: Tensor) -> Tensor:
     return (visible | itself)[:, None]
 
 
-# ---- T stand-ins for pre-training: tiny preset only, skip on a first reading ----
-#
-# A pre-trained model brings numbers, arithmetic and attention that finds things. The tiny preset
-# gets number tokens, two arithmetic drills, and first weights with which every head is "find the
-# token like me".
-
-# Meters as tokens, one per 1/16 m and axis: a bracketed triple "[1.25, -0.80, 0.45]" is an x, a y
-# and a z token (six numbers add w d h), "x1.25" names its axis, any other decimal is a length l.
-# Outside its axis' range a number becomes the range's end.
-NUMBERS = {"x": (-8, 8), "y": (-8, 8), "z": (-1, 4), "w": (0, 8), "d": (0, 8), "h": (0, 4), "l": (0, 16)}  # meters
-BINS = 16  # number tokens per meter: 6.25 cm
-PLACE = re.compile(r"x#\d+ y#\d+ z#\d+(?: w#\d+ d#\d+ h#\d+)?")
-NUMBER = re.compile(r"([xyzwdhl])#(\d+)")
-
-
-def number_pieces(word):
-    """Split a word of TinyText into number tokens: "[1.25, -0.80, 0.45]" -> "x#148", "y#115", "z#23"."""
-    # which axes its numbers belong to
-    if word[0] == "[":
-        axes, numbers = "xyzwdh", re.findall(r"-?\d+\.?\d*", word)
-    elif "." in word and word[0] in "xyzwdh":
-        axes, numbers = word[0], [word[1:]]
-    elif "." in word and word[-1].isdigit():
-        axes, numbers = "l", [word.lstrip("-")]
-    else:
-        return [word]
-
-    # the nearest bin of the axis' range
-    pieces = []
-    for axis, number in zip(axes, numbers, strict=False):
-        low, high = NUMBERS[axis]
-        value = min(max(float(number), low), high)
-        pieces.append(f"{axis}#{round((value - low) * BINS)}")
-    return pieces
-
-
-def join_numbers(text):
-    """Invert `number_pieces` in a text: runs of x y z (w d h) become tuples, others keep their axis."""
-
-    def write(found):
-        axis, i = found.groups()
-        return f"{axis}{NUMBERS[axis][0] + int(i) / BINS:.2f}".removeprefix("l")
-
-    def write_tuple(run):
-        numbers = [NUMBER.sub(write, piece)[1:] for piece in run[0].split()]
-        return f"[{', '.join(numbers)}]"
-
-    return NUMBER.sub(write, PLACE.sub(write_tuple, text))
-
-
-def distance_steps(a, b):
-    """Write the steps of a distance and compute the length that follows from the printed numbers.
-
-    Per axis both coordinates and their unsigned difference: "x1.25 x0.50 0.75 y-0.80 ...".
-    """
-    parts, total = [], 0.0
-    for axis, p, q in zip("xyz", a, b, strict=True):
-        p, q = round(p, 2) + 0.0, round(q, 2) + 0.0
-        parts.append(f"{axis}{p:.2f} {axis}{q:.2f} {abs(p - q):.2f}")
-        total += (p - q) ** 2
-    return " ".join(parts), math.sqrt(total)
-
-
-TEMPLATES.update(subtract=["{numbers} ="], norm=["{numbers} ="])
-METRIC.update(("subtract", "norm"))
-
-
-@generator("subtract", "norm")
-def drill(g, rng, task):
-    """Ask for arithmetic, text only, on two random points inside the bounds, or those of the centers.
-
-    subtract: "x1.25 x0.50 =" -> "0.75"; norm: the nine numbers of a distance's steps -> the length.
-    """
-    span = g.boxes[:, :3] if g.bounds is None else g.bounds
-    if not len(span):
-        return None
-    low, high = span.min(0), span.max(0)
-    a, b = (low + rng.random((2, 3)) * (high - low)).tolist()
-    numbers, length = distance_steps(a, b)
-
-    # one axis of the three
-    if task == "subtract":
-        axis = 3 * int(rng.random() * 3)
-        *pair, difference = numbers.split()[axis : axis + 3]
-        numbers, length = " ".join(pair), float(difference)
-    return dict(answer=meters(length), text={"numbers": numbers}, value=length)
-
-
-def start_weights(part):
-    """Draw every linear map and convolution from N(0, 1 / inputs), the scale for widths of hundreds; biases zero."""
-    for module in part.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-
-
-@torch.no_grad()
-def start_decoder(decoder, heads):
-    """Start a small decoder (Qwen2 or Llama layers, weights from `start_weights`) where pre-training would lead.
-
-    With keys = queries and output = transposed values every head is "find the token like me and add
-    it unchanged", two heads of the first layer look back, and the last norm keeps logits small.
-    """
-    # like finds like: the score of two tokens is the product of the same projection of both
-    for layer in decoder.layers:
-        layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
-        layer.self_attn.o_proj.weight.copy_(layer.self_attn.v_proj.weight.T)
-    look_back(decoder.layers[0].self_attn, heads)
-    decoder.norm.weight.fill_(0.1)
-
-
-def look_back(attention, heads, gain=2.0):
-    """Turn the first two heads into "the word before" and "the one before that".
-
-    Constant queries and keys (biases) whose rotary angles agree at that distance, so that a
-    question's end knows its last words.
-    """
-    size = attention.q_proj.out_features // heads
-    theta = 1e6 ** (-torch.arange(size // 2) * 2.0 / size)[:4]  # the four fastest rotary pairs
-    strength = math.sqrt(gain * math.sqrt(size))
-
-    # a query at angle 0 and a key at angle 1 or 2 meet where the rotation by their distance is the
-    # same
-    for head in range(2):
-        rows = slice(head * size, (head + 1) * size)
-        for projection, turn in ((attention.q_proj, 0.0), (attention.k_proj, head + 1.0)):
-            projection.weight[rows] = 0
-            projection.bias[rows][:4] = strength * (turn * theta).cos()
-            projection.bias[rows][size // 2 : size // 2 + 4] = strength * (turn * theta).sin()
-
-        # and what they find is heard above what the others add
-        attention.v_proj.weight[rows] *= 1.5
-        attention.o_proj.weight[:, rows] *= 1.5
-
-
 # ---- 6 the base model ------------------------------------------------------------------------------------------------
 
 
@@ -2273,6 +2095,7 @@ class SceneLanguageModel(nn.Module):
     scene_inputs = ()  # what a stage may show: its `scene_input` is one of these
     frozen_pretrained_names = ()  # weights that Config loads from elsewhere: no checkpoint holds them
     frame_width = 0  # pixels of the longer side that frames should be read with, 0 = as they are
+    from_nothing = False  # its language model is not loaded: it starts from the `Reader`
 
     def __init__(self, config, text):
         super().__init__()
@@ -2298,7 +2121,7 @@ class SceneLanguageModel(nn.Module):
     def encode(self, scenes):
         """Turn scenes into {"tokens" [S, K, D], "valid" [S, K] bool} and what else a paper keeps per token.
 
-        A scalar "auxiliary_loss" (a mean) may be among them; training adds it once per answer token.
+        An "auxiliary_loss" [S] may be among them; training adds it once per answer token of the scene.
         """
         raise NotImplementedError
 
@@ -2362,6 +2185,13 @@ class SceneLanguageModel(nn.Module):
     def answer_pictures(self, scene, samples, answers, folder):
         """Draw how the model came to its answers; return the files."""
         return []
+
+    def start_from(self, reader):
+        """Copy the weights of the language model that has read rooms in words (tiny presets), by name."""
+        with torch.no_grad():
+            for name, tensor in named_weights(self).items():
+                if name in reader:
+                    tensor.copy_(reader[name])
 
     # -- stages
 
@@ -2483,7 +2313,7 @@ class SceneLanguageModel(nn.Module):
         target = labels[answered]  # [A]
         loss = F.cross_entropy(logits, target, reduction="sum")
         if "auxiliary_loss" in seen:
-            loss = loss + len(target) * seen["auxiliary_loss"]
+            loss = loss + (answered.sum(1) * seen["auxiliary_loss"]).sum()
         correct = (logits.argmax(-1) == target).sum()
         return {"loss": loss, "weight": answered.sum(), "correct": correct, "tokens": (block >= 0).sum()}
 
@@ -2649,6 +2479,359 @@ def stage_of(values: dict) -> Stage:
     """Make a stage again of its row in config.json."""
     files = {name: from_json(Source, row) for name, row in values["files"].items()}
     return from_json(Stage, {**values, "files": files})
+
+
+# ---- T stand-in for pre-training: tiny preset only, skip on a first reading ------------------------------------------
+#
+# A pre-trained model brings words, numbers and attention that finds things. The tiny preset makes them for
+# itself: number tokens, first weights with which every head is "find the token like me", and a language model
+# that has read rooms *in words* before it sees any. For the trainer this module is the paper of that model
+# (Config, STAGES, recipe, build): it trains it once, keeps it in a folder, and starts all papers from it.
+
+# Meters as tokens, one per 1/16 m and axis: a bracketed triple "[1.25, -0.80, 0.45]" is an x, a y
+# and a z token (six numbers add w d h), "x1.25" names its axis, any other decimal is a length l.
+# Outside its axis' range a number becomes the range's end.
+NUMBERS = {"x": (-8, 8), "y": (-8, 8), "z": (-1, 4), "w": (0, 8), "d": (0, 8), "h": (0, 4), "l": (0, 16)}  # meters
+BINS = 16  # number tokens per meter: 6.25 cm
+PLACE = re.compile(r"x#\d+ y#\d+ z#\d+(?: w#\d+ d#\d+ h#\d+)?")
+NUMBER = re.compile(r"([xyzwdhl])#(\d+)")
+
+
+def number_pieces(word):
+    """Split a word of TinyText into number tokens: "[1.25, -0.80, 0.45]" -> "x#148", "y#115", "z#23"."""
+    # which axes its numbers belong to
+    if word[0] == "[":
+        axes, numbers = "xyzwdh", re.findall(r"-?\d+\.?\d*", word)
+    elif "." in word and word[0] in "xyzwdh":
+        axes, numbers = word[0], [word[1:]]
+    elif "." in word and word[-1].isdigit():
+        axes, numbers = "l", [word.lstrip("-")]
+    else:
+        return [word]
+
+    # the nearest bin of the axis' range
+    pieces = []
+    for axis, number in zip(axes, numbers, strict=False):
+        low, high = NUMBERS[axis]
+        value = min(max(float(number), low), high)
+        pieces.append(f"{axis}#{round((value - low) * BINS)}")
+    return pieces
+
+
+def join_numbers(text):
+    """Invert `number_pieces` in a text: runs of x y z (w d h) become tuples, others keep their axis."""
+
+    def write(found):
+        axis, i = found.groups()
+        return f"{axis}{NUMBERS[axis][0] + int(i) / BINS:.2f}".removeprefix("l")
+
+    def write_tuple(run):
+        numbers = [NUMBER.sub(write, piece)[1:] for piece in run[0].split()]
+        return f"[{', '.join(numbers)}]"
+
+    return NUMBER.sub(write, PLACE.sub(write_tuple, text))
+
+
+def distance_steps(a, b):
+    """Write the steps of a distance and compute the length that follows from the printed numbers.
+
+    Per axis both coordinates and their unsigned difference: "x1.25 x0.50 0.75 y-0.80 ...".
+    """
+    parts, total = [], 0.0
+    for axis, p, q in zip("xyz", a, b, strict=True):
+        p, q = round(p, 2) + 0.0, round(q, 2) + 0.0
+        parts.append(f"{axis}{p:.2f} {axis}{q:.2f} {abs(p - q):.2f}")
+        total += (p - q) ** 2
+    return " ".join(parts), math.sqrt(total)
+
+
+TEMPLATES.update(subtract=["{numbers} ="], norm=["{numbers} ="])
+METRIC.update(("subtract", "norm"))
+
+
+@generator("subtract", "norm")
+def drill(g, rng, task):
+    """Ask for arithmetic, text only, on two random points inside the bounds, or those of the centers.
+
+    subtract: "x1.25 x0.50 =" -> "0.75"; norm: the nine numbers of a distance's steps -> the length.
+    """
+    span = g.boxes[:, :3] if g.bounds is None else g.bounds
+    if not len(span):
+        return None
+    low, high = span.min(0), span.max(0)
+    a, b = (low + rng.random((2, 3)) * (high - low)).tolist()
+    numbers, length = distance_steps(a, b)
+
+    # one axis of the three
+    if task == "subtract":
+        axis = 3 * int(rng.random() * 3)
+        *pair, difference = numbers.split()[axis : axis + 3]
+        numbers, length = " ".join(pair), float(difference)
+    return dict(answer=meters(length), text={"numbers": numbers}, value=length)
+
+
+def start_weights(part):
+    """Draw every linear map and convolution from N(0, 1 / inputs), the scale for widths of hundreds; biases zero."""
+    for module in part.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def start_decoder(decoder, heads):
+    """Start a small decoder (Qwen2 or Llama layers, weights from `start_weights`) where pre-training would lead.
+
+    With keys = queries and output = transposed values every head is "find the token like me and add
+    it unchanged", two heads of the first layer look back, and the last norm keeps logits small.
+    """
+    # like finds like: the score of two tokens is the product of the same projection of both
+    for layer in decoder.layers:
+        layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+        layer.self_attn.o_proj.weight.copy_(layer.self_attn.v_proj.weight.T)
+    look_back(decoder.layers[0].self_attn, heads)
+    decoder.norm.weight.fill_(0.1)
+
+
+def look_back(attention, heads, gain=2.0):
+    """Turn the first two heads into "the word before" and "the one before that".
+
+    Constant queries and keys (biases) whose rotary angles agree at that distance, so that a
+    question's end knows its last words.
+    """
+    size = attention.q_proj.out_features // heads
+    theta = 1e6 ** (-torch.arange(size // 2) * 2.0 / size)[:4]  # the four fastest rotary pairs
+    strength = math.sqrt(gain * math.sqrt(size))
+
+    # a query at angle 0 and a key at angle 1 or 2 meet where the rotation by their distance is the
+    # same
+    for head in range(2):
+        rows = slice(head * size, (head + 1) * size)
+        for projection, turn in ((attention.q_proj, 0.0), (attention.k_proj, head + 1.0)):
+            projection.weight[rows] = 0
+            projection.bias[rows][:4] = strength * (turn * theta).cos()
+            projection.bias[rows][size // 2 : size // 2 + 4] = strength * (turn * theta).sin()
+
+        # and what they find is heard above what the others add
+        attention.v_proj.weight[rows] *= 1.5
+        attention.o_proj.weight[:, rows] *= 1.5
+
+
+def tiny_llm(vocabulary, reader):
+    """Make a small Qwen2, of the class that `from_pretrained` loads; reader: width, layers, heads, width of the FFN."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    width, layers, heads, hidden = reader
+    config = Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        attn_implementation="sdpa",
+    )
+    llm = Qwen2ForCausalLM(config)
+    start_weights(llm.model)
+    start_decoder(llm.model, heads)
+    nn.init.normal_(llm.get_input_embeddings().weight)
+    return llm
+
+
+def fourier_waves(x):
+    """Give the cosines and sines of six wavelengths, 0.5 .. 16 m, of every number: [..., n] meters -> [..., 12 n]."""
+    frequencies = 2 * math.pi / 0.5 / 2 ** torch.arange(6.0, device=x.device)  # [6]
+    phase = x.float()[..., None] * frequencies  # [..., n, 6]
+    return torch.cat([phase.cos(), phase.sin()], -1).flatten(-2)
+
+
+def name_pair(text, *names):
+    """Look up the first tokens of two names; one alone, or <unk>, stands for both."""
+    tokens = [token for name in names for token in text.encode(name)[:1]] or [text.unk]
+    return tokens[0], tokens[-1]
+
+
+def naming_loss(features, words, target, weight):
+    """Let features tell two words from all others by dot products, and be written as their sum.
+
+    Args: features [R, D]; words [names, D]; target [R, 2] of 0..names-1; weight [R].
+    Returns: what `encoder_loss` returns; a feature is right if one of its words comes first.
+    """
+    logits = 0.2 * features @ words.T  # [R, names]
+    told = -logits.log_softmax(-1).gather(1, target).mean(1)  # [R]
+    apart = 1 - F.cosine_similarity(features, words[target].sum(1), dim=-1)  # [R]
+    right = (logits.argmax(-1, keepdim=True) == target).any(1)  # [R]
+    return {"loss": ((told + apart) * weight).sum(), "weight": weight.sum(), "correct": (right * weight).sum()}
+
+
+@dataclass
+class Config:
+    """Size of the language model that reads rooms in words."""
+
+    llm: str | None = None
+    reader: tuple[int, ...] = (128, 2, 4, 256)  # width, layers, heads, width of the FFN
+
+    @classmethod
+    def tiny(cls):
+        return cls()
+
+
+class Reader(SceneLanguageModel):
+    """A small language model that reads rooms in words, and answers what the papers ask.
+
+    A token is the sum of the words for category and color, brought to their size, and a linear map of where
+    the thing is. The text points at things as two of the papers do: by a click, a token of the place before
+    the question, or by the box in numbers, which the tokens then carry too.
+    """
+
+    scene_inputs = ("places", "boxes", "pieces")
+
+    def __init__(self, config, text):
+        super().__init__(config, text)
+        self.llm = tiny_llm(len(text), config.reader)
+        width = config.reader[0]
+        self.code = nn.Linear(72, width, bias=False)
+
+        # a number starts as what a token with this number carries: to read a place is then the same copy as to
+        # read a name. A place is at first as large as a word, a size smaller
+        maps = torch.randn(7, 12, width) / math.sqrt(6)  # of x y z w d h, and of lengths
+        share = torch.tensor([3**-0.5] * 3 + [0.25] * 3)
+        with torch.no_grad():
+            self.code.weight.copy_((share[:, None, None] * maps[:6]).flatten(0, 1).T)
+            for token, (axis, value) in text.number.items():
+                vector = fourier_waves(torch.tensor([value])) @ maps["xyzwdhl".index(axis)]
+                self.llm.get_input_embeddings().weight[token] = vector + 0.3 * torch.randn(width)
+
+    def parts(self):
+        return {"lm": [self.llm, self.code]}
+
+    def clicks(self, scene):
+        """Whether the text points at this scene's things by clicks: always, or every other time."""
+        return self.stage.scene_input == "places" or sum(scene.identifiers.values()) % 2 == 0
+
+    def shown(self, scene):
+        """List what the tokens stand for: a thing, or None for a wall, and the box [6] that a token carries."""
+        # neighbors next to each other: from a thing to the nearest that is left
+        rng = np.random.default_rng(list(scene.identifiers.values()))
+        left = several(rng, scene.objects, len(scene.objects))
+        line = [left.pop()]
+        while left:
+            gaps = [np.abs(o.box[:3] - line[-1].box[:3]).sum() for o in left]
+            line.append(left.pop(int(np.argmin(gaps))))
+        if self.stage.scene_input != "pieces":
+            return [(o, o.box) for o in line]
+
+        # a paper sees several tokens of a thing, somewhere inside it, and some of what is no thing
+        pieces = []
+        for o in line:
+            for inside in rng.uniform(-0.4, 0.4, (rng.integers(1, 7), 3)):
+                place = o.box[:3] + inside * o.box[3:] if self.clicks(scene) else o.box[:3]
+                pieces.append((o, np.concatenate([place, o.box[3:]])))
+        for _ in line:
+            place = pieces[rng.integers(len(pieces))][1] + rng.normal(0, 1, 6)
+            pieces.insert(rng.integers(len(pieces)), (None, place))
+        return pieces
+
+    def scene_length(self, scene):
+        return len(self.shown(scene))
+
+    def encode(self, scenes):
+        table, tokens = self.llm.get_input_embeddings().weight, []
+        for scene in scenes:
+            # what things are called
+            things, boxes = zip(*self.shown(scene), strict=True)
+            names = [("", "") if o is None else (o.category, o.color) for o in things]
+            pairs = torch.tensor([name_pair(self.text, *pair) for pair in names], device=self.device)
+            words = table[pairs].sum(1)  # [K, D]
+
+            # where they are, and where boxes are written how large
+            waves = fourier_waves(torch.from_numpy(np.stack(boxes)).to(self.device))  # [K, 72]
+            if self.clicks(scene):
+                waves[:, 36:] = 0
+            tokens.append(F.layer_norm(words, words.shape[-1:]) + self.code(waves))
+        valid = [torch.ones_like(t[:, 0], dtype=torch.bool) for t in tokens]
+        return {"tokens": pad_sequence(tokens, True), "valid": pad_sequence(valid, True)}
+
+    def object_to_text(self, scene, object_id):
+        return "this" if self.clicks(scene) else listed(scene.thing(object_id).box)
+
+    def add_prompt(self, scene, sample, rng):
+        marked = MARK.findall(sample.question)
+        if not (marked and self.clicks(scene)):
+            return sample
+        return replace(sample, prompt=scene.thing(int(marked[0])).box)
+
+    def prompt_tokens(self, batch, seen):
+        return F.linear(fourier_waves(batch["prompts"][:, :3].to(self.device)), self.code.weight[:, :36])
+
+    def batch(self, groups):
+        """Leave out what cannot be asked with a click: boxes and things as answers, and two things at once."""
+        kept = []
+        for scene, samples in groups:
+            if self.clicks(scene):
+                samples = [
+                    s
+                    for s in samples
+                    if s.box is None
+                    and not MARK.search(s.answer + s.steps)
+                    and len(set(MARK.findall(s.question))) < 2
+                ]
+            kept.append((scene, samples))
+        return super().batch(kept)
+
+
+# First "what is this?" with a click, which teaches to find; the rest builds on it. Then numbers, in the steps of
+# distances and of MODLE's layouts (tasks of spatial3dllm.py); at last all of it, about things in pieces.
+NAMES = {"id_category": 0.2, "id_color": 0.2}
+WORDS_MIX = NAMES | {
+    "caption": 0.08,
+    "color": 0.08,
+    "what": 0.1,
+    "where": 0.05,
+    "count": 0.07,
+    "exist": 0.2,
+    "situated": 0.02,
+}
+NUMBERS_MIX = {
+    "subtract": 0.15,
+    "norm": 0.03,
+    "modle_add": 0.12,
+    "modle_stack": 0.02,
+    "coordinate": 0.04,
+    "modle_distance": 0.08,
+    "modle_move": 0.08,
+    "modle_place": 0.03,
+    "ground": 0.1,
+    "id_category": 0.06,
+    "color": 0.04,
+    "what": 0.08,
+    "where": 0.03,
+    "count": 0.05,
+    "exist": 0.12,
+}
+PIECES_MIX = NUMBERS_MIX | WORDS_MIX | dict.fromkeys(NAMES, 0.1)
+READ = dict(trains=("lm",), lr=2e-3, weight_decay=0.01, schedule="constant", steps=True)
+STAGES = {
+    "tiny": [
+        Stage("words", WORDS_MIX, scene_input="places", iterations=800, **READ),
+        Stage("numbers", NUMBERS_MIX, scene_input="boxes", iterations=500, **READ),
+        Stage("pieces", PIECES_MIX, scene_input="pieces", iterations=300, per_scene=32, **READ),
+    ]
+}
+
+
+def recipe(config, stages):
+    """Leave the stages as they are."""
+    return stages
+
+
+def build(config, text):
+    """Make the language model of a configuration."""
+    return Reader(config, text)
 
 
 # ---- 7 scenes from disk ----------------------------------------------------------------------------------------------

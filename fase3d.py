@@ -97,7 +97,7 @@ from data import PROMPT, DataError, Sample, Scene, SceneLanguageModel, Source, S
 class Config:
     """Every number of the model; `paper()` are the paper's, `tiny()` trains from nothing."""
 
-    llm: str | None = None  # name or folder of a causal language model; None: a tiny one, see below
+    llm: str | None = None  # name or folder of a causal language model; None: a tiny one
     dtype: str = "bfloat16"  # in which it is loaded
     points: int = 50_000  # points per scene, drawn uniformly; paper 50,000
     superpoint: bool = True  # False: every point is a superpoint of its own (Table 3)
@@ -125,11 +125,12 @@ class Config:
     filter_heads: int = 8  # of the Fourier filter; paper 8
     pretrain: bool = True  # False: from scratch, without the generalist stage
     task: str = "all"  # what the second stage tunes for: a key of TUNED
-    # the tiny language model, used only where llm is None
-    width: int = 128
-    layers: int = 2
-    attention_heads: int = 4
-    ffn: int = 256
+    reader: tuple[int, ...] = (
+        128,
+        2,
+        4,
+        256,
+    )  # the tiny language model, where llm is None
 
     @classmethod
     def tiny(cls, **changes) -> Config:
@@ -378,7 +379,9 @@ def vote_graph(
     return torch.stack([pair // M, pair % M], 1), count
 
 
-def nearest_edges(pairs: Tensor, votes: Tensor, centers: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def nearest_edges(
+    pairs: Tensor, votes: Tensor, centers: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
     """Keep each superpoint's k nearest candidates, of equals those with more votes.
 
     Args: pairs [E, 2], votes [E], centers [M, 3]. Returns: the graph, made symmetric by the larger
@@ -447,7 +450,9 @@ def edge_weight(S: Tensor, a: Tensor, b: Tensor, strength: Tensor) -> Tensor:
     return (unit[a] * unit[b]).sum(-1).clamp(min=0) * strength  # [E]
 
 
-def graph_pool(S: Tensor, seed: Tensor, token: Tensor, member: Tensor, strength: Tensor) -> Tensor:
+def graph_pool(
+    S: Tensor, seed: Tensor, token: Tensor, member: Tensor, strength: Tensor
+) -> Tensor:
     """Merge every seed with its neighbors: a mean, weighted 1 for the seed, else by `edge_weight`.
 
     Args: S [M, d]; seed [T]; of every edge at a seed: its token [E] of 0..T-1, its other end
@@ -500,8 +505,8 @@ class Place(nn.Module):
     def forward(self, c: Tensor) -> Tensor:
         """Encode positions c [P, 3] in meters: [P, D]."""
         wave = 2 * math.pi / 0.5 / 2 ** torch.arange(6.0, device=c.device)  # [6]
-        phase = (c.float()[..., None] * wave).flatten(-2)  # [P, 18]
-        waves = torch.cat([phase.cos(), phase.sin()], dim=-1)  # [P, 36]
+        phase = c.float()[..., None] * wave  # [P, 3, 6]
+        waves = torch.cat([phase.cos(), phase.sin()], dim=-1).flatten(-2)  # [P, 36]
         return self.out(waves)  # [P, D]
 
 
@@ -610,7 +615,13 @@ class DecoupledLoRA(nn.Module):
         return flat.view(out.shape)
 
 
-FFN = {"gate_proj", "up_proj", "down_proj", "fc1", "fc2"}  # linear maps of Qwen2 and Llama; of OPT
+FFN = {
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "fc1",
+    "fc2",
+}  # linear maps of Qwen2 and Llama; of OPT
 
 
 def adapt(llm: nn.Module, config: Config, token_index: dict) -> None:
@@ -774,7 +785,9 @@ class Model(SceneLanguageModel):
         if c.selector == "fps":
             edge, token = edge[:0], token[:0]
 
-        whole = dict(index=index, owner=owner, orders=orders, edges=edges, seed=seed, token=token)
+        whole = dict(
+            index=index, owner=owner, orders=orders, edges=edges, seed=seed, token=token
+        )
         found = {key: value.int() for key, value in whole.items()}
         found["member"] = found["edges"][edge, 1]
         found["strength"] = edge_strength[edge]
@@ -798,7 +811,9 @@ class Model(SceneLanguageModel):
             # in training a share of the scenes hides it, drawn from their identifiers
             draw = np.random.default_rng([7, *scene.identifiers.values()]).random()
             hidden = scene.colors is None or (self.training and draw < config.no_color)
-            parts.append(np.zeros((len(index), 3)) if hidden else scene.colors[index] / 127.5 - 1)
+            parts.append(
+                np.zeros((len(index), 3)) if hidden else scene.colors[index] / 127.5 - 1
+            )
 
         if config.normals:
             if scene.normals is None:
@@ -849,7 +864,9 @@ class Model(SceneLanguageModel):
             own["tokens"] = own["tokens"] + self.place(own["places"])
             own["valid"] = torch.ones_like(own["places"][:, 0], dtype=torch.bool)
             found.append(own)
-        return {key: pad_sequence([f[key] for f in found], batch_first=True) for key in found[0]}
+        return {
+            key: pad_sequence([f[key] for f in found], batch_first=True) for key in found[0]
+        }
 
     # -- questions
 
@@ -960,10 +977,14 @@ def check(config: Config) -> None:
     if not 1 <= config.curves <= len(CURVES):
         raise DataError(f"curves = {config.curves}; give 1 to {len(CURVES)}")
     if config.dim % 6 or config.dim % config.heads:
-        raise DataError(f"dim = {config.dim}; give a multiple of 6 and of heads = {config.heads}")
+        raise DataError(
+            f"dim = {config.dim}; give a multiple of 6 and of heads = {config.heads}"
+        )
 
 
-def spectral_clusters(edges: np.ndarray, weight: np.ndarray, nodes: int, count: int) -> np.ndarray:
+def spectral_clusters(
+    edges: np.ndarray, weight: np.ndarray, nodes: int, count: int
+) -> np.ndarray:
     """Cluster a weighted graph (Ng, Jordan and Weiss 2001): labels [nodes] in 0..count-1.
 
     k-means on the rows of the last `count` eigenvectors of the normalized Laplacian.
@@ -975,7 +996,9 @@ def spectral_clusters(edges: np.ndarray, weight: np.ndarray, nodes: int, count: 
     from scipy.sparse.csgraph import laplacian
     from scipy.sparse.linalg import eigsh
 
-    few = min(count, nodes - 2)  # the sparse solver finds fewer eigenvectors than there are nodes
+    few = min(
+        count, nodes - 2
+    )  # the sparse solver finds fewer eigenvectors than there are nodes
     if few < 1 or not weight.any():
         return np.arange(nodes) % count
 
@@ -992,11 +1015,25 @@ def spectral_clusters(edges: np.ndarray, weight: np.ndarray, nodes: int, count: 
 # ---- 9 the paper's recipe ------------------------------------------------------------------------
 
 TASKS = {}  # no question types beyond data.TASKS
-UNLABELLED = ("id_color", "exist", "count")  # what stands in for questions that need names
+UNLABELLED = (
+    "id_color",
+    "exist",
+    "count",
+)  # what stands in for questions that need names
 
-QA = {"color": 0.2, "what": 0.2, "where": 0.12, "count": 0.12, "exist": 0.16, "situated": 0.04}
+QA = {
+    "color": 0.2,
+    "what": 0.2,
+    "where": 0.12,
+    "count": 0.12,
+    "exist": 0.16,
+    "situated": 0.04,
+}
 CAPTION = {"caption": 1.0}
-NAME = {"id_category": 0.5, "id_color": 0.5}  # "what is this?" with a click: a caption in short
+NAME = {
+    "id_category": 0.5,
+    "id_color": 0.5,
+}  # "what is this?" with a click: a caption in short
 GENERALIST = {  # official files of stage 1, and how many questions they hold: of 3D-LLM as the
     # paper counts (with descriptions of validation rooms: the leak filter takes those out), of the
     # others the size of their training split
@@ -1030,11 +1067,18 @@ PARTS = ("tokenizer", "place", "prompt", "adapters", "filter")
 SCHEDULE = dict(batch=8, per_scene=1, lr=1e-4, final_lr=1e-6, weight_decay=0.1, clip=0.1)
 STAGES = {
     "paper": [  # sec. 4.1: AdamW, cosine from 1e-4 to 1e-6; `recipe` says what stage 2 asks
-        Stage("1 generalist", mixture((0.6, QA), (0.4, CAPTION)), PARTS, "tokens",
-              iterations=100_000, files=GENERALIST, **SCHEDULE),
+        Stage(
+            "1 generalist",
+            mixture((0.6, QA), (0.4, CAPTION)),
+            PARTS,
+            "tokens",
+            iterations=100_000,
+            files=GENERALIST,
+            **SCHEDULE,
+        ),
         Stage("2 task", {}, PARTS, "tokens", iterations=30_000, **SCHEDULE),
     ],
-}  # fmt: skip
+}
 
 
 def recipe(config: Config, stages: list[Stage]) -> list[Stage]:
@@ -1081,7 +1125,11 @@ ADAPTERS = {  # Table 4: kind of token -> its low-rank pair
     "decoupled": {"vision": "vision", "text": "text"},
     "full": {},  # the language model itself trains with the adapters' stages
 }
-FILTERS = {"none": (), "vision": ["vision"], "both": ["vision", "text"]}  # Table 4: kinds of token
+FILTERS = {
+    "none": (),
+    "vision": ["vision"],
+    "both": ["vision", "text"],
+}  # Table 4: kinds of token
 
 
 # ---- 11 figures ----------------------------------------------------------------------------------
@@ -1107,10 +1155,16 @@ def draw_graph(scene: Scene, centers: Tensor, found: dict, path: Path) -> None:
 
     figure, (top, _) = data.scene_figure(scene, f"{scene.name}: superpoint graph, ringed seeds")
     lines = centers[found["edges"], :2].numpy()
-    top.add_collection(LineCollection(lines, array=found["edge_strength"], cmap="Greys", lw=0.8))
+    top.add_collection(
+        LineCollection(lines, array=found["edge_strength"], cmap="Greys", lw=0.8)
+    )
     top.scatter(*centers[:, :2].T, s=8, color="black")
     top.scatter(
-        *centers[found["seed"], :2].T, s=50, facecolors="none", edgecolors="black", zorder=4
+        *centers[found["seed"], :2].T,
+        s=50,
+        facecolors="none",
+        edgecolors="black",
+        zorder=4,
     )
     data.save_figure(figure, path)
 
@@ -1145,45 +1199,29 @@ def demo() -> None:
 
 # ==== tiny preset: trains from nothing on a CPU; not in the paper, skip on a first reading ====
 #
-# It has no pre-trained language model. In its place come a stage on scenes written in words, one
-# token per object ("symbols") and then one per seed ("words"), after which the LLM is frozen for
-# good; and a stage in which a token learns to name what its seed lies on ("tokenizer"). Then come
-# the paper's two stages, on tokens.
+# Its language model has read rooms in words (data.Reader) and is frozen for good. First a token learns to
+# name what its seed lies on ("tokenizer"); then come the paper's two stages.
 
 
 class TinyModel(Model):
-    """Fase3D around a small language model that starts from nothing."""
+    """Fase3D around the small language model that has read rooms in words."""
 
-    scene_inputs = ("symbols", "words", "tokenizer", "tokens")
+    scene_inputs = ("tokenizer", "tokens")
+    from_nothing = True
     name_ids = ()  # the words that `encoder_loss` tells apart
 
     def load_llm(self) -> nn.Module:
-        """Make a small Qwen2 from its configuration: the same class that `from_pretrained` loads."""
-        from transformers import Qwen2Config, Qwen2ForCausalLM
+        return data.tiny_llm(len(self.text), self.config.reader)
 
-        c = self.config
-        settings = Qwen2Config(
-            vocab_size=len(self.text),
-            hidden_size=c.width,
-            intermediate_size=c.ffn,
-            num_hidden_layers=c.layers,
-            num_attention_heads=c.attention_heads,
-            num_key_value_heads=c.attention_heads,
-            pad_token_id=self.text.pad,
-            tie_word_embeddings=True,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-            attn_implementation="sdpa",
-        )
-        llm = Qwen2ForCausalLM(settings)
-
-        # weights from which so small a model learns
-        data.start_weights(llm.model)
-        data.start_decoder(llm.model, c.attention_heads)
-        nn.init.normal_(llm.get_input_embeddings().weight)
-        return llm
-
-    def uses_features(self) -> bool:
-        return self.stage.scene_input != "symbols"
+    def start_from(self, reader: dict[str, Tensor]) -> None:
+        """Copy the language model and its map of places."""
+        # adapters stand around its linear maps, which changed their names
+        plain = {
+            n: n.replace(".mlp.1.", ".mlp.").replace(".base.", ".")
+            for n in data.named_weights(self)
+        }
+        own = {name: reader[there] for name, there in plain.items() if there in reader}
+        super().start_from(own | {"place.out.weight": reader["code.weight"][:, :36]})
 
     def compute_features(self, scene: Scene) -> dict[str, Tensor]:
         """Add which object most points of a seed's superpoint lie on: "shows" [T], 0 = none."""
@@ -1198,96 +1236,64 @@ class TinyModel(Model):
 
     def cache_features(self, scenes: Sequence[Scene], *args, **kwargs) -> None:
         """Do the frozen work, and note the first words of all names."""
-        ids = {self.text.unk}
-        for scene in scenes:
-            for thing in scene.objects:
-                ids.update(self.words(thing))
-        for color in data.COLORS:
-            ids.update(self.text.encode(color)[:1])
-        self.name_ids = sorted(ids)
+        things = [thing for scene in scenes for thing in scene.objects]
+        names = [
+            "",
+            *data.COLORS,
+            *(o.category for o in things),
+            *(o.color for o in things),
+        ]
+        self.name_ids = sorted({data.name_pair(self.text, name)[0] for name in names})
         super().cache_features(scenes, *args, **kwargs)
-
-    def words(self, thing: data.Thing) -> list[int]:
-        """Look up the words for category and color; one alone stands for both."""
-        pair = self.text.encode(thing.category)[:1] + self.text.encode(thing.color)[:1]
-        return (pair + pair)[:2]
-
-    def objects_in_order(self, scene: Scene) -> list:
-        """Sort the scene's objects along a Hilbert curve."""
-        centers = torch.from_numpy(np.stack([o.box[:3] for o in scene.objects])).float()
-        return [scene.objects[i] for i in curve_order(centers, "hilbert", 10).tolist()]
-
-    def token_centers(self, scene: Scene) -> np.ndarray:
-        if self.uses_features():
-            return super().token_centers(scene)
-        return np.stack([o.box[:3] for o in self.objects_in_order(scene)]).astype(np.float32)
-
-    def scene_length(self, scene: Scene) -> int:
-        return super().scene_length(scene) if self.uses_features() else len(scene.objects)
-
-    def shown(self, scene: Scene) -> Tensor:
-        """Look up the words of what every token stands for, category and color: [T, 2]."""
-        if self.uses_features():
-            ids = self.load_features(scene)["shows"].tolist()
-        else:
-            ids = [thing.id for thing in self.objects_in_order(scene)]
-        words = {thing.id: self.words(thing) for thing in scene.objects}
-        unknown = [self.text.unk] * 2
-        return torch.tensor([words.get(i) or unknown for i in ids], device=self.device)
-
-    def scene_tokens(self, scene: Scene) -> dict[str, Tensor]:
-        """Write the scene in words: a token is the sum of its two words' vectors, at their size."""
-        if self.stage.scene_input not in ("symbols", "words"):
-            return super().scene_tokens(scene)
-        words = self.llm.get_input_embeddings()(self.shown(scene)).sum(1)  # [T, D]
-        return {"tokens": F.layer_norm(words, words.shape[-1:])}
-
-    def prompt_tokens(self, batch: dict, seen: dict[str, Tensor]) -> Tensor:
-        """Encode clicks by their place alone where a scene is written in words: [P, D]."""
-        if self.stage.scene_input == "tokens":
-            return super().prompt_tokens(batch, seen)
-        return self.place(batch["prompts"][:, :3].to(self.device))  # [P, D]
 
     def encoder_loss(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
         """Let every token name what its seed lies on, in the LLM's word vectors; walls are <unk>."""
-        tokens = torch.cat([self.scene_tokens(s)["tokens"] for s in scenes])  # [T, D]
-        shown = torch.cat([self.shown(s) for s in scenes])  # [T, 2]
+        tokens, pairs = [], []
+        for scene in scenes:
+            tokens.append(self.scene_tokens(scene)["tokens"])
+            named = {
+                o.id: data.name_pair(self.text, o.category, o.color) for o in scene.objects
+            }
+            nothing = data.name_pair(self.text)
+            pairs += [
+                named.get(i, nothing) for i in self.load_features(scene)["shows"].tolist()
+            ]
+
+        # walls are many
+        pairs = torch.tensor(pairs, device=self.device)  # [T, 2]
+        weight = torch.where(pairs[:, 0] == self.text.unk, 0.2, 1.0)  # [T]
         table = torch.tensor(self.name_ids, device=self.device)
         words = self.llm.get_input_embeddings().weight.detach()[table]  # [names, D]
-        target = torch.searchsorted(table, shown)  # [T, 2]
-
-        # which two words it is, by dot products; and it is written as their sum
-        logits = tokens @ words.T  # [T, names]
-        named = -(0.2 * logits).log_softmax(-1).gather(1, target).mean(1)  # [T]
-        apart = 1 - F.cosine_similarity(tokens, words[target].sum(1), dim=-1)  # [T]
-        is_object = shown[:, 0] != self.text.unk  # [T]
-        weight = torch.where(is_object, 1.0, 0.2)  # [T]
-
-        # an object is named right where one of its two words comes first
-        right = (logits.argmax(-1, keepdim=True) == target).any(-1) & is_object  # [T]
-        return {
-            "loss": ((named + apart) * weight).sum(),
-            "weight": weight.sum(),
-            "correct": right.sum(),
-            "count": is_object.sum(),
-        }
+        return data.naming_loss(
+            torch.cat(tokens), words, torch.searchsorted(table, pairs), weight
+        )
 
 
-LANGUAGE = mixture((0.35, QA), (0.1, CAPTION), (0.55, NAME))
 ALL = mixture((0.6, QA), (0.15, CAPTION), (0.25, NAME))
-TINY = dict(lr=2e-3, weight_decay=0.01, batch=256, schedule="constant", steps=True)
+TINY = dict(lr=2e-3, weight_decay=0.01, batch=256, per_scene=32, steps=True)
 STAGES["tiny"] = [
-    Stage("0 language", LANGUAGE, ("lm", "place"), "symbols",
-          iterations=800, recolor=True, **TINY),
-    Stage("0 words", ALL, ("lm", "place"), "words",
-          iterations=300, per_scene=32, recolor=True, **TINY),
-    Stage("0 tokenizer", {}, ("tokenizer",), "tokenizer",
-          iterations=400, batch=16, lr=8e-3, warmup=0.05),
-    Stage("1 generalist", ALL, PARTS, "tokens",
-          iterations=500, per_scene=32, files=GENERALIST, **TINY),
-    Stage("2 task", {}, PARTS, "tokens",
-          iterations=300, per_scene=32, **{**TINY, "schedule": "linear"}),
-]  # fmt: skip
+    Stage(
+        "0 tokenizer",
+        {},
+        ("tokenizer",),
+        "tokenizer",
+        iterations=400,
+        batch=16,
+        lr=8e-3,
+        warmup=0.05,
+    ),
+    Stage(
+        "1 generalist",
+        ALL,
+        PARTS,
+        "tokens",
+        iterations=500,
+        files=GENERALIST,
+        **TINY,
+        schedule="constant",
+    ),
+    Stage("2 task", {}, PARTS, "tokens", iterations=300, **TINY, schedule="linear"),
+]
 
 
 def build(config: Config, text: data.TinyText | data.HubText) -> Model:

@@ -18,6 +18,9 @@ terms, so neither the number of processes nor accumulation changes the result. R
 saving: a step seeds them from its position. The learning rate belongs to the global batch and is never
 rescaled.
 
+The tiny presets load nothing: a first run makes the language model of all three papers (the last part of
+data.py's section T) in a folder language-... beside its own, and later runs find it there.
+
 A run folder holds config.json, log.jsonl, loss.png, cache/ and checkpoint/; metrics.json, predictions/,
 pictures/ and report.html once it is scored. state.json commits a checkpoint: it holds a digest of each
 weight file and is replaced in one stroke once they are on disk; a kill at any instant leaves the old or
@@ -45,6 +48,7 @@ import ast
 import contextlib
 import ctypes
 import fcntl
+import hashlib
 import importlib
 import itertools
 import json
@@ -56,7 +60,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields, replace
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 # OpenMP threads wait for each other at every barrier, by default spinning for long. Beside a busy core a
@@ -129,6 +133,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, help="loader processes (default: cores to spare, at most 4)")
     add("--tensorboard", action="store_true")
     add("--no-eval", action="store_true", help="train only")
+    add("--fresh", action="store_true", help="tiny preset: train the language model anew")
 
     # what the defaults are depends on the others
     args = parser.parse_args(argv)
@@ -174,13 +179,12 @@ def override(target, key: str, text: str):
 
 # of numbers that a flag, a Config or a Stage may hold; all others are 0 or more
 AT_LEAST_1 = ("steps", "train_scenes", "batch", "per_scene", "accumulate", "iterations", "samples")
-AT_MOST_1 = ("warmup", "until")
 
 
 def check_numbers(settings: dict, what: str) -> None:
     """Refuse numbers that are negative, not finite, or of no meaning for their setting."""
     for name, value in settings.items():
-        least, most = int(name in AT_LEAST_1), 1.0 if name in AT_MOST_1 else 1e12
+        least, most = int(name in AT_LEAST_1), 1.0 if name == "warmup" else 1e12
         for number in value if isinstance(value, tuple) else (value,):
             if type(number) in (int, float) and not least <= number <= most:
                 raise DataError(f"{what} {name} = {value}: give a number from {least} to {most:g}")
@@ -371,7 +375,7 @@ class QuestionDataset(torch.utils.data.Dataset):
         """Turn a scene, number its objects anew, and draw questions about it."""
         stage = self.stage
         for scene in self.scenes[which:] + self.scenes[:which]:
-            scene = data.augment(scene, rng, stage.recolor)
+            scene = data.augment(scene, rng)
             samples = data.questions(scene, stage.tasks, count, rng) if stage.tasks else []
             if samples or not stage.tasks:  # a scene that allows no question gives way to the next
                 return scene, samples
@@ -720,10 +724,49 @@ def make_text(config, scenes: list[Scene], listed: dict[str, dict]) -> data.Tiny
     return data.TinyText({*words, *read.state()["words"]})
 
 
-def train(args: argparse.Namespace) -> nn.Module:
+def rooms_to_read(args: argparse.Namespace, count: int, scenes: list[Scene]) -> list[Scene]:
+    """Make rooms without pictures; in every other one things have names that the scenes have and rooms have not."""
+    rooms = data.rooms(data.ROOM_SEEDS["train"][:count], args.workers + 1, views=0, points=0)
+    names = {o.category for scene in scenes for o in scene.objects}
+    strange = sorted(names - {"", *data.STRUCTURE, *data.CATEGORIES})
+    for k, room in enumerate(rooms[::2] if strange else ()):
+        drawn = np.random.default_rng(k).choice(strange, len(data.CATEGORIES))
+        name = dict(zip(data.CATEGORIES, drawn.tolist(), strict=True))
+        room.objects = [replace(o, category=name[o.category]) for o in room.objects]
+    return rooms
+
+
+def read_rooms(args: argparse.Namespace, config, text: data.TinyText, scenes: list[Scene]) -> Path:
+    """Find the run of the language model that has read rooms in words; train it where there is none yet.
+
+    Its folder lies beside that of this run and is named by what it depends on: data.py, the vocabulary, sizes.
+    """
+    # a short run reads shortly
+    stages, steps = data.STAGES["tiny"], args.steps
+    if steps is not None:
+        steps = min(max(steps, len(stages)), sum(stage.iterations for stage in stages))
+    count = min(4000, 5 * args.train_scenes)
+    code = Path(data.__file__).read_bytes()
+    made_of = repr((text.state(), config.reader, steps, count)).encode()
+    out = args.out.parent / f"language-{hashlib.sha256(code + made_of).hexdigest()[:12]}"
+
+    # a run that was stopped goes on, one that has ended is read
+    begun = (out / "checkpoint" / "state.json").exists() and not args.fresh
+    if not begun or data.read_state(out)["position"]["stage"] < len(stages):
+        settings = dict(model="data", preset="tiny", seed=0, steps=steps, set=[f"reader={config.reader}"])
+        settings |= dict(llm=None, only=None, init=None, annotations=None)
+        run = dict(out=out, resume=begun, overwrite=args.fresh, no_eval=True, shard=False)
+        own = argparse.Namespace(**{**vars(args), **settings, **run})
+        own.command = {**args.command, **settings}
+        train(own, {"train": rooms_to_read(args, count, scenes), "test": []}, text)
+    return out
+
+
+def train(args: argparse.Namespace, scenes: dict | None = None, text=None) -> nn.Module:
     """Train all stages of a paper, score the result, and return the model.
 
-    Its position, and a checkpoint of model and optimizer, are all that a resume needs.
+    Its position, and a checkpoint of model and optimizer, are all that a resume needs. scenes: those of the
+    splits "train" and "test", text: the tokenizer, where they are not to be made here.
     """
     distributed = Distributed()
     rank, world, device = distributed.rank, distributed.world, distributed.device
@@ -731,7 +774,8 @@ def train(args: argparse.Namespace) -> nn.Module:
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     shard = args.shard and world > 1
     paper = importlib.import_module(args.model)
-    data.adopt(paper)
+    for name in [*MODELS, args.model]:  # all papers share one vocabulary
+        data.adopt(importlib.import_module(name))
     config, stages = configure(args, paper)
     if not args.no_eval:
         evaluate.adopt(paper)
@@ -742,10 +786,10 @@ def train(args: argparse.Namespace) -> nn.Module:
     position = state["position"] if state else start
 
     # scenes to train in, and scenes to score in
-    scenes, options = {}, data.scene_options(args)
+    options = data.scene_options(args)
     counts = {"train": args.train_scenes, "test": args.test_scenes}
-    for split, count in counts.items():
-        scenes[split] = data.load_scenes(args.data, split, args.root, count, args.workers, **options)
+    load = partial(data.load_scenes, args.data, root=args.root, workers=args.workers, **options)
+    scenes = scenes or {split: load(split, count=count) for split, count in counts.items()}
     train_scenes, test_scenes = scenes["train"], scenes["test"]
     if not train_scenes or not (test_scenes or args.no_eval):
         raise DataError(f"--data {args.data}: give a scene to train in and one to score in, or --no-eval")
@@ -769,12 +813,16 @@ def train(args: argparse.Namespace) -> nn.Module:
     steps = stage_steps(stages, len(train_scenes), args.steps)
 
     # every rank draws the same first weights
-    text = make_text(config, train_scenes, listed)
+    text = text or make_text(config, train_scenes, listed)
     seed(args.seed)
     model = paper.build(config, text)
     model.keep_trained_precise(stages)
     if args.resume or args.init:
         data.load_weights(model, args.out if args.resume else Path(args.init))
+    elif model.from_nothing:
+        reader = read_rooms(args, config, text, train_scenes)
+        print0(f"starts from the language model in {reader}")
+        model.start_from(data.read_tensors(reader, "weights"))
     if args.recompute:
         model.gradient_checkpointing_enable()
 
@@ -879,8 +927,7 @@ def train(args: argparse.Namespace) -> nn.Module:
             bar.update()
 
             # the next stage starts with new moments, so the last checkpoint of this one has none
-            enough = stage.until is not None and position["running"] > stage.until
-            last = enough or step + 1 == todo.stop
+            last = step + 1 == todo.stop
             if last:
                 position |= {"stage": index + 1, "step": 0, "running": 0.0}
                 save(None)
@@ -920,7 +967,8 @@ def main(argv: list[str] | None = None) -> int:
         train(args)
     except KeyboardInterrupt as stopped:
         status = 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
-        message = "stopped; the same command with --resume goes on from the last checkpoint"
+        again = "with --resume " if (args.out / "checkpoint" / "state.json").exists() else ""
+        message = f"stopped; the same command {again}goes on from the last checkpoint"
     except (DataError, OSError, ModuleNotFoundError) as error:
         # a loader process puts its traceback in front: the last line is the message
         status, message = 2, str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")

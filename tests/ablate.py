@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parents[1]
 STUDIES = {  # model -> stages trained once; those trained per run, with their steps; settings of all runs; scores, the
     # first beside the paper's; variants: name -> (settings, the paper's number), the first is what all differ from
     "proxy3d": {
-        "shared": "0 tower,I identifiers,II coordinates,III relations",
+        "shared": ["0 tower", "I identifiers", "II coordinates", "III relations"],
         "last": {"IV proxies": 300},
         "settings": [],
         "scores": {"rooms/grounding": "acc@0.5/scanrefer"},
@@ -28,7 +28,7 @@ STUDIES = {  # model -> stages trained once; those trained per run, with their s
         "variants": {"semantic grouping": ([], 52.6), "no semantic grouping": (["semantic_grouping=false"], 31.0)},
     },
     "fase3d": {
-        "shared": "0 language,0 words",
+        "shared": [],  # but the language model
         "last": {"0 tokenizer": 700, "1 generalist": 200},
         "settings": ["points=1024", "0 tokenizer.batch=8"],  # every point is a node of its own in two of the rows
         "scores": {"rooms/qa": "em/strict", "rooms/identifier": "em/strict",
@@ -45,8 +45,8 @@ STUDIES = {  # model -> stages trained once; those trained per run, with their s
         },
     },
     "spatial3dllm": {
-        "shared": "I locations,II steps,III encoder",
-        "last": {"IV referents": 200},
+        "shared": ["I encoder"],
+        "last": {"II referents": 200},
         "settings": [],
         "scores": {"rooms/modle_distance": "within_20_percent/number", "rooms/modle_move": "acc@0.25/box",
                    "rooms/modle_place": "acc@0.25/box", "rooms/grounding": "acc@0.25/scanrefer"},
@@ -95,10 +95,11 @@ def main() -> None:
     study, root = STUDIES[args.model], args.out.resolve() / args.model
     scenes = ["--train-scenes", str(args.train_scenes), "--test-scenes", str(args.test_scenes)]
 
-    # what all variants start from
-    shared = study["shared"].split(",")
-    short = [f"{stage}.iterations={args.steps}" for stage in shared] if args.steps else []
-    train(args.model, root / "shared", "--stages", ",".join(shared), "--no-eval", *scenes, "--set", *short,
+    # what all variants start from; one step is enough to have a language model
+    stages = study["shared"] or list(study["last"])[:1]
+    steps = args.steps if study["shared"] else 1
+    short = [f"{stage}.iterations={steps}" for stage in stages] if steps else []
+    train(args.model, root / "shared", "--stages", ",".join(stages), "--no-eval", *scenes, "--set", *short,
           *study["settings"], threads=2)  # fmt: skip
 
     # every variant with every seed

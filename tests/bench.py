@@ -220,7 +220,7 @@ def bench_tokenizer(little: bool) -> None:
     # the paper's sizes; of the language model only the width matters here
     paper = fase3d.Config()
     model = make_model(fase3d, points=N, dim=paper.dim, hidden=paper.hidden, tokens=paper.tokens,
-                       prompt_neighbors=paper.prompt_neighbors, width=2048, attention_heads=16, layers=1, ffn=16,
+                       prompt_neighbors=paper.prompt_neighbors, reader=(2048, 1, 16, 16),
                        adapted_layers=0)  # fmt: skip
     found = model.load_features(scene)
     owner, orders = found["owner"], found["orders"]
@@ -272,16 +272,17 @@ PAPER_SIZES = dict(centers=(2048, 1024, 512, 256), samples=(64, 32, 16, 16), fea
                    context_heads=8, fourier=128, ball_layers=3)  # fmt: skip
 
 
-def with_paper_encoder(config, text):
-    """Put the paper's own encoder, not the tiny one, before a tiny language model."""
-    return spatial3dllm.Model(config, text, spatial3dllm.build_llm(config, len(text)))
+class WithPaperEncoder(spatial3dllm.TinyModel):
+    """The paper's own encoder, not the tiny one, before a tiny language model."""
+
+    level = spatial3dllm.SetAbstraction
 
 
 def bench_spatial3dllm(little: bool) -> None:
     """Compare Spatial 3D-LLM's parts over numbers of points and of objects; what is kept of a scene runs once."""
     cases = [(f"tiny, 12 objects, {n:,} points", 12, n, {}) for n in (2048, 8192, 32_768)]
     cases += [(f"tiny, {n} objects, 2,048 points", n, 2048, {}) for n in (50, 100, 200)]
-    paper_sizes = dict(build=with_paper_encoder, **PAPER_SIZES)
+    paper_sizes = dict(build=WithPaperEncoder, **PAPER_SIZES)
     cases += [("the paper's sizes but the LLM, 40,000 points", 12, 40_000, paper_sizes)]
     columns = ("geometry", "encoder", "modules", "answer", "new/s", "kept/s")
     print(f"{'seconds per scene':48s}", *(f"{column:>10s}" for column in columns))

@@ -46,9 +46,9 @@ def short_run(model: str, out: Path) -> dict:
     stages = importlib.import_module(model).STAGES["tiny"]
     changes = []
     for stage in stages:
-        changes += [f"{stage.name}.iterations=20", f"{stage.name}.batch={BATCH[model] if stage.tasks else 2}",
-                    f"{stage.name}.until=none"]  # fmt: skip
-    flags = ["--train-scenes", "12", "--test-scenes", "3", "--workers", "0", "--out", str(out), "--set", *changes]
+        changes += [f"{stage.name}.iterations=20", f"{stage.name}.batch={BATCH[model] if stage.tasks else 2}"]
+    flags = ["--train-scenes", "12", "--test-scenes", "3", "--workers", "0", "--out", str(out)]
+    flags += ["--steps", str(20 * len(stages)), "--set", *changes]
     assert train.main(["--model", model, *flags]) == 0
     losses: dict[str, list[float]] = {}
     for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()):

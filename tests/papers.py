@@ -26,9 +26,9 @@ SIZES = {
 
 # the language model's sizes where it is made from nothing
 FROM_NOTHING = {
-    "proxy3d": dict(width=32, heads=4, hidden=64, vision_width=16, vision_layers=1),
-    "fase3d": dict(width=32, attention_heads=2, ffn=48, layers=3),
-    "spatial3dllm": dict(width=32, heads=4, hidden=64),
+    "proxy3d": dict(reader=(32, 2, 4, 64), vision_width=16, vision_layers=1),
+    "fase3d": dict(reader=(32, 3, 2, 48)),
+    "spatial3dllm": dict(reader=(32, 2, 4, 64)),
 }
 LOADED = {"proxy3d": dict(symbol=16), "fase3d": dict(dtype="float32"), "spatial3dllm": dict(lora_rank=4)}
 
@@ -73,10 +73,24 @@ def make(name: str, folder: Path | None = None, **changes):
 def vary(model: torch.nn.Module) -> None:
     """Draw a decoder's matrices anew: a tiny model that nobody trained repeats one word, this one's answers differ."""
     generator = torch.Generator().manual_seed(3)
-    decoder = model.llm.model.language_model if "language_model" in model.llm.model._modules else model.llm.model
-    for name, p in decoder.named_parameters():
+    for name, p in model.llm.get_decoder().named_parameters():
         if p.dim() == 2 and "embed" not in name and "lora" not in name.lower():
             p.data = (torch.randn(p.shape, generator=generator) * 2 * p.shape[1] ** -0.5).to(p.dtype)
+
+
+def qwen_vl(window_size: int = 48, depth: int = 1, **language) -> torch.nn.Module:
+    """A small Qwen2.5-VL whose tower merges patches of 8 pixels; language: its language model's sizes."""
+    import transformers as hf
+
+    pairs = language["hidden_size"] // language["num_attention_heads"] // 2
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [pairs - 2, 1, 1]}
+    vision = dict(depth=depth, hidden_size=16, intermediate_size=32, num_heads=4, patch_size=4, spatial_merge_size=2,
+                  out_hidden_size=language["hidden_size"], temporal_patch_size=2, window_size=window_size,
+                  fullatt_block_indexes=[depth - 1])  # fmt: skip
+    config = hf.Qwen2_5_VLConfig(text_config={**language, "rope_parameters": rope}, vision_config=vision,
+                                 image_token_id=0, video_token_id=0, vision_start_token_id=0,
+                                 vision_end_token_id=0)  # fmt: skip
+    return hf.Qwen2_5_VLForConditionalGeneration(config)
 
 
 def save_llm(name: str, folder: Path) -> Path:
@@ -88,13 +102,7 @@ def save_llm(name: str, folder: Path) -> Path:
                 num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=1)  # fmt: skip
     torch.manual_seed(0)
     if name == "proxy3d":
-        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]}
-        vision = dict(depth=1, hidden_size=16, intermediate_size=32, num_heads=4, patch_size=4, spatial_merge_size=2,
-                      out_hidden_size=32, temporal_patch_size=2, window_size=48, fullatt_block_indexes=[0])  # fmt: skip
-        config = hf.Qwen2_5_VLConfig(text_config={**same, "rope_parameters": rope}, vision_config=vision,
-                                     image_token_id=0, video_token_id=0, vision_start_token_id=0,
-                                     vision_end_token_id=0)  # fmt: skip
-        llm = hf.Qwen2_5_VLForConditionalGeneration(config)
+        llm = qwen_vl(**same)
     elif name == "fase3d":
         llm = hf.Qwen2ForCausalLM(hf.Qwen2Config(tie_word_embeddings=True, **same))
     else:

@@ -122,6 +122,21 @@ def test_answers_depend_on_the_scene(model, scenes):
 # ---- stages ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", PAPERS)
+def test_scenes_add_up_in_every_stage_so_processes_may_share_them(name, scenes):
+    """Loss, terms and right answers of a batch are the sums of its scenes' own."""
+    model = make(name).train()
+    for stage in stages_of(name, "tiny"):
+        model.configure_stage(stage)
+        model.cache_features(scenes)
+        groups = [(scene, samples) for scene, samples in questions_of(scenes, MIX)]
+        together = model(model.batch(groups))
+        alone = [model(model.batch([group])) for group in groups]
+        for key in ("loss", "weight", "correct"):
+            total = sum(float(out[key]) for out in alone)
+            assert float(together[key]) == pytest.approx(total, rel=2e-5, abs=1e-5), (stage.name, key)
+
+
 @pytest.mark.parametrize("kind", ["tiny", "loaded"])
 @pytest.mark.parametrize("name", PAPERS)
 def test_gradients_reach_all_that_a_stage_trains_and_nothing_frozen(name, kind, folders, scenes):

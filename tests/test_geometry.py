@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from data import (
-    COLORS,
     LazyFrames,
     Scene,
     Thing,
@@ -146,16 +145,6 @@ def test_augmentation_moves_everything_alike(scene):
         assert np.allclose(other.bounds, np.sort(scene.bounds @ other.turn.T, axis=0))
     assert len(turns) == 8  # every mirroring and transposition of the floor plan
     assert all(np.linalg.det(augment(scene, rng, mirror=False).turn) > 0 for _ in range(9))
-
-
-def test_new_colors_are_drawn_only_on_request_and_only_where_a_color_is_known(scene):
-    """Recoloring is for symbols; an object of unknown color must not get one."""
-    rng = np.random.default_rng(0)
-    assert [o.color for o in augment(scene, rng).objects] == [o.color for o in scene.objects]
-    drawn = {o.color for _ in range(20) for o in augment(scene, rng, recolor=True).objects}
-    assert drawn == set(COLORS)
-    bare = Scene("s", "ply", [Thing(1, "", "", np.array([0, 0, 0, 1, 1, 1.0]))])
-    assert augment(bare, rng, recolor=True).objects[0].color == ""
 
 
 def test_of_frames_on_disk_one_scenes_are_held_at_a_time(scene):

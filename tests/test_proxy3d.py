@@ -33,9 +33,7 @@ from proxy3d import (
 )
 
 SMALL = dict(
-    width=32,
-    heads=4,
-    hidden=64,
+    reader=(32, 2, 4, 64),
     vision_width=16,
     vision_layers=1,
     budget=24,
@@ -433,10 +431,14 @@ class WideModel(Model):
     """A random tower of the paper's width."""
 
     def load_llm(self):
-        config = Config(
-            width=3584, heads=28, hidden=8, layers=0, vision_width=16, vision_layers=1
+        return papers.qwen_vl(
+            vocab_size=len(self.text),
+            hidden_size=3584,
+            intermediate_size=8,
+            num_hidden_layers=0,
+            num_attention_heads=28,
+            num_key_value_heads=28,
         )
-        return proxy3d.build_llm(config, len(self.text), patch_size=4, spatial_merge_size=2)
 
 
 def test_a_meter_along_any_axis_moves_a_token_of_the_papers_width_by_comparable_amounts(
@@ -558,7 +560,8 @@ def test_a_loaded_model_keeps_every_weight_and_its_features_enter_untouched(fold
 
 def test_the_most_similar_number_token_of_each_axis_says_where_a_token_is(text):
     """A tiny model's coordinate is read by the same copy as a name."""
-    model = make(text, width=128)
+    model = make(text, reader=(128, 1, 4, 8))
+    model.start_from(data.named_weights(data.Reader(model.config, text)))
     table = model.llm.get_input_embeddings().weight.detach()
     xyz = torch.rand(60, 3) * torch.tensor([6.0, 6.0, 2.0]) - torch.tensor([3.0, 3.0, 0.0])
     encoded = model.add_position(torch.zeros(60, 128), xyz).detach()
@@ -795,10 +798,8 @@ def test_lora_trains_and_keeps_adapters_only(folder, scenes):
 @pytest.fixture(scope="module")
 def tower():
     torch.manual_seed(0)
-    config = Config.tiny(vision_width=16)
-    return proxy3d.build_llm(
-        config, 10, patch_size=4, spatial_merge_size=2, window_size=24
-    ).model.visual
+    language = dict(hidden_size=128, num_attention_heads=4, num_key_value_heads=4)
+    return papers.qwen_vl(window_size=24, depth=3, num_hidden_layers=1, **language).model.visual
 
 
 def random_images(count):
@@ -854,7 +855,7 @@ def test_inter_frame_attention_reaches_the_scene_but_never_the_symbols(folder, s
     assert torch.equal(on.symbols(IDENTIFIERS), off.symbols(IDENTIFIERS))
     z = [model.compute_features(scenes[0])["z"].float() for model in (on, off)]
     assert z[0].shape == z[1].shape and not torch.allclose(
-        *z, atol=1e-2 * proxy3d.rms(z[0])
+        *z, atol=1e-3 * proxy3d.rms(z[0])
     )
 
 
@@ -945,7 +946,8 @@ def test_every_shape_in_a_comment_is_true(text, folder, scenes):
 
     def run():
         for clustering in CLUSTERING:
-            model = make(text, TOWER, grid=(6, 8), clustering=clustering)
+            model = make(text, TOWER, grid=(6, 8), clustering=clustering, fourier=24)
+            model.start_from(data.named_weights(data.Reader(model.config, text)))
             for stage in (TOWER, PLACED, PROXIES):
                 model.configure_stage(stage)
                 model.cache_features(scenes)
@@ -958,6 +960,7 @@ def test_every_shape_in_a_comment_is_true(text, folder, scenes):
         ("H", "W"),
         ("h", "w"),
         ("V", "H"),
+        ("V", "h"),
         ("V", "W"),
         ("V", "E"),
         ("V", "m"),

@@ -36,7 +36,6 @@ from spatial3dllm import (
 
 ENCODER = Stage("encoder", {}, ("encoder", "scene"), "encoder")
 REFERENTS = Stage("referents", {"modle_distance": 1}, ("scene", "code", "lm"), "referents")
-SYMBOLS = Stage("symbols", {"modle_distance": 1}, ("code", "lm"), "symbols")
 
 
 @pytest.fixture(scope="module")
@@ -260,20 +259,20 @@ def test_the_detection_loss_of_the_truth_is_nearly_nothing_and_grows_with_each_f
         return {key: values}
 
     best, right = loss_with()
-    assert right == 1 and best < 0.01
+    assert (right == 1).all() and (best < 0.01).all()
     center, size = slice(0, 3), slice(3, 6)
     for change in (
         moved("boxes", 0, center, 1),
         moved("boxes", 0, size, 1),
         moved("votes", 4, center, 1),
     ):
-        assert loss_with(**change)[0] > best + 0.1
+        assert (loss_with(**change)[0] > best + 0.1).all()
     renamed, wrong = loss_with(tokens=tokens.roll(1, 1))
-    assert renamed > best + 0.1 and wrong == 0
-    assert loss_with(**moved("boxes", 3, size, 5))[0] == best, "a wall has no size"
-    assert loss_with(**moved("boxes", 3, center, 1))[0] > best + 0.02, "but a place"
+    assert (renamed > best + 0.1).all() and (wrong == 0).all()
+    assert torch.equal(loss_with(**moved("boxes", 3, size, 5))[0], best), "a wall has no size"
+    assert (loss_with(**moved("boxes", 3, center, 1))[0] > best + 0.02).all(), "but a place"
     nothing = detection_loss(perfect, true, named * 0, on & False, words)
-    assert torch.isfinite(nothing[0])
+    assert torch.isfinite(nothing[0]).all()
 
 
 def test_seeds_are_told_what_they_lie_on(scenes):
@@ -379,16 +378,6 @@ def test_a_marked_object_is_written_as_its_box(scenes):
     assert written.question == f"what is {data.listed(thing.box)}?"
 
 
-def test_without_positions_nothing_says_where_a_thing_is(scenes):
-    """Moving everything by a meter changes the tokens, but not those."""
-    far = [replace(o, box=o.box + np.eye(6)[0]) for o in scenes[0].objects]
-    moved = replace(scenes[0], objects=far)
-    for positions in (True, False):
-        model = model_at(SYMBOLS, positions=positions)
-        here, there = (model.encode([scene])["tokens"] for scene in (scenes[0], moved))
-        assert torch.allclose(here, there, atol=1e-4) is not positions
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -417,13 +406,6 @@ def test_an_unknown_inter_referent_part_is_refused_with_the_known_ones():
         model_at(REFERENTS, inter="gcn")
 
 
-def test_a_loaded_language_model_skips_the_stages_on_symbols():
-    stages = spatial3dllm.STAGES["tiny"]
-    assert spatial3dllm.recipe(Config.tiny(), stages) == stages
-    kept = spatial3dllm.recipe(Config.tiny(llm="folder"), stages)
-    assert [stage.scene_input for stage in kept] == ["encoder", "referents"]
-
-
 def test_a_picture_shows_where_seeds_vote_and_referents_are(scenes, tmp_path):
     from PIL import Image
 
@@ -432,37 +414,3 @@ def test_a_picture_shows_where_seeds_vote_and_referents_are(scenes, tmp_path):
     paths = model.pictures(scenes[:1], tmp_path)
     assert [path.name for path in paths] == [f"{scenes[0].name}_referents.png"]
     assert len(Image.open(paths[0]).convert("RGB").getcolors(1 << 24)) > 100
-
-
-# ---- tiny preset ---------------------------------------------------------------------------------
-
-
-def test_the_token_of_a_number_starts_as_the_code_of_its_value():
-    """Reading a coordinate is then the same copy as reading a name."""
-    torch.manual_seed(0)
-    text = data.TinyText(data.vocabulary())
-    model = spatial3dllm.build(Config.tiny(), text)
-    table = model.embeddings.detach()
-    maps = model.code.out.weight.detach().unflatten(1, (6, -1))
-    for k, value in enumerate((1.25, -2.0, 0.75, 1.5, 0.5, 2.0)):
-        phase = value * spatial3dllm.BOX_FREQUENCIES
-        code = maps[:, k] @ torch.cat([phase.cos(), phase.sin()])
-        own = {token: v for token, (axis, v) in text.number.items() if axis == "xyzwdh"[k]}
-        nearest = max(own, key=lambda token: float(table[token] @ code))
-        assert abs(own[nearest] - value) <= 0.125
-
-
-def test_symbols_are_the_objects_words_and_true_boxes_in_random_order(scenes):
-    model = model_at(SYMBOLS)
-    seen = model.encode(scenes)
-    assert seen["valid"].sum(1).tolist() == [len(scene.objects) for scene in scenes]
-    assert [model.scene_length(scene) for scene in scenes] == [9, 12, 7]
-    for b, scene in enumerate(scenes):
-        expected = []
-        for o in scene.objects:
-            ids = [model.text.encode(word)[0] for word in (o.category, o.color) if word]
-            ids += [model.text.unk] * (2 - len(ids))
-            words = nn.functional.layer_norm(model.embeddings[ids].sum(0), (model.config.width,))
-            expected.append(words + model.code(torch.from_numpy(o.box).float()))
-        tokens = seen["tokens"][b, seen["valid"][b]]
-        assert torch.cdist(torch.stack(expected), tokens).min(1).values.max() < 1e-3

@@ -32,9 +32,9 @@ CHAT = (
 VISION = ("<|vision_start|>", "<|vision_end|>")
 
 
-def save_tokenizer(folder, chat=CHAT, special=VISION, pad="<|endoftext|>"):
+def save_tokenizer(folder, chat=CHAT, special=VISION, pad="<|endoftext|>", start=()):
     """A byte-level tokenizer without merges, in the form in which pre-trained models bring theirs."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -46,6 +46,12 @@ def save_tokenizer(folder, chat=CHAT, special=VISION, pad="<|endoftext|>"):
         names["pad_token"] = pad
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, **names)
     tokenizer.chat_template = chat
+    for token in start:
+        tokenizer.add_special_tokens({"bos_token": token})
+        front = processors.TemplateProcessing(
+            single=f"{token} $A", special_tokens=[(token, tokenizer.bos_token_id)]
+        )
+        tokenizer.backend_tokenizer.post_processor = front
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -167,6 +173,16 @@ def test_a_model_without_chat_vision_tokens_or_padding_still_gets_a_prompt(tmp_p
     plain = HubText(save_tokenizer(tmp_path, chat=None, special=(), pad=None))
     assert plain.template == ("### human: ", "\n", " ### assistant: ")
     assert plain.pad == plain.eos
+
+
+def test_a_prompt_begins_as_the_tokenizer_itself_begins_a_text(tmp_path):
+    """Llama was never trained on a text without <s>; Vicuna answers behind its own words."""
+    folder = tmp_path / "vicuna-7b"
+    vicuna = HubText(save_tokenizer(folder, chat=None, special=(), start=("<s>",)))
+    assert vicuna.template == ("<s>USER: ", "\n", " ASSISTANT: ")
+    own = vicuna.tokenizer("USER: chair ASSISTANT: ").input_ids
+    before, _, after = map(vicuna.encode, vicuna.template)
+    assert [*before, *vicuna.encode("chair"), *after] == own
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------

@@ -379,13 +379,6 @@ def test_a_parameter_without_a_part_in_the_loss_is_named(tmp_path, monkeypatch):
         dummy_paper.command(f"--out={tmp_path}")
 
 
-def test_a_stage_is_left_once_its_running_accuracy_is_high_enough(tmp_path):
-    flags = ["--stages=answers", "--set", "answers.iterations=300", "answers.until=0.6", "answers.lr=0.1"]
-    dummy_paper.command(f"--out={tmp_path}", *flags, "answers.schedule=constant")
-    running = losses(tmp_path, "running")
-    assert running[-1] > 0.6 >= running[-2] and len(running) < 300
-
-
 # ---- command line, run folder, log -----------------------------------------------------------------------------------
 
 
