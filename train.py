@@ -776,9 +776,8 @@ def train(args: argparse.Namespace, scenes: dict | None = None, text=None) -> nn
     paper = importlib.import_module(args.model)
     for name in [*MODELS, args.model]:  # all papers share one vocabulary
         data.adopt(importlib.import_module(name))
+    evaluate.adopt(paper)
     config, stages = configure(args, paper)
-    if not args.no_eval:
-        evaluate.adopt(paper)
 
     # what is wrong with the folder must not show after minutes of work
     _lock, state = open_run(args, rank)  # held until this function ends
