@@ -2672,7 +2672,7 @@ def naming_loss(features, words, target, weight):
 class Config:
     """Size of the language model that reads rooms in words."""
 
-    llm: str | None = None
+    llm: str | None = None  # as in the papers' own; there is none to load
     reader: tuple[int, ...] = (128, 2, 4, 256)  # width, layers, heads, width of the FFN
 
     @classmethod

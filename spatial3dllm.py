@@ -31,7 +31,7 @@ f are features, p places of points or seeds, q centers, v votes, h referents.
 | inter-referent message passing            | neighbor_graph, InterReferentGraph               |
 | contextual referent-scene interaction     | ReferentSceneAttention                           |
 | location-enriched scene embeddings        | FourierCode, Model.encode                        |
-| Vicuna-7B, instruction tuning             | load_llm, STAGES["paper"]                        |
+| Vicuna-7B, instruction tuning             | Model.load_llm, STAGES["paper"]                  |
 | MODLE (abstract: 263K annotations)        | modle_distance, modle_edit, write_modle          |
 | ablations of the three modules            | Config.intra, .inter, .context, .positions       |
 
@@ -449,22 +449,6 @@ def detection_loss(seen: dict, true, named, on, words):
 # ---- 7 the model ---------------------------------------------------------------------------------
 
 
-def load_llm(config: Config):
-    """Load a pre-trained Llama, its attention adapted by LoRA (peft) on q, k, v and o."""
-    from peft import LoraConfig, inject_adapter_in_model
-    from transformers import AutoModelForCausalLM
-
-    dtype = getattr(torch, config.dtype)
-    llm = AutoModelForCausalLM.from_pretrained(config.llm, dtype=dtype, attn_implementation="sdpa")
-    lora = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_rank,
-        lora_dropout=config.lora_dropout,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-    )
-    return inject_adapter_in_model(lora, llm)
-
-
 BOX_FREQUENCIES = 2 * math.pi / 0.5 / 2 ** torch.arange(6)  # of wavelengths 0.5, 1, ... 16 m
 
 
@@ -511,7 +495,20 @@ class Model(data.SceneLanguageModel):
         self.no_name = text.eos  # the token that stands for ""
 
     def load_llm(self):
-        return load_llm(self.config)
+        """Load a pre-trained Llama, its attention adapted by LoRA (peft) on q, k, v and o."""
+        from peft import LoraConfig, inject_adapter_in_model
+        from transformers import AutoModelForCausalLM
+
+        c = self.config
+        dtype = getattr(torch, c.dtype)
+        llm = AutoModelForCausalLM.from_pretrained(c.llm, dtype=dtype, attn_implementation="sdpa")
+        lora = LoraConfig(
+            r=c.lora_rank,
+            lora_alpha=c.lora_rank,
+            lora_dropout=c.lora_dropout,
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        )
+        return inject_adapter_in_model(lora, llm)
 
     @property
     def embeddings(self) -> Tensor:
