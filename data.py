@@ -320,6 +320,23 @@ def group_mean(values: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tenso
     return total / size.clamp(min=1)[:, None], size
 
 
+def most_frequent(labels: Tensor, cell: Tensor, cells: int) -> Tensor:
+    """Find the most frequent of labels [N] >= 0 in every cell [cells]; ties go to the lowest.
+
+    Args: cell [N], the cell 0..cells-1 of every label. An empty cell gets 0.
+    """
+    n = int(labels.max()) + 1
+    votes = torch.bincount(cell * n + labels, minlength=cells * n)
+    return votes.view(cells, n).argmax(1)
+
+
+def fourier_waves(x):
+    """Give the cosines and sines of six wavelengths, 0.5 .. 16 m, of every number: [..., n] meters -> [..., 12 n]."""
+    frequencies = 2 * math.pi / 0.5 / 2 ** torch.arange(6.0, device=x.device)  # [6]
+    phase = x.float()[..., None] * frequencies  # [..., n, 6]
+    return torch.cat([phase.cos(), phase.sin()], -1).flatten(-2)
+
+
 def unproject(depth, intrinsics, poses):
     """Turn depth into a map of world points: [V, H, W, 3] float32, NaN where depth is 0.
 
@@ -792,13 +809,9 @@ def _palette(placed, rng):
     return np.concatenate([faces.reshape(-1, 3), shell]).astype(np.int16)
 
 
-def _paint(palette, face, xyz, boards, rng):
-    """Color points [P, 3] by their faces [P], with slight noise and, on the last face, the floor's boards."""
+def _paint(palette, face, rng):
+    """Color points by their faces [P], with slight noise: [P, 3] uint8."""
     color = palette[face] + rng.integers(-5, 6, (len(face), 1), dtype=np.int8)
-    floor = np.flatnonzero(face == len(palette) - 1)
-    row = np.floor(xyz[floor, 1] * 5).astype(int)
-    column = np.floor(xyz[floor, 0] * 0.8 + boards[row % 64] * 0.1).astype(int)
-    color[floor] += boards[(row * 7 + column * 13) % 64, None]
     return np.clip(color, 0, 255).astype(np.uint8)
 
 
@@ -839,14 +852,13 @@ def room(seed, objects=None, views=12, size=96, points=4096):
     lo, hi = np.concatenate(parts, axis=1)  # [B, 3] each
     owner = np.append(np.repeat(ids, [len(part[0]) for part in parts]), 0)  # [B + 1] object ids
     palette = _palette(placed, rng)
-    boards = rng.integers(-10, 11, 64).astype(np.int16)
 
     if views:
         poses = _cameras(rng, views, side, low, high)
         cast = [ray_cast(lo, hi, pose, size, bounds) for pose in poses]
-        depth, box, face, xyz = (np.concatenate(part) for part in zip(*cast, strict=True))
+        depth, box, face, _ = (np.concatenate(part) for part in zip(*cast, strict=True))
         shape = (views, size, size)
-        color = _paint(palette, 6 * box + face, xyz, boards, rng).reshape(*shape, 3)
+        color = _paint(palette, 6 * box + face, rng).reshape(*shape, 3)
         masks = owner[box].astype(np.int32).reshape(shape)
         focal = size / 2 / HALF_FOV
         K = np.tile([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]], (views, 1, 1))
@@ -857,7 +869,7 @@ def room(seed, objects=None, views=12, size=96, points=4096):
         scene.points = xyz.astype(np.float32)
         scene.normals = NORMALS[face]
         scene.instances = owner[box]
-        scene.colors = _paint(palette, 6 * box + face, xyz, boards, rng)
+        scene.colors = _paint(palette, 6 * box + face, rng)
         piece = np.column_stack([np.floor(xyz).astype(int), 6 * box + face])
         scene.superpoints = np.unique(piece[:, [2, 3, 0, 1]], axis=0, return_inverse=True)[1].ravel()
     return scene
@@ -877,26 +889,18 @@ def rooms(seeds, workers=2, **options):
 
 
 def category_icon(category, color, size):
-    """Draw the category's furniture alone on black, three-quarter view, filling the image: [size, size, 3] uint8.
+    """Draw the category's furniture alone on black, three-quarter view: [size, size, 3] uint8.
 
     The paper embeds categories from drawn icons (Proxy3D); a category outside the table is drawn as
     a plain cube.
     """
-    size_in_room = FURNITURE.get(category, (1.0, 1.0, 1.0))[:3]
-    lo, hi = _place_parts(category, np.array(size_in_room), 0)
-    pose = _look(np.array([[0.6, 0.8, 0.5]]), np.zeros((1, 3)))[0]
-    half_fov = 0.35
+    # as large as fits into a sphere of radius 1, seen from 3 m
+    extent = np.array(FURNITURE.get(category, (1.0, 1.0, 1.0))[:3])
+    parts = _place_parts(category, extent, 0) - [0, 0, extent[2] / 2]
+    lo, hi = parts * 2 / np.linalg.norm(extent)
+    pose = _look(3 * _unit(np.array([[-0.6, -0.8, 0.6]])), np.zeros((1, 3)))[0]
+    _, box, face, _ = ray_cast(lo, hi, pose, size, half_fov=0.35)
 
-    # the nearest eye e for which |x - ex| <= s (z - ez) and |y - ey| <= s (z - ez) hold in the
-    # camera's axes
-    s = 0.94 * half_fov
-    right, down, forward, _ = pose[:3].T
-    sides = np.stack([right, -right, down, -down], 1) - s * forward[:, None]
-    x0, x1, y0, y1 = (_along((lo + hi) / 2, sides) + _along((hi - lo) / 2, np.abs(sides))).max(0)
-    eye = np.array([(x0 - x1) / 2, (y0 - y1) / 2, -max(x0 + x1, y0 + y1) / (2 * s)])
-    pose[:3, 3] = _along(eye, pose[:3, :3].T)
-
-    _, box, face, _ = ray_cast(lo, hi, pose, size, half_fov=half_fov)
     rgb = [MATERIALS.get(material, COLORS[color]) for material in PARTS.get(category, CUBE)[1]]
     shaded = np.array(rgb)[:, None] * SHADE[:, None]  # [m, 6, 3]
     image = np.where(box[:, None] < 0, 0, shaded[box, face])
@@ -930,9 +934,9 @@ TEMPLATES = {
         "which way is {a} from {b}?",
     ),
     "distance_ids": (
-        "how far is {a} from {b}?",
-        "what is the distance of {a} from {b}?",
-        "how many meters is {a} from {b}?",
+        "how far is {what} from {other}?",
+        "what is the distance of {what} from {other}?",
+        "how many meters is {what} from {other}?",
     ),
     "color": (
         "what color is the {what}?",
@@ -1484,28 +1488,40 @@ def marked(g, rng, task):
     return None
 
 
+def differences(p, q):
+    """Write two points axis by axis, "x1.25 x0.50 0.75 y-0.80 ...", and compute their distance from what is written."""
+    parts, total = [], 0.0
+    for axis, a, b in zip("xyz", p, q, strict=True):
+        a, b = round(a, 2) + 0.0, round(b, 2) + 0.0
+        parts.append(f"{axis}{a:.2f} {axis}{b:.2f} {abs(a - b):.2f}")
+        total += (a - b) ** 2
+    return " ".join(parts), math.sqrt(total)
+
+
 @generator("distance", "distance_ids")
 def distance(g, rng, task):
-    """Ask for meters from center to center, by names or (distance_ids) by marks.
+    """Ask for the meters between the centers of two things, by their descriptions or (distance_ids) by marks.
 
-    `value` is exact, the answer follows from the printed steps (`distance_steps`): 1.4 cm apart at
-    most. By names the steps first rewrite the question with marks.
+    The steps write both places before they compare them: "<obj 3> [1.25, -0.80, 0.45] <obj 7> [..] x1.25 ...".
     """
-    places = g.numbered
-    if task == "distance":
-        places = [i for i in g.names if i in g.numbered]
-    chosen = draw_numbered(rng, places, 2)
+    names = g.described
+    if task == "distance_ids":
+        names = {i: mark(g.things[i]) for i in g.numbered}
+    chosen = draw_numbered(rng, list(names), 2)
     if not chosen:
         return None
     p, q = g.boxes[chosen, :3].tolist()
-    steps, length = distance_steps(p, q)
-
-    # by names, the steps say first which objects are meant
-    text = marks(g, chosen)
-    if task == "distance":
-        steps = f"{text['a']} from {text['b']}? {steps}"
-        text = {"what": g.names[chosen[0]], "other": g.names[chosen[1]]}
-    return dict(answer=meters(length), text=text, steps=steps + " =", value=math.dist(p, q))
+    length = math.dist(p, q)
+    if length < 0.1:
+        return None
+    what, other = (names[i] for i in chosen)
+    return dict(
+        answer=meters(length),
+        text={"what": what, "other": other},
+        steps=f"{what} {listed(p)} {other} {listed(q)} {differences(p, q)[0]} =",
+        value=length,
+        about=[g.things[i].id for i in chosen],
+    )
 
 
 MEASURES = {  # template -> how many objects, the number in the unit asked for, how it is written
@@ -1921,6 +1937,7 @@ class HubText:
             raise DataError(f"{name}: no pre-trained model there ({reason}); {remedy}") from None
         self.eos = self.tokenizer.eos_token_id
         self.pad = self.eos if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        self.unk = self.eos  # stands for what has no name
 
         # where in a chat the scene and the question stand
         person, assistant = ("USER", "ASSISTANT") if "vicuna" in name.lower() else ("### human", "### assistant")
@@ -2103,6 +2120,7 @@ class SceneLanguageModel(nn.Module):
         self.stage = None  # set by configure_stage
         self.feature_cache = {}  # frozen work in memory: scene -> what `compute_features` gave
         self.feature_folder = None  # and on disk
+        self.names = torch.empty(0)  # tokens of what scenes hold, sorted: what `naming` tells apart
 
     @property
     def device(self):
@@ -2237,6 +2255,11 @@ class SceneLanguageModel(nn.Module):
     def cache_features(self, scenes, folder=None, rank=0, world=1):
         """Do the frozen work of a rank's share of the scenes; the others' is then read from the folder."""
         from tqdm import tqdm
+
+        # what may have to be named
+        things = {(o.category, o.color) for scene in scenes for o in scene.objects}
+        tokens = [name_pair(self.text, *names) for names in ((), *things)]
+        self.names = torch.tensor(tokens).unique()
 
         if not self.uses_features():
             return
@@ -2382,6 +2405,27 @@ class SceneLanguageModel(nn.Module):
             valid = F.pad(valid[alive], (0, 1), value=True)
             hidden = self.forward_llm(token, place, valid[:, None, None], seen, nothing, cache)
         return [self.text.decode(tokens) for tokens in written]
+
+
+def name_pair(text, *names):
+    """Look up the first tokens of two names; one alone, or <unk>, stands for both."""
+    tokens = [token for name in names for token in text.encode(name)[:1]] or [text.unk]
+    return tokens[0], tokens[-1]
+
+
+def naming(features, table, names, pairs):
+    """Compare features with the words for what they show, a category and a color, among all names.
+
+    Args: features [R, D]; table, word vectors of the language model; names [n], sorted tokens; pairs [R, 2] of them.
+    Returns, of every feature [R]: the loss (told from all other names, and alike the sum of its two words), and
+    whether one of its words comes first.
+    """
+    z, words = F.normalize(features.float(), dim=-1), table.detach().float()
+    logits = 25 * z @ F.normalize(words[names], dim=-1).T  # [R, n]; 25: a sharp softmax of cosines
+    target = torch.searchsorted(names, pairs)  # [R, 2]
+    told = -logits.log_softmax(-1).gather(1, target).mean(1)  # [R]
+    apart = 1 - F.cosine_similarity(z, words[pairs].sum(1), dim=-1)  # [R]
+    return told + apart, (logits.argmax(-1, keepdim=True) == target).any(1)
 
 
 def overfit_demo(model, scene, samples, steps, lr):
@@ -2532,20 +2576,6 @@ def join_numbers(text):
     return NUMBER.sub(write, PLACE.sub(write_tuple, text))
 
 
-def distance_steps(a, b):
-    """Write the steps of a distance and compute the length that follows from the printed numbers.
-
-    Per axis both coordinates and their unsigned difference: "x1.25 x0.50 0.75 y-0.80 ...".
-    """
-    parts, total = [], 0.0
-    for axis, p, q in zip("xyz", a, b, strict=True):
-        p, q = round(p, 2) + 0.0, round(q, 2) + 0.0
-        parts.append(f"{axis}{p:.2f} {axis}{q:.2f} {abs(p - q):.2f}")
-        total += (p - q) ** 2
-    return " ".join(parts), math.sqrt(total)
-
-
-TEMPLATES.update(subtract=["{numbers} ="], norm=["{numbers} ="])
 METRIC.update(("subtract", "norm"))
 
 
@@ -2560,7 +2590,7 @@ def drill(g, rng, task):
         return None
     low, high = span.min(0), span.max(0)
     a, b = (low + rng.random((2, 3)) * (high - low)).tolist()
-    numbers, length = distance_steps(a, b)
+    numbers, length = differences(a, b)
 
     # one axis of the three
     if task == "subtract":
@@ -2640,32 +2670,6 @@ def tiny_llm(vocabulary, reader):
     start_decoder(llm.model, heads)
     nn.init.normal_(llm.get_input_embeddings().weight)
     return llm
-
-
-def fourier_waves(x):
-    """Give the cosines and sines of six wavelengths, 0.5 .. 16 m, of every number: [..., n] meters -> [..., 12 n]."""
-    frequencies = 2 * math.pi / 0.5 / 2 ** torch.arange(6.0, device=x.device)  # [6]
-    phase = x.float()[..., None] * frequencies  # [..., n, 6]
-    return torch.cat([phase.cos(), phase.sin()], -1).flatten(-2)
-
-
-def name_pair(text, *names):
-    """Look up the first tokens of two names; one alone, or <unk>, stands for both."""
-    tokens = [token for name in names for token in text.encode(name)[:1]] or [text.unk]
-    return tokens[0], tokens[-1]
-
-
-def naming_loss(features, words, target, weight):
-    """Let features tell two words from all others by dot products, and be written as their sum.
-
-    Args: features [R, D]; words [names, D]; target [R, 2] of 0..names-1; weight [R].
-    Returns: what `encoder_loss` returns; a feature is right if one of its words comes first.
-    """
-    logits = 0.2 * features @ words.T  # [R, names]
-    told = -logits.log_softmax(-1).gather(1, target).mean(1)  # [R]
-    apart = 1 - F.cosine_similarity(features, words[target].sum(1), dim=-1)  # [R]
-    right = (logits.argmax(-1, keepdim=True) == target).any(1)  # [R]
-    return {"loss": ((told + apart) * weight).sum(), "weight": weight.sum(), "correct": (right * weight).sum()}
 
 
 @dataclass
@@ -2799,7 +2803,8 @@ WORDS_MIX = NAMES | {
 NUMBERS_MIX = {
     "subtract": 0.15,
     "norm": 0.03,
-    "modle_add": 0.12,
+    "modle_add": 0.1,
+    "modle_side": 0.05,
     "modle_stack": 0.02,
     "coordinate": 0.04,
     "modle_distance": 0.08,

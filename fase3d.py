@@ -88,7 +88,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import data
-from data import PROMPT, DataError, Sample, Scene, SceneLanguageModel, Source, Stage
+from data import PROMPT, DataError, Scene, SceneLanguageModel, Source, Stage
 
 # ---- configuration -------------------------------------------------------------------------------
 
@@ -493,23 +493,6 @@ class Merger(nn.Module):
 # ---- 6 positions and the coordinate token --------------------------------------------------------
 
 
-class Place(nn.Module):
-    """The Fourier layer of a position: sin and cos of 6 wavelengths 0.5 .. 16 m, a linear map."""
-
-    def __init__(self, width: int, scale: float):
-        super().__init__()
-        self.out = nn.Linear(36, width, bias=False)
-        # cos^2 + sin^2 = 1 for each of 18 waves: the sum has the size of a word vector
-        nn.init.normal_(self.out.weight, std=scale / math.sqrt(18))
-
-    def forward(self, c: Tensor) -> Tensor:
-        """Encode positions c [P, 3] in meters: [P, D]."""
-        wave = 2 * math.pi / 0.5 / 2 ** torch.arange(6.0, device=c.device)  # [6]
-        phase = c.float()[..., None] * wave  # [P, 3, 6]
-        waves = torch.cat([phase.cos(), phase.sin()], dim=-1).flatten(-2)  # [P, 36]
-        return self.out(waves)  # [P, D]
-
-
 class CoordinateToken(nn.Module):
     """A click or a box's center: MLP([code(c); mean over its nearest tokens of z + code(offset)])."""
 
@@ -685,7 +668,8 @@ class Model(SceneLanguageModel):
         self.initial = Initial(3 * config.color + 3 * config.normals, config.hidden, config.dim)
         self.enhancer = Enhancer(config.heads, config.window)
         self.merger = Merger(config.dim, D, scale)
-        self.place = Place(D, scale)
+        self.place = nn.Linear(36, D, bias=False)  # of data.fourier_waves: 18 waves, cos^2 + sin^2 = 1
+        nn.init.normal_(self.place.weight, std=scale / math.sqrt(18))
         self.coordinate = CoordinateToken(config.dim, D, scale)
         self.qformer = None
         if config.selector == "qformer":
@@ -695,7 +679,7 @@ class Model(SceneLanguageModel):
         if config.llm is not None and config.adapters != "full":
             self.frozen_pretrained_names = tuple(self.pretrained())
 
-    def load_llm(self) -> nn.Module:
+    def load_llm(self):
         """Load the language model that the Config names."""
         from transformers import AutoModelForCausalLM
 
@@ -712,7 +696,7 @@ class Model(SceneLanguageModel):
         named = self.llm.named_parameters("llm", remove_duplicate=False)
         return {n: p for n, p in named if ".lora." not in n and not n.endswith(".gain")}
 
-    def parts(self) -> dict[str, list]:
+    def parts(self):
         """Name what a stage may train."""
         # a switched-off part has no gradient, so it must not count as trained
         tokenizer = [self.initial, self.merger]
@@ -736,11 +720,11 @@ class Model(SceneLanguageModel):
 
     # -- geometry of a scene: computed once, cached
 
-    def feature_settings(self) -> tuple:
+    def feature_settings(self):
         """Name all settings: a run has one folder for its features, and its settings do not change."""
         return tuple(vars(self.config).items())
 
-    def compute_features(self, scene: Scene) -> dict[str, Tensor]:
+    def compute_features(self, scene):
         """Work out what follows from the points alone.
 
         Returns: "index" [N], which points are used; "owner" [N], their superpoint; "orders" [C, M],
@@ -847,21 +831,21 @@ class Model(SceneLanguageModel):
         z, tokens = self.merger(z)  # [T, d], [T, D]
         return {"tokens": tokens, "z": z, "box": box}
 
-    def token_centers(self, scene: Scene) -> np.ndarray:
+    def token_centers(self, scene):
         """Say where the scene's tokens are, turned with it: [T, 3] meters."""
         return self.load_features(scene)["place"].numpy() @ scene.turn.T.astype(np.float32)
 
-    def scene_length(self, scene: Scene) -> int:
+    def scene_length(self, scene):
         """Say how many tokens the scene takes."""
         return len(self.load_features(scene)["seed"])
 
-    def encode(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
+    def encode(self, scenes):
         """Encode scenes: "tokens" [B, T, D], "valid" [B, T], "places" [B, T, 3], "z", "box"."""
         found = []
         for scene in scenes:
             own = self.scene_tokens(scene)
             own["places"] = torch.from_numpy(self.token_centers(scene)).to(self.device)
-            own["tokens"] = own["tokens"] + self.place(own["places"])
+            own["tokens"] = own["tokens"] + self.place(data.fourier_waves(own["places"]))
             own["valid"] = torch.ones_like(own["places"][:, 0], dtype=torch.bool)
             found.append(own)
         return {
@@ -870,17 +854,17 @@ class Model(SceneLanguageModel):
 
     # -- questions
 
-    def object_to_text(self, scene: Scene, object_id: int) -> str:
+    def object_to_text(self, scene, object_id):
         """Name an object in a question: its coordinate token stands in front of the text."""
         return "this"
 
-    def refusal(self, scene: Scene, question: str) -> str | None:
+    def refusal(self, scene, question):
         """Say why a question cannot be answered about a scene of one's own, or None."""
         words = set(question.lower().replace("?", " ").split())
         about_color = words & {"color", "colour", *data.COLORS}
         return "this cloud has no color." if about_color and scene.colors is None else None
 
-    def add_prompt(self, scene: Scene, sample: Sample, rng: np.random.Generator) -> Sample:
+    def add_prompt(self, scene, sample, rng):
         """Give a question about a marked object its box, or in training sometimes a click on it."""
         marks = data.MARK.findall(sample.question)
         if sample.prompt is not None or not marks:
@@ -900,7 +884,7 @@ class Model(SceneLanguageModel):
                 return replace(sample, prompt=click.astype(float))
         return replace(sample, prompt=marked.box)
 
-    def prompt_tokens(self, batch: dict, seen: dict[str, Tensor]) -> Tensor:
+    def prompt_tokens(self, batch, seen):
         """Encode the click or box of every question that has one: [P, D]."""
         centers = batch["prompts"][:, :3].to(self.device)  # [P, 3]
         counts = (batch["ids"] == PROMPT).sum(1).tolist()
@@ -909,10 +893,10 @@ class Model(SceneLanguageModel):
             T = self.scene_length(batch["scenes"][b])
             z, places = seen["z"][b, :T], seen["places"][b, :T]
             near = self.coordinate(c, seen["box"][b], z, places, self.config.prompt_neighbors)
-            tokens.append(self.place(c) + near)
+            tokens.append(self.place(data.fourier_waves(c)) + near)
         return torch.cat(tokens)
 
-    def run_decoder(self, embeds, is_scene, positions, mask, cache=None) -> Tensor:
+    def run_decoder(self, embeds, is_scene, positions, mask, cache=None):
         """Run the language model; scene and coordinate tokens are vision, all others text."""
         vision = is_scene.flatten()
         self.token_index["vision"] = vision.nonzero()[:, 0]
@@ -946,11 +930,11 @@ class Model(SceneLanguageModel):
         note = f"objects are {len(objects)} spectral clusters of the superpoint graph"
         return replace(scene, objects=objects, instances=instances, notes=[*scene.notes, note])
 
-    def proposals(self) -> dict:
+    def proposals(self):
         """Name what `evaluate.py --proposals` may use besides its own."""
         return {"clusters": self.propose}
 
-    def pictures(self, scenes: Sequence[Scene], folder: Path) -> list[Path]:
+    def pictures(self, scenes, folder):
         """Draw cloud, boxes and tokens; curves; superpoint graph and seeds. Returns the files."""
         paths = []
         for scene in scenes[:2]:
@@ -971,9 +955,7 @@ def check(config: Config) -> None:
     """Raise DataError, which names what is known, for settings that do not exist."""
     tables = dict(selector=SELECTORS, adapters=ADAPTERS, filter=FILTERS, task=TUNED)
     for key, table in tables.items():
-        value = vars(config)[key]
-        if value not in table:
-            raise DataError(f"unknown {key} {value}; known: {', '.join(table)}")
+        data.choose(table, vars(config)[key], key)
     if not 1 <= config.curves <= len(CURVES):
         raise DataError(f"curves = {config.curves}; give 1 to {len(CURVES)}")
     if config.dim % 6 or config.dim % config.heads:
@@ -1208,12 +1190,11 @@ class TinyModel(Model):
 
     scene_inputs = ("tokenizer", "tokens")
     from_nothing = True
-    name_ids = ()  # the words that `encoder_loss` tells apart
 
-    def load_llm(self) -> nn.Module:
+    def load_llm(self):
         return data.tiny_llm(len(self.text), self.config.reader)
 
-    def start_from(self, reader: dict[str, Tensor]) -> None:
+    def start_from(self, reader):
         """Copy the language model and its map of places."""
         # adapters stand around its linear maps, which changed their names
         plain = {
@@ -1221,32 +1202,19 @@ class TinyModel(Model):
             for n in data.named_weights(self)
         }
         own = {name: reader[there] for name, there in plain.items() if there in reader}
-        super().start_from(own | {"place.out.weight": reader["code.weight"][:, :36]})
+        super().start_from(own | {"place.weight": reader["code.weight"][:, :36]})
 
-    def compute_features(self, scene: Scene) -> dict[str, Tensor]:
+    def compute_features(self, scene):
         """Add which object most points of a seed's superpoint lie on: "shows" [T], 0 = none."""
         found = super().compute_features(scene)
         shows = torch.zeros_like(found["seed"])
         if scene.instances is not None:
-            instance = scene.instances[found["index"].numpy()]
-            for t, s in enumerate(found["seed"]):
-                mine = instance[(found["owner"] == s).numpy()]
-                shows[t] = int(np.bincount(mine).argmax())
+            instance = torch.from_numpy(scene.instances)[found["index"]]
+            owner = found["owner"].long()
+            shows = data.most_frequent(instance, owner, int(owner.max()) + 1)[found["seed"]]
         return found | {"shows": shows}
 
-    def cache_features(self, scenes: Sequence[Scene], *args, **kwargs) -> None:
-        """Do the frozen work, and note the first words of all names."""
-        things = [thing for scene in scenes for thing in scene.objects]
-        names = [
-            "",
-            *data.COLORS,
-            *(o.category for o in things),
-            *(o.color for o in things),
-        ]
-        self.name_ids = sorted({data.name_pair(self.text, name)[0] for name in names})
-        super().cache_features(scenes, *args, **kwargs)
-
-    def encoder_loss(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
+    def encoder_loss(self, scenes):
         """Let every token name what its seed lies on, in the LLM's word vectors; walls are <unk>."""
         tokens, pairs = [], []
         for scene in scenes:
@@ -1262,11 +1230,9 @@ class TinyModel(Model):
         # walls are many
         pairs = torch.tensor(pairs, device=self.device)  # [T, 2]
         weight = torch.where(pairs[:, 0] == self.text.unk, 0.2, 1.0)  # [T]
-        table = torch.tensor(self.name_ids, device=self.device)
-        words = self.llm.get_input_embeddings().weight.detach()[table]  # [names, D]
-        return data.naming_loss(
-            torch.cat(tokens), words, torch.searchsorted(table, pairs), weight
-        )
+        words = self.llm.get_input_embeddings().weight
+        loss, right = data.naming(torch.cat(tokens), words, self.names.to(self.device), pairs)
+        return {"loss": (loss * weight).sum(), "weight": weight.sum(), "correct": (right * weight).sum()}
 
 
 ALL = mixture((0.6, QA), (0.15, CAPTION), (0.25, NAME))

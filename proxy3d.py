@@ -63,7 +63,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -164,17 +163,7 @@ def patch_index(pixels: Tensor, h: int, w: int) -> Tensor:
 def patch_labels(masks: Tensor, h: int, w: int) -> Tensor:
     """Find the label that covers most of every patch: masks [V, H, W] >= 0 -> [V, h, w]."""
     V = len(masks)
-    return most_frequent(masks.flatten(), patch_index(masks, h, w), V * h * w).view(V, h, w)
-
-
-def most_frequent(labels: Tensor, cell: Tensor, cells: int) -> Tensor:
-    """Find the most frequent of labels [N] >= 0 in every cell [cells]; ties go to the lowest.
-
-    Args: cell [N], the cell 0..cells-1 of every label. An empty cell gets 0.
-    """
-    n = int(labels.max()) + 1
-    votes = torch.bincount(cell * n + labels, minlength=cells * n)
-    return votes.view(cells, n).argmax(1)
+    return data.most_frequent(masks.flatten(), patch_index(masks, h, w), V * h * w).view(V, h, w)
 
 
 # ---- 2 allocation and clustering, sec. 3.2 -------------------------------------------------------
@@ -295,7 +284,7 @@ def make_proxies(
     c, _ = data.group_mean(p[kept], proxy, K)  # [K, 3]
 
     # and shows the object of most of them, which with semantic grouping is the object of all
-    group = most_frequent(m[kept], proxy, K)  # [K]
+    group = data.most_frequent(m[kept], proxy, K)  # [K]
     order = bfs_order(c, group if semantic_grouping else one[:K])  # [K]
     return z[order], c[order], group[order]
 
@@ -929,20 +918,19 @@ class TinyTower(nn.Module):
             nn.GELU(),
             nn.Conv2d(half, width, 4, 2, 1),
         )
-        # residual blocks that spread over neighbors and mix channels
-        self.spread = nn.ModuleList(
-            nn.Sequential(nn.GroupNorm(1, width), nn.Conv2d(width, width, 3, 1, 1), nn.GELU())
-            for _ in range(layers)
-        )
-        self.mix = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(layers))
+        # residual blocks: over neighbors, then over channels
+        self.blocks = nn.ModuleList()
+        for _ in range(layers):
+            near, each = nn.Conv2d(width, width, 3, 1, 1), nn.Conv2d(width, width, 1)
+            self.blocks.append(nn.Sequential(nn.GroupNorm(1, width), near, nn.GELU(), each))
         self.out = nn.Linear(width, out)
 
     def forward(self, images: Tensor) -> Tensor:
         x = (images.float() / 255 - 0.5) / 0.27
         x = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)  # [V, 3, H, W]
         x = self.stem(x)  # [V, E, h, w]
-        for spread, mix in zip(self.spread, self.mix, strict=True):
-            x = x + mix(spread(x))  # [V, E, h, w]
+        for block in self.blocks:
+            x = x + block(x)  # [V, E, h, w]
         return self.out(x.permute(0, 2, 3, 1))  # [V, h, w, C]
 
 
@@ -964,13 +952,12 @@ class TinyModel(Model):
         # features enter at the scale of the embeddings; R turns the anchor, which makes the height readable
         self.norm = nn.LayerNorm(self.width, bias=False)
         self.anchor = nn.Parameter(torch.randn(self.width) / math.sqrt(3))
-        self.names = []  # tokens that stage 0 tells apart
 
     def load_llm(self):
         return data.tiny_llm(len(self.text), self.config.reader)
 
     @torch.no_grad()
-    def start_from(self, reader: dict[str, Tensor]) -> None:
+    def start_from(self, reader):
         """Copy the language model, and let F and R say where things are in its own terms."""
         super().start_from(reader)
 
@@ -1043,16 +1030,6 @@ class TinyModel(Model):
 
     # -- stage 0
 
-    def cache_features(self, scenes, folder=None, rank=0, world=1):
-        """See the base class; for stage 0 list the tokens of the names that it tells apart."""
-        if self.stage.scene_input != "tower":
-            return super().cache_features(scenes, folder, rank, world)
-        # nothing, colors, identifiers, and whatever the scenes hold
-        names = ["", *data.COLORS, *(f"<OBJ{i:03d}>" for i in range(100))]
-        for o in itertools.chain(*(scene.objects for scene in scenes)):
-            names += [o.category, o.color]
-        self.names = sorted({data.name_pair(self.text, name)[0] for name in names})
-
     def encoder_loss(self, scenes, views=2):
         """Stand in for vision-language pre-training: features name categories and colors in word vectors.
 
@@ -1093,9 +1070,11 @@ class TinyModel(Model):
         weight = torch.tensor(weight + [2.0] * len(keys), device=features.device)  # [R]
 
         # each must tell its two names from all others
-        words = self.llm.get_input_embeddings().weight.detach()[self.names]  # frozen in this stage
-        target = torch.searchsorted(torch.tensor(self.names), torch.tensor(names + symbol_names))
-        return data.naming_loss(features, words, target.to(words.device), weight)
+        identifiers = [data.name_pair(self.text, f"<OBJ{i:03d}>")[0] for i in range(100)]
+        known = torch.tensor([*self.names.tolist(), *identifiers]).unique()
+        words, pairs = self.llm.get_input_embeddings().weight, torch.tensor(names + symbol_names)
+        loss, right = data.naming(features, words, known.to(words.device), pairs.to(words.device))
+        return {"loss": (loss * weight).sum(), "weight": weight.sum(), "correct": (right * weight).sum()}
 
 
 # every stage asks a little of what its predecessors taught: what is not asked is forgotten

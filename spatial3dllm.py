@@ -30,9 +30,9 @@ f are features, p places of points or seeds, q centers, v votes, h referents.
 | intra-referent clustering and abstraction | IntraReferent                                    |
 | inter-referent message passing            | neighbor_graph, InterReferentGraph               |
 | contextual referent-scene interaction     | ReferentSceneAttention                           |
-| location-enriched scene embeddings        | FourierCode, Model.encode                        |
+| location-enriched scene embeddings        | data.fourier_waves, Model.add_locations          |
 | Vicuna-7B, instruction tuning             | Model.load_llm, STAGES["paper"]                  |
-| MODLE (abstract: 263K annotations)        | modle_distance, modle_edit, write_modle          |
+| MODLE (abstract: 263K annotations)        | data.distance, modle_edit, write_modle           |
 | ablations of the three modules            | Config.intra, .inter, .context, .positions       |
 
 What is not public, and what we chose (all sizes below are ours or a relative's)
@@ -340,27 +340,6 @@ class InterReferentGraph(nn.Module):
 # ---- 5 contextual referent-scene interaction -----------------------------------------------------
 
 
-class FourierCode(nn.Module):
-    """A linear map of the cosines and sines of numbers in meters (Tancik et al. 2020).
-
-    frequencies [n, G, W], radians per meter: n numbers give G groups of W phases. A place has
-    random frequencies that mix its three numbers in one group; a box has the same W wavelengths for
-    each of its six.
-    """
-
-    def __init__(self, frequencies: Tensor, width: int):
-        super().__init__()
-        self.register_buffer("frequencies", frequencies)
-        self.out = nn.Linear(2 * frequencies[0].numel(), width, bias=False)
-
-    def forward(self, x):
-        """Encode x [..., n] meters: [..., width]."""
-        # half precision would blur meters to decimeters
-        with torch.autocast(x.device.type, enabled=False):
-            phase = torch.tensordot(x.float(), self.frequencies, 1)
-        return self.out(torch.cat([phase.cos(), phase.sin()], -1).flatten(-2))
-
-
 class ReferentSceneAttention(nn.Module):
     """Referents look at all seeds: pre-norm cross-attention with Fourier positions, and an FFN."""
 
@@ -369,8 +348,9 @@ class ReferentSceneAttention(nn.Module):
         C = config.feature
         self.heads = config.context_heads
         self.norm, self.norm_scene, self.norm_mlp = (nn.LayerNorm(C) for _ in range(3))
-        frequencies = torch.randn(3, 1, config.fourier // 2) * (2 * math.pi * 0.25)
-        self.position = FourierCode(frequencies, C)
+        frequencies = torch.randn(3, config.fourier // 2) * (2 * math.pi * 0.25)  # radians per meter
+        self.register_buffer("frequencies", frequencies)
+        self.position = nn.Linear(config.fourier, C, bias=False)
         self.query, self.key, self.value, self.out = (nn.Linear(C, C) for _ in range(4))
         self.place = nn.Linear(3, C, bias=False)
         self.mlp = mlp(C, 2 * C, C)
@@ -379,6 +359,13 @@ class ReferentSceneAttention(nn.Module):
         """Part the channels of x [B, L, C] into heads: [B, H, L, C / H]."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
+    def code(self, x):
+        """Encode places x [B, L, 3] in meters by random Fourier features (Tancik et al. 2020): [B, L, C]."""
+        # half precision would blur meters to decimeters
+        with torch.autocast(x.device.type, enabled=False):
+            phase = x.float() @ self.frequencies  # [B, L, W]
+        return self.position(torch.cat([phase.cos(), phase.sin()], -1))  # [B, L, C]
+
     def forward(self, h, q, f, p):
         """Let referents h [B, R, C] at q [B, R, 3] look at seeds f [B, M, C] at p [B, M, 3].
 
@@ -386,8 +373,8 @@ class ReferentSceneAttention(nn.Module):
         """
         # where things are decides who is looked at (query, key) and is part of what is seen (value)
         own, seeds = self.norm(h), self.norm_scene(f)  # [B, R, C], [B, M, C]
-        query = self.split(self.query(own + self.position(q)))  # [B, H, R, C / H]
-        key = self.split(self.key(seeds + self.position(p)))  # [B, H, M, C / H]
+        query = self.split(self.query(own + self.code(q)))  # [B, H, R, C / H]
+        key = self.split(self.key(seeds + self.code(p)))  # [B, H, M, C / H]
         value = self.split(self.value(seeds) + self.place(p))  # [B, H, M, C / H]
         seen = F.scaled_dot_product_attention(query, key, value)  # [B, H, R, C / H]
 
@@ -405,7 +392,7 @@ def weighted_mean(loss, weight):
     return (loss * weight).sum(1) / weight.sum(1).clamp(min=1e-6)
 
 
-def detection_loss(seen: dict, true, named, on, words):
+def detection_loss(seen: dict, true, named, on, table, names):
     """Say how far off votes, boxes and names are.
 
     Args: seen, of `Model.see`: "votes" [B, M, 3] of seeds, "boxes" [B, R, 6] and "tokens" [B, R, D]
@@ -432,24 +419,13 @@ def detection_loss(seen: dict, true, named, on, words):
     sized = close(boxes[..., 3:].log(), true[..., 3:].log())  # [B, R]
     boxed = boxed + 0.5 * weighted_mean(sized, on.float())
 
-    # names: the nearest word among all categories and among all colors (25: a sharp softmax of
-    # cosines), and the token as their sum
-    z = F.normalize(seen["tokens"].float(), dim=-1)  # [B, R, D]
-    told, whole, right = 0.0, 0.0, on
-    for kind, vectors in enumerate(words):
-        logits = 25 * z @ F.normalize(vectors, dim=-1).T  # [B, R, names]
-        told = told + F.cross_entropy(logits.mT, named[..., kind], reduction="none")  # [B, R]
-        whole = whole + vectors[named[..., kind]]  # [B, R, D]
-        right = right & (logits.argmax(-1) == named[..., kind])  # [B, R]
-    apart = 1 - F.cosine_similarity(z, whole, dim=-1)  # [B, R]
-    loss = weighted_mean(told + apart, torch.where(on, 1.0, 0.3)) + 2 * (voted + boxed)
-    return loss, weighted_mean(right.float(), on.float())
+    # names, in the words of the language model
+    told, right = data.naming(seen["tokens"].flatten(0, 1), table, names, named.flatten(0, 1))  # [B * R]
+    loss = weighted_mean(told.view_as(on), torch.where(on, 1.0, 0.3)) + 2 * (voted + boxed)
+    return loss, weighted_mean(right.view_as(on).float(), on.float())
 
 
 # ---- 7 the model ---------------------------------------------------------------------------------
-
-
-BOX_FREQUENCIES = 2 * math.pi / 0.5 / 2 ** torch.arange(6)  # of wavelengths 0.5, 1, ... 16 m
 
 
 class Model(data.SceneLanguageModel):
@@ -473,7 +449,7 @@ class Model(data.SceneLanguageModel):
         self.inter = nn.ModuleDict({name: part(config) for name, part in INTER.items()})
         self.box = mlp(C, C, 6)
         self.projector = nn.Sequential(nn.Linear(C, D), nn.GELU(), nn.Linear(D, D), nn.LayerNorm(D))
-        self.code = FourierCode(torch.eye(6)[..., None] * BOX_FREQUENCIES, D)
+        self.code = nn.Linear(72, D, bias=False)  # of data.fourier_waves
         for part in (self.encoder, self.intra, self.inter, self.context, self.box, self.projector):
             data.start_weights(part)
 
@@ -485,14 +461,11 @@ class Model(data.SceneLanguageModel):
             self.context.key.weight.copy_(self.context.query.weight)
             # new tokens start at the RMS of the word embeddings
             scale = float(self.embeddings.float().square().mean().sqrt())
-            code = self.code.out
-            nn.init.normal_(code.weight, std=scale * (code.in_features / 2) ** -0.5)
+            nn.init.normal_(self.code.weight, std=scale / math.sqrt(36))
             self.projector[-1].weight.fill_(scale)
 
         loaded = [f"llm.{name}" for name in self.llm.state_dict() if "lora_" not in name]
         self.frozen_pretrained_names = tuple(loaded)
-        self.names = [{"": 0}, {"": 0}]  # categories and colors seen so far, numbered; "" = nothing
-        self.no_name = text.eos  # the token that stands for ""
 
     def load_llm(self):
         """Load a pre-trained Llama, its attention adapted by LoRA (peft) on q, k, v and o."""
@@ -592,14 +565,6 @@ class Model(data.SceneLanguageModel):
     def feature_weights(self):
         return None if self.encoder_trains else self.encoder
 
-    def cache_features(self, scenes, folder=None, rank=0, world=1):
-        """Do the frozen work, and learn the names of what is there."""
-        things = [o for scene in scenes for o in scene.objects]
-        for kind, names in enumerate(({o.category for o in things}, {o.color for o in things})):
-            known = sorted(names.union(self.names[kind]) - data.STRUCTURE)  # "" sorts first
-            self.names[kind] = {name: i for i, name in enumerate(known)}
-        super().cache_features(scenes, folder, rank, world)
-
     # -- seeds to tokens
 
     def see(self, scenes):
@@ -654,7 +619,7 @@ class Model(data.SceneLanguageModel):
 
     def add_locations(self, tokens, boxes):
         """Enrich tokens [B, K, D] by where they are, boxes [B, K, 6]: [B, K, D]."""
-        return tokens + self.code(boxes) if self.config.positions else tokens
+        return tokens + self.code(data.fourier_waves(boxes)) if self.config.positions else tokens
 
     def scene_length(self, scene):
         return self.config.referents
@@ -676,13 +641,14 @@ class Model(data.SceneLanguageModel):
         Args: instances [B, M] object ids, places [B, M, 3] of the seeds.
         """
         # a table of all objects; row 0 is for walls, floor and nothing
-        boxes, named, row = [np.ones(6)], [[0, 0]], torch.zeros_like(instances)  # [B, M]
+        named = [data.name_pair(self.text)]
+        boxes, row = [np.ones(6)], torch.zeros_like(instances)  # [B, M]
         for scene, own, ids in zip(scenes, row, instances, strict=True):
             for o in scene.objects:
                 if o.category not in data.STRUCTURE:
                     own[ids == o.id] = len(boxes)
                     boxes.append(o.box)
-                    named.append([self.names[0].get(o.category, 0), self.names[1].get(o.color, 0)])
+                    named.append(data.name_pair(self.text, o.category, o.color))
 
         on = row > 0  # [B, M]
         true = torch.from_numpy(np.stack(boxes)).float()[row]  # [B, M, 6]
@@ -693,12 +659,8 @@ class Model(data.SceneLanguageModel):
         """Compare what was seen with the truth: `detection_loss`."""
         with torch.no_grad():
             truth = self.seed_truth(scenes, seen["instances"].cpu(), seen["places"].cpu())
-            words = []
-            for names in self.names:  # a name's vector is the mean over its tokens
-                tokens = [self.text.encode(name) or [self.no_name] for name in names]
-                vectors = [self.embeddings[ids].float().mean(0) for ids in tokens]
-                words.append(torch.stack(vectors))
-        return detection_loss(seen, *(x.to(self.device) for x in truth), words)
+        true, named, on, names = (x.to(self.device) for x in (*truth, self.names))
+        return detection_loss(seen, true, named, on, self.embeddings, names)
 
     def encoder_loss(self, scenes):
         """Give the detection loss of a stage without questions, per scene."""
@@ -912,28 +874,6 @@ def read_move(start, box):
             return words, axis, abs(move[axis])
 
 
-def modle_distance(g, rng, task):
-    """Ask for the meters between the centers of two described things."""
-    if len(g.described) < 2:
-        return None
-    for _ in range(4):
-        i, j = several(rng, list(g.described), 2)
-        length = float(g.measures["distance"][1, i, j])
-        if length >= 0.1:
-            # how far along every axis
-            centers = g.boxes[[i, j], :3].tolist()
-            steps = [f"{g.described[k]} {listed(c)}" for k, c in zip((i, j), centers, strict=True)]
-            steps.append(f"{data.distance_steps(*centers)[0]} =")
-            return dict(
-                answer=meters(length),
-                text={"what": g.described[i], "other": g.described[j]},
-                steps=" ".join(steps),
-                value=length,
-                about=[g.things[i].id, g.things[j].id],
-            )
-    return None
-
-
 def modle_edit(g, rng, task):
     """Ask for the new box of a described thing that is moved or placed (EDITS)."""
     things = movable(g)
@@ -992,6 +932,13 @@ def shift_steps(axis, start, words, amount):
     return f"{letter}{meters(start)} {side} {meters(amount)} {letter}{meters(end)}"
 
 
+def side_steps(axis, here, there):
+    """Write in which direction another place is: "x1.25 x0.50 left"."""
+    letter, sign = "xy"[axis], 1 if there > here else -1
+    side = next(words for words, way in DIRECTIONS.items() if way == (axis, sign)).split()[-1]
+    return f"{letter}{meters(here)} {letter}{meters(there)} {side}"
+
+
 def stack_steps(z, height):
     """Write half a height: "z0.74 h0.36 z0.92"."""
     return f"z{meters(z)} h{meters(height)} z{meters(z + height / 2)}"
@@ -1004,6 +951,11 @@ def edit_steps(g, i, j, kind, target):
     steps = [f"{g.described[i]} {listed(box)}"]
     if j != i:
         steps.append(f"{g.described[j]} {listed(other if kind == 'top' else other[:3])}")
+
+    # on which side the other thing is
+    if kind == "towards":
+        axis = np.abs(target - box)[:2].argmax()
+        steps.append(side_steps(axis, box[axis], other[axis]))
 
     # along the floor, or up to the top of the other thing
     z = 0.0
@@ -1019,7 +971,7 @@ def edit_steps(g, i, j, kind, target):
     return " ".join(steps) + " ="
 
 
-GENERATORS = {"modle_distance": modle_distance, "modle_move": modle_edit, "modle_place": modle_edit}
+GENERATORS = {"modle_distance": data.distance, "modle_move": modle_edit, "modle_place": modle_edit}
 TASKS = {task: partial(data.make_sample, function, task) for task, function in GENERATORS.items()}
 METRIC = set(TASKS)  # answers are meters
 UNLABELLED = ("ground_superlative", "modle_distance", "modle_move")  # stand in for what needs names
@@ -1316,13 +1268,9 @@ class TinyModel(Model):
     def __init__(self, config: Config, text):
         super().__init__(config, text)
         self.frozen_pretrained_names = ()
-        self.no_name = text.unk
 
     def load_llm(self):
         return data.tiny_llm(len(self.text), self.config.reader)
-
-    def start_from(self, reader):
-        super().start_from(reader | {"code.out.weight": reader["code.weight"]})
 
     def sampling_space(self, p, color, normal):
         """Spread centers by place, color and normal, so that small things own some: [N, 9]."""
@@ -1331,31 +1279,33 @@ class TinyModel(Model):
 
 
 def modle_drill(g, rng, task):
-    """Ask for a sum: modle_add "x1.25 right 0.80 =", modle_stack "z0.74 h0.36 ="."""
+    """Ask for one step of an edit.
+
+    modle_add "x1.25 right 0.80 =", modle_side "x1.25 x0.50 =", modle_stack "z0.74 h0.36 =".
+    """
     if not len(g.boxes):
         return None
     low, high = room_ends(g)
-    if task == "modle_stack":
+    words = pick(rng, list(DIRECTIONS))
+    axis = DIRECTIONS[words][0]
+    a, b = rng.uniform(low[axis], high[axis], 2)
+    if task == "modle_add":
+        steps = shift_steps(axis, a, words, float(pick(rng, AMOUNTS)))
+    elif task == "modle_side":
+        steps = side_steps(axis, a, b)
+    else:
         # things are put on floors, and on tops
         z = 0.0 if rng.random() < 0.3 else rng.uniform(0, high[2] / 2)
         steps = stack_steps(z, rng.uniform(0.05, high[2] - z))
-    else:
-        words = pick(rng, list(DIRECTIONS))
-        axis = DIRECTIONS[words][0]
-        start, amount = rng.uniform(low[axis], high[axis]), float(pick(rng, AMOUNTS))
-        steps = shift_steps(axis, start, words, amount)
     numbers, answer = steps.rsplit(" ", 1)
-    return dict(answer=answer, text={"numbers": numbers}, value=float(answer[1:]))
+    return dict(answer=answer, text={"numbers": numbers})
 
 
-TEMPLATES |= {
-    "modle_add": ("{numbers} =",),
-    "modle_stack": ("{numbers} =",),
-}
-DRILLS = ("modle_add", "modle_stack")
-for task in DRILLS:
+SUMS = {"modle_add": 0.08, "modle_side": 0.04, "modle_stack": 0.03}
+for task in SUMS:
+    TEMPLATES[task] = ("{numbers} =",)
     TASKS[task] = partial(data.make_sample, modle_drill, task)
-METRIC.update(DRILLS)
+METRIC.update(SUMS)
 
 STAGES["tiny"] = [
     Stage(
@@ -1364,7 +1314,7 @@ STAGES["tiny"] = [
     ),
     Stage(
         "II referents",
-        {"ground": 0.08, "subtract": 0.06, "modle_add": 0.1, "modle_stack": 0.03, **USUAL, **MODLE},
+        {"ground": 0.08, "subtract": 0.06, **SUMS, **USUAL, **MODLE},
         ("scene", "code", "lm"), "referents", iterations=1000, batch=128, per_scene=8, lr=2e-3,
         schedule="trapezoid", weight_decay=0.01, steps=True,
     ),
