@@ -894,11 +894,11 @@ def category_icon(category, color, size):
     The paper embeds categories from drawn icons (Proxy3D); a category outside the table is drawn as
     a plain cube.
     """
-    # as large as fits into a sphere of radius 1, seen from 3 m
+    # as large as fits into a sphere of radius 1, seen from 3.2 m
     extent = np.array(FURNITURE.get(category, (1.0, 1.0, 1.0))[:3])
     parts = _place_parts(category, extent, 0) - [0, 0, extent[2] / 2]
     lo, hi = parts * 2 / np.linalg.norm(extent)
-    pose = _look(3 * _unit(np.array([[-0.6, -0.8, 0.6]])), np.zeros((1, 3)))[0]
+    pose = _look(3.2 * _unit(np.array([[0.6, 0.8, 0.5]])), np.zeros((1, 3)))[0]
     _, box, face, _ = ray_cast(lo, hi, pose, size, half_fov=0.35)
 
     rgb = [MATERIALS.get(material, COLORS[color]) for material in PARTS.get(category, CUBE)[1]]

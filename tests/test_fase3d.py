@@ -538,19 +538,6 @@ def test_tokens_enter_at_the_size_of_the_word_vectors(text, scenes, hubs):
 # ---- 6 positions and the coordinate token --------------------------------------------------------
 
 
-def test_a_place_is_a_linear_map_of_waves_of_half_a_meter_to_sixteen():
-    """cos and sin of 2 pi c / wavelength, axis by axis."""
-    torch.manual_seed(0)
-    place, c = fase3d.Place(10, 1.0), torch.randn(4, 3) * 3
-    for row, out in zip(c.tolist(), place(c), strict=True):
-        waves = []
-        for x in row:
-            phase = [2 * math.pi * x / w for w in (0.5, 1, 2, 4, 8, 16)]
-            waves += [*map(math.cos, phase), *map(math.sin, phase)]
-        waves = torch.tensor(waves)
-        assert torch.allclose(out, place.out.weight @ waves, atol=1e-5)
-
-
 @pytest.mark.parametrize("k", [1, 3, 50])
 def test_the_coordinate_token_equals_a_loop_over_its_neighbors(k):
     """MLP([code(c); mean over the k nearest of z + code(offset)]); of fewer than k all count."""

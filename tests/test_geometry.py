@@ -15,6 +15,7 @@ from data import (
     box_iou,
     farthest_point_sampling,
     fingerprint,
+    fourier_waves,
     group_mean,
     knn,
     number_objects,
@@ -165,3 +166,13 @@ def test_a_fingerprint_tells_contents_apart_but_not_turns(scene):
     assert fingerprint(scene) == fingerprint(augment(scene, np.random.default_rng(0)))
     others = [room(3, views=2, size=24, points=301), room(3, views=3, size=24, points=300)]
     assert len({fingerprint(s) for s in (scene, *others)}) == 3
+
+
+def test_a_number_in_meters_is_written_in_waves_of_half_a_meter_to_sixteen():
+    """cos and sin of 2 pi x / wavelength, number by number."""
+    for row in (8 * torch.randn(4, 3)).tolist():
+        waves = []
+        for x in row:
+            phase = [2 * math.pi * x / w for w in (0.5, 1, 2, 4, 8, 16)]
+            waves += [*map(math.cos, phase), *map(math.sin, phase)]
+        assert torch.allclose(fourier_waves(torch.tensor(row)), torch.tensor(waves), atol=1e-4)

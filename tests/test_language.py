@@ -118,14 +118,14 @@ def test_every_paper_starts_from_its_weights_and_places(text):
         # where something is
         code = data.fourier_waves(place) @ weights["code.weight"][:, :36].T
         if name == "fase3d":
-            assert torch.allclose(model.place(place), code, atol=1e-4)
+            assert torch.allclose(model.place(data.fourier_waves(place)), code, atol=1e-4)
         elif name == "proxy3d":
             flat = data.fourier_waves(place[:, :2]) @ weights["code.weight"][:, :24].T
             assert torch.allclose(model.fourier(place[:, :2]), flat, atol=1e-4)
         else:
             box = torch.tensor([[1.2, -0.7, 0.4, 0.5, 0.6, 0.7]])
             code = data.fourier_waves(box) @ weights["code.weight"].T
-            assert torch.allclose(model.code(box), code, atol=1e-4)
+            assert torch.allclose(model.code(data.fourier_waves(box)), code, atol=1e-4)
 
 
 # ---- made once, kept for all papers ----------------------------------------------------------------------------------

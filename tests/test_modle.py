@@ -245,6 +245,10 @@ def test_steps_show_boxes_and_add_neighbors_and_end_at_the_truth_to_centimeters(
             continue
         said = data.tuples(s.answer, 6)[0]
         assert said == pytest.approx(s.box, abs=0.0051)
+        if s.kind == "towards":  # from, where the other is, side
+            here, there, side, *tail = tail
+            assert tail[0] == here and tail[1] == side
+            assert (float(there[1:]) > float(here[1:])) == (side in ("right", "back"))
         if s.kind != "top":  # from, side, amount, to
             start, side, amount, end = tail[:4]
             sign = {"left": -1, "right": 1, "front": -1, "back": 1}[side]
@@ -258,16 +262,20 @@ def test_steps_show_boxes_and_add_neighbors_and_end_at_the_truth_to_centimeters(
         assert not climbs or said[2] == pytest.approx(float(climbs[-1][1:]), abs=0.0101)
 
 
-def test_drills_are_the_two_sums_of_the_steps(scenes):
+def test_drills_are_the_single_steps_of_edits(scenes):
     for scene in list(scenes.values())[:20]:
         for s in draws(scene, "modle_add", 4):
             start, side, amount, _ = s.question.split()
             sign = {"left": -1, "right": 1, "front": -1, "back": 1}[side]
-            assert s.value == pytest.approx(float(start[1:]) + sign * float(amount), abs=0.0101)
+            assert float(s.answer[1:]) == pytest.approx(float(start[1:]) + sign * float(amount), abs=0.0101)
             assert s.answer[0] == start[0] == ("x" if side in ("left", "right") else "y")
         for s in draws(scene, "modle_stack", 4):
             z, h, _ = s.question.split()
-            assert s.value == pytest.approx(float(z[1:]) + float(h[1:]) / 2, abs=0.0151)
+            assert float(s.answer[1:]) == pytest.approx(float(z[1:]) + float(h[1:]) / 2, abs=0.0151)
+        for s in draws(scene, "modle_side", 4):
+            here, there, _ = s.question.split()
+            assert (float(there[1:]) > float(here[1:])) == (s.answer in ("right", "back"))
+            assert here[0] == there[0] == ("x" if s.answer in ("left", "right") else "y")
 
 
 def test_the_tiny_tokenizer_knows_every_word_and_number(asked):

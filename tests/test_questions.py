@@ -212,20 +212,20 @@ def check_number(s, scene):
     assert abs(float(s.answer) - truth) <= (0.0151 if s.steps else 0.501 * 10**-decimals)
     if s.steps:  # their numbers are the centers', and the answer follows from them
         a, b = named(s, scene)
-        assert s.steps.startswith(f"<obj {a.id}> from <obj {b.id}>? x" if s.task == "distance" else "x")
+        assert np.allclose(data.tuples(s.steps, 3), np.stack([a.box, b.box])[:, :3], atol=0.00501)
         said = re.findall(r"[xyz](-?\d+\.\d\d)", s.steps)
         assert np.allclose(np.array(said, float).reshape(3, 2), np.stack([a.box, b.box])[:, :3].T, atol=0.00501)
-        check_steps(s.steps, s.answer)
+        check_steps(s.steps, s.answer, 0.0151)
 
 
-def check_steps(steps, answer):
+def check_steps(steps, answer, within=0.00501):
     """Differences and length follow from the printed numbers, in hundredths."""
     rows = re.findall(r"([xyz])(-?\d+\.\d\d) \1(-?\d+\.\d\d) (\d+\.\d\d)", steps)
     assert [r[0] for r in rows] == list("xyz") and steps.endswith(" =")
     for _, *numbers in rows:
         p, q, apart = (round(100 * float(v)) for v in numbers)
         assert abs(p - q) == apart
-    assert float(answer) == pytest.approx(math.hypot(*(float(r[3]) for r in rows)), abs=0.00501)
+    assert float(answer) == pytest.approx(math.hypot(*(float(r[3]) for r in rows)), abs=within)
 
 
 def check_drill(s, scene):
