@@ -145,13 +145,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def known(name: str, names: Iterable[str], what: str) -> str:
-    """Return `name` if it is among `names`, else raise a DataError that lists them."""
-    if name not in names:
-        raise DataError(f"unknown {what} {name}; known: {', '.join(names)}")
-    return name
-
-
 def override(target, key: str, text: str):
     """Copy a dataclass with one field read from text.
 
@@ -159,7 +152,7 @@ def override(target, key: str, text: str):
     """
     # a stage's name is also that of a folder
     kinds = {field.name: field.type for field in fields(target) if field.name != "name"}
-    kind = kinds[known(key, kinds, f"field of {type(target).__name__}")]
+    kind = data.choose(kinds, key, f"{type(target).__name__}: field")
 
     # Python's own words begin with a capital
     python = text.title() if text.lower() in ("true", "false", "none") else text
@@ -192,28 +185,28 @@ def check_numbers(settings: dict, what: str) -> None:
 
 def configure(args: argparse.Namespace, paper) -> tuple[object, list[Stage]]:
     """Apply --llm, --set and --stages to the paper's preset: (Config, stages)."""
-    config = getattr(paper.Config, known(args.preset, paper.STAGES, "preset"))()
-    stages = {stage.name: stage for stage in paper.STAGES[args.preset]}
+    stages = {stage.name: stage for stage in data.choose(paper.STAGES, args.preset, "preset")}
+    config = getattr(paper.Config, args.preset)()
     settings = [f"llm={args.llm}", *args.set] if args.llm else args.set
     for setting in settings:
         key, _, text = setting.partition("=")
         name, dot, field = key.rpartition(".")
         if dot:
-            stages[name] = override(stages[known(name, stages, "stage")], field, text)
+            stages[name] = override(data.choose(stages, name, "stage"), field, text)
         else:
             config = override(config, key, text)
 
     # a setting may add or drop stages
     stages = {stage.name: stage for stage in paper.recipe(config, list(stages.values()))}
     names = args.only.split(",") if args.only else stages
-    chosen = [stages[known(name.strip(), stages, "stage")] for name in names]
+    chosen = [data.choose(stages, name.strip(), "stage") for name in names]
 
     # whatever set a number, it has a range
     check_numbers(vars(args), "command line:")
     check_numbers(vars(config), "Config:")
     for stage in chosen:
         check_numbers(vars(stage), f"stage {stage.name}:")
-        known(stage.schedule, SCHEDULES, f"schedule of stage {stage.name}")
+        data.choose(SCHEDULES, stage.schedule, f"stage {stage.name}: schedule")
         if (stage.iterations is None) == (stage.epochs is None):
             raise DataError(f"stage {stage.name}: give either iterations or epochs")
     return config, chosen

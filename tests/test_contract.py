@@ -189,6 +189,7 @@ def test_recomputed_activations_give_the_same_gradients(name, folders, scenes):
         model.configure_stage(stages_of(name, "loaded")[-1])
         if recompute:
             model.gradient_checkpointing_enable()
+        model.cache_features(scenes)
         model(model.batch(questions_of(scenes, MIX)))["loss"].backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys() and gradients[0]

@@ -395,12 +395,12 @@ def test_steps_scales_every_stage_and_the_sum_is_exact():
 
 
 @pytest.mark.parametrize(("flags", "says"), [
-    (["--set", "widht=3"], "unknown field of Config widht; known: llm, width, dropout"),
-    (["--set", "answers.name=../x"], "unknown field of Stage name"),
-    (["--set", "answer.lr=3"], "unknown stage answer; known: encoder, answers"),
+    (["--set", "widht=3"], "Config: field 'widht' is unknown: choose one of llm, width, dropout"),
+    (["--set", "answers.name=../x"], "Stage: field 'name' is unknown"),
+    (["--set", "answer.lr=3"], "stage 'answer' is unknown: choose one of encoder, answers"),
     (["--set", "width=many"], "--set width=many: expected int, got str"),
     (["--set", "width"], "--set width=: expected int"),
-    (["--set", "answers.schedule=cosin"], "known: constant, linear, cosine, trapezoid"),
+    (["--set", "answers.schedule=cosin"], "choose one of constant, linear, cosine, trapezoid"),
     (["--steps=1"], "each of the 2 stages needs a step"),
     (["--set", "answers.epochs=2"], "either iterations or epochs"),
     (["--set", "answers.batch=-4"], "stage answers: batch = -4: give a number from 1"),
