@@ -148,26 +148,16 @@ def with_boxes(text: str, scene: Scene) -> str:
 
     Identifiers of no object are dropped, as the official scripts do.
     """
-    box_of = {
-        scene.identifiers[o.id]: str(list(map(float, o.box)))
-        for o in scene.objects
-        if o.id in scene.identifiers
-    }
-    return IDENTIFIER.sub(lambda found: box_of.get(int(found[1]), ""), text)
+    box_of = {scene.identifiers[o.id]: o.box.tolist() for o in scene.objects if o.id in scene.identifiers}
+    return IDENTIFIER.sub(lambda found: str(box_of.get(int(found[1]), "")), text)
 
 
 # ---- 2 metrics -----------------------------------------------------------------------------------
 
 
-def iou_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Compute the IoU [n, m] of axis-aligned boxes [n, 6] and [m, 6], in float64.
-
-    The denominator has ScanRefer's 1e-8.
-    """
-    (p, u), (q, v) = (a[:, None, :3], a[:, None, 3:]), (b[None, :, :3], b[None, :, 3:])  # centers, sizes
-    low, high = np.maximum(p - u / 2, q - v / 2), np.minimum(p + u / 2, q + v / 2)
-    shared = np.clip(high - low, 0, None).prod(-1)
-    return shared / (u.prod(-1) + v.prod(-1) - shared + 1e-8)
+def box_ious(a: list[np.ndarray], b: list[np.ndarray]) -> np.ndarray:
+    """Compute the IoU [n, m] of two lists of boxes [6]; either may be empty."""
+    return data.box_iou(np.reshape(a, (-1, 6)), np.reshape(b, (-1, 6)))
 
 
 def true_boxes(ids: Iterable[int], scene: Scene) -> list[np.ndarray]:
@@ -178,8 +168,8 @@ def true_boxes(ids: Iterable[int], scene: Scene) -> list[np.ndarray]:
 
 def first_box_fits(text: str, sample: Sample, scene: Scene, threshold: float) -> float:
     """Compute ScanRefer's Acc@IoU: whether the first box of the answer fits the target, `>=`."""
-    found, truth = boxes(text), true_boxes(sample.targets, scene)
-    return float(bool(found and truth) and iou_matrix(np.stack(found), np.stack(truth))[0, 0] >= threshold)
+    iou = box_ious(boxes(text)[:1], true_boxes(sample.targets, scene))  # [1, 1], or [0, 1] without an answer
+    return float((iou >= threshold).any())
 
 
 def boxes_f1(text: str, sample: Sample, scene: Scene, threshold: float) -> float:
@@ -190,13 +180,12 @@ def boxes_f1(text: str, sample: Sample, scene: Scene, threshold: float) -> float
     """
     from scipy.optimize import linear_sum_assignment
 
-    # one side empty: both must be
     found, truth = boxes(text), true_boxes(sample.targets, scene)
-    if not found or not truth:
-        return float(len(found) == len(truth))
+    if not found and not truth:
+        return 1.0
 
     # pairs with the largest sum of overlap, which need not give the most hits
-    iou = iou_matrix(np.stack(found), np.stack(truth)).astype(np.float32)
+    iou = box_ious(found, truth).astype(np.float32)
     hits = int((iou[linear_sum_assignment(-iou)] >= threshold).sum())
     return 2 * hits / (len(found) + len(truth))
 
@@ -400,13 +389,15 @@ def text_scores(sets: dict[str, tuple], whole: bool = True) -> tuple[dict, list]
 
 def proposal_fit(scene: Scene, shown: Scene, object_id: int) -> float:
     """Find the best IoU with an object among the proposals that fit no other object better (LL3DA)."""
-    ids = [o.id for o in scene.objects]
+    # true objects are their own proposals
+    if shown is scene or not scene.objects:
+        return float(object_id in scene.identifiers)
+
+    # of each proposal the object that it fits best, and how well
     offered = [o.box for o in shown.objects if o.id in shown.identifiers]
-    if shown is scene or object_id not in ids or not offered:
-        return float(shown is scene and object_id in scene.identifiers)
-    iou = iou_matrix(np.stack(offered), np.stack([o.box for o in scene.objects]))  # [P, n]
-    own = ids.index(object_id)
-    return float(iou[iou.argmax(1) == own, own].max(initial=0.0))
+    iou = box_ious(offered, [o.box for o in scene.objects])  # [P, n]
+    own = np.array([o.id == object_id for o in scene.objects])
+    return float(iou.max(1)[own[iou.argmax(1)]].max(initial=0.0))
 
 
 # ---- 4 benchmarks --------------------------------------------------------------------------------
@@ -1106,11 +1097,14 @@ def as_shown(sample: Sample, scene: Scene, shown: Scene) -> Sample:
     """Write a question in the proposals' terms: a mark becomes that of the best fitting proposal."""
     offered = [o for o in shown.objects if o.id in shown.identifiers]
 
-    def best(object_id: int) -> str:
-        iou = iou_matrix(np.stack([o.box for o in offered]), np.stack(true_boxes([object_id], scene)))
-        return f"<obj {offered[int(iou.argmax())].id}>"
+    if not offered:
+        return sample
 
-    texts = ("question", "answer", "steps") if offered else ()
+    def best(object_id: int) -> str:
+        iou = box_ious([o.box for o in offered], true_boxes([object_id], scene))
+        return f"<obj {offered[iou.argmax()].id}>"
+
+    texts = ("question", "answer", "steps")
     return replace(sample, **{key: data.substitute(getattr(sample, key), best) for key in texts})
 
 
