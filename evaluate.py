@@ -312,17 +312,16 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def tokenize(groups: dict[int, list[str]]) -> dict[int, list[str]]:
+def tokenize(groups: list[list[str]]) -> list[list[str]]:
     """Split groups of texts with pycocoevalcap's PTB tokenizer.
 
     Tokens are lower case, without punctuation, joined by spaces.
     """
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    tokens = PTBTokenizer().tokenize(
-        {i: [{"caption": one_line(t)} for t in texts] for i, texts in groups.items()}
-    )
-    if [*map(len, tokens.values())] != [*map(len, groups.values())]:
+    lines = {i: [{"caption": one_line(text)} for text in texts] for i, texts in enumerate(groups)}
+    tokens = [*PTBTokenizer().tokenize(lines).values()]
+    if [*map(len, tokens)] != [*map(len, groups)]:
         raise ValueError("it gave other lines than it got; its message is above")
     return tokens
 
@@ -331,26 +330,26 @@ def meteor(pairs: Iterable[tuple]) -> list[float]:
     """Compute METEOR of several (references, answers) with one Java process, gone afterwards."""
     from pycocoevalcap.meteor.meteor import Meteor
 
-    # a process of a gigabyte, which reads lines: none may break in two
-    scorer = Meteor()
+    scorer, found = Meteor(), []  # a process of a gigabyte
     try:
-        safe = [
-            [{i: [*map(one_line, texts)] for i, texts in side.items()} for side in pair] for pair in pairs
-        ]
-        return [float(scorer.compute_score(known, said)[0]) for known, said in safe]
+        for pair in pairs:
+            # it reads lines: none may break in two
+            safe = [{i: [*map(one_line, texts)] for i, texts in side.items()} for side in pair]
+            found.append(float(scorer.compute_score(*safe)[0]))
+        return found
     finally:
         # whatever happened, it ends here; after an error its destructor would wait for the lock
         scorer.meteor_p.kill()
-        if scorer.lock.locked():  # after an error its destructor would wait for this forever
+        if scorer.lock.locked():
             scorer.lock.release()
 
 
-def text_scores(sets: dict[str, tuple], whole: bool = True) -> tuple[dict, list]:
+def text_scores(sets: dict[str, tuple]) -> tuple[dict, list]:
     """Compute CIDEr, BLEU-1..4, ROUGE-L and METEOR by pycocoevalcap.
 
     sets: {suffix: (answers, references, ptb)}, with a list of texts for every question; CIDEr
     weighs words by the references of this very set, so one sample scores 0 and one-word answers at
-    most 2.5. whole: False leaves out METEOR, which takes longest.
+    most 2.5.
     Returns: {"cider<suffix>": .., ..}, None where Java is needed and missing; CIDEr of every answer
     in the first set.
     """
@@ -362,15 +361,16 @@ def text_scores(sets: dict[str, tuple], whole: bool = True) -> tuple[dict, list]
     names = ("cider", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "meteor")
     scores = {name + suffix: None for suffix in sets for name in names}
     pairs, each = {}, []
-    for suffix, (*sides, ptb) in sets.items():
-        # the scorers want both sides by question
-        said, known = (dict(enumerate(groups)) for groups in sides)
+    for suffix, (said, known, ptb) in sets.items():
+        # both sides are split by one process
+        groups, count = [*said, *known], len(said)
         if ptb:
-            said, known = with_java(tokenize, said), with_java(tokenize, known)
-            if said is None or known is None:
-                continue
+            groups = with_java(tokenize, groups)
+        if groups is None:
+            continue
 
-        # n-grams
+        # n-grams; the scorers want both sides by question
+        said, known = dict(enumerate(groups[:count])), dict(enumerate(groups[count:]))
         cider, per_answer = Cider().compute_score(known, said)
         values = (
             cider,
@@ -382,7 +382,7 @@ def text_scores(sets: dict[str, tuple], whole: bool = True) -> tuple[dict, list]
         pairs[suffix] = known, said
 
     # METEOR of all sets with one process
-    found = with_java(meteor, pairs.values()) if whole and pairs else None
+    found = with_java(meteor, pairs.values()) if pairs else None
     scores |= {"meteor" + suffix: value for suffix, value in zip(pairs, found or (), strict=False)}
     return scores, each
 
@@ -411,15 +411,11 @@ class Questions:
     benchmark: Benchmark
     samples: list[Sample]
     scenes: dict[str, Scene]  # the truth
-    # what the model sees: the same, or with other proposals for objects (`with_proposals`)
-    shown: dict[str, Scene] = field(default_factory=dict)
+    shown: dict[str, Scene]  # what the model sees: the same, or with other proposals for objects
     blind: data.Blind | None = None  # answers of training questions
     source: str = ""  # the official file
     # what a reader of the scores must know: text -> how many
     remarks: Counter = field(default_factory=Counter)
-
-    def __post_init__(self):
-        self.shown = self.shown or self.scenes
 
     def each(self, *columns) -> Iterable[tuple]:
         """Give every question with its scenes and its entry of every column."""
@@ -438,7 +434,7 @@ class Benchmark:
     split = "val"  # the one that papers report
     tasks: tuple = ()  # generated questions that belong here
     prompt = "{question}"  # around the question; a part of the result
-    choice_prompt = ""  # the same where a question has {options}
+    choice_prompt = "{question}"  # the same where a question has {options}
     tokens = 48  # the longest answer; a true one must fit also where numbers are split into digits
     metrics: dict[str, Callable] = {}  # functions of (answer, sample, scene), the scene is the truth
     dialects: dict[str, Dialect] = {}
@@ -450,8 +446,8 @@ class Benchmark:
         vars(self).update(changes)
 
     def rows(self, path: Path, split: str) -> list:
-        """Give the rows of an official file."""
-        return read_rows(path)
+        """Give the rows of an official file, or of its part that is named like the split."""
+        return read_rows(path, split)
 
     def read(self, **fields) -> Sample | None:
         """Turn the fields of a row into a question; None: the row does not belong here."""
@@ -462,11 +458,14 @@ class Benchmark:
         return samples
 
     def parts(self, sample: Sample) -> tuple:
-        """Name the parts of the table that a question belongs to."""
-        return (sample.kind,) if sample.kind else ()
+        """Name the parts of the table that a question belongs to: its task where there are several,
+        else its kind.
+        """
+        part = sample.task if len(self.tasks) > 1 else sample.kind
+        return (part,) if part else ()
 
     def write_prompt(self, sample: Sample) -> str:
-        prompt = self.choice_prompt if sample.options and self.choice_prompt else self.prompt
+        prompt = self.choice_prompt if sample.options else self.prompt
         options = "\n".join(sample.options or [])
         return prompt.replace("{options}", options).replace("{question}", sample.question)
 
@@ -558,29 +557,25 @@ class Spatial(Benchmark):
 
     def parts(self, sample: Sample) -> tuple:
         task = sample.task.removeprefix("vsi_")
-        return (task, f"{task}/{sample.kind}") if sample.kind in ("easy", "medium", "hard") else (task,)
+        return (task, f"{task}/{sample.kind}") if sample.kind else (task,)
 
 
-def by_task(sample: Sample) -> tuple:
-    return (sample.task,)
-
-
-ROOM_WORDS = dict(
-    dialects={"strict": Dialect("nobody else: answers as they are", ngrams=None)}, parts=by_task
-)
+STRICT = {"strict": Dialect("nobody else: answers as they are", ngrams=None)}
 BENCHMARKS: dict[str, Benchmark] = {
     **{
         f"rooms/grounding{kind}": Grounding(tasks=(f"ground{kind}",))
         for kind in ("", "_multiple", "_category", "_relation", "_superlative")
     },
     "rooms/multi": ManyTargets(tasks=("multi",)),
-    "rooms/qa": TextBenchmark(tasks=("color", "what", "where", "count", "exist", "situated"), **ROOM_WORDS),
+    "rooms/qa": TextBenchmark(
+        tasks=("color", "what", "where", "count", "exist", "situated"), dialects=STRICT
+    ),
     "rooms/identifier": TextBenchmark(
-        tasks=("id_category", "id_color", "id_size", "relation"), **ROOM_WORDS
+        tasks=("id_category", "id_color", "id_size", "relation"), dialects=STRICT
     ),
     "rooms/coordinate": Benchmark(tasks=("coordinate",), metrics=POSITION),
     "rooms/distance": Benchmark(
-        tasks=("distance", "distance_ids", "size"), metrics=LENGTH, parts=by_task, tokens=96
+        tasks=("distance", "distance_ids", "size"), metrics=LENGTH, tokens=96
     ),
     "rooms/caption": Captions(tasks=("caption",)),
     "rooms/vsi": Spatial(
@@ -666,9 +661,8 @@ def make_sample(id: object, scene: str, task: str, question: str, answers: list[
         or not all(isinstance(t, str) and t.strip() for t in texts)
     ):
         raise ValueError(f"scene, question and a list of answers must be text, not {texts}"[:200])
-    sample = Sample(str(id), scene, task, question, answers[0], list(answers), **more)
-    sample.template = " ".join([task, *question.lower().split()[:2]])
-    return sample
+    template = " ".join([task, *question.lower().split()[:2]])
+    return Sample(str(id), scene, task, question, answers[0], list(answers), template=template, **more)
 
 
 WORD = "{question}\nAnswer the question using a single word or phrase."
@@ -880,9 +874,6 @@ class MMScanQA(Benchmark):
     files = splits("MMScan_QA.json", train=None)
     prompt = WORD
 
-    def rows(self, path: Path, split: str) -> list:
-        return read_rows(path, split)
-
     def read(self, ID, scan_id, question, answers, **others) -> Sample:
         return make_sample(ID, scan_id.split("/")[-1], "qa", question, answers)
 
@@ -892,7 +883,6 @@ class MMScanVG(Multi3DRefer):
     "scannet/scene0011_00", "text": "..", "target_id": [3]}; objects are numbered from 1."""
 
     files = splits("MMScan_VG.json", train=None)
-    rows = MMScanQA.rows
 
     def read(self, ID, scan_id, text, target_id, **others) -> Sample:
         sample = super().read(scan_id.split("/")[-1], [i - 1 for i in target_id], ID, "", text)
@@ -1058,7 +1048,7 @@ def load(
     train = find_split(annotations if annotations.is_dir() else annotations.parent, benchmark, "train")
     blind = data.Blind(read_official(name, train, root, "train")) if train else None
     samples = [s for s in samples if s.scene in scenes]
-    return Questions(name, benchmark, samples, scenes, blind=blind, source=fingerprint(annotations))
+    return Questions(name, benchmark, samples, scenes, scenes, blind, fingerprint(annotations))
 
 
 def with_proposals(
@@ -1149,33 +1139,29 @@ def predict(model: Model, questions: Questions, batch: int = 256) -> dict[str, s
 
 def summarize(benchmark: Benchmark, samples: list[Sample], scored: list[dict]) -> dict[str, float]:
     """Average scores per question: {"metric/protocol": .., "metric/protocol/part": ..}."""
-    # which questions belong to a part
-    result, parts = {}, [benchmark.parts(s) for s in samples]
-    names = sorted(set(itertools.chain(*parts)))
-    for metric in scored[0]:
-        # over all, and over each part
-        values = np.array([scores[metric] for scores in scored], float)
-        means = {name: values[[name in own for own in parts]].mean() for name in names}
-        result[metric] = values.mean()
+    # over all questions, which are the part "", and over each part
+    groups = defaultdict(list)
+    for sample, scores in zip(samples, scored, strict=True):
+        for part in {"", *benchmark.parts(sample)}:
+            groups[part].append([*scores.values()])
+    means = {part: np.mean(groups[part], axis=0) for part in sorted(groups)}  # [metrics] each
 
-        # tasks count alike whatever their size, and so do the kinds of one task
-        if benchmark.macro:
-            tasks = [name for name in names if "/" not in name]
-            for task in tasks:
-                kinds = [means[name] for name in names if name.startswith(f"{task}/")]
-                means[task] = np.mean(kinds or means[task])
-            result[f"{metric}_micro"] = result[metric]
-            result[metric] = np.mean([means[task] for task in tasks])
-        result |= {f"{metric}/{name}": mean for name, mean in means.items()}
-    return {name: float(value) for name, value in result.items()}
+    # kinds of one task count alike whatever their size, and then so do tasks: "a/b", "a", ""
+    for whole in sorted(means, reverse=True) if benchmark.macro else ():
+        finer = [mean for part, mean in means.items() if part and part.rpartition("/")[0] == whole]
+        means[whole] = np.mean(finer or [means[whole]], axis=0)
+
+    result = {}
+    for i, metric in enumerate(scored[0]):
+        result |= {f"{metric}/{part}".removesuffix("/"): float(mean[i]) for part, mean in means.items()}
+    return result
 
 
-def measure(questions: Questions, answers: dict[str, str], whole: bool = True) -> tuple[dict, list]:
+def measure(questions: Questions, answers: dict[str, str]) -> tuple[dict, list]:
     """Score answers {id: text}: all scores, and a value per question (its first score, else its
     CIDEr).
 
-    A missing answer is the empty text. whole: False leaves out scores of the whole set where there
-    are others, and METEOR.
+    A missing answer is the empty text.
     """
     # question by question; a metric knows boxes only, not identifiers
     benchmark, scored = questions.benchmark, []
@@ -1186,11 +1172,10 @@ def measure(questions: Questions, answers: dict[str, str], whole: bool = True) -
     each = [next(iter(scores.values()), 0.0) for scores in scored]
 
     # then all answers together
-    if whole or not values:
-        found, per_answer = text_scores(benchmark.text_sets(questions, texts), whole)
-        each = each if values else per_answer or each
-        values |= found
-    return values, each
+    found, per_answer = text_scores(benchmark.text_sets(questions, texts))
+    if not values and per_answer:
+        each = per_answer
+    return values | found, each
 
 
 def chance_scores(questions: Questions) -> dict:
@@ -1202,14 +1187,12 @@ def chance_scores(questions: Questions) -> dict:
     for sample, scene, shown in questions.each():
         # what a guess may be drawn from
         guesses = questions.blind.answers(sample.task, 50) if questions.blind else []
-
-        def score(text, sample=sample, scene=scene):
-            return np.array([*benchmark.score(text, sample, scene).values()])
+        known = shown.objects if sample.targets is not None else sample.options or guesses
 
         # all metrics of a guess at once
         names = benchmark.score("", sample, scene)
-        known = shown.objects if sample.targets is not None else sample.options or guesses
-        chance = data.chance(sample, shown, guesses, score) if known else np.nan
+        worth = [[*benchmark.score(text, sample, scene).values()] for text in guesses]
+        chance = data.chance(sample, shown, worth, np.array) if known else np.nan
         scored.append(dict(zip(names, np.broadcast_to(chance, len(names)), strict=True)))
     found = summarize(benchmark, questions.samples, scored)
     return {name: None if np.isnan(value) else value for name, value in found.items()}
@@ -1234,7 +1217,7 @@ def score(questions: Questions, answers: dict[str, str], others: dict[str, dict]
     if questions.blind:
         blind = {s.id: plain(questions.blind.predict(s, shown), shown) for s, _, shown in questions.each()}
         others = others | {"blind": blind}
-    columns = {name: measure(questions, found, whole=False)[0] for name, found in others.items()}
+    columns = {name: measure(questions, found)[0] for name, found in others.items()}
     columns = {"chance": chance_scores(questions), "blind": {}} | columns
 
     # a row per question, what was wrong with its answer, and how well proposals fit its targets
@@ -1537,11 +1520,11 @@ IN_METERS = re.compile(  # words of a question whose answer is a measure: of a s
 )
 
 
-def load_run(folder: Path, paper=None) -> tuple[Model, dict]:
+def load_run(folder: Path) -> tuple[Model, dict]:
     """Load a run's model, as its last stage sees, and the record of how it was made."""
     # the paper's own questions and benchmarks come with it
     record = data.read_state(folder)["run"]
-    paper = paper or importlib.import_module(record["model"])
+    paper = importlib.import_module(record["model"])
     data.adopt(paper)
     adopt(paper)
 
@@ -1629,7 +1612,7 @@ def evaluate_scenes(
     seed, known = record["seed"], [*itertools.chain(*tasks.values())]
     blind = data.Blind(data.question_set(blind_scenes, known, 3, seed + 1))
     true = {scene.name: scene for scene in scenes}
-    every = with_proposals(Questions("", Benchmark(), [], true, blind=blind), proposals, model, seed)
+    every = with_proposals(Questions("", Benchmark(), [], true, true, blind), proposals, model, seed)
 
     asked = []
     for name, chosen in tasks.items():
