@@ -921,30 +921,28 @@ BENCHMARKS |= {
 }
 
 
-def find_split(folder: Path, benchmark: Benchmark, split: str) -> Path | None:
-    """Find the file of a split anywhere below a folder."""
-    return min(folder.rglob(benchmark.files[split][0]), default=None) if split in benchmark.files else None
-
-
 def read_official(name: str, path: Path, root: Path | None = None, split: str = "") -> list[Sample]:
-    """Read the questions of a file, or of a split (default: the one papers report) below a folder.
+    """Read the questions of a file, or of a split's file anywhere below a folder.
 
-    root: where tables of the scans may lie. Raises DataError with file, row and what is wrong.
+    split: by default the one that papers report, which must be there; of a named one the folder may
+    have no file and so no questions. root: where tables of the scans may lie. Raises DataError with
+    file, row and what is wrong.
     """
     # below a folder it is the split's file
     benchmark = find_benchmark(name)
-    split = split or benchmark.split
+    wanted = split or benchmark.split
     if path.is_dir():
-        found = find_split(path, benchmark, split)
+        file = benchmark.files.get(wanted, (f"{wanted} split",))[0]
+        found = min(path.rglob(file), default=None)
+        if found is None and split:
+            return []
         if found is None:
-            raise DataError(
-                f"{path}: no {benchmark.files.get(split, [split])[0]} below it; name the file itself"
-            )
+            raise DataError(f"{path}: no {file} below it; name the file itself")
         path = found
 
     # what is wrong with a row is said with its number
     samples: dict[str, Sample] = {}
-    for n, row in enumerate(benchmark.rows(path, split), start=1):
+    for n, row in enumerate(benchmark.rows(path, wanted), start=1):
         try:
             sample = benchmark.read(**row)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -1045,8 +1043,9 @@ def load(
         )
 
     # the answers of a training file beside it are the blind baseline
-    train = find_split(annotations if annotations.is_dir() else annotations.parent, benchmark, "train")
-    blind = data.Blind(read_official(name, train, root, "train")) if train else None
+    folder = annotations if annotations.is_dir() else annotations.parent
+    known = read_official(name, folder, root, "train")
+    blind = data.Blind(known) if known else None
     samples = [s for s in samples if s.scene in scenes]
     return Questions(name, benchmark, samples, scenes, scenes, blind, fingerprint(annotations))
 
@@ -1181,7 +1180,7 @@ def measure(questions: Questions, answers: dict[str, str]) -> tuple[dict, list]:
 def chance_scores(questions: Questions) -> dict:
     """Compute what guessing gets on these very questions (`data.chance`).
 
-    None where nothing says what to guess from.
+    Scores are left out where nothing says what to guess from.
     """
     benchmark, scored = questions.benchmark, []
     for sample, scene, shown in questions.each():
@@ -1195,7 +1194,7 @@ def chance_scores(questions: Questions) -> dict:
         chance = data.chance(sample, shown, worth, np.array) if known else np.nan
         scored.append(dict(zip(names, np.broadcast_to(chance, len(names)), strict=True)))
     found = summarize(benchmark, questions.samples, scored)
-    return {name: None if np.isnan(value) else value for name, value in found.items()}
+    return {name: value for name, value in found.items() if not np.isnan(value)}
 
 
 def plain(text: str, scene: Scene) -> str:
@@ -1263,7 +1262,7 @@ def score(questions: Questions, answers: dict[str, str], others: dict[str, dict]
 
 def table(entries: dict[str, dict]) -> str:
     """Lay out every score beside chance, blind and others, and what a reader must know."""
-    names = dict.fromkeys(c for e in entries.values() for c in e["columns"] if any(e["columns"][c].values()))
+    names = dict.fromkeys(c for e in entries.values() for c, found in e["columns"].items() if found)
     lines, notes = [["benchmark", "score", "model", *names, "count"]], []
     for title, entry in entries.items():
         # every score with its count
@@ -1332,8 +1331,7 @@ def read_predictions(path: Path, questions: Questions, partial: bool = False) ->
     print(
         f"{path}: {len(rows)} rows, id = {id_field}, text = {text_field}, {len(answers)} of {len(known)} answered"
     )
-    understood = id_field and text_field
-    if not understood or (len(answers) < len(known) and not (partial and answers)):
+    if not text_field or (len(answers) < len(known) and not (partial and answers)):
         raise DataError(
             f"{path}: {len(known) - len(answers)} of {len(known)} questions have no answer; complete it, or "
             f'say --partial; wanted are rows like {{"id": "{min(known)}", "prediction": "text"}}, these have '
@@ -1386,18 +1384,21 @@ def write_report(out: Path) -> None:
         return
 
     # tables and worst answers, also of rooms of other sizes and of earlier stages
-    parts = [f"<!doctype html><meta charset=utf-8><title>{html.escape(out.name)}</title>"]
+    blocks = []  # (heading, text)
     for path in sorted(out.rglob("metrics.json")):
         entries = json.loads(path.read_text())
-        facts = json.dumps(entries.pop("provenance"))
-        parts.append(
-            f"<h2>{html.escape(path.parent.name)}</h2><pre>{html.escape(table(entries))}</pre>{facts}"
-        )
+        facts = json.dumps(entries.pop("provenance"), indent=1)
+        blocks.append((path.parent.name, f"{table(entries)}\n{facts}"))
         for title in entries:
             lines = (path.parent / "predictions" / f"{title}.jsonl").read_text().splitlines()
             rows = sorted(map(json.loads, lines), key=lambda row: row["score"])[:5]
             text = "\n".join(f"{key}: {value}" for row in rows for key, value in row.items())
-            parts.append(f"<h3>{html.escape(title)}: worst answers</h3><pre>{html.escape(text)}</pre>")
+            blocks.append((f"{title}: worst answers", text))
+
+    # what a model wrote is shown as text
+    parts = ["<!doctype html><meta charset=utf-8><title>Report</title>"]
+    for heading, text in blocks:
+        parts.append(f"<h2>{html.escape(heading)}</h2><pre>{html.escape(text)}</pre>")
 
     # pictures stay where they are
     for picture in sorted(out.rglob("*.png")):
@@ -1428,8 +1429,7 @@ def evaluation_rooms(names: set[str], folder: Path, root: Path, held: list[Scene
     # other splits of the same benchmarks
     for name in names:
         for split in find_benchmark(name).files.keys() - {"train"}:
-            if path := find_split(folder, find_benchmark(name), split):
-                scenes.update(s.scene for s in read_official(name, path, root, split))
+            scenes.update(s.scene for s in read_official(name, folder, root, split))
     if not scenes:
         raise DataError(
             f"{folder}: nothing says which rooms are for evaluation; put scannetv2_val.txt and "
@@ -1480,28 +1480,23 @@ def mixture(
     listed, report = defaultdict(list), []
     for name, source in sources.items():
         benchmark, samples, dropped = find_benchmark(source.benchmark), [], Counter()
-        # every accepted answer is a question of its own
         for split in source.splits:
-            path = find_split(folder, benchmark, split)
-            for s in read_official(source.benchmark, path, root, split) if path else ():
+            for s in read_official(source.benchmark, folder, root, split):
                 why, question = fault(s, source), benchmark.write_prompt(s)
                 dropped[why] += 1
+                # every accepted answer is a question of its own
                 for text in () if why else dict.fromkeys(s.answers):
-                    samples.append(
-                        replace(s, id=f"{name}/{s.id}/{text}", question=question, answer=text, answers=[])
-                    )
+                    own = replace(s, id=f"{name}/{s.id}/{text}", question=question)
+                    samples.append(replace(own, answer=text, answers=[]))
 
         # of more than the source takes, a random draw
         order = np.random.default_rng([seed, len(report)]).permutation(len(samples))[: source.most]
         for i in order:
             listed[samples[i].scene].append(samples[i])
-        found, reasons = (
-            dropped.total(),
-            ", ".join(f"{n:,} {why}" for why, n in dropped.items() if why) or "none",
-        )
+        reasons = ", ".join(f"{n:,} {why}" for why, n in dropped.items() if why)
         report.append(
-            f"{name}: {len(order):,} questions kept of {found:,} ({source.printed:,} in the paper); dropped "
-            f"were {reasons}"
+            f"{name}: {len(order):,} questions kept of {dropped.total():,} ({source.printed:,} in the "
+            f"paper); dropped were {reasons or 'none'}"
         )
     if not listed:
         raise DataError(f"{folder}: no question to train on is left; {describe_mixture(report)}")
@@ -1591,7 +1586,7 @@ def evaluate_scenes(
     record: dict,
     names: Iterable[str] = (),
     proposals: str = "gt",
-    blind_scenes: Iterable[Scene] = (),
+    blind_scenes: list[Scene] = (),
     dialects: Iterable[str] = (),
 ) -> dict[str, dict]:
     """Ask a model, as a stage sees, generated questions about scenes it never saw.
@@ -1600,28 +1595,25 @@ def evaluate_scenes(
     the blind baseline knows. A task gets 60 questions in all, and three per scene at least. Returns
     as `evaluate_questions`.
     """
-    # of a benchmark only what was trained, unless it is named
+    # the scenes with their proposals
     model.configure_stage(stage)
-    tasks = {}
-    for name in names or BENCHMARKS:
-        tasks[name] = [
-            t for t in find_benchmark(name).tasks if t in data.TASKS and (names or t in stage.tasks)
-        ]
-
-    # what is blindly known, and the scenes with their proposals
-    seed, known = record["seed"], [*itertools.chain(*tasks.values())]
-    blind = data.Blind(data.question_set(blind_scenes, known, 3, seed + 1))
-    true = {scene.name: scene for scene in scenes}
-    every = with_proposals(Questions("", Benchmark(), [], true, true, blind), proposals, model, seed)
+    seed, true = record["seed"], {scene.name: scene for scene in scenes}
+    every = with_proposals(Questions("", Benchmark(), [], true, true), proposals, model, seed)
 
     asked = []
-    for name, chosen in tasks.items():
-        samples = data.question_set(every.scenes.values(), chosen, max(3, 60 // len(true)), seed)
+    for name in names or BENCHMARKS:
+        # of a benchmark only what was trained, unless it is named
+        benchmark = choose_dialects(find_benchmark(name), dialects, record["model"])
+        tasks = [task for task in benchmark.tasks if names or task in stage.tasks]
+
+        # the questions, and what is blindly known of others like them
+        samples = data.question_set(every.scenes.values(), tasks, max(3, 60 // len(true)), seed)
+        blind = data.Blind(data.question_set(blind_scenes, tasks, 3, seed + 1))
         if samples:
-            benchmark = choose_dialects(BENCHMARKS[name], dialects, record["model"])
-            asked.append(replace(every, name=name + every.name, benchmark=benchmark, samples=samples))
+            title = name + every.name
+            asked.append(replace(every, name=title, benchmark=benchmark, samples=samples, blind=blind))
     if not asked:
-        print(f"note: these scenes give no question of {', '.join(tasks)}")
+        print(f"note: these scenes give no question of {', '.join(names or BENCHMARKS)}")
     return evaluate_questions(model, asked, out, record) if asked else {}
 
 
@@ -1638,22 +1630,16 @@ def evaluate_run(args: argparse.Namespace) -> None:
         evaluate_questions(model, asked, out, record)
         return write_report(out)
 
-    # questions made for scenes that the run did not train in
+    # scenes that the run did not train in, and some it did, whose answers the blind baseline knows
     load_scenes = partial(data.load_scenes, record["data"], root=record["root"], **record["scene_options"])
     count, objects, place = record["scene_counts"], args.objects, out
-    known = min(300, count["train"])  # training scenes whose answers the blind baseline knows
+    blind = load_scenes("train", count=min(300, count["train"]))
     if objects is None:
         scenes = load_scenes("test", count=count["test"])
     else:  # fresh rooms, none of them a default one, with as many points per object
         first, place = data.ROOM_SEEDS["test"].start + 10_000 + 100 * objects, out / f"objects-{objects}"
         seeds = range(first, first + count["test"])
         scenes = [data.room(seed, objects, points=max(4096, 340 * objects)) for seed in seeds]
-
-    # what the blind baseline has read
-    if record["data"] == "rooms":  # questions need no pictures
-        blind = data.rooms(data.ROOM_SEEDS["train"][:known], views=0, points=0)
-    else:
-        blind = load_scenes("train", count=known)
     evaluate_scenes(
         model,
         scenes,
