@@ -153,6 +153,8 @@ def with_boxes(text: str, scene: Scene) -> str:
 
 
 # ---- 2 metrics -----------------------------------------------------------------------------------
+#
+# Functions of (the answer's text, its Sample, the true Scene) that return a number.
 
 
 def box_ious(a: list[np.ndarray], b: list[np.ndarray]) -> np.ndarray:
@@ -166,13 +168,13 @@ def true_boxes(ids: Iterable[int], scene: Scene) -> list[np.ndarray]:
     return [box_of.get(i, np.zeros(6)) for i in ids]
 
 
-def first_box_fits(text: str, sample: Sample, scene: Scene, threshold: float) -> float:
+def first_box_fits(text, sample, scene, threshold):
     """Compute ScanRefer's Acc@IoU: whether the first box of the answer fits the target, `>=`."""
     iou = box_ious(boxes(text)[:1], true_boxes(sample.targets, scene))  # [1, 1], or [0, 1] without an answer
     return float((iou >= threshold).any())
 
 
-def boxes_f1(text: str, sample: Sample, scene: Scene, threshold: float) -> float:
+def boxes_f1(text, sample, scene, threshold):
     """Compute Multi3DRefer's F1 of one question: 2 hits / (answered + true).
 
     With nothing to find, silence scores 1. IoUs are stored in float32, as there, which lets an
@@ -190,7 +192,7 @@ def boxes_f1(text: str, sample: Sample, scene: Scene, threshold: float) -> float
     return 2 * hits / (len(found) + len(truth))
 
 
-def spatial_score(text: str, sample: Sample, scene: Scene, parse: Callable) -> float:
+def spatial_score(text, sample, scene, parse):
     """Score a VSI-Bench question: a choice by its letter, a number by its mean relative accuracy.
 
     That is the share of the thresholds 0.50, 0.55 .. 0.95 with a relative error of at most 1 -
@@ -202,15 +204,15 @@ def spatial_score(text: str, sample: Sample, scene: Scene, parse: Callable) -> f
     return np.mean(error <= 1 - np.linspace(0.5, 0.95, 10))
 
 
-def length_error(text: str, sample: Sample, _=None) -> float:
+def length_error(text, sample, scene=None):
     """Measure how far a length is off, at most MAX_ERROR_M."""
     return np.nanmin([abs(number(text) - sample.value), MAX_ERROR_M])
 
 
-def point_error(text: str, sample: Sample, _=None) -> float:
+def point_error(text, sample, scene=None):
     """Measure how far the first bracketed [x, y, z] is from the true point, at most MAX_ERROR_M."""
-    found = [point for point in data.tuples(text, 3)[:1] if point is not None]
-    return min([MAX_ERROR_M, *(np.linalg.norm(point - sample.point) for point in found)])
+    point = next(iter(data.tuples(text, 3)), None)
+    return MAX_ERROR_M if point is None else min(np.linalg.norm(point - sample.point), MAX_ERROR_M)
 
 
 LENGTH = {
@@ -483,7 +485,7 @@ class TextBenchmark(Benchmark):
     dialects = DIALECTS
     tokens = 96
 
-    def score(self, answer: str, sample: Sample, scene: Scene) -> dict:
+    def score(self, answer, sample, scene):
         found = {}
         for name, dialect in self.dialects.items():
             known = [dialect.reference(r) for r in sample.answers or [sample.answer]]
@@ -491,7 +493,7 @@ class TextBenchmark(Benchmark):
             found |= {f"{key}/{name}": value for key, value in matched.items()}
         return found
 
-    def text_sets(self, questions: Questions, answers: list[str]) -> dict:
+    def text_sets(self, questions, answers):
         sets = {}
         for name, d in self.dialects.items():
             if d.ngrams:
@@ -510,7 +512,7 @@ class Captions(Benchmark):
     dialects = CAPTION_DIALECTS
     tokens = 128
 
-    def text_sets(self, questions: Questions, answers: list[str]) -> dict:
+    def text_sets(self, questions, answers):
         # whether a proposal fits the object at all
         fits = [proposal_fit(scene, shown, s.targets[0]) for s, scene, shown in questions.each()]
         sets = {}
@@ -541,7 +543,7 @@ class ManyTargets(Grounding):
     metrics = {f"f1@{t}/multi3drefer": partial(boxes_f1, threshold=t) for t in (0.5, 0.25)}
     tokens = 384
 
-    def parts(self, sample: Sample) -> tuple:
+    def parts(self, sample):
         return sample.kind, "with_target" if sample.targets else "zero_target"
 
 
@@ -555,7 +557,7 @@ class Spatial(Benchmark):
     }
     macro = True
 
-    def parts(self, sample: Sample) -> tuple:
+    def parts(self, sample):
         task = sample.task.removeprefix("vsi_")
         return (task, f"{task}/{sample.kind}") if sample.kind else (task,)
 
@@ -691,7 +693,7 @@ class ScanQA(TextBenchmark):
         "What is": "object",
     }
 
-    def read(self, question_id, scene_id, question, answers, **others) -> Sample:
+    def read(self, question_id, scene_id, question, answers, **others):
         kind = next((kind for words, kind in self.kinds.items() if words in question), "other")
         return make_sample(question_id, scene_id, "qa", question, answers, kind=kind)
 
@@ -707,12 +709,12 @@ class SQA3D(TextBenchmark):
     dialects = {"chat-scene": replace(DIALECTS["chat-scene"], reference=clean), **DIALECTS}
     kinds = ("what", "is", "how", "can", "which")
 
-    def rows(self, path: Path, split: str) -> list:
+    def rows(self, path, split):
         beside = path.with_name(path.name.replace("_questions_", "_sqa_annotations_"))
         answers = {row["question_id"]: row for row in read_rows(beside, "annotations")}
         return [answers.get(row["question_id"], {}) | row for row in read_rows(path, "questions")]
 
-    def read(self, question_id, scene_id, situation, question, answers, **others) -> Sample:
+    def read(self, question_id, scene_id, situation, question, answers, **others):
         answers = [answer["answer"] for answer in answers]
         kind = next((word for word in self.kinds if question.lower().startswith(word)), "others")
         sample = make_sample(question_id, scene_id, "situated", question, answers, kind=kind)
@@ -728,7 +730,7 @@ class MSQA(TextBenchmark):
     split = "test"
     dialects = {"leo": DIALECTS["leo"]}
 
-    def read(self, index, scan_id, situation, question, answers, type, **others) -> Sample:
+    def read(self, index, scan_id, situation, question, answers, type, **others):
         return make_sample(index, scan_id, "situated", f"{situation} {question}", answers, kind=type)
 
 
@@ -742,7 +744,7 @@ class OpenEQA(TextBenchmark):
     prompt = WORD
     dialects = {"llava-3d": DIALECTS["llava-3d"], **DIALECTS}
 
-    def read(self, question_id, episode_history, question, answer, category, extra_answers=()) -> Sample:
+    def read(self, question_id, episode_history, question, answer, category, extra_answers=()):
         scene, answers = episode_history.split("-")[-1], [answer, *filter(str.strip, extra_answers)]
         return make_sample(question_id, scene, "qa", question, answers, kind=category)
 
@@ -767,7 +769,7 @@ class ScanRefer(Grounding):
     prompt = "Which object is described? {question}"
     kinds = ("unique", "multiple")
 
-    def read(self, scene_id, object_id, object_name, ann_id, description, eval_type="", **others) -> Sample:
+    def read(self, scene_id, object_id, object_name, ann_id, description, eval_type="", **others):
         target, kind = object_of(scene_id, object_id), eval_type or object_name.replace("_", " ")
         return make_sample(
             f"{scene_id}|{object_id}|{ann_id}",
@@ -779,10 +781,13 @@ class ScanRefer(Grounding):
             kind=kind,
         )
 
-    def finish(self, samples: list[Sample], folders: list[Path]) -> list[Sample]:
+    def finish(self, samples, folders):
         table = next((folder / LABELS for folder in folders if (folder / LABELS).exists()), None)
         if table is None or samples[0].kind in self.kinds:
-            return [replace(s, kind=s.kind if s.kind in self.kinds else "") for s in samples]
+            for s in samples:
+                if s.kind not in self.kinds:
+                    s.kind = ""
+            return samples
 
         # the class of a name, and how many annotated objects of it a scene has
         with table.open() as file:
@@ -804,7 +809,7 @@ class Multi3DRefer(ManyTargets):
     files = splits("multi3drefer_*.json", train=43_838, val=11_120)
     prompt = "Which objects are described, if any? {question}"
 
-    def read(self, scene_id, object_ids, ann_id, eval_type, description, **others) -> Sample:
+    def read(self, scene_id, object_ids, ann_id, eval_type, description, **others):
         targets = [object_of(scene_id, i) for i in object_ids]
         answer = " ".join(["yes.", *(f"<obj {i}>" for i in targets)]) if targets else "no."
         return make_sample(
@@ -819,7 +824,7 @@ class Scan2Cap(Captions):
     files = splits("ScanRefer_filtered_*.json", train=7_875, val=2_068)
     merged = True
 
-    def read(self, scene_id, object_id, description, token=(), **others) -> Sample:
+    def read(self, scene_id, object_id, description, token=(), **others):
         target, words = object_of(scene_id, object_id), token or description.lower().split()
         return make_sample(
             f"{scene_id}|{object_id}",
@@ -842,7 +847,7 @@ class VSIBench(Spatial):
     prompt = f"These are frames of a video.\n{WORD.replace('Answer', 'Please answer')}"
     choice_prompt = f"These are frames of a video.\n{{question}}\n{OPTIONS}"
 
-    def read(self, id, scene_name, question_type, question, ground_truth, options=None, **others) -> Sample:
+    def read(self, id, scene_name, question_type, question, ground_truth, options=None, **others):
         task, _, kind = re.sub("_(easy|medium|hard)$", r" \1", question_type).partition(" ")
         value = None if options else float(ground_truth)
         more = dict(kind=kind, options=options, value=value)
@@ -874,7 +879,7 @@ class MMScanQA(Benchmark):
     files = splits("MMScan_QA.json", train=None)
     prompt = WORD
 
-    def read(self, ID, scan_id, question, answers, **others) -> Sample:
+    def read(self, ID, scan_id, question, answers, **others):
         return make_sample(ID, scan_id.split("/")[-1], "qa", question, answers)
 
 
@@ -884,7 +889,7 @@ class MMScanVG(Multi3DRefer):
 
     files = splits("MMScan_VG.json", train=None)
 
-    def read(self, ID, scan_id, text, target_id, **others) -> Sample:
+    def read(self, ID, scan_id, text, target_id, **others):
         sample = super().read(scan_id.split("/")[-1], [i - 1 for i in target_id], ID, "", text)
         return replace(sample, id=ID)
 
@@ -893,7 +898,7 @@ class Dialogue(Benchmark):
     """A training source, 3D-LLM: {"scene_id": "scene0011_00", "question": "### human: clean up. ###
     assistant:", "answers": ["1. go to the desk"]}"""
 
-    def read(self, scene_id, question, answers) -> Sample:
+    def read(self, scene_id, question, answers):
         words = re.sub(r"###\s*(human|assistant)\s*:", " ", question).split()
         return make_sample("", scene_id, "chat", " ".join(words), answers)
 
@@ -1340,11 +1345,6 @@ def read_predictions(path: Path, questions: Questions, partial: bool = False) ->
     return answers
 
 
-def write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8", errors="replace")
-
-
 def revision() -> str:
     """Name the commit of the code, with "-dirty" where files differ from it."""
     git = f"git -C '{Path(__file__).parent}' describe --always --dirty --abbrev=40"
@@ -1366,16 +1366,18 @@ def save(path: Path, entries: dict[str, dict], **facts) -> None:
     # entries of the same model and code stay
     facts |= {"code": revision(), "torch": torch.__version__}
     try:
-        old = json.loads(path.read_text())
+        (old,) = read_rows(path)
         old = old if old.pop("provenance") == facts else {}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # nothing there, or something else
+    except (ValueError, LookupError, AttributeError):  # nothing there, or something else
         old = {}
 
     # questions and answers in files of their own
     for title, entry in entries.items():
         lines = [json.dumps(row) + "\n" for row in entry.pop("rows")]
-        write_text(path.parent / "predictions" / f"{title}.jsonl", "".join(lines))
-    write_text(path, json.dumps(old | entries | {"provenance": facts}, indent=1) + "\n")
+        file = path.parent / "predictions" / f"{title}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(lines))
+    path.write_text(json.dumps(old | entries | {"provenance": facts}, indent=1) + "\n")
 
 
 def write_report(out: Path) -> None:
@@ -1404,7 +1406,7 @@ def write_report(out: Path) -> None:
     for picture in sorted(out.rglob("*.png")):
         name = html.escape(str(picture.relative_to(out)))
         parts.append(f'<p>{name}<br><img src="{name}" alt="{name}" style="max-width: 100%">')
-    write_text(out / "report.html", "\n".join(parts))
+    (out / "report.html").write_text("\n".join(parts), encoding="utf-8", errors="replace")
 
 
 # ---- 9 mixtures to train on ----------------------------------------------------------------------
