@@ -227,9 +227,11 @@ POSITION = {
 }
 
 # ---- 3 text and captions -------------------------------------------------------------------------
+#
+# A match is a function of (answer, references), both cleaned, that returns its scores by name.
 
 
-def strict(answer: str, references: list[str]) -> dict:
+def strict(answer, references):
     """Match as ScanQA's EM@1: the answer is one of the references."""
     return {"em": float(answer in references)}
 
@@ -240,13 +242,13 @@ def overlaps(answer: str, reference: str) -> bool:
     return a in b or b in a
 
 
-def refined(answer: str, references: list[str]) -> dict:
+def refined(answer, references):
     """Match with EM, and EM-R: equal to a reference, or overlapping with one."""
     equal = answer in references
     return {"em": float(equal), "em_refined": float(equal or any(overlaps(answer, r) for r in references))}
 
 
-def refined_in_order(answer: str, references: list[str]) -> dict:
+def refined_in_order(answer, references):
     """Match as LEO: the first reference that equals the answer or overlaps with it decides."""
     first = next((r for r in references if overlaps(answer, r)), None)
     return {"em": float(first == answer), "em_refined": float(first is not None)}
@@ -432,14 +434,14 @@ class Benchmark:
     or None).
     """
 
-    files: dict = {}
+    files = {}
     split = "val"  # the one that papers report
-    tasks: tuple = ()  # generated questions that belong here
+    tasks = ()  # generated questions that belong here
     prompt = "{question}"  # around the question; a part of the result
     choice_prompt = "{question}"  # the same where a question has {options}
     tokens = 48  # the longest answer; a true one must fit also where numbers are split into digits
-    metrics: dict[str, Callable] = {}  # functions of (answer, sample, scene), the scene is the truth
-    dialects: dict[str, Dialect] = {}
+    metrics = {}  # name/protocol -> function of (answer, sample, scene), the scene is the truth
+    dialects = {}  # name -> Dialect, whose way to score text
     grounded = False  # whether an identifier in an answer means its box
     merged = False  # rows of one id are one question with several answers
     macro = False  # the score is the mean of the parts' means, that of "a" the mean of "a/b", "a/c"
@@ -517,14 +519,13 @@ class Captions(Benchmark):
         fits = [proposal_fit(scene, shown, s.targets[0]) for s, scene, shown in questions.each()]
         sets = {}
         for (name, d), k in itertools.product(self.dialects.items(), (0.5, 0.25)):
-            said = []
-            for text, fit in zip(answers, fits, strict=True):
-                said.append([d.answer(f"sos {text} eos" if fit >= k + d.above else "sos eos")])
+            hits = np.array(fits) >= k + d.above
+            kept = [f"sos {text} eos" if hit else "sos eos" for text, hit in zip(answers, hits, strict=True)]
             known = []
             for s in questions.samples:
                 texts = s.tokens if d.first_30 and s.tokens else s.answers
                 known.append([d.reference(f"sos {text} eos") for text in texts])
-            sets[f"@{k}/{name}"] = said, known, d.ptb
+            sets[f"@{k}/{name}"] = [[d.answer(text)] for text in kept], known, d.ptb
         return sets
 
 
@@ -563,7 +564,7 @@ class Spatial(Benchmark):
 
 
 STRICT = {"strict": Dialect("nobody else: answers as they are", ngrams=None)}
-BENCHMARKS: dict[str, Benchmark] = {
+BENCHMARKS = {
     **{
         f"rooms/grounding{kind}": Grounding(tasks=(f"ground{kind}",))
         for kind in ("", "_multiple", "_category", "_relation", "_superlative")
@@ -576,9 +577,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         tasks=("id_category", "id_color", "id_size", "relation"), dialects=STRICT
     ),
     "rooms/coordinate": Benchmark(tasks=("coordinate",), metrics=POSITION),
-    "rooms/distance": Benchmark(
-        tasks=("distance", "distance_ids", "size"), metrics=LENGTH, tokens=96
-    ),
+    "rooms/distance": Benchmark(tasks=("distance", "distance_ids", "size"), metrics=LENGTH, tokens=96),
     "rooms/caption": Captions(tasks=("caption",)),
     "rooms/vsi": Spatial(
         tasks=(
@@ -706,7 +705,7 @@ class SQA3D(TextBenchmark):
     files = splits("v1_balanced_questions_*_scannetv2.json", train=26_623, val=3_261, test=3_519)
     split = "test"
     prompt = WORD
-    dialects = {"chat-scene": replace(DIALECTS["chat-scene"], reference=clean), **DIALECTS}
+    dialects = {"chat-scene": DIALECTS["chat-scene"], **DIALECTS}
     kinds = ("what", "is", "how", "can", "which")
 
     def rows(self, path, split):
@@ -850,8 +849,8 @@ class VSIBench(Spatial):
     def read(self, id, scene_name, question_type, question, ground_truth, options=None, **others):
         task, _, kind = re.sub("_(easy|medium|hard)$", r" \1", question_type).partition(" ")
         value = None if options else float(ground_truth)
-        more = dict(kind=kind, options=options, value=value)
-        return make_sample(id, scene_name, f"vsi_{task}", question, [ground_truth], **more)
+        sample = make_sample(id, scene_name, f"vsi_{task}", question, [ground_truth])
+        return replace(sample, kind=kind, options=options, value=value)
 
 
 class SR91K(Benchmark):
@@ -868,8 +867,9 @@ class SR91K(Benchmark):
         if not data_source.startswith("SR") or problem_type not in self.kinds:
             return None
         answer = re.sub(r"</?answer>", "", solution).strip()
-        more = dict(options=options or None, value=None if options else float(answer))
-        return make_sample("", Path(path).stem, "vsi", problem, [answer], **more)
+        value = None if options else float(answer)
+        scene = Path(path).stem
+        return make_sample("", scene, "vsi", problem, [answer], options=options or None, value=value)
 
 
 class MMScanQA(Benchmark):
@@ -938,15 +938,15 @@ def read_official(name: str, path: Path, root: Path | None = None, split: str = 
     wanted = split or benchmark.split
     if path.is_dir():
         file = benchmark.files.get(wanted, (f"{wanted} split",))[0]
-        found = min(path.rglob(file), default=None)
-        if found is None and split:
+        found = sorted(path.rglob(file))
+        if not found and split:
             return []
-        if found is None:
+        if not found:
             raise DataError(f"{path}: no {file} below it; name the file itself")
-        path = found
+        path = found[0]
 
     # what is wrong with a row is said with its number
-    samples: dict[str, Sample] = {}
+    samples = {}  # by id
     for n, row in enumerate(benchmark.rows(path, wanted), start=1):
         try:
             sample = benchmark.read(**row)
@@ -978,10 +978,9 @@ def number_objects(scene: Scene, seed: int | None = None) -> Scene:
     """
     identifiers = {o.id: o.id - 1 for o in scene.objects}
     if seed is not None:
-        identifiers = data.number_objects(
-            scene, np.random.default_rng([seed, zlib.crc32(scene.name.encode())])
-        )
-    return replace(scene, identifiers=scene.identifiers or identifiers)
+        rng = np.random.default_rng([seed, zlib.crc32(scene.name.encode())])
+        identifiers = data.number_objects(scene, rng)
+    return replace(scene, identifiers=identifiers)
 
 
 def read_boxes(path: Path) -> dict[str, Scene]:
@@ -1068,21 +1067,20 @@ def with_proposals(
         return replace(questions, scenes=scenes, shown=scenes)
 
     # where proposals come from
+    file = Path(how)
     own = {"segments": data.with_own_segments, **model.proposals()} if model else {}
-    if how not in own and not Path(how).is_file():
+    if how not in own and not file.is_file():
         raise DataError(f"--proposals {how}: neither a file of boxes nor one of gt, {', '.join(own)}")
-    given = {} if how in own else read_boxes(Path(how))
+    given = {} if how in own else read_boxes(file)
 
     # under a name of their own, or a cache would give the features of the true objects
-    shown, title = {}, Path(how).stem
+    shown, title = {}, file.stem
     for name, scene in scenes.items():
         if how in own:
-            scene = own[how](replace(scene, identifiers={}))
+            scene = own[how](scene)
         else:
-            found = given.get(name, Scene(name, "boxes", []))
-            scene = replace(
-                scene, objects=found.objects, identifiers=found.identifiers, instances=None, frames=None
-            )
+            objects = given[name].objects if name in given else []
+            scene = replace(scene, objects=objects, instances=None, frames=None)
         shown[name] = number_objects(replace(scene, name=f"{name}@{title}"), seed)
     return replace(questions, name=f"{questions.name}@{title}", scenes=scenes, shown=shown)
 
@@ -1090,7 +1088,6 @@ def with_proposals(
 def as_shown(sample: Sample, scene: Scene, shown: Scene) -> Sample:
     """Write a question in the proposals' terms: a mark becomes that of the best fitting proposal."""
     offered = [o for o in shown.objects if o.id in shown.identifiers]
-
     if not offered:
         return sample
 
@@ -1115,7 +1112,7 @@ def predict(model: Model, questions: Questions, batch: int = 256) -> dict[str, s
     rank, world = rank_and_world()
     benchmark, answers = questions.benchmark, {}
     own = sorted({s.scene for s in questions.samples})[rank::world]
-    samples = sorted((s for s in questions.samples if s.scene in own), key=attrgetter("scene"))
+    samples = [s for scene in own for s in questions.samples if s.scene == scene]
     for start in range(0, len(samples), batch):
         chunk = samples[start : start + batch]
 
@@ -1217,12 +1214,11 @@ def score(questions: Questions, answers: dict[str, str], others: dict[str, dict]
     values, each = measure(questions, answers)
 
     # the same questions by chance, blind, and by other models
-    blind = {}
+    columns, blind = {"chance": chance_scores(questions), "blind": {}}, {}
     if questions.blind:
         blind = {s.id: plain(questions.blind.predict(s, shown), shown) for s, _, shown in questions.each()}
         others = others | {"blind": blind}
-    columns = {name: measure(questions, found)[0] for name, found in others.items()}
-    columns = {"chance": chance_scores(questions), "blind": {}} | columns
+    columns |= {name: measure(questions, found)[0] for name, found in others.items()}
 
     # a row per question, what was wrong with its answer, and how well proposals fit its targets
     rows, parts, fits, remarks = [], [], [], questions.remarks.copy()
@@ -1386,21 +1382,18 @@ def write_report(out: Path) -> None:
         return
 
     # tables and worst answers, also of rooms of other sizes and of earlier stages
-    blocks = []  # (heading, text)
+    parts = [f"<!doctype html><meta charset=utf-8><title>{html.escape(out.name)}</title>"]
     for path in sorted(out.rglob("metrics.json")):
         entries = json.loads(path.read_text())
-        facts = json.dumps(entries.pop("provenance"), indent=1)
-        blocks.append((path.parent.name, f"{table(entries)}\n{facts}"))
+        facts = json.dumps(entries.pop("provenance"))
+        parts.append(
+            f"<h2>{html.escape(path.parent.name)}</h2><pre>{html.escape(table(entries))}</pre>{facts}"
+        )
         for title in entries:
             lines = (path.parent / "predictions" / f"{title}.jsonl").read_text().splitlines()
             rows = sorted(map(json.loads, lines), key=lambda row: row["score"])[:5]
             text = "\n".join(f"{key}: {value}" for row in rows for key, value in row.items())
-            blocks.append((f"{title}: worst answers", text))
-
-    # what a model wrote is shown as text
-    parts = ["<!doctype html><meta charset=utf-8><title>Report</title>"]
-    for heading, text in blocks:
-        parts.append(f"<h2>{html.escape(heading)}</h2><pre>{html.escape(text)}</pre>")
+            parts.append(f"<h3>{html.escape(title)}: worst answers</h3><pre>{html.escape(text)}</pre>")
 
     # pictures stay where they are
     for picture in sorted(out.rglob("*.png")):
@@ -1554,7 +1547,7 @@ def evaluate_questions(model: Model, asked: list[Questions], out: Path, record: 
     # the answers, also without what the paper's baselines take away
     dtype, others = getattr(torch, record["dtype"]), defaultdict(dict)
     with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-        answers = [predict(model, questions) for questions in asked]
+        answers = {questions.name: predict(model, questions) for questions in asked}
         for column, without in model.baselines().items():
             with without:
                 for questions in asked:
@@ -1564,7 +1557,7 @@ def evaluate_questions(model: Model, asked: list[Questions], out: Path, record: 
         return {}
 
     # one process scores and writes
-    entries = {q.name: score(q, found, others[q.name]) for q, found in zip(asked, answers, strict=True)}
+    entries = {q.name: score(q, answers[q.name], others[q.name]) for q in asked}
     print(table(entries))
     save(
         out / "metrics.json",
