@@ -41,7 +41,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from operator import attrgetter
 from pathlib import Path
 
 # a short spin at OpenMP's barriers, as in train.py
@@ -131,7 +130,7 @@ def number(text: str) -> float:
             total, current = total + max(current, 1) * value, 0
         else:
             current = max(current, 1) * value if value == 100 else current + value
-    return float(total + current)
+    return total + current
 
 
 def boxes(text: str) -> list[np.ndarray]:
@@ -139,8 +138,9 @@ def boxes(text: str) -> list[np.ndarray]:
 
     One with NaN or without volume is an empty box, which fits nothing.
     """
-    found = data.tuples(text, 6)
-    return [box if box is not None and (box[3:] > 0).all() else np.zeros(6) for box in found]
+    return [
+        box if box is not None and (box[3:] > 0).all() else np.zeros(6) for box in data.tuples(text, 6)
+    ]
 
 
 def with_boxes(text: str, scene: Scene) -> str:
@@ -188,7 +188,7 @@ def boxes_f1(text, sample, scene, threshold):
 
     # pairs with the largest sum of overlap, which need not give the most hits
     iou = box_ious(found, truth).astype(np.float32)
-    hits = int((iou[linear_sum_assignment(-iou)] >= threshold).sum())
+    hits = (iou[linear_sum_assignment(-iou)] >= threshold).sum()
     return 2 * hits / (len(found) + len(truth))
 
 
@@ -339,7 +339,7 @@ def meteor(pairs: Iterable[tuple]) -> list[float]:
         for pair in pairs:
             # it reads lines: none may break in two
             safe = [{i: [*map(one_line, texts)] for i, texts in side.items()} for side in pair]
-            found.append(float(scorer.compute_score(*safe)[0]))
+            found.append(scorer.compute_score(*safe)[0])
         return found
     finally:
         # whatever happened, it ends here; after an error its destructor would wait for the lock
@@ -401,7 +401,7 @@ def proposal_fit(scene: Scene, shown: Scene, object_id: int) -> float:
     offered = [o.box for o in shown.objects if o.id in shown.identifiers]
     iou = box_ious(offered, [o.box for o in scene.objects])  # [P, n]
     own = np.array([o.id == object_id for o in scene.objects])
-    return float(iou.max(1)[own[iou.argmax(1)]].max(initial=0.0))
+    return iou.max(1)[own[iou.argmax(1)]].max(initial=0.0)
 
 
 # ---- 4 benchmarks --------------------------------------------------------------------------------
@@ -656,11 +656,8 @@ def read_rows(path: Path, key: str = "") -> list:
 def make_sample(id: object, scene: str, task: str, question: str, answers: list[str], **more) -> Sample:
     """Make a question of an official file; the blind baseline falls back on its first two words."""
     texts = [scene, question, *answers]
-    if (
-        not isinstance(answers, list)
-        or not answers
-        or not all(isinstance(t, str) and t.strip() for t in texts)
-    ):
+    written = all(isinstance(t, str) and t.strip() for t in texts)
+    if not (isinstance(answers, list) and answers and written):
         raise ValueError(f"scene, question and a list of answers must be text, not {texts}"[:200])
     template = " ".join([task, *question.lower().split()[:2]])
     return Sample(str(id), scene, task, question, answers[0], list(answers), template=template, **more)
@@ -833,10 +830,9 @@ class SR91K(Benchmark):
     files = {"train": ("SpaceR-151k.jsonl", None)}
     prompt, choice_prompt = WORD, "{question}\n" + OPTIONS
 
-    kinds = ("multiple choice", "numerical", "regression")
-
     def read(self, problem_type, problem, solution, path, data_source="SR", options=None, **others):
-        if not data_source.startswith("SR") or problem_type not in self.kinds:
+        asked = problem_type in ("multiple choice", "numerical", "regression")
+        if not (asked and data_source.startswith("SR")):
             return None
         answer = re.sub(r"</?answer>", "", solution).strip()
         value = None if options else float(answer)
@@ -1044,15 +1040,15 @@ def with_proposals(
     given = {} if how in own else read_boxes(file)
 
     # under a name of their own, or a cache would give the features of the true objects
-    shown, title = {}, file.stem
+    shown = {}
     for name, scene in scenes.items():
         if how in own:
             scene = own[how](scene)
         else:
             objects = given[name].objects if name in given else []
             scene = replace(scene, objects=objects, instances=None, frames=None)
-        shown[name] = number_objects(replace(scene, name=f"{name}@{title}"), seed)
-    return replace(questions, name=f"{questions.name}@{title}", scenes=scenes, shown=shown)
+        shown[name] = number_objects(replace(scene, name=f"{name}@{file.stem}"), seed)
+    return replace(questions, name=f"{questions.name}@{file.stem}", scenes=scenes, shown=shown)
 
 
 def as_shown(sample: Sample, scene: Scene, shown: Scene) -> Sample:
@@ -1088,7 +1084,7 @@ def predict(model: Model, questions: Questions, batch: int = 256) -> dict[str, s
 
         # a scene is read once for all of its questions in the batch
         groups = []
-        for name, group in itertools.groupby(chunk, key=attrgetter("scene")):
+        for name, group in itertools.groupby(chunk, key=lambda s: s.scene):
             scene, shown = questions.scenes[name], questions.shown[name]
             written = [replace(s, question=benchmark.write_prompt(s)) for s in group]
             groups.append((shown, [as_shown(s, scene, shown) for s in written]))
@@ -1124,7 +1120,7 @@ def summarize(benchmark: Benchmark, samples: list[Sample], scored: list[dict]) -
 
     result = {}
     for i, metric in enumerate(scored[0]):
-        result |= {f"{metric}/{part}".removesuffix("/"): float(mean[i]) for part, mean in means.items()}
+        result |= {f"{metric}/{part}".removesuffix("/"): mean[i] for part, mean in means.items()}
     return result
 
 
@@ -1194,14 +1190,14 @@ def score(questions: Questions, answers: dict[str, str], others: dict[str, dict]
     rows, parts, fits, remarks = [], [], [], questions.remarks.copy()
     for s, scene, shown, value in questions.each(each):
         # a row that a person can read
-        text, truth = answers.get(s.id, ""), plain(" | ".join(s.answers or [s.answer]), scene)
+        text = answers.get(s.id, "")
         rows.append(
             {
                 "id": s.id,
                 "scene": s.scene,
                 "question": s.question,
                 "prediction": text,
-                "answer": truth,
+                "answer": plain(" | ".join(s.answers or [s.answer]), scene),
                 "score": value,
                 "blind": blind.get(s.id, ""),
             }
@@ -1214,7 +1210,7 @@ def score(questions: Questions, answers: dict[str, str], others: dict[str, dict]
         fits += [proposal_fit(scene, shown, i) for i in s.targets or () if shown is not scene]
         parts += benchmark.parts(s)
     for t in (0.25, 0.5) if fits else ():
-        remarks[f"recall@{t} of the proposals"] = round(float(np.mean(np.array(fits) >= t)), 3)
+        remarks[f"recall@{t} of the proposals"] = np.mean(np.array(fits) >= t).round(3)
 
     return {
         **values,
@@ -1284,7 +1280,7 @@ def read_predictions(path: Path, questions: Questions, partial: bool = False) ->
     # the first known field that rows have is the id, or the text
     fields = dict.fromkeys(itertools.chain(*rows))
     id_field, text_field = (next((n for n in names if n in fields), "") for names in (ID_FIELDS, TEXT_FIELDS))
-    known, answers, remarks = {s.id for s in questions.samples}, {}, questions.remarks
+    known, answers = {s.id for s in questions.samples}, {}
     for row in rows:
         id, text = str(row.get(id_field)).strip(), row.get(text_field)
         # the first of several is the answer; what was thought before it is none
@@ -1292,11 +1288,11 @@ def read_predictions(path: Path, questions: Questions, partial: bool = False) ->
             text = text[0]
         text = "" if text is None else str(text)
         if id not in known or id in answers:
-            remarks["rows that answer no question, or one answered before"] += 1
+            questions.remarks["rows that answer no question, or one answered before"] += 1
             continue
         tagged = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
         answers[id] = (tagged[1].strip() if tagged else text)[:LIMIT]
-        remarks["answers taken out of <answer> tags"] += tagged is not None
+        questions.remarks["answers taken out of <answer> tags"] += tagged is not None
 
     # how the file was understood, and whether it is enough
     print(
@@ -1451,8 +1447,8 @@ def mixture(
                 dropped[why] += 1
                 # every accepted answer is a question of its own
                 for text in () if why else dict.fromkeys(s.answers):
-                    own = replace(s, id=f"{name}/{s.id}/{text}", question=question)
-                    samples.append(replace(own, answer=text, answers=[]))
+                    id = f"{name}/{s.id}/{text}"
+                    samples.append(replace(s, id=id, question=question, answer=text, answers=[]))
 
         # of more than the source takes, a random draw
         order = np.random.default_rng([seed, len(report)]).permutation(len(samples))[: source.most]
@@ -1537,7 +1533,6 @@ def evaluate_questions(model: Model, asked: list[Questions], out: Path, record: 
         stage=model.stage.name,
         dtype=record["dtype"],
         device=model.device.type,
-        decoding="greedy",
     )
     return entries
 
@@ -1575,11 +1570,12 @@ def evaluate_scenes(
         samples = data.question_set(every.scenes.values(), tasks, max(3, 60 // len(true)), seed)
         blind = data.Blind(data.question_set(blind_scenes, tasks, 3, seed + 1))
         if samples:
-            title = name + every.name
-            asked.append(replace(every, name=title, benchmark=benchmark, samples=samples, blind=blind))
+            own = Questions(name + every.name, benchmark, samples, every.scenes, every.shown, blind)
+            asked.append(own)
     if not asked:
         print(f"note: these scenes give no question of {', '.join(names or BENCHMARKS)}")
-    return evaluate_questions(model, asked, out, record) if asked else {}
+        return {}
+    return evaluate_questions(model, asked, out, record)
 
 
 def evaluate_run(args: argparse.Namespace) -> None:
@@ -1603,8 +1599,8 @@ def evaluate_run(args: argparse.Namespace) -> None:
         scenes = load_scenes("test", count=count["test"])
     else:  # fresh rooms, none of them a default one, with as many points per object
         first, place = data.ROOM_SEEDS["test"].start + 10_000 + 100 * objects, out / f"objects-{objects}"
-        seeds = range(first, first + count["test"])
-        scenes = [data.room(seed, objects, points=max(4096, 340 * objects)) for seed in seeds]
+        points = max(4096, 340 * objects)
+        scenes = [data.room(first + i, objects, points=points) for i in range(count["test"])]
     evaluate_scenes(
         model,
         scenes,
