@@ -384,7 +384,7 @@ def box_iou(a, b):
     overlap = np.minimum(a_high, b_high) - np.maximum(a_low, b_low)
     shared = overlap.clip(min=0).prod(-1)
     union = a[..., 3:].prod(-1) + b[..., 3:].prod(-1) - shared
-    return shared / np.maximum(union, 1e-12)
+    return shared / (union + 1e-8)  # as ScanRefer divides
 
 
 # ---- 3 procedural rooms ----------------------------------------------------------------------------------------------

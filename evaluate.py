@@ -41,7 +41,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from operator import attrgetter
 from pathlib import Path
 
 # a short spin at OpenMP's barriers, as in train.py
@@ -131,7 +130,7 @@ def number(text: str) -> float:
             total, current = total + max(current, 1) * value, 0
         else:
             current = max(current, 1) * value if value == 100 else current + value
-    return float(total + current)
+    return total + current
 
 
 def boxes(text: str) -> list[np.ndarray]:
@@ -139,8 +138,9 @@ def boxes(text: str) -> list[np.ndarray]:
 
     One with NaN or without volume is an empty box, which fits nothing.
     """
-    found = data.tuples(text, 6)
-    return [box if box is not None and (box[3:] > 0).all() else np.zeros(6) for box in found]
+    return [
+        box if box is not None and (box[3:] > 0).all() else np.zeros(6) for box in data.tuples(text, 6)
+    ]
 
 
 def with_boxes(text: str, scene: Scene) -> str:
@@ -148,26 +148,18 @@ def with_boxes(text: str, scene: Scene) -> str:
 
     Identifiers of no object are dropped, as the official scripts do.
     """
-    box_of = {
-        scene.identifiers[o.id]: str(list(map(float, o.box)))
-        for o in scene.objects
-        if o.id in scene.identifiers
-    }
-    return IDENTIFIER.sub(lambda found: box_of.get(int(found[1]), ""), text)
+    box_of = {scene.identifiers[o.id]: o.box.tolist() for o in scene.objects if o.id in scene.identifiers}
+    return IDENTIFIER.sub(lambda found: str(box_of.get(int(found[1]), "")), text)
 
 
 # ---- 2 metrics -----------------------------------------------------------------------------------
+#
+# Functions of (the answer's text, its Sample, the true Scene) that return a number.
 
 
-def iou_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Compute the IoU [n, m] of axis-aligned boxes [n, 6] and [m, 6], in float64.
-
-    The denominator has ScanRefer's 1e-8.
-    """
-    (p, u), (q, v) = (a[:, None, :3], a[:, None, 3:]), (b[None, :, :3], b[None, :, 3:])  # centers, sizes
-    low, high = np.maximum(p - u / 2, q - v / 2), np.minimum(p + u / 2, q + v / 2)
-    shared = np.clip(high - low, 0, None).prod(-1)
-    return shared / (u.prod(-1) + v.prod(-1) - shared + 1e-8)
+def box_ious(a: list[np.ndarray], b: list[np.ndarray]) -> np.ndarray:
+    """Compute the IoU [n, m] of two lists of boxes [6]; either may be empty."""
+    return data.box_iou(np.reshape(a, (-1, 6)), np.reshape(b, (-1, 6)))
 
 
 def true_boxes(ids: Iterable[int], scene: Scene) -> list[np.ndarray]:
@@ -176,13 +168,13 @@ def true_boxes(ids: Iterable[int], scene: Scene) -> list[np.ndarray]:
     return [box_of.get(i, np.zeros(6)) for i in ids]
 
 
-def first_box_fits(text: str, sample: Sample, scene: Scene, threshold: float) -> float:
+def first_box_fits(text, sample, scene, threshold):
     """Compute ScanRefer's Acc@IoU: whether the first box of the answer fits the target, `>=`."""
-    found, truth = boxes(text), true_boxes(sample.targets, scene)
-    return float(bool(found and truth) and iou_matrix(np.stack(found), np.stack(truth))[0, 0] >= threshold)
+    iou = box_ious(boxes(text)[:1], true_boxes(sample.targets, scene))  # [1, 1], or [0, 1] without an answer
+    return float((iou >= threshold).any())
 
 
-def boxes_f1(text: str, sample: Sample, scene: Scene, threshold: float) -> float:
+def boxes_f1(text, sample, scene, threshold):
     """Compute Multi3DRefer's F1 of one question: 2 hits / (answered + true).
 
     With nothing to find, silence scores 1. IoUs are stored in float32, as there, which lets an
@@ -190,18 +182,17 @@ def boxes_f1(text: str, sample: Sample, scene: Scene, threshold: float) -> float
     """
     from scipy.optimize import linear_sum_assignment
 
-    # one side empty: both must be
     found, truth = boxes(text), true_boxes(sample.targets, scene)
-    if not found or not truth:
-        return float(len(found) == len(truth))
+    if not found and not truth:
+        return 1.0
 
     # pairs with the largest sum of overlap, which need not give the most hits
-    iou = iou_matrix(np.stack(found), np.stack(truth)).astype(np.float32)
-    hits = int((iou[linear_sum_assignment(-iou)] >= threshold).sum())
+    iou = box_ious(found, truth).astype(np.float32)
+    hits = (iou[linear_sum_assignment(-iou)] >= threshold).sum()
     return 2 * hits / (len(found) + len(truth))
 
 
-def spatial_score(text: str, sample: Sample, scene: Scene, parse: Callable) -> float:
+def spatial_score(text, sample, scene, parse):
     """Score a VSI-Bench question: a choice by its letter, a number by its mean relative accuracy.
 
     That is the share of the thresholds 0.50, 0.55 .. 0.95 with a relative error of at most 1 -
@@ -213,15 +204,15 @@ def spatial_score(text: str, sample: Sample, scene: Scene, parse: Callable) -> f
     return np.mean(error <= 1 - np.linspace(0.5, 0.95, 10))
 
 
-def length_error(text: str, sample: Sample, _=None) -> float:
+def length_error(text, sample, scene=None):
     """Measure how far a length is off, at most MAX_ERROR_M."""
     return np.nanmin([abs(number(text) - sample.value), MAX_ERROR_M])
 
 
-def point_error(text: str, sample: Sample, _=None) -> float:
+def point_error(text, sample, scene=None):
     """Measure how far the first bracketed [x, y, z] is from the true point, at most MAX_ERROR_M."""
-    found = [point for point in data.tuples(text, 3)[:1] if point is not None]
-    return min([MAX_ERROR_M, *(np.linalg.norm(point - sample.point) for point in found)])
+    point = next(iter(data.tuples(text, 3)), None)
+    return MAX_ERROR_M if point is None else min(np.linalg.norm(point - sample.point), MAX_ERROR_M)
 
 
 LENGTH = {
@@ -236,9 +227,11 @@ POSITION = {
 }
 
 # ---- 3 text and captions -------------------------------------------------------------------------
+#
+# A match is a function of (answer, references), both cleaned, that returns its scores by name.
 
 
-def strict(answer: str, references: list[str]) -> dict:
+def strict(answer, references):
     """Match as ScanQA's EM@1: the answer is one of the references."""
     return {"em": float(answer in references)}
 
@@ -249,13 +242,13 @@ def overlaps(answer: str, reference: str) -> bool:
     return a in b or b in a
 
 
-def refined(answer: str, references: list[str]) -> dict:
+def refined(answer, references):
     """Match with EM, and EM-R: equal to a reference, or overlapping with one."""
     equal = answer in references
     return {"em": float(equal), "em_refined": float(equal or any(overlaps(answer, r) for r in references))}
 
 
-def refined_in_order(answer: str, references: list[str]) -> dict:
+def refined_in_order(answer, references):
     """Match as LEO: the first reference that equals the answer or overlaps with it decides."""
     first = next((r for r in references if overlaps(answer, r)), None)
     return {"em": float(first == answer), "em_refined": float(first is not None)}
@@ -323,17 +316,16 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def tokenize(groups: dict[int, list[str]]) -> dict[int, list[str]]:
+def tokenize(groups: list[list[str]]) -> list[list[str]]:
     """Split groups of texts with pycocoevalcap's PTB tokenizer.
 
     Tokens are lower case, without punctuation, joined by spaces.
     """
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    tokens = PTBTokenizer().tokenize(
-        {i: [{"caption": one_line(t)} for t in texts] for i, texts in groups.items()}
-    )
-    if [*map(len, tokens.values())] != [*map(len, groups.values())]:
+    lines = {i: [{"caption": one_line(text)} for text in texts] for i, texts in enumerate(groups)}
+    tokens = [*PTBTokenizer().tokenize(lines).values()]
+    if [*map(len, tokens)] != [*map(len, groups)]:
         raise ValueError("it gave other lines than it got; its message is above")
     return tokens
 
@@ -342,26 +334,26 @@ def meteor(pairs: Iterable[tuple]) -> list[float]:
     """Compute METEOR of several (references, answers) with one Java process, gone afterwards."""
     from pycocoevalcap.meteor.meteor import Meteor
 
-    # a process of a gigabyte, which reads lines: none may break in two
-    scorer = Meteor()
+    scorer, found = Meteor(), []  # a process of a gigabyte
     try:
-        safe = [
-            [{i: [*map(one_line, texts)] for i, texts in side.items()} for side in pair] for pair in pairs
-        ]
-        return [float(scorer.compute_score(known, said)[0]) for known, said in safe]
+        for pair in pairs:
+            # it reads lines: none may break in two
+            safe = [{i: [*map(one_line, texts)] for i, texts in side.items()} for side in pair]
+            found.append(scorer.compute_score(*safe)[0])
+        return found
     finally:
         # whatever happened, it ends here; after an error its destructor would wait for the lock
         scorer.meteor_p.kill()
-        if scorer.lock.locked():  # after an error its destructor would wait for this forever
+        if scorer.lock.locked():
             scorer.lock.release()
 
 
-def text_scores(sets: dict[str, tuple], whole: bool = True) -> tuple[dict, list]:
+def text_scores(sets: dict[str, tuple]) -> tuple[dict, list]:
     """Compute CIDEr, BLEU-1..4, ROUGE-L and METEOR by pycocoevalcap.
 
     sets: {suffix: (answers, references, ptb)}, with a list of texts for every question; CIDEr
     weighs words by the references of this very set, so one sample scores 0 and one-word answers at
-    most 2.5. whole: False leaves out METEOR, which takes longest.
+    most 2.5.
     Returns: {"cider<suffix>": .., ..}, None where Java is needed and missing; CIDEr of every answer
     in the first set.
     """
@@ -373,15 +365,16 @@ def text_scores(sets: dict[str, tuple], whole: bool = True) -> tuple[dict, list]
     names = ("cider", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "meteor")
     scores = {name + suffix: None for suffix in sets for name in names}
     pairs, each = {}, []
-    for suffix, (*sides, ptb) in sets.items():
-        # the scorers want both sides by question
-        said, known = (dict(enumerate(groups)) for groups in sides)
+    for suffix, (said, known, ptb) in sets.items():
+        # both sides are split by one process
+        groups, count = [*said, *known], len(said)
         if ptb:
-            said, known = with_java(tokenize, said), with_java(tokenize, known)
-            if said is None or known is None:
-                continue
+            groups = with_java(tokenize, groups)
+        if groups is None:
+            continue
 
-        # n-grams
+        # n-grams; the scorers want both sides by question
+        said, known = dict(enumerate(groups[:count])), dict(enumerate(groups[count:]))
         cider, per_answer = Cider().compute_score(known, said)
         values = (
             cider,
@@ -393,20 +386,22 @@ def text_scores(sets: dict[str, tuple], whole: bool = True) -> tuple[dict, list]
         pairs[suffix] = known, said
 
     # METEOR of all sets with one process
-    found = with_java(meteor, pairs.values()) if whole and pairs else None
+    found = with_java(meteor, pairs.values()) if pairs else None
     scores |= {"meteor" + suffix: value for suffix, value in zip(pairs, found or (), strict=False)}
     return scores, each
 
 
 def proposal_fit(scene: Scene, shown: Scene, object_id: int) -> float:
     """Find the best IoU with an object among the proposals that fit no other object better (LL3DA)."""
-    ids = [o.id for o in scene.objects]
+    # true objects are their own proposals
+    if shown is scene or not scene.objects:
+        return float(object_id in scene.identifiers)
+
+    # of each proposal the object that it fits best, and how well
     offered = [o.box for o in shown.objects if o.id in shown.identifiers]
-    if shown is scene or object_id not in ids or not offered:
-        return float(shown is scene and object_id in scene.identifiers)
-    iou = iou_matrix(np.stack(offered), np.stack([o.box for o in scene.objects]))  # [P, n]
-    own = ids.index(object_id)
-    return float(iou[iou.argmax(1) == own, own].max(initial=0.0))
+    iou = box_ious(offered, [o.box for o in scene.objects])  # [P, n]
+    own = np.array([o.id == object_id for o in scene.objects])
+    return iou.max(1)[own[iou.argmax(1)]].max(initial=0.0)
 
 
 # ---- 4 benchmarks --------------------------------------------------------------------------------
@@ -420,15 +415,11 @@ class Questions:
     benchmark: Benchmark
     samples: list[Sample]
     scenes: dict[str, Scene]  # the truth
-    # what the model sees: the same, or with other proposals for objects (`with_proposals`)
-    shown: dict[str, Scene] = field(default_factory=dict)
+    shown: dict[str, Scene]  # what the model sees: the same, or with other proposals for objects
     blind: data.Blind | None = None  # answers of training questions
     source: str = ""  # the official file
     # what a reader of the scores must know: text -> how many
     remarks: Counter = field(default_factory=Counter)
-
-    def __post_init__(self):
-        self.shown = self.shown or self.scenes
 
     def each(self, *columns) -> Iterable[tuple]:
         """Give every question with its scenes and its entry of every column."""
@@ -443,14 +434,14 @@ class Benchmark:
     or None).
     """
 
-    files: dict = {}
+    files = {}
     split = "val"  # the one that papers report
-    tasks: tuple = ()  # generated questions that belong here
+    tasks = ()  # generated questions that belong here
     prompt = "{question}"  # around the question; a part of the result
-    choice_prompt = ""  # the same where a question has {options}
+    choice_prompt = "{question}"  # the same where a question has {options}
     tokens = 48  # the longest answer; a true one must fit also where numbers are split into digits
-    metrics: dict[str, Callable] = {}  # functions of (answer, sample, scene), the scene is the truth
-    dialects: dict[str, Dialect] = {}
+    metrics = {}  # name/protocol -> function of (answer, sample, scene), the scene is the truth
+    dialects = {}  # name -> Dialect, whose way to score text
     grounded = False  # whether an identifier in an answer means its box
     merged = False  # rows of one id are one question with several answers
     macro = False  # the score is the mean of the parts' means, that of "a" the mean of "a/b", "a/c"
@@ -459,8 +450,8 @@ class Benchmark:
         vars(self).update(changes)
 
     def rows(self, path: Path, split: str) -> list:
-        """Give the rows of an official file."""
-        return read_rows(path)
+        """Give the rows of an official file, or of its part that is named like the split."""
+        return read_rows(path, split)
 
     def read(self, **fields) -> Sample | None:
         """Turn the fields of a row into a question; None: the row does not belong here."""
@@ -471,11 +462,14 @@ class Benchmark:
         return samples
 
     def parts(self, sample: Sample) -> tuple:
-        """Name the parts of the table that a question belongs to."""
-        return (sample.kind,) if sample.kind else ()
+        """Name the parts of the table that a question belongs to: its task where there are several,
+        else its kind.
+        """
+        part = sample.task if len(self.tasks) > 1 else sample.kind
+        return (part,) if part else ()
 
     def write_prompt(self, sample: Sample) -> str:
-        prompt = self.choice_prompt if sample.options and self.choice_prompt else self.prompt
+        prompt = self.choice_prompt if sample.options else self.prompt
         options = "\n".join(sample.options or [])
         return prompt.replace("{options}", options).replace("{question}", sample.question)
 
@@ -493,7 +487,7 @@ class TextBenchmark(Benchmark):
     dialects = DIALECTS
     tokens = 96
 
-    def score(self, answer: str, sample: Sample, scene: Scene) -> dict:
+    def score(self, answer, sample, scene):
         found = {}
         for name, dialect in self.dialects.items():
             known = [dialect.reference(r) for r in sample.answers or [sample.answer]]
@@ -501,7 +495,7 @@ class TextBenchmark(Benchmark):
             found |= {f"{key}/{name}": value for key, value in matched.items()}
         return found
 
-    def text_sets(self, questions: Questions, answers: list[str]) -> dict:
+    def text_sets(self, questions, answers):
         sets = {}
         for name, d in self.dialects.items():
             if d.ngrams:
@@ -520,19 +514,18 @@ class Captions(Benchmark):
     dialects = CAPTION_DIALECTS
     tokens = 128
 
-    def text_sets(self, questions: Questions, answers: list[str]) -> dict:
+    def text_sets(self, questions, answers):
         # whether a proposal fits the object at all
         fits = [proposal_fit(scene, shown, s.targets[0]) for s, scene, shown in questions.each()]
         sets = {}
         for (name, d), k in itertools.product(self.dialects.items(), (0.5, 0.25)):
-            said = []
-            for text, fit in zip(answers, fits, strict=True):
-                said.append([d.answer(f"sos {text} eos" if fit >= k + d.above else "sos eos")])
+            hits = np.array(fits) >= k + d.above
+            kept = [f"sos {text} eos" if hit else "sos eos" for text, hit in zip(answers, hits, strict=True)]
             known = []
             for s in questions.samples:
                 texts = s.tokens if d.first_30 and s.tokens else s.answers
                 known.append([d.reference(f"sos {text} eos") for text in texts])
-            sets[f"@{k}/{name}"] = said, known, d.ptb
+            sets[f"@{k}/{name}"] = [[d.answer(text)] for text in kept], known, d.ptb
         return sets
 
 
@@ -551,7 +544,7 @@ class ManyTargets(Grounding):
     metrics = {f"f1@{t}/multi3drefer": partial(boxes_f1, threshold=t) for t in (0.5, 0.25)}
     tokens = 384
 
-    def parts(self, sample: Sample) -> tuple:
+    def parts(self, sample):
         return sample.kind, "with_target" if sample.targets else "zero_target"
 
 
@@ -565,32 +558,26 @@ class Spatial(Benchmark):
     }
     macro = True
 
-    def parts(self, sample: Sample) -> tuple:
+    def parts(self, sample):
         task = sample.task.removeprefix("vsi_")
-        return (task, f"{task}/{sample.kind}") if sample.kind in ("easy", "medium", "hard") else (task,)
+        return (task, f"{task}/{sample.kind}") if sample.kind else (task,)
 
 
-def by_task(sample: Sample) -> tuple:
-    return (sample.task,)
-
-
-ROOM_WORDS = dict(
-    dialects={"strict": Dialect("nobody else: answers as they are", ngrams=None)}, parts=by_task
-)
-BENCHMARKS: dict[str, Benchmark] = {
+STRICT = {"strict": Dialect("nobody else: answers as they are", ngrams=None)}
+BENCHMARKS = {
     **{
         f"rooms/grounding{kind}": Grounding(tasks=(f"ground{kind}",))
         for kind in ("", "_multiple", "_category", "_relation", "_superlative")
     },
     "rooms/multi": ManyTargets(tasks=("multi",)),
-    "rooms/qa": TextBenchmark(tasks=("color", "what", "where", "count", "exist", "situated"), **ROOM_WORDS),
+    "rooms/qa": TextBenchmark(
+        tasks=("color", "what", "where", "count", "exist", "situated"), dialects=STRICT
+    ),
     "rooms/identifier": TextBenchmark(
-        tasks=("id_category", "id_color", "id_size", "relation"), **ROOM_WORDS
+        tasks=("id_category", "id_color", "id_size", "relation"), dialects=STRICT
     ),
     "rooms/coordinate": Benchmark(tasks=("coordinate",), metrics=POSITION),
-    "rooms/distance": Benchmark(
-        tasks=("distance", "distance_ids", "size"), metrics=LENGTH, parts=by_task, tokens=96
-    ),
+    "rooms/distance": Benchmark(tasks=("distance", "distance_ids", "size"), metrics=LENGTH, tokens=96),
     "rooms/caption": Captions(tasks=("caption",)),
     "rooms/vsi": Spatial(
         tasks=(
@@ -669,15 +656,11 @@ def read_rows(path: Path, key: str = "") -> list:
 def make_sample(id: object, scene: str, task: str, question: str, answers: list[str], **more) -> Sample:
     """Make a question of an official file; the blind baseline falls back on its first two words."""
     texts = [scene, question, *answers]
-    if (
-        not isinstance(answers, list)
-        or not answers
-        or not all(isinstance(t, str) and t.strip() for t in texts)
-    ):
+    written = all(isinstance(t, str) and t.strip() for t in texts)
+    if not (isinstance(answers, list) and answers and written):
         raise ValueError(f"scene, question and a list of answers must be text, not {texts}"[:200])
-    sample = Sample(str(id), scene, task, question, answers[0], list(answers), **more)
-    sample.template = " ".join([task, *question.lower().split()[:2]])
-    return sample
+    template = " ".join([task, *question.lower().split()[:2]])
+    return Sample(str(id), scene, task, question, answers[0], list(answers), template=template, **more)
 
 
 WORD = "{question}\nAnswer the question using a single word or phrase."
@@ -706,7 +689,7 @@ class ScanQA(TextBenchmark):
         "What is": "object",
     }
 
-    def read(self, question_id, scene_id, question, answers, **others) -> Sample:
+    def read(self, question_id, scene_id, question, answers, **others):
         kind = next((kind for words, kind in self.kinds.items() if words in question), "other")
         return make_sample(question_id, scene_id, "qa", question, answers, kind=kind)
 
@@ -719,47 +702,19 @@ class SQA3D(TextBenchmark):
     files = splits("v1_balanced_questions_*_scannetv2.json", train=26_623, val=3_261, test=3_519)
     split = "test"
     prompt = WORD
-    dialects = {"chat-scene": replace(DIALECTS["chat-scene"], reference=clean), **DIALECTS}
+    dialects = {"chat-scene": DIALECTS["chat-scene"], **DIALECTS}
     kinds = ("what", "is", "how", "can", "which")
 
-    def rows(self, path: Path, split: str) -> list:
+    def rows(self, path, split):
         beside = path.with_name(path.name.replace("_questions_", "_sqa_annotations_"))
         answers = {row["question_id"]: row for row in read_rows(beside, "annotations")}
         return [answers.get(row["question_id"], {}) | row for row in read_rows(path, "questions")]
 
-    def read(self, question_id, scene_id, situation, question, answers, **others) -> Sample:
+    def read(self, question_id, scene_id, situation, question, answers, **others):
         answers = [answer["answer"] for answer in answers]
         kind = next((word for word in self.kinds if question.lower().startswith(word)), "others")
         sample = make_sample(question_id, scene_id, "situated", question, answers, kind=kind)
         return replace(sample, question=f"{situation} {question}")
-
-
-class MSQA(TextBenchmark):
-    """{"index": "scene0011_00_12", "scan_id": "scene0011_00", "situation": "You are sitting on ..",
-    "question": "How many chairs are in front of me?", "answers": ["Two"], "type": "counting", ..};
-    its GPT score is not offered."""
-
-    files = splits("msqa_scannet_*.json", train=None, val=None, test=None)
-    split = "test"
-    dialects = {"leo": DIALECTS["leo"]}
-
-    def read(self, index, scan_id, situation, question, answers, type, **others) -> Sample:
-        return make_sample(index, scan_id, "situated", f"{situation} {question}", answers, kind=type)
-
-
-class OpenEQA(TextBenchmark):
-    """{"question_id": "e845f82a-..", "episode_history": "scannet-v0/002-scannet-scene0709_00",
-    "question": "What red object is below the windows?", "answer": "Fire extinguisher", "category":
-    "object recognition"}; the benchmark's own score is a language model's judgement, which is not
-    offered."""
-
-    files = {"val": ("open-eqa-v0.json", 1_636)}
-    prompt = WORD
-    dialects = {"llava-3d": DIALECTS["llava-3d"], **DIALECTS}
-
-    def read(self, question_id, episode_history, question, answer, category, extra_answers=()) -> Sample:
-        scene, answers = episode_history.split("-")[-1], [answer, *filter(str.strip, extra_answers)]
-        return make_sample(question_id, scene, "qa", question, answers, kind=category)
 
 
 def object_of(scene: str, object_id: object) -> int:
@@ -782,7 +737,7 @@ class ScanRefer(Grounding):
     prompt = "Which object is described? {question}"
     kinds = ("unique", "multiple")
 
-    def read(self, scene_id, object_id, object_name, ann_id, description, eval_type="", **others) -> Sample:
+    def read(self, scene_id, object_id, object_name, ann_id, description, eval_type="", **others):
         target, kind = object_of(scene_id, object_id), eval_type or object_name.replace("_", " ")
         return make_sample(
             f"{scene_id}|{object_id}|{ann_id}",
@@ -794,10 +749,13 @@ class ScanRefer(Grounding):
             kind=kind,
         )
 
-    def finish(self, samples: list[Sample], folders: list[Path]) -> list[Sample]:
+    def finish(self, samples, folders):
         table = next((folder / LABELS for folder in folders if (folder / LABELS).exists()), None)
         if table is None or samples[0].kind in self.kinds:
-            return [replace(s, kind=s.kind if s.kind in self.kinds else "") for s in samples]
+            for s in samples:
+                if s.kind not in self.kinds:
+                    s.kind = ""
+            return samples
 
         # the class of a name, and how many annotated objects of it a scene has
         with table.open() as file:
@@ -819,7 +777,7 @@ class Multi3DRefer(ManyTargets):
     files = splits("multi3drefer_*.json", train=43_838, val=11_120)
     prompt = "Which objects are described, if any? {question}"
 
-    def read(self, scene_id, object_ids, ann_id, eval_type, description, **others) -> Sample:
+    def read(self, scene_id, object_ids, ann_id, eval_type, description, **others):
         targets = [object_of(scene_id, i) for i in object_ids]
         answer = " ".join(["yes.", *(f"<obj {i}>" for i in targets)]) if targets else "no."
         return make_sample(
@@ -834,7 +792,7 @@ class Scan2Cap(Captions):
     files = splits("ScanRefer_filtered_*.json", train=7_875, val=2_068)
     merged = True
 
-    def read(self, scene_id, object_id, description, token=(), **others) -> Sample:
+    def read(self, scene_id, object_id, description, token=(), **others):
         target, words = object_of(scene_id, object_id), token or description.lower().split()
         return make_sample(
             f"{scene_id}|{object_id}",
@@ -857,11 +815,11 @@ class VSIBench(Spatial):
     prompt = f"These are frames of a video.\n{WORD.replace('Answer', 'Please answer')}"
     choice_prompt = f"These are frames of a video.\n{{question}}\n{OPTIONS}"
 
-    def read(self, id, scene_name, question_type, question, ground_truth, options=None, **others) -> Sample:
+    def read(self, id, scene_name, question_type, question, ground_truth, options=None, **others):
         task, _, kind = re.sub("_(easy|medium|hard)$", r" \1", question_type).partition(" ")
         value = None if options else float(ground_truth)
-        more = dict(kind=kind, options=options, value=value)
-        return make_sample(id, scene_name, f"vsi_{task}", question, [ground_truth], **more)
+        sample = make_sample(id, scene_name, f"vsi_{task}", question, [ground_truth])
+        return replace(sample, kind=kind, options=options, value=value)
 
 
 class SR91K(Benchmark):
@@ -872,14 +830,14 @@ class SR91K(Benchmark):
     files = {"train": ("SpaceR-151k.jsonl", None)}
     prompt, choice_prompt = WORD, "{question}\n" + OPTIONS
 
-    kinds = ("multiple choice", "numerical", "regression")
-
     def read(self, problem_type, problem, solution, path, data_source="SR", options=None, **others):
-        if not data_source.startswith("SR") or problem_type not in self.kinds:
+        asked = problem_type in ("multiple choice", "numerical", "regression")
+        if not (asked and data_source.startswith("SR")):
             return None
         answer = re.sub(r"</?answer>", "", solution).strip()
-        more = dict(options=options or None, value=None if options else float(answer))
-        return make_sample("", Path(path).stem, "vsi", problem, [answer], **more)
+        value = None if options else float(answer)
+        scene = Path(path).stem
+        return make_sample("", scene, "vsi", problem, [answer], options=options or None, value=value)
 
 
 class MMScanQA(Benchmark):
@@ -889,10 +847,7 @@ class MMScanQA(Benchmark):
     files = splits("MMScan_QA.json", train=None)
     prompt = WORD
 
-    def rows(self, path: Path, split: str) -> list:
-        return read_rows(path, split)
-
-    def read(self, ID, scan_id, question, answers, **others) -> Sample:
+    def read(self, ID, scan_id, question, answers, **others):
         return make_sample(ID, scan_id.split("/")[-1], "qa", question, answers)
 
 
@@ -901,9 +856,8 @@ class MMScanVG(Multi3DRefer):
     "scannet/scene0011_00", "text": "..", "target_id": [3]}; objects are numbered from 1."""
 
     files = splits("MMScan_VG.json", train=None)
-    rows = MMScanQA.rows
 
-    def read(self, ID, scan_id, text, target_id, **others) -> Sample:
+    def read(self, ID, scan_id, text, target_id, **others):
         sample = super().read(scan_id.split("/")[-1], [i - 1 for i in target_id], ID, "", text)
         return replace(sample, id=ID)
 
@@ -912,7 +866,7 @@ class Dialogue(Benchmark):
     """A training source, 3D-LLM: {"scene_id": "scene0011_00", "question": "### human: clean up. ###
     assistant:", "answers": ["1. go to the desk"]}"""
 
-    def read(self, scene_id, question, answers) -> Sample:
+    def read(self, scene_id, question, answers):
         words = re.sub(r"###\s*(human|assistant)\s*:", " ", question).split()
         return make_sample("", scene_id, "chat", " ".join(words), answers)
 
@@ -920,8 +874,6 @@ class Dialogue(Benchmark):
 BENCHMARKS |= {
     "scanqa": ScanQA(),
     "sqa3d": SQA3D(),
-    "msqa": MSQA(),
-    "openeqa": OpenEQA(),
     "scanrefer": ScanRefer(),
     "multi3drefer": Multi3DRefer(),
     "scan2cap": Scan2Cap(),
@@ -940,30 +892,28 @@ BENCHMARKS |= {
 }
 
 
-def find_split(folder: Path, benchmark: Benchmark, split: str) -> Path | None:
-    """Find the file of a split anywhere below a folder."""
-    return min(folder.rglob(benchmark.files[split][0]), default=None) if split in benchmark.files else None
-
-
 def read_official(name: str, path: Path, root: Path | None = None, split: str = "") -> list[Sample]:
-    """Read the questions of a file, or of a split (default: the one papers report) below a folder.
+    """Read the questions of a file, or of a split's file anywhere below a folder.
 
-    root: where tables of the scans may lie. Raises DataError with file, row and what is wrong.
+    split: by default the one that papers report, which must be there; of a named one the folder may
+    have no file and so no questions. root: where tables of the scans may lie. Raises DataError with
+    file, row and what is wrong.
     """
     # below a folder it is the split's file
     benchmark = find_benchmark(name)
-    split = split or benchmark.split
+    wanted = split or benchmark.split
     if path.is_dir():
-        found = find_split(path, benchmark, split)
-        if found is None:
-            raise DataError(
-                f"{path}: no {benchmark.files.get(split, [split])[0]} below it; name the file itself"
-            )
-        path = found
+        file = benchmark.files.get(wanted, (f"{wanted} split",))[0]
+        found = sorted(path.rglob(file))
+        if not found and split:
+            return []
+        if not found:
+            raise DataError(f"{path}: no {file} below it; name the file itself")
+        path = found[0]
 
     # what is wrong with a row is said with its number
-    samples: dict[str, Sample] = {}
-    for n, row in enumerate(benchmark.rows(path, split), start=1):
+    samples = {}  # by id
+    for n, row in enumerate(benchmark.rows(path, wanted), start=1):
         try:
             sample = benchmark.read(**row)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -994,10 +944,9 @@ def number_objects(scene: Scene, seed: int | None = None) -> Scene:
     """
     identifiers = {o.id: o.id - 1 for o in scene.objects}
     if seed is not None:
-        identifiers = data.number_objects(
-            scene, np.random.default_rng([seed, zlib.crc32(scene.name.encode())])
-        )
-    return replace(scene, identifiers=scene.identifiers or identifiers)
+        rng = np.random.default_rng([seed, zlib.crc32(scene.name.encode())])
+        identifiers = data.number_objects(scene, rng)
+    return replace(scene, identifiers=identifiers)
 
 
 def read_boxes(path: Path) -> dict[str, Scene]:
@@ -1064,10 +1013,11 @@ def load(
         )
 
     # the answers of a training file beside it are the blind baseline
-    train = find_split(annotations if annotations.is_dir() else annotations.parent, benchmark, "train")
-    blind = data.Blind(read_official(name, train, root, "train")) if train else None
+    folder = annotations if annotations.is_dir() else annotations.parent
+    known = read_official(name, folder, root, "train")
+    blind = data.Blind(known) if known else None
     samples = [s for s in samples if s.scene in scenes]
-    return Questions(name, benchmark, samples, scenes, blind=blind, source=fingerprint(annotations))
+    return Questions(name, benchmark, samples, scenes, scenes, blind, fingerprint(annotations))
 
 
 def with_proposals(
@@ -1083,34 +1033,35 @@ def with_proposals(
         return replace(questions, scenes=scenes, shown=scenes)
 
     # where proposals come from
+    file = Path(how)
     own = {"segments": data.with_own_segments, **model.proposals()} if model else {}
-    if how not in own and not Path(how).is_file():
+    if how not in own and not file.is_file():
         raise DataError(f"--proposals {how}: neither a file of boxes nor one of gt, {', '.join(own)}")
-    given = {} if how in own else read_boxes(Path(how))
+    given = {} if how in own else read_boxes(file)
 
     # under a name of their own, or a cache would give the features of the true objects
-    shown, title = {}, Path(how).stem
+    shown = {}
     for name, scene in scenes.items():
         if how in own:
-            scene = own[how](replace(scene, identifiers={}))
+            scene = own[how](scene)
         else:
-            found = given.get(name, Scene(name, "boxes", []))
-            scene = replace(
-                scene, objects=found.objects, identifiers=found.identifiers, instances=None, frames=None
-            )
-        shown[name] = number_objects(replace(scene, name=f"{name}@{title}"), seed)
-    return replace(questions, name=f"{questions.name}@{title}", scenes=scenes, shown=shown)
+            objects = given[name].objects if name in given else []
+            scene = replace(scene, objects=objects, instances=None, frames=None)
+        shown[name] = number_objects(replace(scene, name=f"{name}@{file.stem}"), seed)
+    return replace(questions, name=f"{questions.name}@{file.stem}", scenes=scenes, shown=shown)
 
 
 def as_shown(sample: Sample, scene: Scene, shown: Scene) -> Sample:
     """Write a question in the proposals' terms: a mark becomes that of the best fitting proposal."""
     offered = [o for o in shown.objects if o.id in shown.identifiers]
+    if not offered:
+        return sample
 
     def best(object_id: int) -> str:
-        iou = iou_matrix(np.stack([o.box for o in offered]), np.stack(true_boxes([object_id], scene)))
-        return f"<obj {offered[int(iou.argmax())].id}>"
+        iou = box_ious([o.box for o in offered], true_boxes([object_id], scene))
+        return f"<obj {offered[iou.argmax()].id}>"
 
-    texts = ("question", "answer", "steps") if offered else ()
+    texts = ("question", "answer", "steps")
     return replace(sample, **{key: data.substitute(getattr(sample, key), best) for key in texts})
 
 
@@ -1127,13 +1078,13 @@ def predict(model: Model, questions: Questions, batch: int = 256) -> dict[str, s
     rank, world = rank_and_world()
     benchmark, answers = questions.benchmark, {}
     own = sorted({s.scene for s in questions.samples})[rank::world]
-    samples = sorted((s for s in questions.samples if s.scene in own), key=attrgetter("scene"))
+    samples = [s for scene in own for s in questions.samples if s.scene == scene]
     for start in range(0, len(samples), batch):
         chunk = samples[start : start + batch]
 
         # a scene is read once for all of its questions in the batch
         groups = []
-        for name, group in itertools.groupby(chunk, key=attrgetter("scene")):
+        for name, group in itertools.groupby(chunk, key=lambda s: s.scene):
             scene, shown = questions.scenes[name], questions.shown[name]
             written = [replace(s, question=benchmark.write_prompt(s)) for s in group]
             groups.append((shown, [as_shown(s, scene, shown) for s in written]))
@@ -1155,33 +1106,29 @@ def predict(model: Model, questions: Questions, batch: int = 256) -> dict[str, s
 
 def summarize(benchmark: Benchmark, samples: list[Sample], scored: list[dict]) -> dict[str, float]:
     """Average scores per question: {"metric/protocol": .., "metric/protocol/part": ..}."""
-    # which questions belong to a part
-    result, parts = {}, [benchmark.parts(s) for s in samples]
-    names = sorted(set(itertools.chain(*parts)))
-    for metric in scored[0]:
-        # over all, and over each part
-        values = np.array([scores[metric] for scores in scored], float)
-        means = {name: values[[name in own for own in parts]].mean() for name in names}
-        result[metric] = values.mean()
+    # over all questions, which are the part "", and over each part
+    groups = defaultdict(list)
+    for sample, scores in zip(samples, scored, strict=True):
+        for part in {"", *benchmark.parts(sample)}:
+            groups[part].append([*scores.values()])
+    means = {part: np.mean(groups[part], axis=0) for part in sorted(groups)}  # [metrics] each
 
-        # tasks count alike whatever their size, and so do the kinds of one task
-        if benchmark.macro:
-            tasks = [name for name in names if "/" not in name]
-            for task in tasks:
-                kinds = [means[name] for name in names if name.startswith(f"{task}/")]
-                means[task] = np.mean(kinds or means[task])
-            result[f"{metric}_micro"] = result[metric]
-            result[metric] = np.mean([means[task] for task in tasks])
-        result |= {f"{metric}/{name}": mean for name, mean in means.items()}
-    return {name: float(value) for name, value in result.items()}
+    # kinds of one task count alike whatever their size, and then so do tasks: "a/b", "a", ""
+    for whole in sorted(means, reverse=True) if benchmark.macro else ():
+        finer = [mean for part, mean in means.items() if part and part.rpartition("/")[0] == whole]
+        means[whole] = np.mean(finer or [means[whole]], axis=0)
+
+    result = {}
+    for i, metric in enumerate(scored[0]):
+        result |= {f"{metric}/{part}".removesuffix("/"): mean[i] for part, mean in means.items()}
+    return result
 
 
-def measure(questions: Questions, answers: dict[str, str], whole: bool = True) -> tuple[dict, list]:
+def measure(questions: Questions, answers: dict[str, str]) -> tuple[dict, list]:
     """Score answers {id: text}: all scores, and a value per question (its first score, else its
     CIDEr).
 
-    A missing answer is the empty text. whole: False leaves out scores of the whole set where there
-    are others, and METEOR.
+    A missing answer is the empty text.
     """
     # question by question; a metric knows boxes only, not identifiers
     benchmark, scored = questions.benchmark, []
@@ -1192,33 +1139,30 @@ def measure(questions: Questions, answers: dict[str, str], whole: bool = True) -
     each = [next(iter(scores.values()), 0.0) for scores in scored]
 
     # then all answers together
-    if whole or not values:
-        found, per_answer = text_scores(benchmark.text_sets(questions, texts), whole)
-        each = each if values else per_answer or each
-        values |= found
-    return values, each
+    found, per_answer = text_scores(benchmark.text_sets(questions, texts))
+    if not values and per_answer:
+        each = per_answer
+    return values | found, each
 
 
 def chance_scores(questions: Questions) -> dict:
     """Compute what guessing gets on these very questions (`data.chance`).
 
-    None where nothing says what to guess from.
+    Scores are left out where nothing says what to guess from.
     """
     benchmark, scored = questions.benchmark, []
     for sample, scene, shown in questions.each():
         # what a guess may be drawn from
         guesses = questions.blind.answers(sample.task, 50) if questions.blind else []
-
-        def score(text, sample=sample, scene=scene):
-            return np.array([*benchmark.score(text, sample, scene).values()])
+        known = shown.objects if sample.targets is not None else sample.options or guesses
 
         # all metrics of a guess at once
         names = benchmark.score("", sample, scene)
-        known = shown.objects if sample.targets is not None else sample.options or guesses
-        chance = data.chance(sample, shown, guesses, score) if known else np.nan
+        worth = [[*benchmark.score(text, sample, scene).values()] for text in guesses]
+        chance = data.chance(sample, shown, worth, np.array) if known else np.nan
         scored.append(dict(zip(names, np.broadcast_to(chance, len(names)), strict=True)))
     found = summarize(benchmark, questions.samples, scored)
-    return {name: None if np.isnan(value) else value for name, value in found.items()}
+    return {name: value for name, value in found.items() if not np.isnan(value)}
 
 
 def plain(text: str, scene: Scene) -> str:
@@ -1236,25 +1180,24 @@ def score(questions: Questions, answers: dict[str, str], others: dict[str, dict]
     values, each = measure(questions, answers)
 
     # the same questions by chance, blind, and by other models
-    blind = {}
+    columns, blind = {"chance": chance_scores(questions), "blind": {}}, {}
     if questions.blind:
         blind = {s.id: plain(questions.blind.predict(s, shown), shown) for s, _, shown in questions.each()}
         others = others | {"blind": blind}
-    columns = {name: measure(questions, found, whole=False)[0] for name, found in others.items()}
-    columns = {"chance": chance_scores(questions), "blind": {}} | columns
+    columns |= {name: measure(questions, found)[0] for name, found in others.items()}
 
     # a row per question, what was wrong with its answer, and how well proposals fit its targets
     rows, parts, fits, remarks = [], [], [], questions.remarks.copy()
     for s, scene, shown, value in questions.each(each):
         # a row that a person can read
-        text, truth = answers.get(s.id, ""), plain(" | ".join(s.answers or [s.answer]), scene)
+        text = answers.get(s.id, "")
         rows.append(
             {
                 "id": s.id,
                 "scene": s.scene,
                 "question": s.question,
                 "prediction": text,
-                "answer": truth,
+                "answer": plain(" | ".join(s.answers or [s.answer]), scene),
                 "score": value,
                 "blind": blind.get(s.id, ""),
             }
@@ -1267,7 +1210,7 @@ def score(questions: Questions, answers: dict[str, str], others: dict[str, dict]
         fits += [proposal_fit(scene, shown, i) for i in s.targets or () if shown is not scene]
         parts += benchmark.parts(s)
     for t in (0.25, 0.5) if fits else ():
-        remarks[f"recall@{t} of the proposals"] = round(float(np.mean(np.array(fits) >= t)), 3)
+        remarks[f"recall@{t} of the proposals"] = np.mean(np.array(fits) >= t).round(3)
 
     return {
         **values,
@@ -1286,7 +1229,7 @@ def score(questions: Questions, answers: dict[str, str], others: dict[str, dict]
 
 def table(entries: dict[str, dict]) -> str:
     """Lay out every score beside chance, blind and others, and what a reader must know."""
-    names = dict.fromkeys(c for e in entries.values() for c in e["columns"] if any(e["columns"][c].values()))
+    names = dict.fromkeys(c for e in entries.values() for c, found in e["columns"].items() if found)
     lines, notes = [["benchmark", "score", "model", *names, "count"]], []
     for title, entry in entries.items():
         # every score with its count
@@ -1337,7 +1280,7 @@ def read_predictions(path: Path, questions: Questions, partial: bool = False) ->
     # the first known field that rows have is the id, or the text
     fields = dict.fromkeys(itertools.chain(*rows))
     id_field, text_field = (next((n for n in names if n in fields), "") for names in (ID_FIELDS, TEXT_FIELDS))
-    known, answers, remarks = {s.id for s in questions.samples}, {}, questions.remarks
+    known, answers = {s.id for s in questions.samples}, {}
     for row in rows:
         id, text = str(row.get(id_field)).strip(), row.get(text_field)
         # the first of several is the answer; what was thought before it is none
@@ -1345,29 +1288,23 @@ def read_predictions(path: Path, questions: Questions, partial: bool = False) ->
             text = text[0]
         text = "" if text is None else str(text)
         if id not in known or id in answers:
-            remarks["rows that answer no question, or one answered before"] += 1
+            questions.remarks["rows that answer no question, or one answered before"] += 1
             continue
         tagged = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
         answers[id] = (tagged[1].strip() if tagged else text)[:LIMIT]
-        remarks["answers taken out of <answer> tags"] += tagged is not None
+        questions.remarks["answers taken out of <answer> tags"] += tagged is not None
 
     # how the file was understood, and whether it is enough
     print(
         f"{path}: {len(rows)} rows, id = {id_field}, text = {text_field}, {len(answers)} of {len(known)} answered"
     )
-    understood = id_field and text_field
-    if not understood or (len(answers) < len(known) and not (partial and answers)):
+    if not text_field or (len(answers) < len(known) and not (partial and answers)):
         raise DataError(
             f"{path}: {len(known) - len(answers)} of {len(known)} questions have no answer; complete it, or "
             f'say --partial; wanted are rows like {{"id": "{min(known)}", "prediction": "text"}}, these have '
             f"{', '.join(fields)}"
         )
     return answers
-
-
-def write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8", errors="replace")
 
 
 def revision() -> str:
@@ -1391,16 +1328,18 @@ def save(path: Path, entries: dict[str, dict], **facts) -> None:
     # entries of the same model and code stay
     facts |= {"code": revision(), "torch": torch.__version__}
     try:
-        old = json.loads(path.read_text())
+        (old,) = read_rows(path)
         old = old if old.pop("provenance") == facts else {}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # nothing there, or something else
+    except (ValueError, LookupError, AttributeError):  # nothing there, or something else
         old = {}
 
     # questions and answers in files of their own
     for title, entry in entries.items():
         lines = [json.dumps(row) + "\n" for row in entry.pop("rows")]
-        write_text(path.parent / "predictions" / f"{title}.jsonl", "".join(lines))
-    write_text(path, json.dumps(old | entries | {"provenance": facts}, indent=1) + "\n")
+        file = path.parent / "predictions" / f"{title}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(lines))
+    path.write_text(json.dumps(old | entries | {"provenance": facts}, indent=1) + "\n")
 
 
 def write_report(out: Path) -> None:
@@ -1426,7 +1365,7 @@ def write_report(out: Path) -> None:
     for picture in sorted(out.rglob("*.png")):
         name = html.escape(str(picture.relative_to(out)))
         parts.append(f'<p>{name}<br><img src="{name}" alt="{name}" style="max-width: 100%">')
-    write_text(out / "report.html", "\n".join(parts))
+    (out / "report.html").write_text("\n".join(parts), encoding="utf-8", errors="replace")
 
 
 # ---- 9 mixtures to train on ----------------------------------------------------------------------
@@ -1451,8 +1390,7 @@ def evaluation_rooms(names: set[str], folder: Path, root: Path, held: list[Scene
     # other splits of the same benchmarks
     for name in names:
         for split in find_benchmark(name).files.keys() - {"train"}:
-            if path := find_split(folder, find_benchmark(name), split):
-                scenes.update(s.scene for s in read_official(name, path, root, split))
+            scenes.update(s.scene for s in read_official(name, folder, root, split))
     if not scenes:
         raise DataError(
             f"{folder}: nothing says which rooms are for evaluation; put scannetv2_val.txt and "
@@ -1503,28 +1441,23 @@ def mixture(
     listed, report = defaultdict(list), []
     for name, source in sources.items():
         benchmark, samples, dropped = find_benchmark(source.benchmark), [], Counter()
-        # every accepted answer is a question of its own
         for split in source.splits:
-            path = find_split(folder, benchmark, split)
-            for s in read_official(source.benchmark, path, root, split) if path else ():
+            for s in read_official(source.benchmark, folder, root, split):
                 why, question = fault(s, source), benchmark.write_prompt(s)
                 dropped[why] += 1
+                # every accepted answer is a question of its own
                 for text in () if why else dict.fromkeys(s.answers):
-                    samples.append(
-                        replace(s, id=f"{name}/{s.id}/{text}", question=question, answer=text, answers=[])
-                    )
+                    id = f"{name}/{s.id}/{text}"
+                    samples.append(replace(s, id=id, question=question, answer=text, answers=[]))
 
         # of more than the source takes, a random draw
         order = np.random.default_rng([seed, len(report)]).permutation(len(samples))[: source.most]
         for i in order:
             listed[samples[i].scene].append(samples[i])
-        found, reasons = (
-            dropped.total(),
-            ", ".join(f"{n:,} {why}" for why, n in dropped.items() if why) or "none",
-        )
+        reasons = ", ".join(f"{n:,} {why}" for why, n in dropped.items() if why)
         report.append(
-            f"{name}: {len(order):,} questions kept of {found:,} ({source.printed:,} in the paper); dropped "
-            f"were {reasons}"
+            f"{name}: {len(order):,} questions kept of {dropped.total():,} ({source.printed:,} in the "
+            f"paper); dropped were {reasons or 'none'}"
         )
     if not listed:
         raise DataError(f"{folder}: no question to train on is left; {describe_mixture(report)}")
@@ -1543,11 +1476,11 @@ IN_METERS = re.compile(  # words of a question whose answer is a measure: of a s
 )
 
 
-def load_run(folder: Path, paper=None) -> tuple[Model, dict]:
+def load_run(folder: Path) -> tuple[Model, dict]:
     """Load a run's model, as its last stage sees, and the record of how it was made."""
     # the paper's own questions and benchmarks come with it
     record = data.read_state(folder)["run"]
-    paper = paper or importlib.import_module(record["model"])
+    paper = importlib.import_module(record["model"])
     data.adopt(paper)
     adopt(paper)
 
@@ -1580,7 +1513,7 @@ def evaluate_questions(model: Model, asked: list[Questions], out: Path, record: 
     # the answers, also without what the paper's baselines take away
     dtype, others = getattr(torch, record["dtype"]), defaultdict(dict)
     with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-        answers = [predict(model, questions) for questions in asked]
+        answers = {questions.name: predict(model, questions) for questions in asked}
         for column, without in model.baselines().items():
             with without:
                 for questions in asked:
@@ -1590,7 +1523,7 @@ def evaluate_questions(model: Model, asked: list[Questions], out: Path, record: 
         return {}
 
     # one process scores and writes
-    entries = {q.name: score(q, found, others[q.name]) for q, found in zip(asked, answers, strict=True)}
+    entries = {q.name: score(q, answers[q.name], others[q.name]) for q in asked}
     print(table(entries))
     save(
         out / "metrics.json",
@@ -1600,7 +1533,6 @@ def evaluate_questions(model: Model, asked: list[Questions], out: Path, record: 
         stage=model.stage.name,
         dtype=record["dtype"],
         device=model.device.type,
-        decoding="greedy",
     )
     return entries
 
@@ -1614,7 +1546,7 @@ def evaluate_scenes(
     record: dict,
     names: Iterable[str] = (),
     proposals: str = "gt",
-    blind_scenes: Iterable[Scene] = (),
+    blind_scenes: list[Scene] = (),
     dialects: Iterable[str] = (),
 ) -> dict[str, dict]:
     """Ask a model, as a stage sees, generated questions about scenes it never saw.
@@ -1623,29 +1555,27 @@ def evaluate_scenes(
     the blind baseline knows. A task gets 60 questions in all, and three per scene at least. Returns
     as `evaluate_questions`.
     """
-    # of a benchmark only what was trained, unless it is named
+    # the scenes with their proposals
     model.configure_stage(stage)
-    tasks = {}
-    for name in names or BENCHMARKS:
-        tasks[name] = [
-            t for t in find_benchmark(name).tasks if t in data.TASKS and (names or t in stage.tasks)
-        ]
-
-    # what is blindly known, and the scenes with their proposals
-    seed, known = record["seed"], [*itertools.chain(*tasks.values())]
-    blind = data.Blind(data.question_set(blind_scenes, known, 3, seed + 1))
-    true = {scene.name: scene for scene in scenes}
-    every = with_proposals(Questions("", Benchmark(), [], true, blind=blind), proposals, model, seed)
+    seed, true = record["seed"], {scene.name: scene for scene in scenes}
+    every = with_proposals(Questions("", Benchmark(), [], true, true), proposals, model, seed)
 
     asked = []
-    for name, chosen in tasks.items():
-        samples = data.question_set(every.scenes.values(), chosen, max(3, 60 // len(true)), seed)
+    for name in names or BENCHMARKS:
+        # of a benchmark only what was trained, unless it is named
+        benchmark = choose_dialects(find_benchmark(name), dialects, record["model"])
+        tasks = [task for task in benchmark.tasks if names or task in stage.tasks]
+
+        # the questions, and what is blindly known of others like them
+        samples = data.question_set(every.scenes.values(), tasks, max(3, 60 // len(true)), seed)
+        blind = data.Blind(data.question_set(blind_scenes, tasks, 3, seed + 1))
         if samples:
-            benchmark = choose_dialects(BENCHMARKS[name], dialects, record["model"])
-            asked.append(replace(every, name=name + every.name, benchmark=benchmark, samples=samples))
+            own = Questions(name + every.name, benchmark, samples, every.scenes, every.shown, blind)
+            asked.append(own)
     if not asked:
-        print(f"note: these scenes give no question of {', '.join(tasks)}")
-    return evaluate_questions(model, asked, out, record) if asked else {}
+        print(f"note: these scenes give no question of {', '.join(names or BENCHMARKS)}")
+        return {}
+    return evaluate_questions(model, asked, out, record)
 
 
 def evaluate_run(args: argparse.Namespace) -> None:
@@ -1661,22 +1591,16 @@ def evaluate_run(args: argparse.Namespace) -> None:
         evaluate_questions(model, asked, out, record)
         return write_report(out)
 
-    # questions made for scenes that the run did not train in
+    # scenes that the run did not train in, and some it did, whose answers the blind baseline knows
     load_scenes = partial(data.load_scenes, record["data"], root=record["root"], **record["scene_options"])
     count, objects, place = record["scene_counts"], args.objects, out
-    known = min(300, count["train"])  # training scenes whose answers the blind baseline knows
+    blind = load_scenes("train", count=min(300, count["train"]))
     if objects is None:
         scenes = load_scenes("test", count=count["test"])
     else:  # fresh rooms, none of them a default one, with as many points per object
         first, place = data.ROOM_SEEDS["test"].start + 10_000 + 100 * objects, out / f"objects-{objects}"
-        seeds = range(first, first + count["test"])
-        scenes = [data.room(seed, objects, points=max(4096, 340 * objects)) for seed in seeds]
-
-    # what the blind baseline has read
-    if record["data"] == "rooms":  # questions need no pictures
-        blind = data.rooms(data.ROOM_SEEDS["train"][:known], views=0, points=0)
-    else:
-        blind = load_scenes("train", count=known)
+        points = max(4096, 340 * objects)
+        scenes = [data.room(first + i, objects, points=points) for i in range(count["test"])]
     evaluate_scenes(
         model,
         scenes,

@@ -210,7 +210,7 @@ def test_iou_carries_the_benchmark_epsilon():
     it."""
     place = Scene("a", "", [Thing(1, "", "", UNIT)], identifiers={1: 0})
     asked, text = Sample("1", "a", "ground", "", "", targets=[1]), str(moved(1 / 3).tolist())
-    assert evaluate.iou_matrix(UNIT[None], moved(1 / 3)[None])[0, 0] == pytest.approx(0.499999996, abs=2e-9)
+    assert data.box_iou(UNIT[None], moved(1 / 3)[None])[0, 0] == pytest.approx(0.499999996, abs=2e-9)
     assert evaluate.first_box_fits(text, asked, place, 0.5) == 0
     assert evaluate.first_box_fits(text, asked, place, 0.25) == 1
     assert evaluate.boxes_f1(text, asked, place, 0.5) == 1
