@@ -717,6 +717,34 @@ class SQA3D(TextBenchmark):
         return replace(sample, question=f"{situation} {question}")
 
 
+class MSQA(TextBenchmark):
+    """{"index": "scene0011_00_12", "scan_id": "scene0011_00", "situation": "You are sitting on ..",
+    "question": "How many chairs are in front of me?", "answers": ["Two"], "type": "counting", ..};
+    its GPT score is not offered."""
+
+    files = splits("msqa_scannet_*.json", train=None, val=None, test=None)
+    split = "test"
+    dialects = {"leo": DIALECTS["leo"]}
+
+    def read(self, index, scan_id, situation, question, answers, type, **others):
+        return make_sample(index, scan_id, "situated", f"{situation} {question}", answers, kind=type)
+
+
+class OpenEQA(TextBenchmark):
+    """{"question_id": "e845f82a-..", "episode_history": "scannet-v0/002-scannet-scene0709_00",
+    "question": "What red object is below the windows?", "answer": "Fire extinguisher", "category":
+    "object recognition"}; the benchmark's own score is a language model's judgement, which is not
+    offered."""
+
+    files = {"val": ("open-eqa-v0.json", 1_636)}
+    prompt = WORD
+    dialects = {"llava-3d": DIALECTS["llava-3d"], **DIALECTS}
+
+    def read(self, question_id, episode_history, question, answer, category, extra_answers=()):
+        scene, answers = episode_history.split("-")[-1], [answer, *filter(str.strip, extra_answers)]
+        return make_sample(question_id, scene, "qa", question, answers, kind=category)
+
+
 def object_of(scene: str, object_id: object) -> int:
     """Turn ScanNet's objectId into an object's id; scene0217_00 lists its 31 objects twice."""
     number = int(object_id)
@@ -874,6 +902,8 @@ class Dialogue(Benchmark):
 BENCHMARKS |= {
     "scanqa": ScanQA(),
     "sqa3d": SQA3D(),
+    "msqa": MSQA(),
+    "openeqa": OpenEQA(),
     "scanrefer": ScanRefer(),
     "multi3drefer": Multi3DRefer(),
     "scan2cap": Scan2Cap(),

@@ -326,6 +326,7 @@ def test_scanrefer_is_scored_as_chat_scene_does():
             67,
             {"what": 1147, "is": 652, "how": 465, "can": 338, "which": 351, "others": 566},
         ),
+        ("openeqa", "open_eqa", 152, {"object localization": 263, "object recognition": 231}),
     ],
 )
 def test_official_questions_are_all_read_with_their_types(name, folder, scenes, kinds):
@@ -412,6 +413,13 @@ def test_unique_means_alone_of_its_class_among_annotated_objects(tmp_path):
             "3dllm/planning",
             dict(scene_id="s", question="### human: clean up. ### assistant:", answers=["1. go"]),
             dict(question="clean up."),
+        ),
+        (
+            "msqa",
+            dict(
+                index=7, scan_id="s", situation="I sit.", question="What?", answers=["Two"], type="counting"
+            ),
+            dict(id="7", question="I sit. What?", kind="counting"),
         ),
         (
             "scanrefer",
@@ -685,7 +693,9 @@ def test_every_true_answer_survives_the_row_s_limit(world, name):
 
 
 @needs_shared
-@pytest.mark.parametrize(("name", "folder"), [("scanqa", "scanqa"), ("sqa3d", "sqa3d")])
+@pytest.mark.parametrize(
+    ("name", "folder"), [("scanqa", "scanqa"), ("sqa3d", "sqa3d"), ("openeqa", "open_eqa")]
+)
 def test_every_official_answer_survives_its_limit(name, folder):
     samples = evaluate.read_official(name, SHARED / "data" / folder)
     assert max(len(Digits.tokens(a)) for s in samples for a in s.answers) < BENCHMARKS[name].tokens
