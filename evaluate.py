@@ -702,7 +702,10 @@ class SQA3D(TextBenchmark):
     files = splits("v1_balanced_questions_*_scannetv2.json", train=26_623, val=3_261, test=3_519)
     split = "test"
     prompt = WORD
-    dialects = {"chat-scene": DIALECTS["chat-scene"], **DIALECTS}
+    # there Chat-Scene cleans references too
+    dialects = {"chat-scene": DIALECTS["chat-scene"], **DIALECTS} | {
+        "chat-scene": replace(DIALECTS["chat-scene"], reference=clean)
+    }
     kinds = ("what", "is", "how", "can", "which")
 
     def rows(self, path, split):

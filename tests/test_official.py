@@ -764,3 +764,10 @@ def test_a_folder_that_cannot_be_trained_on_is_refused(world, tmp_path):
         evaluate.mixture({"ScanQA": Source("scanqa", 1)}, tmp_path, tmp_path, world.scenes["train"], [])
     with pytest.raises(DataError, match="no question to train on is left; ScanQA: 0 questions kept of 0"):
         evaluate.mixture({"ScanQA": Source("scanqa", 1)}, tmp_path, tmp_path, [], world.scenes["val"])
+
+
+def test_chat_scene_cleans_the_references_of_sqa3d_but_not_of_scanqa():
+    """Its two scripts differ there."""
+    sample = data.Sample("0", "s", "qa", "q", "the Table", ["the Table"])
+    for name, right in (("sqa3d", 1.0), ("scanqa", 0.0)):
+        assert BENCHMARKS[name].score("table.", sample, None)["em/chat-scene"] == right
