@@ -2256,10 +2256,10 @@ class SceneLanguageModel(nn.Module):
         """Do the frozen work of a rank's share of the scenes; the others' is then read from the folder."""
         from tqdm import tqdm
 
-        # what may have to be named
-        things = {(o.category, o.color) for scene in scenes for o in scene.objects}
-        tokens = [name_pair(self.text, *names) for names in ((), *things)]
-        self.names = torch.tensor(tokens).unique()
+        # what may have to be named: nothing, things, identifiers
+        known = {(o.category, o.color) for scene in scenes for o in scene.objects}
+        known |= {(), *((f"<OBJ{i:03d}>",) for i in range(100))}
+        self.names = torch.tensor([name_pair(self.text, *names) for names in known]).unique()
 
         if not self.uses_features():
             return
@@ -2339,6 +2339,12 @@ class SceneLanguageModel(nn.Module):
             loss = loss + (answered.sum(1) * seen["auxiliary_loss"]).sum()
         correct = (logits.argmax(-1) == target).sum()
         return {"loss": loss, "weight": answered.sum(), "correct": correct, "tokens": (block >= 0).sum()}
+
+    def naming_loss(self, features, pairs, weight):
+        """Loss of a stage without questions, as in `forward`: `naming` of features [R, D], weighted [R]."""
+        words, names = self.llm.get_input_embeddings().weight, self.names.to(features.device)
+        loss, right = naming(features, words, names, pairs)
+        return {"loss": (loss * weight).sum(), "weight": weight.sum(), "correct": (right * weight).sum()}
 
     @torch.no_grad()
     def generate(self, batch, max_new_tokens=64):

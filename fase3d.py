@@ -1230,9 +1230,7 @@ class TinyModel(Model):
         # walls are many
         pairs = torch.tensor(pairs, device=self.device)  # [T, 2]
         weight = torch.where(pairs[:, 0] == self.text.unk, 0.2, 1.0)  # [T]
-        words = self.llm.get_input_embeddings().weight
-        loss, right = data.naming(torch.cat(tokens), words, self.names.to(self.device), pairs)
-        return {"loss": (loss * weight).sum(), "weight": weight.sum(), "correct": (right * weight).sum()}
+        return self.naming_loss(torch.cat(tokens), pairs, weight)
 
 
 ALL = mixture((0.6, QA), (0.15, CAPTION), (0.25, NAME))

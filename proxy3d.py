@@ -1039,42 +1039,33 @@ class TinyModel(Model):
         # what the tower saw before this step is worth nothing
         self.symbol_features, self.feature_cache = {}, {}
 
-        # pieces are numbered through all frames
-        h, w = self.config.grid
-        cell = patch_index(torch.zeros(views, h, w), 4, 4).view(views, h, w)
-        images, piece, names, weight = [], [], [], []
-        keys, symbol_names = [], []
+        # of every scene some frames, and four objects and four identifiers, which come in no order
+        images, labels, names, keys, pairs = [], [], [], [], []
         for scene in scenes:
             numbers, f = list(scene.identifiers.values()), frames_of(scene)
             pick = np.random.default_rng(numbers).choice(len(f.color), views)
             images.append(self.resize_frames(torch.from_numpy(f.color[pick])))
-            label = patch_labels(torch.from_numpy(f.masks[pick]).long(), h, w)  # [views, h, w]
-            found, which = (label * 16 * views + cell).unique(return_inverse=True)
-            piece.append(which.flatten() + len(names))
-            known = {o.id: data.name_pair(self.text, o.category, o.color) for o in scene.objects}
-            for i in (found // (16 * views)).tolist():
-                names.append(known.get(i, data.name_pair(self.text)))
-                weight.append(1.0 if i else 0.3)  # walls and floor are everywhere
+            labels.append(patch_labels(torch.from_numpy(f.masks[pick]).long(), *self.config.grid))
+            names.append({o.id: data.name_pair(self.text, o.category, o.color) for o in scene.objects})
+            keys += self.category_keys(scene.objects[:4]) + [("id", i) for i in numbers[:4]]
+            pairs += [names[-1][o.id] for o in scene.objects[:4]]
+            pairs += [data.name_pair(self.text, f"<OBJ{i:03d}>") for i in numbers[:4]]
 
-            # four objects and four identifiers, which come in no order
-            keys += self.category_keys(scene.objects[:4])
-            symbol_names += [known[o.id] for o in scene.objects[:4]]
-            keys += [("id", i) for i in numbers[:4]]
-            symbol_names += [data.name_pair(self.text, f"<OBJ{i:03d}>") for i in numbers[:4]]
+        # a piece is a label in a sixteenth of a frame
+        label = torch.cat(labels)  # [frames, h, w]
+        place = torch.stack([patch_index(label, 4, 4), label.flatten()], 1)
+        pieces, which = place.unique(dim=0, return_inverse=True)
+        nothing, shown = data.name_pair(self.text), []
+        for cell, i in pieces.tolist():
+            shown.append(names[cell // (16 * views)].get(i, nothing))
 
-        # average the patches of each piece, then all that must be named
-        n = len(names)
+        # average the patches of each piece, then all that must be named; walls and floor are everywhere
         patches = self.encode_images(torch.cat(images)).flatten(0, 2)  # [patches, D]
-        pieces, _ = data.group_mean(patches, torch.cat(piece).to(patches.device), n)  # [n, D]
-        features = torch.cat([self.norm(pieces), self.encode_symbols(keys)])  # [R, D]
-        weight = torch.tensor(weight + [2.0] * len(keys), device=features.device)  # [R]
-
-        # each must tell its two names from all others
-        identifiers = [data.name_pair(self.text, f"<OBJ{i:03d}>")[0] for i in range(100)]
-        known = torch.tensor([*self.names.tolist(), *identifiers]).unique()
-        words, pairs = self.llm.get_input_embeddings().weight, torch.tensor(names + symbol_names)
-        loss, right = data.naming(features, words, known.to(words.device), pairs.to(words.device))
-        return {"loss": (loss * weight).sum(), "weight": weight.sum(), "correct": (right * weight).sum()}
+        z, _ = data.group_mean(patches, which.to(patches.device), len(pieces))
+        features = torch.cat([self.norm(z), self.encode_symbols(keys)])  # [R, D]
+        weight = torch.cat([torch.where(pieces[:, 1] > 0, 1.0, 0.3), torch.full([len(keys)], 2.0)])
+        pairs = torch.tensor(shown + pairs, device=self.device)  # [R, 2]
+        return self.naming_loss(features, pairs, weight.to(self.device))
 
 
 # every stage asks a little of what its predecessors taught: what is not asked is forgotten
