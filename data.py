@@ -3507,31 +3507,21 @@ def move(points, normals, world):
 def voxel_of(points, voxel):
     """Number the occupied voxels from 0: the one of each of points [N, 3], int64 [N]."""
     cell = np.floor(points / voxel).astype(np.int64)
-    cell -= cell.min(0, initial=np.iinfo(np.int64).max)
-    return np.unique(cell @ [1 << 42, 1 << 21, 1], return_inverse=True)[1].reshape(-1)
-
-
-def voxel_mean(rows, voxel):
-    """Average rows [N, C], whose first columns are x, y, z, in each occupied voxel: rows [n, C]
-    and counts [n]."""
-    index = voxel_of(rows[:, :3], voxel)
-    count = np.bincount(index)
-    sums = [np.bincount(index, column) for column in rows.T]
-    return np.stack(sums, axis=1) / count[:, None], count
+    cell -= cell.min(0)
+    number = np.ravel_multi_index(cell.T, cell.max(0) + 1)
+    return np.unique(number, return_inverse=True)[1]
 
 
 def voxel_downsample(rows, voxel, limit):
-    """Average rows [N, 9] of point, color and normal in the least voxels, from `voxel` meters up,
-    that leave at most `limit`: points [n, 3] f32, colors [n, 3] u8, unit normals [n, 3] f32,
-    voxel."""
+    """Average rows [N, C], whose first columns are x, y, z, in the least voxels, from `voxel` meters
+    up, that leave at most `limit`: rows [n, C] and voxel."""
     # coarser until it fits
-    rows, _ = voxel_mean(rows, voxel)
-    while len(rows) > limit:
+    cell = voxel_of(rows[:, :3], voxel)
+    while cell.max() >= limit:
         voxel *= 1.2
-        rows, _ = voxel_mean(rows, voxel)
-    points = rows[:, :3].astype(np.float32)
-    colors = rows[:, 3:6].round().astype(np.uint8)
-    return points, colors, unit(rows[:, 6:]), voxel
+        cell = voxel_of(rows[:, :3], voxel)
+    mean, _ = group_mean(torch.from_numpy(rows).double(), torch.from_numpy(cell), cell.max() + 1)
+    return mean.numpy(), voxel
 
 
 def fuse(frames: Frames, limit: int = 100_000) -> tuple:
@@ -3548,18 +3538,16 @@ def fuse(frames: Frames, limit: int = 100_000) -> tuple:
     normals *= np.sign(facing)
     seen = np.abs(facing[..., 0]) > 0.1
     rows = np.concatenate([points[seen], frames.color[seen], normals[seen]], axis=1)
+    if not len(rows):
+        raise DataError("no frame shows a surface; check the depth images and --depth-scale")
 
     # voxels with less than a fifth of a single view's samples are flying pixels
-    distance = np.median(frames.depth[frames.depth > 0])
-    footprint = float(distance) / frames.intrinsics[0, 0, 0]
-    voxel = max(0.025, footprint)
-    rows, count = voxel_mean(rows, voxel)
-    solid = count >= min(3.0, 0.2 * (voxel / footprint) ** 2)
-    if not solid.any():
-        raise DataError(
-            "no frame shows a surface; check the depth images and --depth-scale"
-        )
-    return voxel_downsample(rows[solid], voxel, limit)
+    footprint = np.median(frames.depth[frames.depth > 0]) / frames.intrinsics[0, 0, 0]
+    voxel = max(0.025, float(footprint))
+    cell = voxel_of(rows[:, :3], voxel)
+    solid = np.bincount(cell)[cell] >= min(3.0, 0.2 * (voxel / footprint) ** 2)
+    rows, voxel = voxel_downsample(rows[solid], voxel, limit)
+    return rows[:, :3].astype(np.float32), rows[:, 3:6].round().astype(np.uint8), unit(rows[:, 6:]), voxel
 
 
 def estimate_normals(points, k=24):
@@ -3575,21 +3563,9 @@ def estimate_normals(points, k=24):
     return np.where(inward, normals, -normals).astype(np.float32)
 
 
-PLY_COLORS = (  # names of the three color fields of a .ply
-    ("red", "green", "blue"),
-    ("diffuse_red", "diffuse_green", "diffuse_blue"),
-    ("r", "g", "b"),
-    (
-        "f_dc_0",
-        "f_dc_1",
-        "f_dc_2",
-    ),  # of Gaussian splats: spherical harmonics of degree 0
-)
-
-
 def load_mesh(path):
-    """Load a cloud or mesh: points [N, 3] f64, colors [N, 3] u8, normals [N, 3], faces [F, 3];
-    None for what it lacks."""
+    """Load a cloud or mesh: points [N, 3] f64, colors [N, 3] u8, normals [N, 3] as a .ply has them,
+    faces [F, 3]; None for what it lacks."""
     import trimesh
 
     with reading(path, "cloud or mesh"):
@@ -3597,44 +3573,25 @@ def load_mesh(path):
         mesh = trimesh.load(path, process=False, fix_texture=False)
         if isinstance(mesh, trimesh.Scene):  # a .glb of several parts
             mesh = mesh.to_mesh()
+        points, colors, normals, faces = np.asarray(mesh.vertices, float), None, None, None
+
         # pictures on faces become a color per corner
-        visual = (
-            mesh.visual.to_color() if mesh.visual.kind == "texture" else mesh.visual
-        )
-        points, faces, normals = np.asarray(mesh.vertices, float), None, None
-        colors = (
-            visual.vertex_colors[:, :3]
-            if visual.kind and len(visual.vertex_colors)
-            else None
-        )
+        visual = mesh.visual
+        if visual.kind == "texture":
+            visual = visual.to_color()
+        if visual.kind and len(visual.vertex_colors):
+            colors = visual.vertex_colors[:, :3]
         if isinstance(mesh, trimesh.Trimesh):
             faces = np.asarray(mesh.faces)
             points[faces]  # a face of a vertex that is not there ends here
 
-        # what a .ply calls its fields
+        # trimesh keeps no normals of bare points
         if "_ply_raw" in mesh.metadata:
             held = mesh.metadata["_ply_raw"]["vertex"]
             points[held["length"] - 1]  # a text that is cut off ends here
-            for names in (("nx", "ny", "nz"), *PLY_COLORS):
-                if not set(names) <= set(held["properties"]):
-                    continue
-                values = np.stack(
-                    [np.ravel(held["data"][name]) for name in names], axis=1
-                )
-                if names[0] == "nx":
-                    normals = values
-                else:
-                    colors = eight_bit(
-                        0.5 + 0.2821 * values if names[0] == "f_dc_0" else values
-                    )
+            if "nx" in held["properties"]:
+                normals = np.stack([held["data"][name] for name in ("nx", "ny", "nz")], axis=1)
     return points, colors, normals, faces
-
-
-def eight_bit(values):
-    """Bring colors [N, 3] up to 1, 255 or 65535, whichever they reach, to uint8."""
-    highest = values.max()
-    full = 65535 if highest > 255 else 255 if highest > 4 else 1
-    return np.nan_to_num(values * (255.0 / full)).round().clip(0, 255).astype(np.uint8)
 
 
 def write_ply(path, points, colors, normals):
@@ -3647,67 +3604,46 @@ def write_ply(path, points, colors, normals):
     cloud.export(path, file_type="ply", vertex_normal=True)
 
 
-def points_of_faces(points, colors, normals, faces, limit):
-    """Draw points, colors, normals from the faces of a mesh, one in 3 x 3 cm, where its corners
-    are much fewer: they alone do not show a wall. Faces that fill the space like no surface are
-    left alone."""
-    import trimesh
-
-    mesh = trimesh.Trimesh(points, faces, process=False)
-    count = int(min(limit, mesh.area / 0.03**2))
-    if count < 4 * len(points) or mesh.area > 8 * mesh.bounding_box.area:
-        return (
-            points,
-            colors,
-            vertex_normals(points, faces) if normals is None else normals,
-        )
-    drawn, face = trimesh.sample.sample_surface(mesh, count, seed=0)
-    return (
-        drawn,
-        None if colors is None else colors[faces[face]].mean(1),
-        mesh.face_normals[face],
-    )
-
-
 def read_cloud(
     path: str | Path, up: str = "auto", scale: float | None = None, limit: int = 200_000
 ) -> Scene:
     """Read a cloud or mesh (CLOUDS) as a scene without objects or frames, at most `limit` points,
-    averaged in voxels.
+    averaged in voxels, around the origin.
 
     `up`: UP or "auto"; `scale`: meters per unit. Raises DataError.
     """
+    import trimesh
+
     path = Path(path)
-    points, colors, normals, faces = load_mesh(path)
+    points, colors, _, faces = load_mesh(path)
     points = points * (scale or 1.0)
+    shown = np.zeros_like(points) if colors is None else colors
     notes = [f"{len(points)} points in the file"]
+
+    # the corners of large faces do not show a wall: faces give a point in 3 x 3 cm
     if faces is not None:
-        notes.append(f"{len(faces)} faces")
-        points, colors, normals = points_of_faces(points, colors, normals, faces, limit)
+        mesh = trimesh.Trimesh(points, faces, process=False)
+        count = int(min(limit, mesh.area / 0.03**2))
+        drawn, face = trimesh.sample.sample_surface(mesh, count, seed=0)
+        points = np.concatenate([points, drawn])
+        shown = np.concatenate([shown, shown[faces[face]].mean(1)])
+        notes.append(f"{count} drawn from {len(faces)} faces")
 
-    # without what is not finite, and floaters of a reconstruction
+    # around the origin, where float32 is fine enough, without what is not finite or floats far away
     low, high = np.nanpercentile(points, (1, 99), axis=0)
-    near = (np.abs(points - (low + high) / 2) <= 10 * (high - low).max()).all(1)
+    points = points - (low + high) / 2
+    near = (np.abs(points) <= 10 * (high - low).max()).all(1)
     if not near.all():
-        notes.append(
-            f"dropped {(~near).sum()} points that are not finite or far from all others"
-        )
+        notes.append(f"dropped {(~near).sum()} points that are not finite or far from all others")
 
-    # near the origin, where float32 is fine enough; what lies twice at a place is one point
-    points = points - (low.round() if np.abs(low).max() > 1000 else 0)
-    columns = [
-        np.zeros_like(points) if a is None else a for a in (points, colors, normals)
-    ]
-    rows = np.concatenate(columns, axis=1)[near]
-    points, color, normal, voxel = voxel_downsample(rows, 0.005, limit)
-    notes.append(f"{len(points)} points averaged in voxels of {voxel * 100:.1f} cm")
-    if not (np.square(normal).sum(1) > 0.5).all():
-        normal = estimate_normals(points)
-    world, said = align_to_gravity(points, normal, up)
-    scene = Scene(
-        path.stem, "ply", [], notes=[*notes, said], **move(points, normal, world)
-    )
-    scene.colors = None if colors is None else color
+    # what lies twice at a place is one point
+    rows, voxel = voxel_downsample(np.concatenate([points, shown], axis=1)[near], 0.005, limit)
+    notes.append(f"{len(rows)} points averaged in voxels of {voxel * 100:.1f} cm")
+    normals = estimate_normals(rows[:, :3])
+    world, said = align_to_gravity(rows[:, :3], normals, up)
+    scene = Scene(path.stem, "ply", [], notes=[*notes, said], **move(rows[:, :3], normals, world))
+    if colors is not None:
+        scene.colors = rows[:, 3:].round().astype(np.uint8)
     return check_scene(scene, trusted=scale is not None)
 
 
@@ -4097,15 +4033,16 @@ def fill_in(where, frames: Frames, vggt: str) -> Frames:
 
 
 def vertex_normals(points: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Average the unit normals of a vertex's faces: [N, 3] float32, *not* normalized, as in ScanNet's segmentator.
+    """Average the unit normals of a vertex's faces: [N, 3] float32, *not* normalized, as in ScanNet's
+    segmentator.
 
     Args: points [N, 3], faces [F, 3].
     """
-    corners = points.astype(np.float32)[faces]  # [F, 3 corners, 3]
-    normals = unit(1e6 * np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]))
-    normals = torch.from_numpy(normals.repeat(3, axis=0)).double()  # [3 F, 3]
-    mean, _ = group_mean(normals, torch.from_numpy(faces.ravel()).long(), len(points))
-    return mean.float().numpy()
+    import trimesh
+
+    mesh = trimesh.Trimesh(points, faces, process=False)
+    mean = mesh.faces_sparse @ mesh.face_normals / np.maximum(mesh.vertex_degree, 1)[:, None]
+    return mean.astype(np.float32)
 
 
 def neighbor_pairs(points: np.ndarray, k: int, reach: float = np.inf) -> tuple[np.ndarray, np.ndarray]:
