@@ -3664,27 +3664,26 @@ def up_of_cameras(points, normals, poses):
     # towards the surfaces that face up, however steeply the cameras look down: no wall in front
     # of a camera does
     up = unit(up)
-    for degrees in (75, 30, 15, 8, 4, 2, 2, 2):
-        tilt = normals @ up
-        near = tilt if degrees == 75 else np.abs(tilt)
-        level = near > np.cos(np.radians(degrees))
-        if level.sum() < 100:
-            break
-        up = unit((normals[level] * np.sign(tilt[level])[:, None]).mean(0))
+    for degrees in (75, 30, 15, 8, 4, 2, 2):
+        level = normals[normals @ up > np.cos(np.radians(degrees))]
+        if len(level) >= 100:
+            up = unit(level.mean(0))
     return up
 
 
 def up_of_cloud(points, normals):
-    """Weigh for x, y and z what speaks for its pointing up (down, where negative): level surfaces
-    and things lie low, and rooms are 2 to 3.5 meters high."""
-    # what lies low along which axis
+    """Find the axis [3] of a cloud that points up: most level surfaces lie low along it."""
+    # how many surfaces across an axis lie below the middle
     low, high = np.percentile(points, (1, 99), axis=0)
+    below = np.sign((low + high) / 2 - points)
+    weight = (below * (np.abs(normals) > 0.9)).mean(0)
+
+    # rooms are 2 to 3.5 meters high, and clouds are z-up by custom
     size = np.maximum(high - low, 1e-6)
-    place = (points - low) / size - 0.5  # [N, 3], -0.5 to 0.5
-    things = place[(np.abs(place) < 0.45).all(1)]  # what is not the room's shell
-    surfaces = -(np.sign(place) * (np.abs(normals) > 0.9)).mean(0)
-    lying = -things.mean(0) if len(things) else 0.0
-    return (surfaces + 2 * lying) * np.minimum(1, np.minimum(size / 2, 3.5 / size))
+    weight *= np.minimum(1, np.minimum(size / 2, 3.5 / size))
+    weight[2] = 2.5 * max(weight[2], 0.02)
+    axis = np.abs(weight).argmax()
+    return np.sign(weight[axis]) * np.eye(3)[axis]
 
 
 def find_up(points, normals, up, poses):
@@ -3693,20 +3692,16 @@ def find_up(points, normals, up, poses):
     `up`: an axis that a user or a layout names, or "auto".
     """
     # what the data say
-    if poses is not None:
-        found, sure = up_of_cameras(points, normals, poses), True
+    if poses is None:
+        found = up_of_cloud(points, normals)
     else:
-        weight = up_of_cloud(points, normals)
-        found = np.where(np.abs(weight) == np.abs(weight).max(), np.sign(weight), 0)
-        sure = weight @ found > 2.5 * max(weight[2], 0.02)  # clouds are z-up by custom
+        found = up_of_cameras(points, normals, poses)
+    axis = max(UP, key=lambda name: UP[name] @ found)
+    if up == "auto":
+        return found, f"what is level and lies low, near {axis}"
 
     # a user or a layout is believed, but told
-    axis = max(UP, key=lambda name: UP[name] @ found)
-    if up == "auto" and sure:
-        return found, f"what is level and lies low, near {axis}"
-    up = "+z" if up == "auto" else up
-    direction = choose(UP, up, "--up")
-    said = f"up = {up}"
+    direction, said = choose(UP, up, "--up"), f"up = {up}"
     if direction @ found < 0.8:
         said += f"; if it lies on its side, --up={axis} fits better"
     return direction, said
@@ -3731,13 +3726,13 @@ def align_to_gravity(points, normals, up, poses=None):
             turn = Rotation.from_euler("z", -askew / 4) * turn
 
     # the floor is the lowest level surface that is no crumb
-    z = turn.apply(points)[:, 2]
-    level = z[np.abs(wall[:, 2]) > 0.9]
-    level = level if len(level) else z
-    floor = np.median(level[np.abs(level - np.percentile(level, 3)) < 0.08])
     world = np.eye(4)
     world[:3, :3] = turn.as_matrix()
-    world[2, 3] = -floor
+    z = points @ world[2, :3]
+    level = z[np.abs(wall[:, 2]) > 0.9]
+    if len(level):
+        z = level
+    world[2, 3] = -np.median(z[np.abs(z - np.percentile(z, 3)) < 0.08])
     return world, f"turned z-up by {said}"
 
 
