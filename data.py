@@ -3692,10 +3692,7 @@ def find_up(points, normals, up, poses):
     `up`: an axis that a user or a layout names, or "auto".
     """
     # what the data say
-    if poses is None:
-        found = up_of_cloud(points, normals)
-    else:
-        found = up_of_cameras(points, normals, poses)
+    found = up_of_cloud(points, normals) if poses is None else up_of_cameras(points, normals, poses)
     axis = max(UP, key=lambda name: UP[name] @ found)
     if up == "auto":
         return found, f"what is level and lies low, near {axis}"
@@ -4058,30 +4055,29 @@ def over_segment(
     faces: np.ndarray | None = None,
     threshold: float = 0.01,
     min_size: int = 20,
-    k: int = 10,
 ) -> np.ndarray:
     """Segment a cloud or mesh into superpoints: labels [N] int64, contiguous from 0.
 
-    The weight of an edge from a to b is 1 - n_a . n_b, squared where the surface is convex (n_b points along b - a), so
-    that round things hold together. The edges are a mesh's (faces [F, 3]; default normals: `vertex_normals`), or join
-    the k nearest neighbors of a bare cloud, there with the mean weight of both directions.
-    Source: Felzenszwalb & Huttenlocher, IJCV 2004, with the rules of ScanNet's Segmentator, which calls threshold
-    kThresh and min_size segMinVerts.
+    The weight of an edge from a to b is 1 - n_a . n_b, squared where the surface is convex (n_b
+    points along b - a), so that round things hold together. The edges are a mesh's (faces [F, 3];
+    default normals: `vertex_normals`), or join the 10 nearest neighbors of a bare cloud, there with
+    the mean weight of both directions.
+    Source: Felzenszwalb & Huttenlocher, IJCV 2004, with the rules of ScanNet's Segmentator, which
+    calls threshold kThresh and min_size segMinVerts.
     """
     if len(points) < 2:
         return np.zeros(len(points), np.int64)
     points = np.asarray(points, np.float32)
     if normals is None:
         normals = estimate_normals(points) if faces is None else vertex_normals(points, faces)
-    normals = np.asarray(normals, np.float32)
 
-    def weigh(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        bend = 1 - np.einsum("ij,ij->i", normals[a], normals[b])
-        convex = np.einsum("ij,ij->i", normals[b], points[b] - points[a]) > 0
+    def weigh(a, b):
+        bend = 1 - (normals[a] * normals[b]).sum(1)
+        convex = (normals[b] * (points[b] - points[a])).sum(1) > 0
         return np.where(convex, bend * bend, bend)
 
     if faces is None:
-        a, b = neighbor_pairs(points, k)
+        a, b = neighbor_pairs(points, 10)
         weight = (weigh(a, b) + weigh(b, a)) / 2
     else:
         a, b = faces[:, [0, 0, 2]].ravel(), faces[:, [1, 2, 1]].ravel()
@@ -4089,44 +4085,39 @@ def over_segment(
     return segment_graph(len(points), a, b, weight, threshold, min_size)
 
 
-def segment_graph(
-    count: int, a: np.ndarray, b: np.ndarray, weight: np.ndarray, threshold: float, min_size: int
-) -> np.ndarray:
+def segment_graph(count, a, b, weight, threshold, min_size):
     """Segment a graph with edges a, b, weight [E]: labels [count] int64, contiguous from 0.
 
     Source: Felzenszwalb & Huttenlocher, IJCV 2004.
     """
+    # a segment is a tree of points, known by its root
     parent, size, limit = list(range(count)), [1] * count, [threshold] * count
 
-    def find(x: int) -> int:
+    def find(x):
         while parent[x] != x:
             parent[x] = x = parent[parent[x]]
         return x
 
-    def join(x: int, y: int) -> int:
-        if size[x] < size[y]:
-            x, y = y, x
+    def join(x, y):
         parent[y] = x
         size[x] += size[y]
-        return x
 
     # lightest edges first; two segments join if the edge is no heavier than either's limit:
     # its heaviest inner edge + threshold / size
     order = np.argsort(weight, kind="stable")
-    edges = list(zip(a[order].tolist(), b[order].tolist(), weight[order].tolist(), strict=True))
-    for x, y, w in edges:
+    edges = np.stack([a, b], axis=1)[order].tolist()
+    for (x, y), w in zip(edges, weight[order].tolist(), strict=True):
         x, y = find(x), find(y)
-        if x != y and w <= limit[x] and w <= limit[y]:
-            x = join(x, y)
+        if x != y and w <= min(limit[x], limit[y]):
+            join(x, y)
             limit[x] = w + threshold / size[x]
 
     # what stayed too small joins its most similar neighbor
-    for x, y, _ in edges:
+    for x, y in edges:
         x, y = find(x), find(y)
         if x != y and min(size[x], size[y]) < min_size:
             join(x, y)
-    roots = np.array([find(x) for x in range(count)])
-    return np.unique(roots, return_inverse=True)[1].astype(np.int64)
+    return np.unique([find(x) for x in range(count)], return_inverse=True)[1]
 
 
 def extent(points: np.ndarray) -> np.ndarray:
@@ -4176,20 +4167,13 @@ def find_shell(points: np.ndarray, normals: np.ndarray, colors: np.ndarray, supe
     return shell
 
 
-def object_segments(
-    points: np.ndarray,
-    normals: np.ndarray,
-    colors: np.ndarray,
-    superpoints: np.ndarray,
-    color_scale: float = 0.2,
-    largest: float = 2.6,
-    smallest: float = 0.12,
-) -> np.ndarray:
-    """Merge superpoints to object-sized segments: ids [N] int64, 0 = the room itself and crumbs. Nothing is learned.
+def object_segments(points, normals, colors, superpoints):
+    """Merge superpoints to object-sized segments: ids [N] int64, 0 = the room itself and crumbs.
 
-    Touching pieces join in order of their cost, color difference / color_scale + the share of the contact that is
-    concave (objects meet in concave edges: Stein et al., CVPR 2014), up to a cost of 1 and a length of `largest`
-    meters; what stays below `smallest` is a crumb. The constants were set on procedural rooms.
+    Nothing is learned. Touching pieces join in order of their cost, color difference / 0.2 + the
+    share of the contact that is concave (objects meet in concave edges: Stein et al., CVPR 2014), up
+    to a cost of 1 and a length of 2.6 meters; what stays below 12 cm is a crumb. The constants were
+    set on procedural rooms.
     Args: points, normals [N, 3] meters, z up; colors [N, 3] u8; superpoints [N].
     """
     from scipy.sparse import coo_array
@@ -4198,62 +4182,58 @@ def object_segments(
     # superpoints are cut where the color jumps: a picture on a cupboard
     N, colors = len(points), opponent_colors(colors)
     a, b = neighbor_pairs(points, 8, reach=3.5)
-    alike = (superpoints[a] == superpoints[b]) & (np.linalg.norm(colors[a] - colors[b], axis=1) < 0.08)
+    jump = np.linalg.norm(colors[a] - colors[b], axis=1)
+    alike = (superpoints[a] == superpoints[b]) & (jump < 0.08)
     graph = coo_array((alike[alike], (a[alike], b[alike])), shape=(N, N))
     count, piece = connected_components(graph, directed=False)
-    label = torch.from_numpy(piece).long()
-    color, size = (t.numpy() for t in group_mean(torch.from_numpy(colors), label, count))
+    size = np.bincount(piece)
+    color = np.stack([np.bincount(piece, channel) for channel in colors.T], axis=1) / size[:, None]
     shell = find_shell(points, normals, colors, superpoints)
     in_room = np.bincount(piece, shell) >= 0.5 * size  # [count]
 
     # where two pieces touch: the share of pairs of points at which the surface is concave
     gap = points[a] - points[b]
     concave = ((normals[a] - normals[b]) * gap).sum(1) < -0.2 * np.linalg.norm(gap, axis=1)
-    touch = np.sort(np.stack([piece[a], piece[b]]), axis=0)
+    touch = np.sort([piece[a], piece[b]], axis=0)
     (x, y), contact, edges = np.unique(touch, axis=1, return_inverse=True, return_counts=True)
-    cost = np.linalg.norm(color[x] - color[y], axis=1) / color_scale + np.bincount(contact, concave) / edges
+    cost = np.linalg.norm(color[x] - color[y], axis=1) / 0.2 + np.bincount(contact, concave) / edges
     cost[(x == y) | in_room[x] | in_room[y]] = np.inf
 
     # join the cheapest pair first
-    low, high = np.full((2, count, 3), [[[np.inf]], [[-np.inf]]])
+    low, high = np.full((count, 3), np.inf), np.full((count, 3), -np.inf)
     np.minimum.at(low, piece, points)
     np.maximum.at(high, piece, points)
     root = np.arange(count)
     for i in np.argsort(cost)[: (cost <= 1).sum()]:
         p, q = root[x[i]], root[y[i]]
         lowest, highest = np.minimum(low[p], low[q]), np.maximum(high[p], high[q])
-        if (highest - lowest).max() <= largest:
+        if (highest - lowest).max() <= 2.6:
             root[root == q] = p
             low[p], high[p] = lowest, highest
 
     # number what is large enough
-    size = np.bincount(root, size, count)
-    kept = ~in_room & (root == np.arange(count)) & (size >= 12) & ((high - low).max(1) >= smallest)
-    return keep_labels(root[piece], kept)
+    size = np.bincount(root, size, count)  # 0 for what joined another
+    return keep_labels(root[piece], ~in_room & (size >= 12) & ((high - low).max(1) >= 0.12))
 
 
-def keep_labels(labels: np.ndarray, kept: np.ndarray) -> np.ndarray:
+def keep_labels(labels, kept):
     """Renumber the labels with kept[label] from 1 in their order; the others become 0."""
-    kept = kept.copy()
-    number = np.cumsum(kept)
-    number[~kept] = 0
+    number = np.where(kept, np.cumsum(kept), 0)
     return number[labels]
 
 
-def render_masks(points: np.ndarray, instances: np.ndarray, frames: Frames) -> np.ndarray:
+def render_masks(points, instances, frames):
     """Give every depth pixel the instance [N] of the nearest of points [N, 3]: masks [V, H, W] int32.
 
     0 = no point within 5 cm, or within twice the cloud's spacing.
     """
-    spacing = float(np.median(nearest(points, points, 2)[0][:, -1]))
+    reach = max(0.05, 2 * np.median(nearest(points, points, 2)[0][:, -1]))
     masks = np.zeros(frames.depth.shape, np.int32)
-    for v in range(len(masks)):  # one frame at a time: memory stays that of a frame
-        view = slice(v, v + 1)
-        seen = frames.depth[v] > 0
-        pixels = unproject(frames.depth[view], frames.intrinsics[view], frames.poses[view])[0][seen]
-        distance, near = nearest(pixels, points)
-        hit = distance[:, 0] <= max(0.05, 2 * spacing)
-        masks[v][seen] = np.where(hit, instances[near[:, 0]], 0)
+    for v, (mask, depth) in enumerate(zip(masks, frames.depth, strict=True)):
+        # one frame at a time: memory stays that of a frame
+        pixels = unproject(depth[None], frames.intrinsics[v][None], frames.poses[v][None])[0]
+        distance, near = nearest(pixels[depth > 0], points)
+        mask[depth > 0] = np.where(distance <= reach, instances[near], 0)[:, 0]
     return masks
 
 
@@ -4270,21 +4250,14 @@ def in_view(points: np.ndarray, K: np.ndarray, pose: np.ndarray, size: tuple[int
 
 
 def visible_cloud(scene: Scene) -> Scene:
-    """Give a scene the cloud that its cameras see, with normals and superpoints.
+    """Give a scene the cloud that its cameras see, with superpoints of our own.
 
     A room's own cloud is drawn from its objects, so it is replaced by one fused from the frames.
     """
-    if scene.frames is not None and (scene.points is None or scene.source == "rooms"):
-        f = scene.frames
-        points, colors, normals, _ = fuse(f)
-        scene = replace(scene, points=points, colors=colors, normals=normals, superpoints=None)
-    if scene.points is None or len(scene.points) < 2:
-        raise DataError(f"{scene.name}: no cloud and no frames to segment; read them first")
-    if scene.normals is None:
-        scene = replace(scene, normals=estimate_normals(scene.points))
-    if scene.superpoints is None:
-        scene = replace(scene, superpoints=over_segment(scene.points, scene.normals))
-    return scene
+    if scene.source == "rooms" and scene.frames is not None:
+        points, colors, normals, _ = fuse(scene.frames)
+        scene = replace(scene, points=points, colors=colors, normals=normals)
+    return replace(scene, superpoints=over_segment(scene.points, scene.normals))
 
 
 def shown_colors(scene: Scene) -> np.ndarray:
@@ -4294,19 +4267,21 @@ def shown_colors(scene: Scene) -> np.ndarray:
 
 def with_own_segments(scene: Scene) -> Scene:
     """Make a scene's own segments its objects, with masks and superpoints made anew."""
-    scene = visible_cloud(replace(scene, superpoints=None))
+    scene, masks = visible_cloud(scene), None
     instances = object_segments(scene.points, scene.normals, shown_colors(scene), scene.superpoints)
-    masks = None if scene.frames is None else render_masks(scene.points, instances, scene.frames)
+    if scene.frames is not None:
+        masks = render_masks(scene.points, instances, scene.frames)
     return with_instances(scene, instances, masks, "segments of our own")
 
 
-def with_instances(scene, instances, masks, what, trim=0.0) -> Scene:
+def with_instances(scene, instances, masks, what, trim=0.0):
     """Make the instances [N] of a cloud its objects: category "", color by name, masks [V, H, W] or None.
 
-    Boxes leave out the share `trim` of an object's points at every side; `what` says in a note what the objects are.
+    Boxes leave out the share `trim` of an object's points at every side; `what` says in a note what
+    the objects are.
     """
     objects = []
-    for i in range(1, int(instances.max(initial=0)) + 1):
+    for i in np.unique(instances[instances > 0]).tolist():
         own = instances == i
         box = extent(np.quantile(scene.points[own], (trim, 1 - trim), axis=0))
         objects.append(Thing(i, "", color_name(scene.colors, own), box))
@@ -4324,51 +4299,49 @@ SAM2 = "facebook/sam2.1-hiera-large"  # Proxy3D does not say which SAM 2 it take
 
 @lru_cache(maxsize=1)
 def load_sam2(name: str = SAM2):
-    """Load SAM 2's video predictor by the name of its weights. Raises DataError without the package or the weights."""
-    try:
-        from sam2.sam2_video_predictor import SAM2VideoPredictor
-    except ImportError:
-        raise DataError(f"SAM 2 is not installed: {INSTALL['sam2']} (or --masks segments)") from None
-    try:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = SAM2VideoPredictor.from_pretrained(name, device=device)
-    except (OSError, KeyError) as error:
-        raise DataError(f"{name}: no weights of SAM 2 here ({error}); name published ones, with a network") from None
-    model.fill_hole_area = 0  # small holes stay: filling needs SAM 2's CUDA extension, and warns without it
+    """Load SAM 2's video predictor by the name of its weights, on a GPU where there is one."""
+    sam2 = need("sam2.sam2_video_predictor", "--masks sam2")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with reading(f"--sam2 {name}", "SAM 2, whose weights are on the hub"):
+        model = sam2.SAM2VideoPredictor.from_pretrained(name, device=device)
+
+    # small holes stay: filling needs SAM 2's CUDA extension, and warns without it
+    model.fill_hole_area = 0
     return model
 
 
-def automatic_masks(model) -> Callable[[np.ndarray], list[np.ndarray]]:
-    """Make a function from an image [H, W, 3] u8 to the masks [H, W] bool that SAM 2 sees with a grid of prompts."""
+def automatic_masks(model, image):
+    """See masks [H, W] bool in an image [H, W, 3] u8 by a grid of prompts to SAM 2."""
     from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 
     generator = SAM2AutomaticMaskGenerator(model)
-    generator.predictor._bb_feat_sizes = [(model.image_size // s,) * 2 for s in (4, 8, 16)]  # it assumes 1024 pixels
-
-    def propose(image: np.ndarray) -> list[np.ndarray]:
-        return [found["segmentation"] for found in generator.generate(image)]
-
-    return propose
+    sizes = [(model.image_size // s,) * 2 for s in (4, 8, 16)]
+    generator.predictor._bb_feat_sizes = sizes  # it assumes 1024 pixels
+    return [found["segmentation"] for found in generator.generate(image)]
 
 
-def sam2_masks(images: np.ndarray, model, propose: Callable | None = None, keyframe_every: int = 8, most: int = 100,
-               smallest: float = 0.001, largest: float = 0.5) -> np.ndarray:  # fmt: skip
+def sam2_masks(
+    images: np.ndarray,
+    model,
+    propose: Callable | None = None,
+    keyframe_every: int = 8,
+    most: int = 100,
+) -> np.ndarray:
     """Track everything in a video [V, H, W, 3] u8: tracks [V, H, W] int32, 0 = none, ids 1..n, n <= most.
 
-    Masks that `propose` (default: `automatic_masks`) finds on every `keyframe_every`-th frame are followed both ways. A
-    pixel goes to the track with the highest score. smallest, largest: shares of a frame; what is smaller is not seen,
-    what is larger is a wall from near. What leaves the view and comes back is a new track: `merge_tracks`.
+    Masks that `propose` (default: `automatic_masks`) finds on every `keyframe_every`-th frame are
+    followed both ways. A pixel goes to the track with the highest score. What is smaller than a
+    thousandth of a frame is not seen, what is larger than half of it is a wall from near. What leaves
+    the view and comes back is a new track: `merge_tracks`.
     """
-    from PIL import Image
-
     V, H, W = images.shape[:3]
-    propose = propose or automatic_masks(model)
+    propose = propose or partial(automatic_masks, model)
     tracks, best, count = np.zeros((V, H, W), np.int32), np.zeros((V, H, W), np.float32), 0
     half = torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode(), half:
         # SAM 2 reads frames from a folder only
-        for v in range(V):
-            Image.fromarray(images[v]).save(f"{folder}/{v:05d}.jpg", quality=95, subsampling=0)
+        for v, image in enumerate(images):
+            Image.fromarray(image).save(f"{folder}/{v:05d}.jpg", quality=95, subsampling=0)
         state = model.init_state(folder, offload_video_to_cpu=True, offload_state_to_cpu=True)
 
         for key in sorted({*range(0, V, keyframe_every), V - 1}):
@@ -4376,7 +4349,7 @@ def sam2_masks(images: np.ndarray, model, propose: Callable | None = None, keyfr
             taken, first = tracks[key] > 0, count
             for mask in sorted(propose(images[key]), key=np.count_nonzero, reverse=True):
                 fresh = mask & ~taken
-                if smallest <= mask.mean() <= largest and 2 * fresh.sum() > mask.sum() and count < most:
+                if 0.001 <= mask.mean() <= 0.5 and 2 * fresh.sum() > mask.sum() and count < most:
                     count += 1
                     model.add_new_mask(state, key, count, fresh)
                     taken |= mask
@@ -4385,49 +4358,46 @@ def sam2_masks(images: np.ndarray, model, propose: Callable | None = None, keyfr
 
             # forwards and backwards, each pixel to its best track
             for reverse in (False, True):
-                for v, ids, logits in model.propagate_in_video(state, start_frame_idx=key, reverse=reverse):
-                    score, which = logits[:, 0].float().max(0)  # [H, W] each
-                    better = score.cpu().numpy() > best[v]
-                    best[v][better] = score.cpu().numpy()[better]
-                    tracks[v][better] = np.array(ids)[which.cpu().numpy()[better]]
+                for v, ids, logits in model.propagate_in_video(state, key, reverse=reverse):
+                    score, which = (a.cpu().numpy() for a in logits[:, 0].float().max(0))  # [H, W] each
+                    better = score > best[v]
+                    best[v][better] = score[better]
+                    tracks[v][better] = np.array(ids)[which[better]]
             model.reset_state(state)
 
     # crumbs on a frame are not seen there
     for frame in tracks:
-        area = np.bincount(frame.ravel(), minlength=count + 1)
-        frame[area[frame] < smallest * H * W] = 0
-    present = np.isin(np.arange(count + 1), tracks)
-    present[0] = False
+        area = np.bincount(frame.ravel())
+        frame[area[frame] < 0.001 * H * W] = 0
+    present = np.isin(np.arange(count + 1), tracks[tracks > 0])
     return keep_labels(tracks, present).astype(np.int32)
 
 
 def merge_tracks(tracks: np.ndarray, points: np.ndarray, voxel: float = 0.05, share: float = 0.3) -> np.ndarray:
     """Give tracks [V, H, W] that are one object one id, from 1: masks [V, H, W] int32.
 
-    points [V, H, W, 3] in meters, NaN = missing. Two tracks become one if they share at least `share` of the voxels of
-    the smaller, the largest shares first, unless some frame shows both: side by side they are two objects. A track
-    occupies the voxels where most points on its own frames are its own, since masks spill over edges.
+    points [V, H, W, 3] in meters, NaN = missing. Two tracks become one if they share at least `share`
+    of the voxels of the smaller, the largest shares first, unless some frame shows both: side by side
+    they are two objects. A track occupies the voxels where most points on its own frames are its own,
+    since masks spill over edges.
     """
-    V, n = len(tracks), int(tracks.max(initial=0))
-    present = np.zeros((n + 1, V), bool)
-    for v in range(V):
-        present[np.unique(tracks[v]), v] = True
+    ids = np.arange(tracks.max() + 1)
+    present = np.stack([np.isin(ids, frame) for frame in tracks], axis=1)  # [n + 1, V]
 
-    # count points by frame, voxel and track
+    # the voxels in which most points of a track's frames are its own
     measured = np.isfinite(points).all(-1)
     frame, cell, track = np.nonzero(measured)[0], voxel_of(points[measured], voxel), tracks[measured]
-    C = int(cell.max(initial=0)) + 1
-    occupied = np.zeros((n + 1, C), np.float32)
-    for t in range(1, n + 1):
-        own = np.bincount(cell[track == t], minlength=C)
-        all_here = np.bincount(cell[present[t, frame]], minlength=C)
-        occupied[t] = 2 * own > all_here
+    occupied = np.zeros((len(ids), cell.max() + 1), np.float32)
+    for t in ids[1:]:
+        own = np.bincount(cell[track == t], minlength=occupied.shape[1])
+        shown = np.bincount(cell[present[t, frame]], minlength=occupied.shape[1])
+        occupied[t] = 2 * own > shown
 
     # join the largest shares first
     both, size = occupied @ occupied.T, occupied.sum(1)
     overlap = np.triu(both / np.maximum(np.minimum(size[:, None], size), 1), 1)
     a, b = np.nonzero(overlap >= share)
-    root = np.arange(n + 1)
+    root = ids.copy()
     for i in np.argsort(-overlap[a, b], kind="stable"):
         p, q = root[a[i]], root[b[i]]
         if p != q and not (present[p] & present[q]).any():
@@ -4435,52 +4405,53 @@ def merge_tracks(tracks: np.ndarray, points: np.ndarray, voxel: float = 0.05, sh
             root[root == q] = p
 
     # tracks of hardly any voxel in space are dropped
-    occupied_by_root = np.bincount(root, occupied.sum(1), n + 1)
-    return keep_labels(root[tracks], occupied_by_root >= 4).astype(np.int32)
+    return keep_labels(root[tracks], np.bincount(root, size, len(ids)) >= 4).astype(np.int32)
 
 
-def vote(points: np.ndarray, masks: np.ndarray, frames: Frames | LazyFrames, reach: float = 0.05) -> np.ndarray:
+def vote(points, masks, frames):
     """Label points [N, 3] by masks [V, H, W]: instances [N], 0 = none.
 
-    A point takes the mask that most frames show at it, if most of those that see the point, and that mask anywhere,
-    agree. A frame sees a point within `reach` meters of its depth.
+    A point takes the mask that most frames show at it, if most of those that see the point, and that
+    mask anywhere, agree. A frame sees a point within 5 cm of its depth.
     """
-    N, n, V = len(points), int(masks.max(initial=0)), len(masks)
-    votes, seen = np.zeros((N, n + 1), np.int16), np.zeros((V, N), bool)
-    for v in range(V):
-        inside, row, column, z = in_view(points, frames.intrinsics[v], frames.poses[v], masks.shape[1:])
-        near = np.abs(frames.depth[v][row, column] - z) <= reach
-        inside, row, column = inside[near], row[near], column[near]
-        seen[v, inside] = True
-        votes[inside, masks[v][row, column]] += 1
-    votes[:, 0] = 0
-    first = votes.argmax(1)
+    # what every frame shows at every point, -1 where it does not see it
+    shown = np.full((len(masks), len(points)), -1)
+    for v, mask in enumerate(masks):
+        index, row, column, z = in_view(points, frames.intrinsics[v], frames.poses[v], mask.shape)
+        near = np.abs(frames.depth[v][row, column] - z) <= 0.05
+        shown[v, index[near]] = mask[row, column][near]
+
+    # the mask that most frames show
+    votes = np.stack([(shown == i).sum(0) for i in range(masks.max() + 1)])  # [n + 1, N]
+    votes[0] = 0
+    first = votes.argmax(0)
 
     # frames that see the point, and show its mask somewhere
-    together = np.zeros(N, int)
-    for v in range(V):
-        together += seen[v] & np.isin(first, np.unique(masks[v]))
-    return np.where(2 * votes[np.arange(N), first] > together, first, 0)
+    together = sum((shown[v] >= 0) & np.isin(first, mask) for v, mask in enumerate(masks))
+    return np.where(2 * votes.max(0) > together, first, 0)
 
 
 def with_tracks(scene: Scene, tracks: np.ndarray) -> Scene:
     """Make merged tracks [V, H, W] of a scene's frames its masks and objects.
 
-    A track on the room's shell, or of fewer than 8 points, is dropped. Boxes span the 2nd to 98th percentile of a
-    track's points, since masks bleed at edges. Raises DataError without frames of that size.
+    A track on the room's shell, or of fewer than 8 points, is dropped. Boxes span the 2nd to 98th
+    percentile of a track's points, since masks bleed at edges. Raises DataError without frames of
+    that size.
     """
-    if scene.frames is None or scene.frames.depth.shape != tracks.shape:
-        have = "none" if scene.frames is None else scene.frames.depth.shape
-        raise DataError(f"{scene.name}: tracks are {tracks.shape}, frames {have}; make the tracks from these frames")
+    if scene.frames.depth.shape != tracks.shape:
+        wrong = f"tracks are {tracks.shape}, frames {scene.frames.depth.shape}"
+        raise DataError(f"{scene.name}: {wrong}; make the tracks from these frames")
     scene = visible_cloud(scene)
-    shell = find_shell(scene.points, scene.normals, opponent_colors(shown_colors(scene)), scene.superpoints)
-    instances = vote(scene.points, tracks, scene.frames)
-    n = int(tracks.max(initial=0)) + 1
+    colors = opponent_colors(shown_colors(scene))
+    shell = find_shell(scene.points, scene.normals, colors, scene.superpoints)
+
+    # how many points of a track there are, and how many of them belong to walls and floor
+    instances, n = vote(scene.points, tracks, scene.frames), tracks.max() + 1
     total, flat = np.bincount(instances, minlength=n), np.bincount(instances[shell], minlength=n)
     kept = (total >= 8) & (2 * flat < total)
     kept[0] = False
     masks = keep_labels(tracks, kept).astype(np.int32)
-    return with_instances(scene, keep_labels(instances, kept), masks, "tracks through the frames", trim=0.02)
+    return with_instances(scene, keep_labels(instances, kept), masks, "tracks through the frames", 0.02)
 
 
 # ---- 10 pictures -----------------------------------------------------------------------------------------------------
