@@ -3030,21 +3030,19 @@ def stamp(file):
     return float(re.findall(r"\d+(?:\.\d+)?", file.stem)[-1])
 
 
-def in_time(images, times, values, within=0.02):
-    """Pick for each image the value of the nearest time, None beyond `within` seconds."""
+def in_time(images, times, values):
+    """Pick for each image the value of the nearest time, None beyond 0.02 seconds."""
     times, picked = np.array(times), []
     for wanted in map(stamp, images):
         away = np.abs(times - wanted)
-        index = away.argmin()
-        picked.append(values[index] if away[index] <= within else None)
+        picked.append(values[away.argmin()] if away.min() <= 0.02 else None)
     return picked
 
 
 def timed_views(images, depths, times, poses, cameras):
     """Frames whose depth and pose are those nearest in time: each kind has a clock of its own."""
     depths = in_time(images, [stamp(file) for file in depths], depths)
-    poses = in_time(images, times, poses, 0.01)
-    return map(FrameFiles, images, depths, poses, cameras)
+    return map(FrameFiles, images, depths, in_time(images, times, poses), cameras)
 
 
 def named_views(mark, images, depth, pose):
@@ -3067,11 +3065,9 @@ def replica(mark):
     """
     # one camera, and a pose for every number of a frame
     above = [folder / "cam_params.json" for folder in mark.parents]
-    K = json_camera(read_json(next(file for file in above if file.exists()))["camera"])
-    images, depths = (
-        pictures(mark.parent / "results", f"{kind}*") for kind in ("frame", "depth")
-    )
-    poses = read_numbers(mark, 16).reshape(-1, 4, 4)
+    K = json_camera(read_json(next(filter(Path.exists, above)))["camera"])
+    poses, results = read_numbers(mark, 16).reshape(-1, 4, 4), mark.parent / "results"
+    images, depths = pictures(results, "frame*"), pictures(results, "depth*")
     return timed_views(images, depths, range(len(poses)), poses, itertools.repeat(K))
 
 
@@ -3088,13 +3084,9 @@ def tum(mark):
     """rgb/ and depth/ named by seconds; lines "second x y z qx qy qz qw"."""
     # the published camera of a sequence is known by its name
     base, rows = mark.parent, read_numbers(mark, 8)
-    cameras = (
-        camera for name, camera in TUM_CAMERAS.items() if name in base.resolve().name
-    )
-    K = pinhole(*next(cameras))
-    poses = [rigid(row[1:4], row[4:]) for row in rows]
-    images, depths = pictures(base / "rgb"), pictures(base / "depth")
-    return timed_views(images, depths, rows[:, 0], poses, itertools.repeat(K))
+    name = next(name for name in TUM_CAMERAS if name in base.resolve().name)
+    poses, cameras = [rigid(row[1:4], row[4:]) for row in rows], itertools.repeat(pinhole(*TUM_CAMERAS[name]))
+    return timed_views(pictures(base / "rgb"), pictures(base / "depth"), rows[:, 0], poses, cameras)
 
 
 def arkitscenes(mark):
@@ -3199,13 +3191,9 @@ class Layout:
     metric: bool = True  # poses are in meters
 
 
-SEVEN_SCENES = partial(
-    named_views, images="*.color.*", depth="{}.depth.png", pose="{}.pose.txt"
-)
-EXPORTED = partial(named_views, images="*", depth="depth/{}.png", pose="pose/{}.txt")
-POSED_IMAGES = partial(named_views, images="*.jpg", depth="{}.png", pose="{}.txt")
 LAYOUTS = (  # the first that fits is taken
-    Layout("NAME.color.png, NAME.depth.png, NAME.pose.txt (7-Scenes)", ("*.color.*",), SEVEN_SCENES),
+    Layout("NAME.color.png, NAME.depth.png, NAME.pose.txt (7-Scenes)", ("*.color.*",),
+           partial(named_views, images="*.color.*", depth="{}.depth.png", pose="{}.pose.txt")),
     Layout("results/, traj.txt (Replica of NICE-SLAM)", ("traj.txt",), replica, 6553.5, "+z"),
     Layout("rgb/, depth/, groundtruth.txt (TUM RGB-D)", ("groundtruth.txt",), tum, 5000.0, "+z"),
     Layout("rgb/, depth/, *.gt.freiburg (ICL-NUIM)", ("*.gt.freiburg",), tum, 5000.0, "-y", "povray"),
@@ -3217,9 +3205,10 @@ LAYOUTS = (  # the first that fits is taken
            convention="opengl", metric=False),
     Layout("images/, sparse/ (COLMAP text)", ("images.txt", "sparse/**/images.txt"), colmap,
            convention="opencv_inverse", metric=False),
-    Layout("color/, depth/, pose/, intrinsic/ (ScanNet)", ("color", "rgb", "images"), EXPORTED),
+    Layout("color/, depth/, pose/, intrinsic/ (ScanNet)", ("color", "rgb", "images"),
+           partial(named_views, images="*", depth="depth/{}.png", pose="pose/{}.txt")),
     Layout("NAME.jpg, NAME.png, NAME.txt (EmbodiedScan)", ("depth_intrinsic.txt", "intrinsic.txt"),
-           POSED_IMAGES),
+           partial(named_views, images="*.jpg", depth="{}.png", pose="{}.txt")),
     Layout("images alone", ("*",), photographs),
 )  # fmt: skip
 VIDEO = Layout("video", (), video_views)
@@ -3259,24 +3248,25 @@ def find_frames(folder: Path) -> tuple[Layout | None, list[FrameFiles]]:
 # ---- 7.2 frames
 
 
-def read_image(path, mode=None):
-    """Read an image in a mode of PIL ("RGB", "I" = integers), or a frame of a video; its rows as
-    the camera wrote them."""
-    if path.parent.is_file():
-        return video_frame(path)
+def read_image(path):
     with reading(path, "image"), Image.open(path) as image:
-        return np.asarray(image.convert(mode) if mode else image)
+        return np.asarray(image)
 
 
-def read_photograph(path):
-    """Read an image upright, as its tag says; None where there is none, or a depth or confidence
-    map, which has 16 bits or few values."""
+def read_color(path, upright):
+    """Read an image or a frame of a video as RGB, its rows as the camera wrote them.
+
+    upright: turn it as its tag says; None where it is a depth or confidence map, which has 16 bits or
+    few values.
+    """
     if path.parent.is_file():
-        return video_frame(path, upright=True)
+        return video_frame(path, upright)
     with reading(path, "image"), Image.open(path) as image:
-        if image.mode[0] in "IF" or image.getcolors(8):
+        if upright and (image.mode[0] in "IF" or image.getcolors(8)):
             return None
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        if upright:
+            image = ImageOps.exif_transpose(image)
+        return np.asarray(image.convert("RGB"))
 
 
 def read_depth(path, scale):
@@ -3291,15 +3281,16 @@ def read_depth(path, scale):
 def read_pose(pose, convention):
     """Read a pose [4, 4] as camera to world with OpenCV's axes; None where it is not finite, or
     mirrored."""
+    from scipy.spatial.transform import Rotation
+
     pose = read_numbers(pose, 4, 4) if isinstance(pose, Path) else pose
-    if not np.isfinite(pose).all():
+    if not (np.isfinite(pose).all() and np.linalg.det(pose) > 0):
         return None
 
-    # files round their numbers: take the nearest rotation (polar decomposition)
-    u, _, vt = np.linalg.svd(pose[:3, :3])
-    pose = np.block([[u @ vt, pose[:3, 3:]], [0, 0, 0, 1]])
+    # files round their numbers: take the nearest rotation
+    pose = rigid(pose[:3, 3], Rotation.from_matrix(pose[:3, :3]).as_quat())
 
-    # to camera to world, with OpenCV's axes; both of POV-Ray's systems are left-handed
+    # both of POV-Ray's systems are left-handed
     if "inverse" in convention:
         pose = np.linalg.inv(pose)
     if "opengl" in convention:
@@ -3307,7 +3298,7 @@ def read_pose(pose, convention):
     if convention == "povray":
         mirror = np.diag([1, -1, 1, 1])
         pose = mirror @ pose @ mirror
-    return pose if np.linalg.det(pose) > 0 else None
+    return pose
 
 
 def read_camera(camera, sizes):
@@ -3316,14 +3307,13 @@ def read_camera(camera, sizes):
     Files do not say whether it is the color's or the depth's: of `sizes` (H, W) take the one
     whose middle is nearest to the principal point. Raises DataError where that is near none.
     """
-    # of the right image the principal point is in the middle
     K = read_numbers(camera, 3, 3) if isinstance(camera, Path) else camera
-    scaled = [np.diag([1 / W, 1 / H, 1]) @ K for H, W in sizes]
-    best = min(scaled, key=lambda K: np.abs(K[:2, 2] - 0.5).max())
-    if not (np.abs(best[:2, 2] - 0.5).max() < 0.25 and np.diag(best).min() > 0):
-        what = f"intrinsics {K.tolist()} belong to no image of (H, W) = {sizes}"
-        raise DataError(f"{what}; export those of these images ({camera})")
-    return best
+    for H, W in sorted(sizes, key=lambda size: np.abs(K[:2, 2] / size[::-1] - 0.5).max()):
+        scaled = np.diag([1 / W, 1 / H, 1]) @ K
+        if np.abs(scaled[:2, 2] - 0.5).max() < 0.25 and np.diag(scaled).min() > 0:
+            return scaled
+    what = f"intrinsics {K.tolist()} belong to no image of (H, W) = {sizes}"
+    raise DataError(f"{what}; export those of these images ({camera})")
 
 
 def read_view(view, layout, longest):
@@ -3334,7 +3324,7 @@ def read_view(view, layout, longest):
     """
     depth, K, pose = None, None, None
     alone = all(part is None for part in view[1:])
-    color = read_photograph(view.image) if alone else read_image(view.image, "RGB")
+    color = read_color(view.image, upright=alone)
     if color is None:
         return "no image, but a depth or confidence map, or what is torn"
     sizes = [color.shape[:2]]
@@ -3359,43 +3349,40 @@ def read_view(view, layout, longest):
     # bring all to one size; the intrinsics follow
     shrink = min(1.0, longest / max(sizes[0]))
     H, W = (max(1, round(side * shrink)) for side in sizes[0])
-    depth = depth if depth is None else resize(depth, (H, W))
     mask = np.zeros((H, W), np.int32)
     if view.mask is not None:
-        mask = resize(read_image(view.mask, "I"), (H, W))
+        mask = resize(read_image(view.mask).astype(np.int32), (H, W))
+    if depth is not None:
+        depth = resize(depth, (H, W))
     if view.camera is not None:
         K = np.diag([W, H, 1]) @ read_camera(view.camera, sizes)
     return resize(color, (H, W)), depth, mask, K, pose
 
 
-def read_frames(
-    where, layout, views, max_frames: int, longest: float, notes: list[str]
-) -> Frames:
+def read_frames(where, layout, views, max_frames, longest, notes):
     """Read at most `max_frames` views, evenly spaced, as Frames; what no file holds is None.
 
-    Dropped and counted are frames that lack a file that others have, whose pose is not finite, or
-    whose depth is empty. Raises DataError where none is left.
+    Dropped and counted in `notes` are frames that lack a file that others have, whose pose is not
+    finite, or whose depth is empty. Raises DataError where none is left.
     """
     known = [part for part in range(4) if any(view[part] is not None for view in views)]
-    count = min(max_frames, len(views))
-    chosen = np.linspace(0, len(views) - 1, count).round().astype(int)
-    rows = []
-    for view in [views[i] for i in np.unique(chosen)]:
-        complete = all(view[part] is not None for part in known)
-        rows.append(read_view(view, layout, longest) if complete else "a missing file")
+    chosen = np.linspace(0, len(views) - 1, min(max_frames, len(views))).round().astype(int)
+    rows, lost = [], Counter()
+    for view in [views[i] for i in chosen]:
+        row = "a missing file"
+        if all(view[part] is not None for part in known):
+            row = read_view(view, layout, longest)
+        if isinstance(row, str):
+            lost[row] += 1
+        else:
+            rows.append(row)
 
     # say what was lost, and why
-    lost = Counter(row for row in rows if isinstance(row, str))
-    rows = [row for row in rows if not isinstance(row, str)]
-    notes += [
-        f"dropped {n} of {len(views)} frames with {why}" for why, n in lost.items()
-    ]
+    notes += [f"dropped {n} of {len(views)} frames with {why}" for why, n in lost.items()]
     notes.append(f"{len(rows)} of {len(views)} frames used; layout {layout.name}")
     if len({row[0].shape for row in rows}) != 1:
         what = f"{'; '.join(notes)}: none is usable, or their sizes differ"
-        raise DataError(
-            f"{where}: {what}; export them again, as one of: {KNOWN_LAYOUTS}"
-        )
+        raise DataError(f"{where}: {what}; export them again, as one of: {KNOWN_LAYOUTS}")
     columns = zip(*rows, strict=True)
     return Frames(*(None if c[0] is None else np.stack(c) for c in columns))
 
@@ -4249,14 +4236,17 @@ def in_view(points: np.ndarray, K: np.ndarray, pose: np.ndarray, size: tuple[int
     return inside, row, column, depth[inside]
 
 
-def visible_cloud(scene: Scene) -> Scene:
-    """Give a scene the cloud that its cameras see, with superpoints of our own.
+def seen_cloud(scene: Scene) -> Scene:
+    """Give a room the cloud that its cameras see, in place of the one that is drawn from its objects."""
+    if scene.source != "rooms" or scene.frames is None:
+        return scene
+    points, colors, normals, _ = fuse(scene.frames)
+    return replace(scene, points=points, colors=colors, normals=normals)
 
-    A room's own cloud is drawn from its objects, so it is replaced by one fused from the frames.
-    """
-    if scene.source == "rooms" and scene.frames is not None:
-        points, colors, normals, _ = fuse(scene.frames)
-        scene = replace(scene, points=points, colors=colors, normals=normals)
+
+def visible_cloud(scene: Scene) -> Scene:
+    """Give a scene the cloud that its cameras see, with superpoints of our own."""
+    scene = seen_cloud(scene)
     return replace(scene, superpoints=over_segment(scene.points, scene.normals))
 
 
@@ -4457,7 +4447,7 @@ def with_tracks(scene: Scene, tracks: np.ndarray) -> Scene:
 # ---- 10 pictures -----------------------------------------------------------------------------------------------------
 
 CORNERS = np.array(list(itertools.product((-0.5, 0.5), repeat=3)))  # [8, 3] of a box of size 1
-EDGES = [(a, b) for a, b in itertools.combinations(range(8), 2) if np.abs(CORNERS[a] - CORNERS[b]).sum() == 1]  # 12
+OUTLINE = [0, 1, 3, 2, 0, 4, 5, 1, 5, 7, 3, 7, 6, 2, 6, 4]  # a way along all edges, from corner to corner
 ANSWERS = ("crimson", "royalblue", "seagreen", "darkorange")  # colors of the first answer, the second, ...
 
 
@@ -4469,27 +4459,21 @@ def axes_of(axis) -> int:
 def draw_boxes(axis, boxes: Iterable[np.ndarray], **style) -> None:
     """Draw the edges of boxes [n, 6] on an axis of `scene_figure`."""
     for box in boxes:
-        corners = (box[:3] + CORNERS * box[3:])[:, : axes_of(axis)]
-        for a, b in EDGES:
-            axis.plot(*corners[[a, b]].T, **style)
+        corners = box[:3] + CORNERS * box[3:]
+        axis.plot(*corners[OUTLINE, : axes_of(axis)].T, **style)
 
 
 def scene_figure(scene: Scene, title: str, lines: Sequence[str] = ()) -> tuple:
-    """Begin a picture of a scene: its cloud from above and in perspective, two frames below it, lines of text.
+    """Begin a picture of a scene: its cloud from above and in perspective, two frames below it, lines
+    of text.
 
     Returns: the figure, and its two axes (from above, in perspective). `save_figure` ends the picture.
     """
     from matplotlib.figure import Figure
 
-    # what the cameras saw where there are any, else the cloud itself; 30,000 points show enough
-    frames = scene.frames
-    if frames is not None:
-        seen = frames.depth > 0
-        points = unproject(frames.depth, frames.intrinsics, frames.poses)[seen]
-        colors = frames.color[seen] / 255
-    else:
-        points = scene.points
-        colors = np.full(points.shape, 0.6) if scene.colors is None else scene.colors / 255
+    # 30,000 points show enough
+    cloud, frames = seen_cloud(scene), scene.frames
+    points, colors = cloud.points, shown_colors(cloud) / 255
     some = np.random.default_rng(0).permutation(len(points))[:30_000]
 
     # the ceiling would hide the room; from above the highest is drawn last
@@ -4497,8 +4481,10 @@ def scene_figure(scene: Scene, title: str, lines: Sequence[str] = ()) -> tuple:
     some = some[np.argsort(points[some, 2])]
     points, colors = points[some], colors[some]
 
-    figure = Figure(figsize=(15, 8 if frames is None else 11), layout="constrained")
-    grid = figure.add_gridspec(2, 4, height_ratios=(3, 0.01 if frames is None else 1))
+    # the cloud above, frames below
+    below = 0.01 if frames is None else 1.0
+    figure = Figure(figsize=(15, 8 + 3 * below), layout="constrained")
+    grid = figure.add_gridspec(2, 4, height_ratios=(3, below))
     top = figure.add_subplot(grid[0, :2], aspect="equal", xlabel="x in meters", ylabel="y in meters")
     view = figure.add_subplot(grid[0, 2:], projection="3d", computed_zorder=False)
     top.scatter(*points[:, :2].T, c=colors, s=4, zorder=0)
@@ -4507,11 +4493,13 @@ def scene_figure(scene: Scene, title: str, lines: Sequence[str] = ()) -> tuple:
     view.set_axis_off()
 
     # the first and the last frame, each with its objects beside it
-    for place, v in enumerate((0, -1) if frames is not None else ()):
-        for image, name, column in ((frames.color[v], "a frame", 0), (frames.masks[v] % 20, "its objects", 1)):
-            axis = figure.add_subplot(grid[1, 2 * place + column], title=name)
-            axis.imshow(image, cmap="tab20", vmin=0, vmax=19)
-            axis.set_axis_off()
+    images = []
+    if frames is not None:
+        images = [frames.color[0], frames.masks[0] % 20, frames.color[-1], frames.masks[-1] % 20]
+    for column, image in enumerate(images):
+        axis = figure.add_subplot(grid[1, column])
+        axis.imshow(image, cmap="tab20", vmin=0, vmax=19)
+        axis.set_axis_off()
     figure.suptitle(title, parse_math=False)
     figure.supxlabel("\n".join(lines), parse_math=False)
     return figure, (top, view)
@@ -4523,36 +4511,40 @@ def save_figure(figure, path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
-def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.ndarray | None = None,
-               answers: Sequence[str] = ()) -> None:  # fmt: skip
+def draw_scene(
+    scene: Scene,
+    path: Path,
+    lines: Sequence[str] = (),
+    tokens: np.ndarray | None = None,
+    answers: Sequence[str] = (),
+) -> None:
     """Draw a scene with its objects' boxes, identifiers and names, and what a model sees and answers.
 
-    tokens [K, 3] in meters are crosses; the boxes, points and identifiers that an answer writes are drawn in a color
-    per answer.
+    tokens [K, 3] in meters are crosses; the boxes, points and identifiers that an answer writes are
+    drawn in a color per answer.
     """
     from matplotlib import colormaps
 
+    # an answer names objects by identifier, or writes boxes and points in meters
+    answered, box_of = [], {scene.identifiers.get(o.id): o.box for o in scene.objects}
+    for text in answers:
+        named = [box_of.get(int(i)) for i in re.findall(r"<OBJ(\d{3})>", text)]
+        boxes = [box for box in named + tuples(text, 6) if box is not None]
+        answered.append((boxes, [point for point in tuples(text, 3) if point is not None]))
+
     figure, axes = scene_figure(scene, f"{scene.name}: {len(scene.objects)} objects", lines)
-    by_identifier = {number: i for i, number in scene.identifiers.items()}
-    palette = colormaps["tab20"].colors
     for axis in axes:
         n = axes_of(axis)
         for thing in scene.objects:
-            color, top = palette[thing.id % 20], thing.box[:3] + np.array([0, 0, thing.box[5] / 2])
-            draw_boxes(axis, [thing.box], color=color, lw=0.8)
+            draw_boxes(axis, [thing.box], color=colormaps["tab20"](thing.id % 20), lw=0.8)
             name = f"{scene.identifiers.get(thing.id, '')} {thing.category or thing.color}".strip()
-            axis.text(*top[:n], name, fontsize=7, ha="center", parse_math=False)
+            axis.text(*thing.box[:n], name, fontsize=7, ha="center", parse_math=False)
         if tokens is not None:
             axis.scatter(*tokens[:, :n].T, c="black", marker="x", s=12, lw=0.7)
-
-        # an answer names objects by identifier, or writes boxes and points in meters
-        for color, text in zip(itertools.cycle(ANSWERS), answers):
-            named = [by_identifier[int(i)] for i in re.findall(r"<OBJ(\d{3})>", text) if int(i) in by_identifier]
-            boxes = [scene.thing(i).box for i in named] + [box for box in tuples(text, 6) if box is not None]
+        for color, (boxes, points) in zip(itertools.cycle(ANSWERS), answered):
             draw_boxes(axis, boxes, color=color, lw=2.5)
-            for point in tuples(text, 3):
-                if point is not None:
-                    axis.scatter(*point[:n], c=color, s=60, zorder=4)
+            for point in points:
+                axis.scatter(*point[:n], c=color, s=60, zorder=4)
     save_figure(figure, path)
 
 
