@@ -2958,8 +2958,7 @@ def check_scene(scene: Scene, trusted: bool = False) -> Scene:
     lengths = {len(array) for array in arrays if array is not None}
     with reading(scene.name, "scene of boxes with six numbers"):
         boxes = np.array([o.box for o in scene.objects], float).reshape(-1, 6)
-    finite = np.isfinite(scene.points.sum() + boxes.sum())
-    if len(lengths) > 1 or min(lengths) < 2 or not finite:
+    if len(lengths) > 1 or min(lengths) < 2 or not np.isfinite(scene.points.sum() + boxes.sum()):
         what = f"arrays of {lengths} points, or numbers that are not finite"
         raise DataError(f"{scene.name}: {what}; export it again")
 
@@ -2972,13 +2971,12 @@ def check_scene(scene: Scene, trusted: bool = False) -> Scene:
     said = f"size {size[0]:.2f} x {size[1]:.2f} x {size[2]:.2f} m"
     if not scene.metric:
         said += ", guessed: questions in meters are refused; of a known length give --scale TRUE/GUESSED"
-    elif not trusted and not 0.5 <= size.max() <= 30:
+    elif not (trusted or 0.5 <= size.max() <= 30):
         raise DataError(
             f"{scene.name}: {said} is hardly a room; give --scale (0.001 if in millimeters, 1 if it is "
             f"right), or of frames --depth-scale ({DEPTH_SCALES})"
         )
-    if said not in scene.notes:
-        scene.notes.append(said)
+    scene.notes = [*(note for note in scene.notes if note != said), said]
     return scene
 
 
@@ -3699,15 +3697,13 @@ def align_to_gravity(points, normals, up, poses=None):
     up, said = find_up(points, normals, up, poses)
     turn = Rotation.align_vectors([[0, 0, 1]], [up])[0]
 
-    # walls agree modulo a quarter turn, so as complex numbers their fourth powers do; twice
-    # without what stands askew
+    # walls agree modulo a quarter turn, so as complex numbers their fourth powers do
     wall = turn.apply(normals)
     quarter = (wall[:, 0] + 1j * wall[:, 1])[np.abs(wall[:, 2]) < 0.2] ** 4
-    if len(quarter) >= 100 and abs(quarter.mean()) > 0.1:
-        for reach in (4.0, 0.6, 0.6):  # radians
-            askew = np.angle(quarter[np.abs(np.angle(quarter)) < reach].mean())
-            quarter = quarter * np.exp(-1j * askew)
-            turn = Rotation.from_euler("z", -askew / 4) * turn
+    if len(quarter):
+        askew = np.angle(quarter.mean())
+        askew += np.median(np.angle(quarter * np.exp(-1j * askew)))  # whatever stands askew
+        turn = Rotation.from_euler("z", -askew / 4) * turn
 
     # the floor is the lowest level surface that is no crumb
     world = np.eye(4)
@@ -3723,8 +3719,13 @@ def align_to_gravity(points, normals, up, poses=None):
 # ---- 7.5 ScanNet
 
 
+def scan_files(folder: Path) -> list[Path]:
+    """Name the files of a ScanNet scan: mesh, segments, groups of segments, description."""
+    return [folder / f"{folder.name}{suffix}" for suffix in SCAN_FILES]
+
+
 def is_scan(path: Path) -> bool:
-    return (path / f"{path.name}{SCAN_FILES[0]}").exists()
+    return scan_files(path)[0].exists()
 
 
 def find_scans(root: Path) -> list[Path]:
@@ -3743,48 +3744,37 @@ def read_scannet(
     no objects; boxes are the extent of an object's points. Masks are read from instance-filt/ or
     else rendered. Raises DataError.
     """
-    folder, notes = Path(folder).absolute(), []
-    name = folder.name
-    mesh, segs, aggregation, info = (
-        folder / f"{name}{suffix}" for suffix in SCAN_FILES
-    )
+    folder = Path(folder).absolute()
+    mesh, segs, aggregation, info = scan_files(folder)
     points, colors, normals, faces = load_mesh(mesh)
     with reading(info, "scan description with an axisAlignment of 16 numbers"):
         # scans for testing have none
         aligned, world = re.search("axisAlignment = (.+)", info.read_text()), np.eye(4)
         if aligned:
             world = np.array(aligned[1].split(), float).reshape(4, 4)
-    if normals is None and faces is None:
-        normals = estimate_normals(points)
-    elif normals is None:
+    if normals is None:
         normals = unit(vertex_normals(points, faces))
     cloud = move(points, normals, world)
-    scene = Scene(name, "scannet", [], colors=colors, notes=notes, **cloud)
+    scene = Scene(folder.name, "scannet", [], colors=colors, **cloud)
 
     # objects are groups of segments; scans of the test split have neither
     scene.instances = np.zeros(len(points), np.int64)
     if segs.exists() or aggregation.exists():
         add_objects(scene, segs, aggregation)
     else:
-        notes.append(
-            "a test scan without labels: superpoints are our own, objects unknown"
-        )
-        scene.superpoints = over_segment(
-            points, None if faces is not None else normals, faces
-        )
+        scene.notes.append("a test scan without labels: superpoints are our own, objects unknown")
+        scene.superpoints = over_segment(points, normals)
 
     # a thousand scans do not fit in memory, so frames stay on disk
     places = [folder]
     for root in folder.parents[:2]:
-        places += [root / "posed_images" / name, root / "frames" / name]
-    for place in places if max_frames else ():
+        places += [root / "posed_images" / folder.name, root / "frames" / folder.name]
+    for place in places:
         layout, views = find_frames(place)
-        if scene.frames is None and any(view.depth for view in views):
-            load = partial(
-                scan_frames, scene, world, layout, views, max_frames, longest
-            )
-            files = [view.image for view in views if view.image]
-            scene.frames = LazyFrames(load, file_key([mesh, *files]))
+        if max_frames and any(view.depth for view in views):
+            load = partial(scan_frames, scene, world, layout, views, max_frames, longest)
+            scene.frames = LazyFrames(load, file_key([mesh, *(view.image for view in views if view.image)]))
+            break
     return check_scene(scene, trusted=True)
 
 
@@ -3841,9 +3831,7 @@ def write_scannet(scene: Scene, out: str | Path) -> Path:
         (folder / part).mkdir(parents=True, exist_ok=True)
 
     # points as a scanner gives them, and how they are aligned
-    mesh, segs, aggregation, info = (
-        folder / f"{scene.name}{suffix}" for suffix in SCAN_FILES
-    )
+    mesh, segs, aggregation, info = scan_files(folder)
     world = rigid((1.5, -0.75, 0.25), (0, 0, 0.6435))  # a shift, and a turn about z
     back = np.linalg.inv(world)
     raw = move(scene.points, scene.normals, back)
@@ -3854,33 +3842,20 @@ def write_scannet(scene: Scene, out: str | Path) -> Path:
     segs.write_text(json.dumps({"segIndices": scene.superpoints.tolist()}))
     groups = []
     for o in scene.objects:
-        group = dict(
-            objectId=o.id - 1,
-            label=o.category,
-            color=o.color,
-            alignedBox=o.box.tolist(),
-        )
-        group["segments"] = np.unique(
-            scene.superpoints[scene.instances == o.id]
-        ).tolist()
+        group = dict(objectId=o.id - 1, label=o.category, color=o.color, alignedBox=o.box.tolist())
+        group["segments"] = np.unique(scene.superpoints[scene.instances == o.id]).tolist()
         groups.append(group)
     aggregation.write_text(json.dumps({"segGroups": groups}))
 
-    # ScanNet's matrices are 4 x 4
-    frames, camera = scene.frames, np.eye(4)
-    camera[:3, :3] = frames.intrinsics[0]
-    np.savetxt(folder / "intrinsic/intrinsic_depth.txt", camera, "%.17g")
-
     # a file of every kind per frame
+    frames = scene.frames
+    np.savetxt(folder / "intrinsic/intrinsic_depth.txt", frames.intrinsics[0], "%.17g")
+    depth = (frames.depth * 1000).round().astype(np.uint16)
     for i, pose in enumerate(back @ frames.poses):
         np.savetxt(folder / f"pose/{i}.txt", pose, "%.17g")
         Image.fromarray(frames.color[i]).save(folder / f"color/{i}.png")
-        for part, image in (
-            ("depth", frames.depth[i] * 1000),
-            ("instance-filt", frames.masks[i]),
-        ):
-            image = Image.fromarray(image.round().astype(np.uint16))
-            image.save(folder / part / f"{i}.png")
+        Image.fromarray(depth[i]).save(folder / f"depth/{i}.png")
+        Image.fromarray(frames.masks[i].astype(np.uint16)).save(folder / f"instance-filt/{i}.png")
     return folder
 
 
@@ -3946,12 +3921,8 @@ def vggt_geometry(images, model, longest=518):
     V, H, W, _ = images.shape
     patch, device = model.aggregator.patch_size, next(model.parameters()).device
     h, w = (max(1, round(n * longest / max(H, W) / patch)) * patch for n in (H, W))
-    shown = [
-        Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC)
-        for image in images
-    ]
-    x = torch.from_numpy(np.stack(shown)).to(device)  # [V, h, w, 3]
-    x = x.permute(0, 3, 1, 2).float()[None] / 255  # [1, V, 3, h, w]
+    x = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255  # [V, 3, H, W]
+    x = F.interpolate(x, (h, w), mode="bicubic", antialias=True).clamp(0, 1)[None]  # [1, V, 3, h, w]
 
     # one pass of the transformer, two heads
     with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
@@ -3963,8 +3934,8 @@ def vggt_geometry(images, model, longest=518):
     camera, K = pose_enc.pose_encoding_to_extri_intri(code, (h, w))
 
     # arrays of the images' size
-    maps = [m.reshape(V, h, w).float().cpu().numpy() for m in maps]
-    depth, confidence = (np.stack([resize(image, (H, W)) for image in m]) for m in maps)
+    maps = torch.stack([m.reshape(V, h, w).float() for m in maps])
+    depth, confidence = F.interpolate(maps, (H, W)).cpu().numpy()
     K = np.diag([W / w, H / h, 1]) @ K[0].double().cpu().numpy()
     poses = np.tile(np.eye(4), (V, 1, 1))
     poses[:, :3] = camera[0].double().cpu().numpy()  # world to camera
@@ -4000,9 +3971,7 @@ def fill_in(where, frames: Frames, vggt: str) -> Frames:
         rescale(seen, float(np.median(frames.depth[both] / depth[both])))
     elif frames.poses is not None:
         at = np.stack([frames.poses, poses])[:, :, :3, 3]  # [2, V, 3]
-        known, found = np.median(
-            np.linalg.norm(at - at.mean(1, keepdims=True), axis=2), axis=1
-        )
+        known, found = np.linalg.norm(at.std(1), axis=1)
         rescale(seen, known / max(found, 1e-9))
     known = {name: array for name, array in vars(frames).items() if array is not None}
     return replace(seen, **known)
@@ -4570,10 +4539,8 @@ def split_scans(root: Path) -> dict[str, list[Path]]:
         return split_fifths(scans)
 
     # all scans that are not for testing
-    parts, names = {"train": [], "test": []}, listed.read_text().split()
-    for scan in scans:
-        parts["test" if scan.name in names else "train"].append(scan)
-    return parts
+    test = [scan for scan in scans if scan.name in listed.read_text().split()]
+    return {"train": [scan for scan in scans if scan not in test], "test": test}
 
 
 def load_scenes(
@@ -4596,13 +4563,10 @@ def load_scenes(
     if root is None:
         raise DataError(f"--data {source}: name the folder with --root")
     root, scenes = Path(root), []
-    if source == "scannet":
-        paths = split_scans(root)[split]
-    else:
-        paths = sorted(root.glob("*.npz")) if source == "cached" else find_scenes(root)
-        paths = split_fifths(paths)[split]
+    splits = split_scans(root) if source == "scannet" else split_fifths(find_scenes(root))
 
     # without an object there is nothing to ask
+    paths = splits[split]
     for path in paths:
         scene = open_scene(path, **options)
         if scene.objects:
@@ -4625,7 +4589,7 @@ SCENE_OPTIONS = {  # flags of a scene of one's own -> arguments of argparse
     "vggt": dict(help="name or folder of VGGT's weights, for frames without depth or poses"),
     "masks": dict(choices=("files", "segments", "sam2"), help="where objects come from: instance-filt/ "
                   "beside the frames (default where it lies), segments of the cloud (else), SAM 2"),
-    "sam2": dict(help=f"name or checkpoint of SAM 2's weights (default: {SAM2})"),
+    "sam2": dict(help=f"name of SAM 2's weights for --masks sam2 (default: {SAM2})"),
 }  # fmt: skip
 
 
@@ -4656,7 +4620,7 @@ def choose_reader(path: Path) -> tuple[Callable, set[str]]:
 
 
 def open_scene(
-    path: str | Path, masks: str | None = None, sam2: str | None = None, **options
+    path: str | Path, masks: str | None = None, sam2: str = SAM2, **options
 ) -> Scene:
     """Read a scene of one's own, and find objects where none are labelled.
 
@@ -4666,17 +4630,14 @@ def open_scene(
     """
     path = Path(path)
     if not path.exists():
-        raise DataError(
-            f"{path}: no such scene; give a video, a cloud, or a folder of frames"
-        )
+        raise DataError(f"{path}: no such scene; give a video, a cloud, or a folder of frames")
 
     # the format decides which options have a meaning
     reader, takes = choose_reader(path)
     if strange := sorted(set(options) - takes):
         known = ", ".join(sorted(takes)) or "none"
-        raise DataError(
-            f"--{strange[0].replace('_', '-')}: has no part in {path}; known here: {known}"
-        )
+        flag = strange[0].replace("_", "-")
+        raise DataError(f"--{flag}: has no part in {path}; known here: {known}")
     scene = reader(path, **options)
     if scene.objects or reader is load_scene or masks == "none":
         return scene
@@ -4684,20 +4645,18 @@ def open_scene(
     # where they are sought
     frames = scene.frames
     labelled = frames is not None and frames.masks.any()
-    masks = masks or (sam2 and "sam2") or ("files" if labelled else "segments")
+    masks = masks or ("files" if labelled else "segments")
     if masks == "segments":
         scene = with_own_segments(scene)
     elif masks == "files" and labelled:
         scene = with_tracks(scene, frames.masks)
     elif masks == "sam2" and frames is not None:
-        tracks = sam2_masks(frames.color, load_sam2(sam2 or SAM2))
+        tracks = sam2_masks(frames.color, load_sam2(sam2))
         points = unproject(frames.depth, frames.intrinsics, frames.poses)
         scene = with_tracks(scene, merge_tracks(tracks, points))
     else:
         lacking = "it has no frames, or no instance-filt/ with masks"
-        raise DataError(
-            f"--masks {masks}: {path}: {lacking}; choose files, segments or sam2"
-        )
+        raise DataError(f"--masks {masks}: {path}: {lacking}; choose files, segments or sam2")
     return check_scene(scene, trusted=True)
 
 
@@ -4706,23 +4665,13 @@ FRAME_ARRAYS = ("color", "depth", "masks", "intrinsics", "poses")
 
 def save_scene(scene: Scene, path: Path) -> None:
     """Write a scene as one .npz file, without pickle; objects and notes go as JSON."""
-    arrays = {
-        name: array
-        for name, array in vars(scene).items()
-        if isinstance(array, np.ndarray)
-    }
-    if scene.frames is not None:
-        arrays |= {
-            f"frames.{name}": getattr(scene.frames, name) for name in FRAME_ARRAYS
-        }
+    arrays = {name: array for name, array in vars(scene).items() if isinstance(array, np.ndarray)}
+    for name in FRAME_ARRAYS if scene.frames is not None else ():
+        arrays[f"frames.{name}"] = getattr(scene.frames, name)
 
     # what is no array goes as JSON
-    about = dict(
-        name=scene.name, source=scene.source, metric=scene.metric, notes=scene.notes
-    )
-    about["objects"] = [
-        [o.id, o.category, o.color, *map(float, o.box)] for o in scene.objects
-    ]
+    about = {name: getattr(scene, name) for name in ("name", "source", "metric", "notes")}
+    about["objects"] = [[o.id, o.category, o.color, *map(float, o.box)] for o in scene.objects]
     write_npz(path, about=np.array(json.dumps(about)), **arrays)
 
 
@@ -4732,17 +4681,11 @@ def load_scene(path: Path) -> Scene:
     Raises DataError.
     """
     with reading(path, "kept scene"), np.load(path, allow_pickle=False) as held:
-        about = json.loads(str(held["about"])) | {"name": path.stem}
         # objects from JSON, arrays by their names, frames later
-        rows = about.pop("objects")
-        objects = [
-            Thing(i, category, color, np.array(box))
-            for i, category, color, *box in rows
-        ]
-        arrays = {
-            name: held[name] for name in held if name != "about" and "." not in name
-        }
-        scene = Scene(objects=objects, **about, **arrays)
+        about = json.loads(str(held["about"])) | {"name": path.stem}
+        about["objects"] = [Thing(*row[:3], np.array(row[3:])) for row in about["objects"]]
+        arrays = {name: held[name] for name in held if name != "about" and "." not in name}
+        scene = Scene(**about, **arrays)
         if "frames.masks" in held:
             scene.frames = LazyFrames(partial(load_frames, path), file_key([path]))
         return check_scene(scene, trusted=True)
@@ -4755,10 +4698,10 @@ def load_frames(path: Path) -> Frames:
 
 
 def is_scene(path: Path) -> bool:
-    """Whether `path` is a video, a cloud, a scan's folder, or one of frames or images."""
+    """Whether `path` is a video, a cloud, a kept scene, a scan's folder, or one of frames or images."""
     if path.is_dir():
         return is_scan(path) or bool(find_frames(path)[1])
-    return path.suffix.lower() in (*VIDEOS, *CLOUDS) and path.name[0] != "."
+    return path.suffix.lower() in (*VIDEOS, *CLOUDS, ".npz") and path.name[0] != "."
 
 
 def find_scenes(path: Path) -> list[Path]:
@@ -4804,31 +4747,22 @@ SCANNET_TERMS = (
 )
 
 
-def check_scans(path: Path, scans: list[Path]) -> list[str]:
-    """Describe a ScanNet root: how many scans, and what they lack."""
-    # a thousand scans are counted, not opened
-    shown = sum(bool(find_frames(scan)[1]) for scan in scans)
-    lines = [f"{path}: {len(scans)} scans, {shown} with frames beside them"]
-
-    # where missing files are had, and under which terms
-    files = [scan / f"{scan.name}{suffix}" for suffix in SCAN_FILES for scan in scans]
-    lacking = [file for file in files if not file.exists()]
-    if lacking:
-        lines.append(
-            f"missing {len(lacking)} files, first {lacking[0]}; {SCANNET_TERMS}"
-        )
-    return lines
-
-
 def check(path: Path, **options) -> list[str]:
     """Describe what lies at `path`: the lines of `data.py check DIR`.
 
-    Scenes are opened, but no objects looked for; of a ScanNet root only the files are counted.
+    Scenes are opened, but no objects looked for. A ScanNet root is too large for that: its scans and
+    their files are counted.
     """
-    # a ScanNet root is too large to be opened
-    if scans := find_scans(path):
-        return check_scans(path, scans)
     lines = []
+    if scans := find_scans(path):
+        shown = sum(bool(find_frames(scan)[1]) for scan in scans)
+        lines.append(f"{path}: {len(scans)} scans, {shown} with frames beside them")
+
+        # where missing files are had, and under which terms
+        lacking = [file for scan in scans for file in scan_files(scan) if not file.exists()]
+        if lacking:
+            lines.append(f"missing {len(lacking)} files, first {lacking[0]}; {SCANNET_TERMS}")
+        return lines
     for place in find_scenes(path):
         try:
             scene = open_scene(place, masks="none", **options)
@@ -4870,7 +4804,6 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     )
     make.add_argument("out", type=Path)
     make.add_argument("--count", type=int, default=10)
-    make.add_argument("--objects", type=int, help="objects per room (default: 8 to 16)")
     make.add_argument("--seed", type=int, default=0, help="of the first room")
     keep = commands.add_parser(
         "cache", help="scenes through VGGT, SAM 2 and segmentation, once"
@@ -4886,7 +4819,7 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         print("\n".join(check(args.path, **scene_options(args))))
     elif args.command == "rooms":
         for seed in range(args.seed, args.seed + args.count):
-            scene = room(seed, args.objects, size=240, views=16, points=20_000)
+            scene = room(seed, size=240, views=16, points=20_000)
             named = replace(scene, name=f"scene{seed % 10_000:04d}_00")
             print(write_scannet(named, args.out / "scans"))
     elif cache_scenes(args.path, args.out, **scene_options(args)):

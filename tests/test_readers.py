@@ -461,7 +461,7 @@ def test_sizes_that_no_room_has_are_refused_and_every_size_is_said(small, tmp_pa
         ):
             read_cloud(tmp_path / "a.ply")
         scene = read_cloud(tmp_path / "a.ply", scale=1 / unit)
-        assert scene.notes[-1] == "size 6.26 x 5.96 x 2.60 m"
+        assert scene.notes[-1] == "size 6.24 x 5.94 x 2.60 m"
 
 
 # ---- ScanNet
