@@ -2842,7 +2842,7 @@ def build(config, text):
 
 VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
-CLOUDS = (".ply", ".glb", ".obj", ".stl", ".xyz")
+CLOUDS = (".ply", ".glb", ".obj", ".stl")
 SCAN_FILES = (
     "_vh_clean_2.ply",
     "_vh_clean_2.0.010000.segs.json",
@@ -2887,7 +2887,7 @@ def reading(path, what):
         ) from None
 
 
-def write_npz(path: Path, **arrays: np.ndarray) -> None:
+def write_npz(path, **arrays):
     """Write named arrays as one file, which becomes `path` when it is whole: nobody ever reads
     half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -2897,7 +2897,7 @@ def write_npz(path: Path, **arrays: np.ndarray) -> None:
     os.replace(part, path)
 
 
-def read_json(path: Path):
+def read_json(path):
     with reading(path, "JSON file"):
         return json.loads(path.read_text())
 
@@ -2932,7 +2932,7 @@ def need(module, what):
         ) from None
 
 
-def choose(table: dict, key: str, what: str):
+def choose(table, key, what):
     """Look up table[key]; an unknown key is a DataError that names the known ones."""
     if key not in table:
         raise DataError(f"{what} {key!r} is unknown: choose one of {', '.join(table)}")
@@ -2947,7 +2947,7 @@ def file_key(files):
     )
 
 
-def check_scene(scene: Scene, trusted: bool = False) -> Scene:
+def check_scene(scene, trusted=False):
     """Check what a reader made, and note its size.
 
     Points and boxes are finite, every array is as long as the points, and, unless the unit is
@@ -3209,7 +3209,6 @@ LAYOUTS = (  # the first that fits is taken
            partial(named_views, images="*.jpg", depth="{}.png", pose="{}.txt")),
     Layout("images alone", ("*",), photographs),
 )  # fmt: skip
-VIDEO = Layout("video", (), video_views)
 KNOWN_LAYOUTS = "; ".join(layout.name for layout in LAYOUTS)
 
 
@@ -3219,27 +3218,21 @@ def existing(part):
     return None if missing else part
 
 
-def find_frames(folder: Path) -> tuple[Layout | None, list[FrameFiles]]:
+def find_frames(folder):
     """Find the layout that fits a folder or a video, and its frames, with None for missing files.
 
     Returns (None, []) where there is no image.
     """
     if folder.is_file():
-        return VIDEO, VIDEO.views(folder)
+        return Layout("video", (), video_views), video_views(folder)
     for layout in LAYOUTS:
-        # the first file that only this program writes tells its layout
-        marks = [
-            file
-            for pattern in layout.marks
-            for file in sorted(folder.glob(pattern))[:1]
-        ]
-        for mark in marks:
-            with reading(mark, layout.name):
-                views = [
-                    FrameFiles(*map(existing, view)) for view in layout.views(mark)
-                ]
-            if any(view.image for view in views):
-                return layout, views
+        for pattern in layout.marks:
+            # the first file that only this program writes tells its layout
+            for mark in sorted(folder.glob(pattern))[:1]:
+                with reading(mark, layout.name):
+                    views = [FrameFiles(*map(existing, view)) for view in layout.views(mark)]
+                if any(view.image for view in views):
+                    return layout, views
     return None, []
 
 
@@ -3385,8 +3378,8 @@ def read_frames(where, layout, views, max_frames, longest, notes):
     return Frames(*(None if c[0] is None else np.stack(c) for c in columns))
 
 
-def agreement(frames: Frames, reach: float = 0.1) -> float:
-    """Share of some frames' depth that others confirm to `reach` meters, among what these do not
+def agreement(frames):
+    """Share of some frames' depth that others confirm to 10 cm, among what these do not
     see hidden."""
     # see some points of some frames from all other frames
     points = unproject(frames.depth, frames.intrinsics, frames.poses)
@@ -3398,19 +3391,12 @@ def agreement(frames: Frames, reach: float = 0.1) -> float:
         _, row, column, z = in_view(seen, *camera)
         # what is hidden there tells nothing
         beyond = frames.depth[other][row, column] - z
-        confirmed += (np.abs(beyond) <= reach).sum()
-        denied += (beyond > reach).sum()
+        confirmed += (np.abs(beyond) <= 0.1).sum()
+        denied += (beyond > 0.1).sum()
     return confirmed / (confirmed + denied)
 
 
-def read_views(
-    path: str | Path,
-    scale: float | None = None,
-    max_frames: int = 32,
-    longest: int | None = None,
-    vggt: str = "facebook/VGGT-1B",
-    **documented,
-) -> Scene:
+def read_views(path, scale=None, max_frames=32, longest=None, vggt="facebook/VGGT-1B", **documented):
     """Read a video, images, or frames in one of LAYOUTS as a scene without objects.
 
     What no file holds of depth, poses and intrinsics VGGT finds. Its unit becomes meters by the
@@ -3447,11 +3433,10 @@ def read_views(
 
     # a wrong convention or scale makes frames contradict each other: 0.92 where all is right, else
     # below 0.5
-    share = agreement(frames) if has_depth or has_pose else 1.0
-    if share < 0.6:
+    if (has_depth or has_pose) and agreement(frames) < 0.6:
         raise DataError(
-            f"{path}, read as {layout.name}: only {share:.0%} of the depth fits other frames; name the "
-            f"poses' --convention ({', '.join(CONVENTIONS)}) or the --depth-scale ({DEPTH_SCALES})"
+            f"{path}, read as {layout.name}: hardly any of the depth fits other frames; name the poses' "
+            f"--convention ({', '.join(CONVENTIONS)}) or the --depth-scale ({DEPTH_SCALES})"
         )
 
     # the cloud is what the frames show, and both are turned upright
@@ -3509,7 +3494,7 @@ def voxel_downsample(rows, voxel, limit):
     return mean.numpy(), voxel
 
 
-def fuse(frames: Frames, limit: int = 100_000) -> tuple:
+def fuse(frames):
     """Fuse frames to one cloud: points [N, 3] f32, colors [N, 3] u8, unit normals [N, 3] f32
     towards the cameras, voxel in meters: 2.5 cm, or a pixel's footprint if larger."""
     points = unproject(frames.depth, frames.intrinsics, frames.poses)
@@ -3531,15 +3516,15 @@ def fuse(frames: Frames, limit: int = 100_000) -> tuple:
     voxel = max(0.025, float(footprint))
     cell = voxel_of(rows[:, :3], voxel)
     solid = np.bincount(cell)[cell] >= min(3.0, 0.2 * (voxel / footprint) ** 2)
-    rows, voxel = voxel_downsample(rows[solid], voxel, limit)
+    rows, voxel = voxel_downsample(rows[solid], voxel, 100_000)
     return rows[:, :3].astype(np.float32), rows[:, 3:6].round().astype(np.uint8), unit(rows[:, 6:]), voxel
 
 
-def estimate_normals(points, k=24):
-    """Estimate unit normals [N, 3] float32: the least axis of each point's k neighbors, facing
+def estimate_normals(points):
+    """Estimate unit normals [N, 3] float32: the least axis of each point's 24 neighbors, facing
     the centroid."""
     # the axis along which neighbors differ least
-    near = points[nearest(points, points, k)[1]].astype(np.float32)
+    near = points[nearest(points, points, 24)[1]].astype(np.float32)
     near = near - near.mean(1, keepdims=True)
     normals = np.linalg.eigh(np.einsum("nki,nkj->nij", near, near))[1][..., 0]
 
@@ -3589,10 +3574,8 @@ def write_ply(path, points, colors, normals):
     cloud.export(path, file_type="ply", vertex_normal=True)
 
 
-def read_cloud(
-    path: str | Path, up: str = "auto", scale: float | None = None, limit: int = 200_000
-) -> Scene:
-    """Read a cloud or mesh (CLOUDS) as a scene without objects or frames, at most `limit` points,
+def read_cloud(path, up="auto", scale=None):
+    """Read a cloud or mesh (CLOUDS) as a scene without objects or frames, at most 200,000 points,
     averaged in voxels, around the origin.
 
     `up`: UP or "auto"; `scale`: meters per unit. Raises DataError.
@@ -3608,7 +3591,7 @@ def read_cloud(
     # the corners of large faces do not show a wall: faces give a point in 3 x 3 cm
     if faces is not None:
         mesh = trimesh.Trimesh(points, faces, process=False)
-        count = int(min(limit, mesh.area / 0.03**2))
+        count = int(min(200_000, mesh.area / 0.03**2))
         drawn, face = trimesh.sample.sample_surface(mesh, count, seed=0)
         points = np.concatenate([points, drawn])
         shown = np.concatenate([shown, shown[faces[face]].mean(1)])
@@ -3622,7 +3605,7 @@ def read_cloud(
         notes.append(f"dropped {(~near).sum()} points that are not finite or far from all others")
 
     # what lies twice at a place is one point
-    rows, voxel = voxel_downsample(np.concatenate([points, shown], axis=1)[near], 0.005, limit)
+    rows, voxel = voxel_downsample(np.concatenate([points, shown], axis=1)[near], 0.005, 200_000)
     notes.append(f"{len(rows)} points averaged in voxels of {voxel * 100:.1f} cm")
     normals = estimate_normals(rows[:, :3])
     world, said = align_to_gravity(rows[:, :3], normals, up)
@@ -3719,26 +3702,24 @@ def align_to_gravity(points, normals, up, poses=None):
 # ---- 7.5 ScanNet
 
 
-def scan_files(folder: Path) -> list[Path]:
+def scan_files(folder):
     """Name the files of a ScanNet scan: mesh, segments, groups of segments, description."""
     return [folder / f"{folder.name}{suffix}" for suffix in SCAN_FILES]
 
 
-def is_scan(path: Path) -> bool:
+def is_scan(path):
     return scan_files(path)[0].exists()
 
 
-def find_scans(root: Path) -> list[Path]:
+def find_scans(root):
     """Find the folders of all scans below a ScanNet root, whole or not."""
     patterns = ("scene*_*/", "scans/scene*_*/", "scans_test/scene*_*/")
     return [scan for pattern in patterns for scan in sorted(root.glob(pattern))]
 
 
-def read_scannet(
-    folder: str | Path, max_frames: int = 32, longest: float = math.inf
-) -> Scene:
+def read_scannet(folder, max_frames=32, longest=math.inf):
     """Read a ScanNet scan: its own files and, when they are looked at, `max_frames` of the frames
-    exported beside them or to posed_images/<id> or frames/<id> of the root, at most `longest` pixels.
+    exported beside them or to posed_images/<id> of the root, at most `longest` pixels.
 
     The axis alignment is the only transform. Instance = objectId + 1; wall, floor and ceiling are
     no objects; boxes are the extent of an object's points. Masks are read from instance-filt/ or
@@ -3766,10 +3747,8 @@ def read_scannet(
         scene.superpoints = over_segment(points, normals)
 
     # a thousand scans do not fit in memory, so frames stay on disk
-    places = [folder]
-    for root in folder.parents[:2]:
-        places += [root / "posed_images" / folder.name, root / "frames" / folder.name]
-    for place in places:
+    elsewhere = [root / "posed_images" / folder.name for root in folder.parents[:2]]
+    for place in (folder, *elsewhere):
         layout, views = find_frames(place)
         if max_frames and any(view.depth for view in views):
             load = partial(scan_frames, scene, world, layout, views, max_frames, longest)
@@ -3805,7 +3784,7 @@ def add_objects(scene, segs, aggregation):
             scene.objects.append(Thing(id, label, color, box))
 
 
-def scan_frames(scene, world, layout, views, max_frames, longest) -> Frames:
+def scan_frames(scene, world, layout, views, max_frames, longest):
     """Read a scan's frames in the aligned axes, with masks of its objects."""
     notes = []
     frames = read_frames(scene.name, layout, views, max_frames, longest, notes)
@@ -3819,7 +3798,7 @@ def scan_frames(scene, world, layout, views, max_frames, longest) -> Frames:
     return frames
 
 
-def write_scannet(scene: Scene, out: str | Path) -> Path:
+def write_scannet(scene, out):
     """Write a room as the ScanNet scan <out>/<name>, unaligned as scans are; read_scannet gives
     it back.
 
@@ -3895,7 +3874,7 @@ def video_frame(path, upright=False):
 
 
 @lru_cache(maxsize=1)
-def load_vggt(name: str):
+def load_vggt(name):
     """Load VGGT (Wang et al., CVPR 2025) by its hub name or a folder of its weights, on a GPU
     where there is one."""
     vggt = need("vggt.models.vggt", "depth and cameras from bare frames")
@@ -3942,13 +3921,13 @@ def vggt_geometry(images, model, longest=518):
     return depth, confidence, K, np.linalg.inv(poses)
 
 
-def rescale(frames: Frames, unit: float) -> None:
+def rescale(frames, unit):
     """Multiply depth and camera positions by `unit`, in place."""
     frames.depth *= np.float32(unit)
     frames.poses[:, :3, 3] *= unit
 
 
-def fill_in(where, frames: Frames, vggt: str) -> Frames:
+def fill_in(where, frames, vggt):
     """Put VGGT's depth, intrinsics and poses in place of those that are None, in the unit of
     those that are known.
 
@@ -3980,7 +3959,7 @@ def fill_in(where, frames: Frames, vggt: str) -> Frames:
 # ---- 9 superpoints and segments --------------------------------------------------------------------------------------
 
 
-def vertex_normals(points: np.ndarray, faces: np.ndarray) -> np.ndarray:
+def vertex_normals(points, faces):
     """Average the unit normals of a vertex's faces: [N, 3] float32, *not* normalized, as in ScanNet's
     segmentator.
 
@@ -3993,7 +3972,7 @@ def vertex_normals(points: np.ndarray, faces: np.ndarray) -> np.ndarray:
     return mean.astype(np.float32)
 
 
-def neighbor_pairs(points: np.ndarray, k: int, reach: float = np.inf) -> tuple[np.ndarray, np.ndarray]:
+def neighbor_pairs(points, k, reach=np.inf):
     """Find all pairs a < b of points where one is among the other's k nearest: (a [E], b [E]).
 
     Pairs farther apart than `reach` times the median distance to the nearest neighbor are left out: they are gaps.
@@ -4076,13 +4055,13 @@ def segment_graph(count, a, b, weight, threshold, min_size):
     return np.unique([find(x) for x in range(count)], return_inverse=True)[1]
 
 
-def extent(points: np.ndarray) -> np.ndarray:
+def extent(points):
     """Return the axis-aligned box [6] of points [N, 3]."""
     low, high = points.min(0).astype(float), points.max(0).astype(float)
     return np.concatenate([(low + high) / 2, high - low])
 
 
-def color_name(colors: np.ndarray | None, chosen: np.ndarray) -> str:
+def color_name(colors, chosen):
     """Name the median of colors [N, 3] at `chosen` by the nearest of COLORS; "" without colors."""
     if colors is None:
         return ""
@@ -4090,13 +4069,13 @@ def color_name(colors: np.ndarray | None, chosen: np.ndarray) -> str:
     return min(COLORS, key=lambda name: np.square(median - COLORS[name]).sum())
 
 
-def opponent_colors(colors: np.ndarray) -> np.ndarray:
+def opponent_colors(colors):
     """Turn colors [N, 3] u8 into brightness, which counts less than hue, and two axes of hue: [N, 3] float32."""
     r, g, b = colors.T.astype(np.float32) / 255
     return np.stack([(r + g + b) / 6, 0.7 * (r - g), 0.7 * ((r + g) / 2 - b)], axis=1)
 
 
-def find_shell(points: np.ndarray, normals: np.ndarray, colors: np.ndarray, superpoints: np.ndarray) -> np.ndarray:
+def find_shell(points, normals, colors, superpoints):
     """Find the room itself (floor, ceiling, walls): mask [N].
 
     Args: points, normals [N, 3]; colors [N, 3], `opponent_colors`; superpoints [N].
@@ -4193,7 +4172,7 @@ def render_masks(points, instances, frames):
     return masks
 
 
-def in_view(points: np.ndarray, K: np.ndarray, pose: np.ndarray, size: tuple[int, int]) -> tuple:
+def in_view(points, K, pose, size):
     """Find which of points [N, 3] fall on an image of size (H, W), hidden ones too.
 
     Args: K [3, 3]; pose [4, 4], camera to world.
@@ -4205,7 +4184,7 @@ def in_view(points: np.ndarray, K: np.ndarray, pose: np.ndarray, size: tuple[int
     return inside, row, column, depth[inside]
 
 
-def seen_cloud(scene: Scene) -> Scene:
+def seen_cloud(scene):
     """Give a room the cloud that its cameras see, in place of the one that is drawn from its objects."""
     if scene.source != "rooms" or scene.frames is None:
         return scene
@@ -4213,18 +4192,18 @@ def seen_cloud(scene: Scene) -> Scene:
     return replace(scene, points=points, colors=colors, normals=normals)
 
 
-def visible_cloud(scene: Scene) -> Scene:
+def visible_cloud(scene):
     """Give a scene the cloud that its cameras see, with superpoints of our own."""
     scene = seen_cloud(scene)
     return replace(scene, superpoints=over_segment(scene.points, scene.normals))
 
 
-def shown_colors(scene: Scene) -> np.ndarray:
+def shown_colors(scene):
     """Give a cloud's colors [N, 3] u8, gray where it has none."""
     return np.full(scene.points.shape, 128, np.uint8) if scene.colors is None else scene.colors
 
 
-def with_own_segments(scene: Scene) -> Scene:
+def with_own_segments(scene):
     """Make a scene's own segments its objects, with masks and superpoints made anew."""
     scene, masks = visible_cloud(scene), None
     instances = object_segments(scene.points, scene.normals, shown_colors(scene), scene.superpoints)
@@ -4257,7 +4236,7 @@ SAM2 = "facebook/sam2.1-hiera-large"  # Proxy3D does not say which SAM 2 it take
 
 
 @lru_cache(maxsize=1)
-def load_sam2(name: str = SAM2):
+def load_sam2(name=SAM2):
     """Load SAM 2's video predictor by the name of its weights, on a GPU where there is one."""
     sam2 = need("sam2.sam2_video_predictor", "--masks sam2")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -4279,13 +4258,7 @@ def automatic_masks(model, image):
     return [found["segmentation"] for found in generator.generate(image)]
 
 
-def sam2_masks(
-    images: np.ndarray,
-    model,
-    propose: Callable | None = None,
-    keyframe_every: int = 8,
-    most: int = 100,
-) -> np.ndarray:
+def sam2_masks(images, model, propose=None, keyframe_every=8, most=100):
     """Track everything in a video [V, H, W, 3] u8: tracks [V, H, W] int32, 0 = none, ids 1..n, n <= most.
 
     Masks that `propose` (default: `automatic_masks`) finds on every `keyframe_every`-th frame are
@@ -4332,11 +4305,11 @@ def sam2_masks(
     return keep_labels(tracks, present).astype(np.int32)
 
 
-def merge_tracks(tracks: np.ndarray, points: np.ndarray, voxel: float = 0.05, share: float = 0.3) -> np.ndarray:
+def merge_tracks(tracks, points, share=0.3):
     """Give tracks [V, H, W] that are one object one id, from 1: masks [V, H, W] int32.
 
     points [V, H, W, 3] in meters, NaN = missing. Two tracks become one if they share at least `share`
-    of the voxels of the smaller, the largest shares first, unless some frame shows both: side by side
+    of the 5 cm voxels of the smaller, the largest shares first, unless some frame shows both: side by side
     they are two objects. A track occupies the voxels where most points on its own frames are its own,
     since masks spill over edges.
     """
@@ -4345,7 +4318,7 @@ def merge_tracks(tracks: np.ndarray, points: np.ndarray, voxel: float = 0.05, sh
 
     # the voxels in which most points of a track's frames are its own
     measured = np.isfinite(points).all(-1)
-    frame, cell, track = np.nonzero(measured)[0], voxel_of(points[measured], voxel), tracks[measured]
+    frame, cell, track = np.nonzero(measured)[0], voxel_of(points[measured], 0.05), tracks[measured]
     occupied = np.zeros((len(ids), cell.max() + 1), np.float32)
     for t in ids[1:]:
         own = np.bincount(cell[track == t], minlength=occupied.shape[1])
@@ -4390,7 +4363,7 @@ def vote(points, masks, frames):
     return np.where(2 * votes.max(0) > together, first, 0)
 
 
-def with_tracks(scene: Scene, tracks: np.ndarray) -> Scene:
+def with_tracks(scene, tracks):
     """Make merged tracks [V, H, W] of a scene's frames its masks and objects.
 
     A track on the room's shell, or of fewer than 8 points, is dropped. Boxes span the 2nd to 98th
@@ -4420,19 +4393,19 @@ OUTLINE = [0, 1, 3, 2, 0, 4, 5, 1, 5, 7, 3, 7, 6, 2, 6, 4]  # a way along all ed
 ANSWERS = ("crimson", "royalblue", "seagreen", "darkorange")  # colors of the first answer, the second, ...
 
 
-def axes_of(axis) -> int:
+def axes_of(axis):
     """Say how many coordinates a picture's axis takes: 2 from above, 3 in perspective."""
     return 3 if axis.name == "3d" else 2
 
 
-def draw_boxes(axis, boxes: Iterable[np.ndarray], **style) -> None:
+def draw_boxes(axis, boxes: Iterable[np.ndarray], **style):
     """Draw the edges of boxes [n, 6] on an axis of `scene_figure`."""
     for box in boxes:
         corners = box[:3] + CORNERS * box[3:]
         axis.plot(*corners[OUTLINE, : axes_of(axis)].T, **style)
 
 
-def scene_figure(scene: Scene, title: str, lines: Sequence[str] = ()) -> tuple:
+def scene_figure(scene, title, lines: Sequence[str] = ()):
     """Begin a picture of a scene: its cloud from above and in perspective, two frames below it, lines
     of text.
 
@@ -4462,31 +4435,24 @@ def scene_figure(scene: Scene, title: str, lines: Sequence[str] = ()) -> tuple:
     view.set_axis_off()
 
     # the first and the last frame, each with its objects beside it
-    images = []
     if frames is not None:
-        images = [frames.color[0], frames.masks[0] % 20, frames.color[-1], frames.masks[-1] % 20]
-    for column, image in enumerate(images):
-        axis = figure.add_subplot(grid[1, column])
-        axis.imshow(image, cmap="tab20", vmin=0, vmax=19)
-        axis.set_axis_off()
+        images = (frames.color[0], frames.masks[0] % 20, frames.color[-1], frames.masks[-1] % 20)
+        for column, image in enumerate(images):
+            axis = figure.add_subplot(grid[1, column])
+            axis.imshow(image, cmap="tab20", vmin=0, vmax=19)
+            axis.set_axis_off()
     figure.suptitle(title, parse_math=False)
     figure.supxlabel("\n".join(lines), parse_math=False)
     return figure, (top, view)
 
 
-def save_figure(figure, path: Path) -> None:
+def save_figure(figure, path):
     """Write a figure, with the folder that it goes to."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
 
 
-def draw_scene(
-    scene: Scene,
-    path: Path,
-    lines: Sequence[str] = (),
-    tokens: np.ndarray | None = None,
-    answers: Sequence[str] = (),
-) -> None:
+def draw_scene(scene, path, lines=(), tokens=None, answers=()):
     """Draw a scene with its objects' boxes, identifiers and names, and what a model sees and answers.
 
     tokens [K, 3] in meters are crosses; the boxes, points and identifiers that an answer writes are
@@ -4494,26 +4460,26 @@ def draw_scene(
     """
     from matplotlib import colormaps
 
-    # an answer names objects by identifier, or writes boxes and points in meters
-    answered, box_of = [], {scene.identifiers.get(o.id): o.box for o in scene.objects}
-    for text in answers:
-        named = [box_of.get(int(i)) for i in re.findall(r"<OBJ(\d{3})>", text)]
-        boxes = [box for box in named + tuples(text, 6) if box is not None]
-        answered.append((boxes, [point for point in tuples(text, 3) if point is not None]))
-
     figure, axes = scene_figure(scene, f"{scene.name}: {len(scene.objects)} objects", lines)
     for axis in axes:
         n = axes_of(axis)
-        for thing in scene.objects:
-            draw_boxes(axis, [thing.box], color=colormaps["tab20"](thing.id % 20), lw=0.8)
-            name = f"{scene.identifiers.get(thing.id, '')} {thing.category or thing.color}".strip()
-            axis.text(*thing.box[:n], name, fontsize=7, ha="center", parse_math=False)
+        for o in scene.objects:
+            draw_boxes(axis, [o.box], color=colormaps["tab20"](o.id % 20), lw=0.8)
+            name = f"{scene.identifiers.get(o.id, '')} {o.category or o.color}".strip()
+            axis.text(*o.box[:n], name, fontsize=7, ha="center", parse_math=False)
         if tokens is not None:
             axis.scatter(*tokens[:, :n].T, c="black", marker="x", s=12, lw=0.7)
-        for color, (boxes, points) in zip(itertools.cycle(ANSWERS), answered):
+
+    # an answer names objects by identifier, or writes boxes and points in meters
+    box_of = {scene.identifiers.get(o.id): o.box for o in scene.objects}
+    for color, text in zip(itertools.cycle(ANSWERS), answers):
+        named = [box_of.get(int(i)) for i in re.findall(r"<OBJ(\d{3})>", text)]
+        boxes = [box for box in named + tuples(text, 6) if box is not None]
+        points = [point for point in tuples(text, 3) if point is not None]
+        for axis in axes:
             draw_boxes(axis, boxes, color=color, lw=2.5)
             for point in points:
-                axis.scatter(*point[:n], c=color, s=60, zorder=4)
+                axis.scatter(*point[: axes_of(axis)], c=color, s=60, zorder=4)
     save_figure(figure, path)
 
 
@@ -4522,13 +4488,13 @@ def draw_scene(
 SOURCES = ("rooms", "scannet", "rgbd", "ply", "cached")
 
 
-def split_fifths(rows: list) -> dict[str, list]:
+def split_fifths(rows):
     """Split {"train", "test"}: every fifth row is for testing, and one that is alone for both."""
     test = rows[4::5] or rows[-1:]
     return {"train": [row for row in rows if row not in test] or rows, "test": test}
 
 
-def split_scans(root: Path) -> dict[str, list[Path]]:
+def split_scans(root):
     """List the scans below a ScanNet root as {"train", "test"}: those that scannetv2_val.txt names
     are for testing, without that file every fifth."""
     scans, listed = list(filter(is_scan, find_scans(root))), root / "scannetv2_val.txt"
@@ -4543,14 +4509,7 @@ def split_scans(root: Path) -> dict[str, list[Path]]:
     return {"train": [scan for scan in scans if scan not in test], "test": test}
 
 
-def load_scenes(
-    source: str,
-    split: str,
-    root: Path | None = None,
-    count: int = 800,
-    workers: int = 0,
-    **options,
-) -> list[Scene]:
+def load_scenes(source, split, root=None, count=800, workers=0, **options):
     """Load the scenes of a split, "train" or "test", of one of SOURCES: rooms, scans, or own
     scenes below `root`.
 
@@ -4593,18 +4552,17 @@ SCENE_OPTIONS = {  # flags of a scene of one's own -> arguments of argparse
 }  # fmt: skip
 
 
-def add_scene_options(parser: argparse.ArgumentParser) -> None:
+def add_scene_options(parser):
     for name, arguments in SCENE_OPTIONS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **arguments)
 
 
-def scene_options(args: argparse.Namespace) -> dict:
+def scene_options(args):
     """Pick those of SCENE_OPTIONS that were given."""
-    given = {name: getattr(args, name) for name in SCENE_OPTIONS}
-    return {name: value for name, value in given.items() if value is not None}
+    return {name: getattr(args, name) for name in SCENE_OPTIONS if getattr(args, name) is not None}
 
 
-def choose_reader(path: Path) -> tuple[Callable, set[str]]:
+def choose_reader(path):
     """Choose who reads a scene of one's own, and the options it takes. Raises DataError."""
     kind = path.suffix.lower()
     if kind == ".npz":
@@ -4619,9 +4577,7 @@ def choose_reader(path: Path) -> tuple[Callable, set[str]]:
     raise DataError(f"{path}: no scene; give {known}, a scan, or a folder of frames")
 
 
-def open_scene(
-    path: str | Path, masks: str | None = None, sam2: str = SAM2, **options
-) -> Scene:
+def open_scene(path, masks=None, sam2=SAM2, **options):
     """Read a scene of one's own, and find objects where none are labelled.
 
     masks: "files" (beside its frames, the default where they lie), "segments" of its cloud,
@@ -4663,7 +4619,7 @@ def open_scene(
 FRAME_ARRAYS = ("color", "depth", "masks", "intrinsics", "poses")
 
 
-def save_scene(scene: Scene, path: Path) -> None:
+def save_scene(scene, path):
     """Write a scene as one .npz file, without pickle; objects and notes go as JSON."""
     arrays = {name: array for name, array in vars(scene).items() if isinstance(array, np.ndarray)}
     for name in FRAME_ARRAYS if scene.frames is not None else ():
@@ -4675,7 +4631,7 @@ def save_scene(scene: Scene, path: Path) -> None:
     write_npz(path, about=np.array(json.dumps(about)), **arrays)
 
 
-def load_scene(path: Path) -> Scene:
+def load_scene(path):
     """Load the scene that save_scene wrote; its frames are read when they are looked at.
 
     Raises DataError.
@@ -4691,20 +4647,20 @@ def load_scene(path: Path) -> Scene:
         return check_scene(scene, trusted=True)
 
 
-def load_frames(path: Path) -> Frames:
+def load_frames(path):
     """Load the frames that save_scene wrote."""
     with reading(path, "kept scene"), np.load(path, allow_pickle=False) as held:
         return Frames(*(held[f"frames.{name}"] for name in FRAME_ARRAYS))
 
 
-def is_scene(path: Path) -> bool:
+def is_scene(path):
     """Whether `path` is a video, a cloud, a kept scene, a scan's folder, or one of frames or images."""
     if path.is_dir():
         return is_scan(path) or bool(find_frames(path)[1])
     return path.suffix.lower() in (*VIDEOS, *CLOUDS, ".npz") and path.name[0] != "."
 
 
-def find_scenes(path: Path) -> list[Path]:
+def find_scenes(path):
     """Find all scenes that lie in a folder, or else in the folders in it; what is a scene itself,
     or holds none, is alone."""
     for places in ([path], path.glob("*"), path.glob("*/*")):
@@ -4713,7 +4669,7 @@ def find_scenes(path: Path) -> list[Path]:
     return [path]
 
 
-def cache_scenes(path: Path, out: Path, **options) -> int:
+def cache_scenes(path, out, **options):
     """Write every scene of `path`, through its frozen encoders (VGGT, SAM 2, segments), once as
     out/<name>.npz.
 
@@ -4747,7 +4703,7 @@ SCANNET_TERMS = (
 )
 
 
-def check(path: Path, **options) -> list[str]:
+def check(path, **options):
     """Describe what lies at `path`: the lines of `data.py check DIR`.
 
     Scenes are opened, but no objects looked for. A ScanNet root is too large for that: its scans and
@@ -4773,12 +4729,12 @@ def check(path: Path, **options) -> list[str]:
     return lines
 
 
-def command(main: Callable[..., int | None]) -> Callable[..., int]:
+def command(main):
     """Make `main` return its exit status: its own or 0; 2 where something is wrong, which one
     line says."""
 
     @wraps(main)
-    def status(*arguments) -> int:
+    def status(*arguments):
         try:
             return main(*arguments) or 0
         except (DataError, OSError) as error:  # OSError: what cannot be written
@@ -4789,7 +4745,7 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
 
 
 @command
-def main(arguments: Sequence[str] | None = None) -> int | None:
+def main(arguments=None):
     """Look at data or make some; the status is 2 also where a scene could not be kept."""
     parser = argparse.ArgumentParser(description="Look at data, or make some.")
     commands = parser.add_subparsers(dest="command", required=True)
