@@ -2953,8 +2953,7 @@ def check_scene(scene, trusted=False):
     Points and boxes are finite, every array is as long as the points, and, unless the unit is
     `trusted`, the scene is 0.5 to 30 meters large. Raises DataError.
     """
-    names = ("points", "colors", "normals", "superpoints", "instances")
-    arrays = [getattr(scene, name) for name in names]
+    arrays = (scene.points, scene.colors, scene.normals, scene.superpoints, scene.instances)
     lengths = {len(array) for array in arrays if array is not None}
     with reading(scene.name, "scene of boxes with six numbers"):
         boxes = np.array([o.box for o in scene.objects], float).reshape(-1, 6)
@@ -3039,7 +3038,7 @@ def in_time(images, times, values):
 
 def timed_views(images, depths, times, poses, cameras):
     """Frames whose depth and pose are those nearest in time: each kind has a clock of its own."""
-    depths = in_time(images, [stamp(file) for file in depths], depths)
+    depths = in_time(images, list(map(stamp, depths)), depths)
     return map(FrameFiles, images, depths, in_time(images, times, poses), cameras)
 
 
@@ -3097,7 +3096,7 @@ def arkitscenes(mark):
     # a file of intrinsics, named a millisecond off, holds width, height and the camera
     files = sorted((base / "lowres_wide_intrinsics").glob("*.pincam"))
     cameras = [pinhole(*read_numbers(file, 6)[0, 2:]) for file in files]
-    cameras = in_time(images, [stamp(file) for file in files], cameras)
+    cameras = in_time(images, list(map(stamp, files)), cameras)
     return timed_views(images, depths, rows[:, 0], poses, cameras)
 
 
@@ -3144,22 +3143,18 @@ def colmap(mark):
     """cameras.txt and images.txt of a sparse model; export undistorted images, for lens
     distortion is not undone."""
     # the images lie above the model
-    base = next(
-        folder / "images" for folder in mark.parents if (folder / "images").is_dir()
-    )
+    base = next(folder / "images" for folder in mark.parents if (folder / "images").is_dir())
 
     # a model of one focal length writes it once
     cameras = {}
     for id, model, _, _, *numbers in read_words(mark.with_name("cameras.txt")):
-        if model in ("SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL"):  # one focal length
+        if model == "SIMPLE_PINHOLE" or "RADIAL" in model:  # one focal length
             numbers.insert(0, numbers[0])
         cameras[id] = pinhole(*numbers[:4])
 
     # every second line is an image
     for words in read_words(mark):
-        if (
-            len(words) == 10
-        ):  # an image; the line behind it lists its points, three words each
+        if len(words) == 10:  # an image; the line behind it lists its points, three words each
             w, x, y, z, *position = map(float, words[1:8])
             pose = rigid(position, (x, y, z, w))
             yield FrameFiles(base / words[9], None, pose, cameras[words[8]])
@@ -3266,7 +3261,7 @@ def read_depth(path, scale):
     if depth.ndim != 2 or depth.dtype.kind not in "iu" or depth.dtype == np.uint8:
         what = f"{depth.dtype} {depth.shape} is a picture of depth (8 bits end at 255)"
         raise DataError(f"{path}: {what}; export 16 bits")
-    return np.where(depth == 65535, 0, depth).astype(np.float32) / np.float32(scale)
+    return np.where(depth == 65535, 0, depth).astype(np.float32) / scale
 
 
 def read_pose(pose, convention):
@@ -3408,12 +3403,8 @@ def read_views(path, scale=None, max_frames=32, longest=None, vggt="facebook/VGG
     path, notes = Path(path), []
     layout, views = find_frames(path)
     if layout is None:
-        inside = (
-            ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
-        )
-        raise DataError(
-            f"{path}: holds no frames, but {inside}; known layouts: {KNOWN_LAYOUTS}"
-        )
+        inside = ", ".join(sorted(file.name for file in path.iterdir())[:8])
+        raise DataError(f"{path}: holds no frames, but {inside}; known layouts: {KNOWN_LAYOUTS}")
 
     # what a user says holds before what the layout documents
     layout = replace(layout, **documented)
@@ -3428,14 +3419,14 @@ def read_views(path, scale=None, max_frames=32, longest=None, vggt="facebook/VGG
     if any(array is None for array in vars(frames).values()):
         frames = fill_in(path, frames, vggt)
     metric = has_depth or (has_pose and layout.metric)
-    guess = 1.0 if metric else GUESS / float(np.median(frames.depth[frames.depth > 0]))
+    guess = 1.0 if metric else GUESS / np.median(frames.depth[frames.depth > 0])
     rescale(frames, guess * (scale or 1.0))
 
     # a wrong convention or scale makes frames contradict each other: 0.92 where all is right, else
     # below 0.5
     if (has_depth or has_pose) and agreement(frames) < 0.6:
         raise DataError(
-            f"{path}, read as {layout.name}: hardly any of the depth fits other frames; name the poses' "
+            f"{path}, read as {layout.name}: less than 60% of the depth fits other frames; name the poses' "
             f"--convention ({', '.join(CONVENTIONS)}) or the --depth-scale ({DEPTH_SCALES})"
         )
 
@@ -3470,7 +3461,7 @@ def move(points, normals, world):
     """Move a cloud by a rigid 4x4: points, normals and bounds as keyword arguments of Scene."""
     points = (points @ world[:3, :3].T + world[:3, 3]).astype(np.float32)
     normals = (normals @ world[:3, :3].T).astype(np.float32)
-    bounds = np.stack([points.min(0), points.max(0)]).astype(float)
+    bounds = np.array([points.min(0), points.max(0)], float)
     return dict(points=points, normals=normals, bounds=bounds)
 
 
@@ -3526,7 +3517,7 @@ def estimate_normals(points):
     # the axis along which neighbors differ least
     near = points[nearest(points, points, 24)[1]].astype(np.float32)
     near = near - near.mean(1, keepdims=True)
-    normals = np.linalg.eigh(np.einsum("nki,nkj->nij", near, near))[1][..., 0]
+    normals = np.linalg.eigh(near.swapaxes(1, 2) @ near)[1][..., 0]
 
     # walls and tops face the middle of a room
     inward = (normals * (points.mean(0) - points)).sum(1, keepdims=True) >= 0
@@ -3571,7 +3562,7 @@ def write_ply(path, points, colors, normals):
     cloud = trimesh.Trimesh(
         points, vertex_normals=normals, vertex_colors=colors, process=False
     )
-    cloud.export(path, file_type="ply", vertex_normal=True)
+    cloud.export(path, vertex_normal=True)
 
 
 def read_cloud(path, up="auto", scale=None):
@@ -3595,7 +3586,6 @@ def read_cloud(path, up="auto", scale=None):
         drawn, face = trimesh.sample.sample_surface(mesh, count, seed=0)
         points = np.concatenate([points, drawn])
         shown = np.concatenate([shown, shown[faces[face]].mean(1)])
-        notes.append(f"{count} drawn from {len(faces)} faces")
 
     # around the origin, where float32 is fine enough, without what is not finite or floats far away
     low, high = np.nanpercentile(points, (1, 99), axis=0)
@@ -3618,7 +3608,7 @@ def read_cloud(path, up="auto", scale=None):
 # ---- 7.4 gravity
 
 
-def up_of_cameras(points, normals, poses):
+def up_of_cameras(normals, poses):
     """Find gravity's up [3] from cameras [V, 4, 4] and the surfaces they see, whose normals face
     them."""
     up, right = -poses[:, :3, 1].mean(0), poses[:, :3, 0].mean(0)
@@ -3632,7 +3622,7 @@ def up_of_cameras(points, normals, poses):
     # towards the surfaces that face up, however steeply the cameras look down: no wall in front
     # of a camera does
     up = unit(up)
-    for degrees in (75, 30, 15, 8, 4, 2, 2):
+    for degrees in (75, 30, 15, 8, 4, 2):
         level = normals[normals @ up > np.cos(np.radians(degrees))]
         if len(level) >= 100:
             up = unit(level.mean(0))
@@ -3654,31 +3644,23 @@ def up_of_cloud(points, normals):
     return np.sign(weight[axis]) * np.eye(3)[axis]
 
 
-def find_up(points, normals, up, poses):
-    """Find the direction [3] that points up, and why.
-
-    `up`: an axis that a user or a layout names, or "auto".
-    """
-    # what the data say
-    found = up_of_cloud(points, normals) if poses is None else up_of_cameras(points, normals, poses)
-    axis = max(UP, key=lambda name: UP[name] @ found)
-    if up == "auto":
-        return found, f"what is level and lies low, near {axis}"
-
-    # a user or a layout is believed, but told
-    direction, said = choose(UP, up, "--up"), f"up = {up}"
-    if direction @ found < 0.8:
-        said += f"; if it lies on its side, --up={axis} fits better"
-    return direction, said
-
-
 def align_to_gravity(points, normals, up, poses=None):
     """Find the rigid 4x4 that turns a cloud z-up, walls along x and y, floor at z = 0; and a line
-    that says how."""
+    that says how.
+
+    `up`: an axis that a user or a layout names, or "auto"; poses: of the cameras that saw the cloud.
+    """
     from scipy.spatial.transform import Rotation
 
-    up, said = find_up(points, normals, up, poses)
-    turn = Rotation.align_vectors([[0, 0, 1]], [up])[0]
+    # what the data say; a user or a layout is believed, but told
+    found = up_of_cloud(points, normals) if poses is None else up_of_cameras(normals, poses)
+    axis = max(UP, key=lambda name: UP[name] @ found)
+    direction, said = found, f"what is level and lies low, near {axis}"
+    if up != "auto":
+        direction, said = choose(UP, up, "--up"), f"up = {up}"
+    if direction @ found < 0.8:
+        said += f"; if it lies on its side, --up={axis} fits better"
+    turn = Rotation.align_vectors([[0, 0, 1]], [direction])[0]
 
     # walls agree modulo a quarter turn, so as complex numbers their fourth powers do
     wall = turn.apply(normals)
@@ -3867,9 +3849,7 @@ def video_frame(path, upright=False):
             for frame in container.decode(stream):
                 if frame.time is not None and frame.time >= second:
                     turn = round(frame.rotation / 90) if upright else 0
-                    return np.ascontiguousarray(
-                        np.rot90(frame.to_ndarray(format="rgb24"), turn)
-                    )
+                    return np.rot90(frame.to_ndarray(format="rgb24"), turn)
     return None
 
 
@@ -3923,7 +3903,7 @@ def vggt_geometry(images, model, longest=518):
 
 def rescale(frames, unit):
     """Multiply depth and camera positions by `unit`, in place."""
-    frames.depth *= np.float32(unit)
+    frames.depth *= unit
     frames.poses[:, :3, 3] *= unit
 
 
@@ -3947,7 +3927,7 @@ def fill_in(where, frames, vggt):
     # known poses have other axes than the found ones, but the same distances
     if frames.depth is not None:
         both = sure & (frames.depth > 0)
-        rescale(seen, float(np.median(frames.depth[both] / depth[both])))
+        rescale(seen, np.median(frames.depth[both] / depth[both]))
     elif frames.poses is not None:
         at = np.stack([frames.poses, poses])[:, :, :3, 3]  # [2, V, 3]
         known, found = np.linalg.norm(at.std(1), axis=1)
@@ -3984,28 +3964,25 @@ def neighbor_pairs(points, k, reach=np.inf):
     return tuple(np.unique(np.sort(pairs, axis=1), axis=0).T)
 
 
-def over_segment(
-    points: np.ndarray,
-    normals: np.ndarray | None = None,
-    faces: np.ndarray | None = None,
-    threshold: float = 0.01,
-    min_size: int = 20,
-) -> np.ndarray:
+def over_segment(points, normals=None, faces=None, threshold=0.01, min_size=20):
     """Segment a cloud or mesh into superpoints: labels [N] int64, contiguous from 0.
 
     The weight of an edge from a to b is 1 - n_a . n_b, squared where the surface is convex (n_b
-    points along b - a), so that round things hold together. The edges are a mesh's (faces [F, 3];
-    default normals: `vertex_normals`), or join the 10 nearest neighbors of a bare cloud, there with
-    the mean weight of both directions.
-    Source: Felzenszwalb & Huttenlocher, IJCV 2004, with the rules of ScanNet's Segmentator, which
-    calls threshold kThresh and min_size segMinVerts.
+    points along b - a), so that round things hold together. The edges are a mesh's (default normals:
+    `vertex_normals`), or join the 10 nearest neighbors of a bare cloud, there with the mean weight of
+    both directions.
+    Args: points [N, 3]; normals [N, 3]; faces [F, 3]; threshold and min_size, the smallest number of
+    points, which ScanNet calls kThresh and segMinVerts.
+    Source: Felzenszwalb & Huttenlocher, IJCV 2004, with the rules of ScanNet's Segmentator.
     """
-    if len(points) < 2:
-        return np.zeros(len(points), np.int64)
+    N = len(points)
+    if N < 2:
+        return np.zeros(N, np.int64)
     points = np.asarray(points, np.float32)
     if normals is None:
         normals = estimate_normals(points) if faces is None else vertex_normals(points, faces)
 
+    # edges, and how much the surface bends along them
     def weigh(a, b):
         bend = 1 - (normals[a] * normals[b]).sum(1)
         convex = (normals[b] * (points[b] - points[a])).sum(1) > 0
@@ -4017,16 +3994,9 @@ def over_segment(
     else:
         a, b = faces[:, [0, 0, 2]].ravel(), faces[:, [1, 2, 1]].ravel()
         weight = weigh(a, b)
-    return segment_graph(len(points), a, b, weight, threshold, min_size)
 
-
-def segment_graph(count, a, b, weight, threshold, min_size):
-    """Segment a graph with edges a, b, weight [E]: labels [count] int64, contiguous from 0.
-
-    Source: Felzenszwalb & Huttenlocher, IJCV 2004.
-    """
     # a segment is a tree of points, known by its root
-    parent, size, limit = list(range(count)), [1] * count, [threshold] * count
+    parent, size, limit = list(range(N)), [1] * N, [threshold] * N
 
     def find(x):
         while parent[x] != x:
@@ -4052,12 +4022,12 @@ def segment_graph(count, a, b, weight, threshold, min_size):
         x, y = find(x), find(y)
         if x != y and min(size[x], size[y]) < min_size:
             join(x, y)
-    return np.unique([find(x) for x in range(count)], return_inverse=True)[1]
+    return np.unique([find(x) for x in range(N)], return_inverse=True)[1]
 
 
 def extent(points):
     """Return the axis-aligned box [6] of points [N, 3]."""
-    low, high = points.min(0).astype(float), points.max(0).astype(float)
+    low, high = np.array([points.min(0), points.max(0)], float)
     return np.concatenate([(low + high) / 2, high - low])
 
 
@@ -4273,7 +4243,7 @@ def sam2_masks(images, model, propose=None, keyframe_every=8, most=100):
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode(), half:
         # SAM 2 reads frames from a folder only
         for v, image in enumerate(images):
-            Image.fromarray(image).save(f"{folder}/{v:05d}.jpg", quality=95, subsampling=0)
+            Image.fromarray(image).save(f"{folder}/{v:05d}.jpg", quality=95)
         state = model.init_state(folder, offload_video_to_cpu=True, offload_state_to_cpu=True)
 
         for key in sorted({*range(0, V, keyframe_every), V - 1}):
@@ -4398,14 +4368,14 @@ def axes_of(axis):
     return 3 if axis.name == "3d" else 2
 
 
-def draw_boxes(axis, boxes: Iterable[np.ndarray], **style):
+def draw_boxes(axis, boxes: Iterable, **style):
     """Draw the edges of boxes [n, 6] on an axis of `scene_figure`."""
     for box in boxes:
         corners = box[:3] + CORNERS * box[3:]
         axis.plot(*corners[OUTLINE, : axes_of(axis)].T, **style)
 
 
-def scene_figure(scene, title, lines: Sequence[str] = ()):
+def scene_figure(scene, title, lines: Sequence = ()):
     """Begin a picture of a scene: its cloud from above and in perspective, two frames below it, lines
     of text.
 
@@ -4627,7 +4597,7 @@ def save_scene(scene, path):
 
     # what is no array goes as JSON
     about = {name: getattr(scene, name) for name in ("name", "source", "metric", "notes")}
-    about["objects"] = [[o.id, o.category, o.color, *map(float, o.box)] for o in scene.objects]
+    about["objects"] = [[o.id, o.category, o.color, *o.box.tolist()] for o in scene.objects]
     write_npz(path, about=np.array(json.dumps(about)), **arrays)
 
 
@@ -4776,7 +4746,7 @@ def main(arguments=None):
     elif args.command == "rooms":
         for seed in range(args.seed, args.seed + args.count):
             scene = room(seed, size=240, views=16, points=20_000)
-            named = replace(scene, name=f"scene{seed % 10_000:04d}_00")
+            named = replace(scene, name=f"scene{seed:04d}_00")
             print(write_scannet(named, args.out / "scans"))
     elif cache_scenes(args.path, args.out, **scene_options(args)):
         return 2

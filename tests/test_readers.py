@@ -352,7 +352,7 @@ def test_cameras_that_look_down_from_one_side_do_not_make_a_wall_of_the_floor(sm
     facing = ((eyes.mean(0) - small.points) * small.normals).sum(1) > 0
     tilt = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
     poses[:, :3] = tilt @ poses[:, :3]
-    up, _ = data.find_up(small.points[facing] @ tilt.T, small.normals[facing] @ tilt.T, "auto", poses)
+    up = data.up_of_cameras(small.normals[facing] @ tilt.T, poses)
     assert up @ tilt[:, 2] > 0.999
 
 
