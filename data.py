@@ -3082,7 +3082,8 @@ def tum(mark):
     # the published camera of a sequence is known by its name
     base, rows = mark.parent, read_numbers(mark, 8)
     name = next(name for name in TUM_CAMERAS if name in base.resolve().name)
-    poses, cameras = [rigid(row[1:4], row[4:]) for row in rows], itertools.repeat(pinhole(*TUM_CAMERAS[name]))
+    poses = [rigid(row[1:4], row[4:]) for row in rows]
+    cameras = itertools.repeat(pinhole(*TUM_CAMERAS[name]))
     return timed_views(pictures(base / "rgb"), pictures(base / "depth"), rows[:, 0], poses, cameras)
 
 
