@@ -2853,7 +2853,7 @@ def build(config, text):
 
 VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
-CLOUDS = (".ply", ".glb", ".obj", ".stl", ".xyz")
+CLOUDS = (".ply", ".glb", ".obj", ".stl")
 SCAN_FILES = (
     "_vh_clean_2.ply",
     "_vh_clean_2.0.010000.segs.json",
@@ -2898,7 +2898,7 @@ def reading(path, what):
         ) from None
 
 
-def write_npz(path: Path, **arrays: np.ndarray) -> None:
+def write_npz(path, **arrays):
     """Write named arrays as one file, which becomes `path` when it is whole: nobody ever reads
     half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -2908,7 +2908,7 @@ def write_npz(path: Path, **arrays: np.ndarray) -> None:
     os.replace(part, path)
 
 
-def read_json(path: Path):
+def read_json(path):
     with reading(path, "JSON file"):
         return json.loads(path.read_text())
 
@@ -2943,7 +2943,7 @@ def need(module, what):
         ) from None
 
 
-def choose(table: dict, key: str, what: str):
+def choose(table, key, what):
     """Look up table[key]; an unknown key is a DataError that names the known ones."""
     if key not in table:
         raise DataError(f"{what} {key!r} is unknown: choose one of {', '.join(table)}")
@@ -2958,19 +2958,17 @@ def file_key(files):
     )
 
 
-def check_scene(scene: Scene, trusted: bool = False) -> Scene:
+def check_scene(scene, trusted=False):
     """Check what a reader made, and note its size.
 
     Points and boxes are finite, every array is as long as the points, and, unless the unit is
     `trusted`, the scene is 0.5 to 30 meters large. Raises DataError.
     """
-    names = ("points", "colors", "normals", "superpoints", "instances")
-    arrays = [getattr(scene, name) for name in names]
+    arrays = (scene.points, scene.colors, scene.normals, scene.superpoints, scene.instances)
     lengths = {len(array) for array in arrays if array is not None}
     with reading(scene.name, "scene of boxes with six numbers"):
         boxes = np.array([o.box for o in scene.objects], float).reshape(-1, 6)
-    finite = np.isfinite(scene.points.sum() + boxes.sum())
-    if len(lengths) > 1 or min(lengths) < 2 or not finite:
+    if len(lengths) > 1 or min(lengths) < 2 or not np.isfinite(scene.points.sum() + boxes.sum()):
         what = f"arrays of {lengths} points, or numbers that are not finite"
         raise DataError(f"{scene.name}: {what}; export it again")
 
@@ -2983,13 +2981,12 @@ def check_scene(scene: Scene, trusted: bool = False) -> Scene:
     said = f"size {size[0]:.2f} x {size[1]:.2f} x {size[2]:.2f} m"
     if not scene.metric:
         said += ", guessed: questions in meters are refused; of a known length give --scale TRUE/GUESSED"
-    elif not trusted and not 0.5 <= size.max() <= 30:
+    elif not (trusted or 0.5 <= size.max() <= 30):
         raise DataError(
             f"{scene.name}: {said} is hardly a room; give --scale (0.001 if in millimeters, 1 if it is "
             f"right), or of frames --depth-scale ({DEPTH_SCALES})"
         )
-    if said not in scene.notes:
-        scene.notes.append(said)
+    scene.notes = [*(note for note in scene.notes if note != said), said]
     return scene
 
 
@@ -3041,21 +3038,19 @@ def stamp(file):
     return float(re.findall(r"\d+(?:\.\d+)?", file.stem)[-1])
 
 
-def in_time(images, times, values, within=0.02):
-    """Pick for each image the value of the nearest time, None beyond `within` seconds."""
+def in_time(images, times, values):
+    """Pick for each image the value of the nearest time, None beyond 0.02 seconds."""
     times, picked = np.array(times), []
     for wanted in map(stamp, images):
         away = np.abs(times - wanted)
-        index = away.argmin()
-        picked.append(values[index] if away[index] <= within else None)
+        picked.append(values[away.argmin()] if away.min() <= 0.02 else None)
     return picked
 
 
 def timed_views(images, depths, times, poses, cameras):
     """Frames whose depth and pose are those nearest in time: each kind has a clock of its own."""
-    depths = in_time(images, [stamp(file) for file in depths], depths)
-    poses = in_time(images, times, poses, 0.01)
-    return map(FrameFiles, images, depths, poses, cameras)
+    depths = in_time(images, list(map(stamp, depths)), depths)
+    return map(FrameFiles, images, depths, in_time(images, times, poses), cameras)
 
 
 def named_views(mark, images, depth, pose):
@@ -3078,11 +3073,9 @@ def replica(mark):
     """
     # one camera, and a pose for every number of a frame
     above = [folder / "cam_params.json" for folder in mark.parents]
-    K = json_camera(read_json(next(file for file in above if file.exists()))["camera"])
-    images, depths = (
-        pictures(mark.parent / "results", f"{kind}*") for kind in ("frame", "depth")
-    )
-    poses = read_numbers(mark, 16).reshape(-1, 4, 4)
+    K = json_camera(read_json(next(filter(Path.exists, above)))["camera"])
+    poses, results = read_numbers(mark, 16).reshape(-1, 4, 4), mark.parent / "results"
+    images, depths = pictures(results, "frame*"), pictures(results, "depth*")
     return timed_views(images, depths, range(len(poses)), poses, itertools.repeat(K))
 
 
@@ -3099,13 +3092,10 @@ def tum(mark):
     """rgb/ and depth/ named by seconds; lines "second x y z qx qy qz qw"."""
     # the published camera of a sequence is known by its name
     base, rows = mark.parent, read_numbers(mark, 8)
-    cameras = (
-        camera for name, camera in TUM_CAMERAS.items() if name in base.resolve().name
-    )
-    K = pinhole(*next(cameras))
+    name = next(name for name in TUM_CAMERAS if name in base.resolve().name)
     poses = [rigid(row[1:4], row[4:]) for row in rows]
-    images, depths = pictures(base / "rgb"), pictures(base / "depth")
-    return timed_views(images, depths, rows[:, 0], poses, itertools.repeat(K))
+    cameras = itertools.repeat(pinhole(*TUM_CAMERAS[name]))
+    return timed_views(pictures(base / "rgb"), pictures(base / "depth"), rows[:, 0], poses, cameras)
 
 
 def arkitscenes(mark):
@@ -3118,7 +3108,7 @@ def arkitscenes(mark):
     # a file of intrinsics, named a millisecond off, holds width, height and the camera
     files = sorted((base / "lowres_wide_intrinsics").glob("*.pincam"))
     cameras = [pinhole(*read_numbers(file, 6)[0, 2:]) for file in files]
-    cameras = in_time(images, [stamp(file) for file in files], cameras)
+    cameras = in_time(images, list(map(stamp, files)), cameras)
     return timed_views(images, depths, rows[:, 0], poses, cameras)
 
 
@@ -3165,22 +3155,18 @@ def colmap(mark):
     """cameras.txt and images.txt of a sparse model; export undistorted images, for lens
     distortion is not undone."""
     # the images lie above the model
-    base = next(
-        folder / "images" for folder in mark.parents if (folder / "images").is_dir()
-    )
+    base = next(folder / "images" for folder in mark.parents if (folder / "images").is_dir())
 
     # a model of one focal length writes it once
     cameras = {}
     for id, model, _, _, *numbers in read_words(mark.with_name("cameras.txt")):
-        if model in ("SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL"):  # one focal length
+        if model == "SIMPLE_PINHOLE" or "RADIAL" in model:  # one focal length
             numbers.insert(0, numbers[0])
         cameras[id] = pinhole(*numbers[:4])
 
     # every second line is an image
     for words in read_words(mark):
-        if (
-            len(words) == 10
-        ):  # an image; the line behind it lists its points, three words each
+        if len(words) == 10:  # an image; the line behind it lists its points, three words each
             w, x, y, z, *position = map(float, words[1:8])
             pose = rigid(position, (x, y, z, w))
             yield FrameFiles(base / words[9], None, pose, cameras[words[8]])
@@ -3210,13 +3196,9 @@ class Layout:
     metric: bool = True  # poses are in meters
 
 
-SEVEN_SCENES = partial(
-    named_views, images="*.color.*", depth="{}.depth.png", pose="{}.pose.txt"
-)
-EXPORTED = partial(named_views, images="*", depth="depth/{}.png", pose="pose/{}.txt")
-POSED_IMAGES = partial(named_views, images="*.jpg", depth="{}.png", pose="{}.txt")
 LAYOUTS = (  # the first that fits is taken
-    Layout("NAME.color.png, NAME.depth.png, NAME.pose.txt (7-Scenes)", ("*.color.*",), SEVEN_SCENES),
+    Layout("NAME.color.png, NAME.depth.png, NAME.pose.txt (7-Scenes)", ("*.color.*",),
+           partial(named_views, images="*.color.*", depth="{}.depth.png", pose="{}.pose.txt")),
     Layout("results/, traj.txt (Replica of NICE-SLAM)", ("traj.txt",), replica, 6553.5, "+z"),
     Layout("rgb/, depth/, groundtruth.txt (TUM RGB-D)", ("groundtruth.txt",), tum, 5000.0, "+z"),
     Layout("rgb/, depth/, *.gt.freiburg (ICL-NUIM)", ("*.gt.freiburg",), tum, 5000.0, "-y", "povray"),
@@ -3228,12 +3210,12 @@ LAYOUTS = (  # the first that fits is taken
            convention="opengl", metric=False),
     Layout("images/, sparse/ (COLMAP text)", ("images.txt", "sparse/**/images.txt"), colmap,
            convention="opencv_inverse", metric=False),
-    Layout("color/, depth/, pose/, intrinsic/ (ScanNet)", ("color", "rgb", "images"), EXPORTED),
+    Layout("color/, depth/, pose/, intrinsic/ (ScanNet)", ("color", "rgb", "images"),
+           partial(named_views, images="*", depth="depth/{}.png", pose="pose/{}.txt")),
     Layout("NAME.jpg, NAME.png, NAME.txt (EmbodiedScan)", ("depth_intrinsic.txt", "intrinsic.txt"),
-           POSED_IMAGES),
+           partial(named_views, images="*.jpg", depth="{}.png", pose="{}.txt")),
     Layout("images alone", ("*",), photographs),
 )  # fmt: skip
-VIDEO = Layout("video", (), video_views)
 KNOWN_LAYOUTS = "; ".join(layout.name for layout in LAYOUTS)
 
 
@@ -3243,51 +3225,46 @@ def existing(part):
     return None if missing else part
 
 
-def find_frames(folder: Path) -> tuple[Layout | None, list[FrameFiles]]:
+def find_frames(folder):
     """Find the layout that fits a folder or a video, and its frames, with None for missing files.
 
     Returns (None, []) where there is no image.
     """
     if folder.is_file():
-        return VIDEO, VIDEO.views(folder)
+        return Layout("video", (), video_views), video_views(folder)
     for layout in LAYOUTS:
-        # the first file that only this program writes tells its layout
-        marks = [
-            file
-            for pattern in layout.marks
-            for file in sorted(folder.glob(pattern))[:1]
-        ]
-        for mark in marks:
-            with reading(mark, layout.name):
-                views = [
-                    FrameFiles(*map(existing, view)) for view in layout.views(mark)
-                ]
-            if any(view.image for view in views):
-                return layout, views
+        for pattern in layout.marks:
+            # the first file that only this program writes tells its layout
+            for mark in sorted(folder.glob(pattern))[:1]:
+                with reading(mark, layout.name):
+                    views = [FrameFiles(*map(existing, view)) for view in layout.views(mark)]
+                if any(view.image for view in views):
+                    return layout, views
     return None, []
 
 
 # ---- 7.2 frames
 
 
-def read_image(path, mode=None):
-    """Read an image in a mode of PIL ("RGB", "I" = integers), or a frame of a video; its rows as
-    the camera wrote them."""
-    if path.parent.is_file():
-        return video_frame(path)
+def read_image(path):
     with reading(path, "image"), Image.open(path) as image:
-        return np.asarray(image.convert(mode) if mode else image)
+        return np.asarray(image)
 
 
-def read_photograph(path):
-    """Read an image upright, as its tag says; None where there is none, or a depth or confidence
-    map, which has 16 bits or few values."""
+def read_color(path, upright):
+    """Read an image or a frame of a video as RGB, its rows as the camera wrote them.
+
+    upright: turn it as its tag says; None where it is a depth or confidence map, which has 16 bits or
+    few values.
+    """
     if path.parent.is_file():
-        return video_frame(path, upright=True)
+        return video_frame(path, upright)
     with reading(path, "image"), Image.open(path) as image:
-        if image.mode[0] in "IF" or image.getcolors(8):
+        if upright and (image.mode[0] in "IF" or image.getcolors(8)):
             return None
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        if upright:
+            image = ImageOps.exif_transpose(image)
+        return np.asarray(image.convert("RGB"))
 
 
 def read_depth(path, scale):
@@ -3296,21 +3273,22 @@ def read_depth(path, scale):
     if depth.ndim != 2 or depth.dtype.kind not in "iu" or depth.dtype == np.uint8:
         what = f"{depth.dtype} {depth.shape} is a picture of depth (8 bits end at 255)"
         raise DataError(f"{path}: {what}; export 16 bits")
-    return np.where(depth == 65535, 0, depth).astype(np.float32) / np.float32(scale)
+    return np.where(depth == 65535, 0, depth).astype(np.float32) / scale
 
 
 def read_pose(pose, convention):
     """Read a pose [4, 4] as camera to world with OpenCV's axes; None where it is not finite, or
     mirrored."""
+    from scipy.spatial.transform import Rotation
+
     pose = read_numbers(pose, 4, 4) if isinstance(pose, Path) else pose
-    if not np.isfinite(pose).all():
+    if not (np.isfinite(pose).all() and np.linalg.det(pose) > 0):
         return None
 
-    # files round their numbers: take the nearest rotation (polar decomposition)
-    u, _, vt = np.linalg.svd(pose[:3, :3])
-    pose = np.block([[u @ vt, pose[:3, 3:]], [0, 0, 0, 1]])
+    # files round their numbers: take the nearest rotation
+    pose = rigid(pose[:3, 3], Rotation.from_matrix(pose[:3, :3]).as_quat())
 
-    # to camera to world, with OpenCV's axes; both of POV-Ray's systems are left-handed
+    # both of POV-Ray's systems are left-handed
     if "inverse" in convention:
         pose = np.linalg.inv(pose)
     if "opengl" in convention:
@@ -3318,7 +3296,7 @@ def read_pose(pose, convention):
     if convention == "povray":
         mirror = np.diag([1, -1, 1, 1])
         pose = mirror @ pose @ mirror
-    return pose if np.linalg.det(pose) > 0 else None
+    return pose
 
 
 def read_camera(camera, sizes):
@@ -3327,14 +3305,13 @@ def read_camera(camera, sizes):
     Files do not say whether it is the color's or the depth's: of `sizes` (H, W) take the one
     whose middle is nearest to the principal point. Raises DataError where that is near none.
     """
-    # of the right image the principal point is in the middle
     K = read_numbers(camera, 3, 3) if isinstance(camera, Path) else camera
-    scaled = [np.diag([1 / W, 1 / H, 1]) @ K for H, W in sizes]
-    best = min(scaled, key=lambda K: np.abs(K[:2, 2] - 0.5).max())
-    if not (np.abs(best[:2, 2] - 0.5).max() < 0.25 and np.diag(best).min() > 0):
-        what = f"intrinsics {K.tolist()} belong to no image of (H, W) = {sizes}"
-        raise DataError(f"{what}; export those of these images ({camera})")
-    return best
+    for H, W in sorted(sizes, key=lambda size: np.abs(K[:2, 2] / size[::-1] - 0.5).max()):
+        scaled = np.diag([1 / W, 1 / H, 1]) @ K
+        if np.abs(scaled[:2, 2] - 0.5).max() < 0.25 and np.diag(scaled).min() > 0:
+            return scaled
+    what = f"intrinsics {K.tolist()} belong to no image of (H, W) = {sizes}"
+    raise DataError(f"{what}; export those of these images ({camera})")
 
 
 def read_view(view, layout, longest):
@@ -3345,7 +3322,7 @@ def read_view(view, layout, longest):
     """
     depth, K, pose = None, None, None
     alone = all(part is None for part in view[1:])
-    color = read_photograph(view.image) if alone else read_image(view.image, "RGB")
+    color = read_color(view.image, upright=alone)
     if color is None:
         return "no image, but a depth or confidence map, or what is torn"
     sizes = [color.shape[:2]]
@@ -3370,49 +3347,46 @@ def read_view(view, layout, longest):
     # bring all to one size; the intrinsics follow
     shrink = min(1.0, longest / max(sizes[0]))
     H, W = (max(1, round(side * shrink)) for side in sizes[0])
-    depth = depth if depth is None else resize(depth, (H, W))
     mask = np.zeros((H, W), np.int32)
     if view.mask is not None:
-        mask = resize(read_image(view.mask, "I"), (H, W))
+        mask = resize(read_image(view.mask).astype(np.int32), (H, W))
+    if depth is not None:
+        depth = resize(depth, (H, W))
     if view.camera is not None:
         K = np.diag([W, H, 1]) @ read_camera(view.camera, sizes)
     return resize(color, (H, W)), depth, mask, K, pose
 
 
-def read_frames(
-    where, layout, views, max_frames: int, longest: float, notes: list[str]
-) -> Frames:
+def read_frames(where, layout, views, max_frames, longest, notes):
     """Read at most `max_frames` views, evenly spaced, as Frames; what no file holds is None.
 
-    Dropped and counted are frames that lack a file that others have, whose pose is not finite, or
-    whose depth is empty. Raises DataError where none is left.
+    Dropped and counted in `notes` are frames that lack a file that others have, whose pose is not
+    finite, or whose depth is empty. Raises DataError where none is left.
     """
     known = [part for part in range(4) if any(view[part] is not None for view in views)]
-    count = min(max_frames, len(views))
-    chosen = np.linspace(0, len(views) - 1, count).round().astype(int)
-    rows = []
-    for view in [views[i] for i in np.unique(chosen)]:
-        complete = all(view[part] is not None for part in known)
-        rows.append(read_view(view, layout, longest) if complete else "a missing file")
+    chosen = np.linspace(0, len(views) - 1, min(max_frames, len(views))).round().astype(int)
+    rows, lost = [], Counter()
+    for view in [views[i] for i in chosen]:
+        row = "a missing file"
+        if all(view[part] is not None for part in known):
+            row = read_view(view, layout, longest)
+        if isinstance(row, str):
+            lost[row] += 1
+        else:
+            rows.append(row)
 
     # say what was lost, and why
-    lost = Counter(row for row in rows if isinstance(row, str))
-    rows = [row for row in rows if not isinstance(row, str)]
-    notes += [
-        f"dropped {n} of {len(views)} frames with {why}" for why, n in lost.items()
-    ]
+    notes += [f"dropped {n} of {len(views)} frames with {why}" for why, n in lost.items()]
     notes.append(f"{len(rows)} of {len(views)} frames used; layout {layout.name}")
     if len({row[0].shape for row in rows}) != 1:
         what = f"{'; '.join(notes)}: none is usable, or their sizes differ"
-        raise DataError(
-            f"{where}: {what}; export them again, as one of: {KNOWN_LAYOUTS}"
-        )
+        raise DataError(f"{where}: {what}; export them again, as one of: {KNOWN_LAYOUTS}")
     columns = zip(*rows, strict=True)
     return Frames(*(None if c[0] is None else np.stack(c) for c in columns))
 
 
-def agreement(frames: Frames, reach: float = 0.1) -> float:
-    """Share of some frames' depth that others confirm to `reach` meters, among what these do not
+def agreement(frames):
+    """Share of some frames' depth that others confirm to 10 cm, among what these do not
     see hidden."""
     # see some points of some frames from all other frames
     points = unproject(frames.depth, frames.intrinsics, frames.poses)
@@ -3424,19 +3398,12 @@ def agreement(frames: Frames, reach: float = 0.1) -> float:
         _, row, column, z = in_view(seen, *camera)
         # what is hidden there tells nothing
         beyond = frames.depth[other][row, column] - z
-        confirmed += (np.abs(beyond) <= reach).sum()
-        denied += (beyond > reach).sum()
+        confirmed += (np.abs(beyond) <= 0.1).sum()
+        denied += (beyond > 0.1).sum()
     return confirmed / (confirmed + denied)
 
 
-def read_views(
-    path: str | Path,
-    scale: float | None = None,
-    max_frames: int = 32,
-    longest: int | None = None,
-    vggt: str = "facebook/VGGT-1B",
-    **documented,
-) -> Scene:
+def read_views(path, scale=None, max_frames=32, longest=None, vggt="facebook/VGGT-1B", **documented):
     """Read a video, images, or frames in one of LAYOUTS as a scene without objects.
 
     What no file holds of depth, poses and intrinsics VGGT finds. Its unit becomes meters by the
@@ -3448,12 +3415,8 @@ def read_views(
     path, notes = Path(path), []
     layout, views = find_frames(path)
     if layout is None:
-        inside = (
-            ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
-        )
-        raise DataError(
-            f"{path}: holds no frames, but {inside}; known layouts: {KNOWN_LAYOUTS}"
-        )
+        inside = ", ".join(sorted(file.name for file in path.iterdir())[:8])
+        raise DataError(f"{path}: holds no frames, but {inside}; known layouts: {KNOWN_LAYOUTS}")
 
     # what a user says holds before what the layout documents
     layout = replace(layout, **documented)
@@ -3468,16 +3431,15 @@ def read_views(
     if any(array is None for array in vars(frames).values()):
         frames = fill_in(path, frames, vggt)
     metric = has_depth or (has_pose and layout.metric)
-    guess = 1.0 if metric else GUESS / float(np.median(frames.depth[frames.depth > 0]))
+    guess = 1.0 if metric else GUESS / np.median(frames.depth[frames.depth > 0])
     rescale(frames, guess * (scale or 1.0))
 
     # a wrong convention or scale makes frames contradict each other: 0.92 where all is right, else
     # below 0.5
-    share = agreement(frames) if has_depth or has_pose else 1.0
-    if share < 0.6:
+    if (has_depth or has_pose) and agreement(frames) < 0.6:
         raise DataError(
-            f"{path}, read as {layout.name}: only {share:.0%} of the depth fits other frames; name the "
-            f"poses' --convention ({', '.join(CONVENTIONS)}) or the --depth-scale ({DEPTH_SCALES})"
+            f"{path}, read as {layout.name}: less than 60% of the depth fits other frames; name the poses' "
+            f"--convention ({', '.join(CONVENTIONS)}) or the --depth-scale ({DEPTH_SCALES})"
         )
 
     # the cloud is what the frames show, and both are turned upright
@@ -3511,41 +3473,31 @@ def move(points, normals, world):
     """Move a cloud by a rigid 4x4: points, normals and bounds as keyword arguments of Scene."""
     points = (points @ world[:3, :3].T + world[:3, 3]).astype(np.float32)
     normals = (normals @ world[:3, :3].T).astype(np.float32)
-    bounds = np.stack([points.min(0), points.max(0)]).astype(float)
+    bounds = np.array([points.min(0), points.max(0)], float)
     return dict(points=points, normals=normals, bounds=bounds)
 
 
 def voxel_of(points, voxel):
     """Number the occupied voxels from 0: the one of each of points [N, 3], int64 [N]."""
     cell = np.floor(points / voxel).astype(np.int64)
-    cell -= cell.min(0, initial=np.iinfo(np.int64).max)
-    return np.unique(cell @ [1 << 42, 1 << 21, 1], return_inverse=True)[1].reshape(-1)
-
-
-def voxel_mean(rows, voxel):
-    """Average rows [N, C], whose first columns are x, y, z, in each occupied voxel: rows [n, C]
-    and counts [n]."""
-    index = voxel_of(rows[:, :3], voxel)
-    count = np.bincount(index)
-    sums = [np.bincount(index, column) for column in rows.T]
-    return np.stack(sums, axis=1) / count[:, None], count
+    cell -= cell.min(0)
+    number = np.ravel_multi_index(cell.T, cell.max(0) + 1)
+    return np.unique(number, return_inverse=True)[1]
 
 
 def voxel_downsample(rows, voxel, limit):
-    """Average rows [N, 9] of point, color and normal in the least voxels, from `voxel` meters up,
-    that leave at most `limit`: points [n, 3] f32, colors [n, 3] u8, unit normals [n, 3] f32,
-    voxel."""
+    """Average rows [N, C], whose first columns are x, y, z, in the least voxels, from `voxel` meters
+    up, that leave at most `limit`: rows [n, C] and voxel."""
     # coarser until it fits
-    rows, _ = voxel_mean(rows, voxel)
-    while len(rows) > limit:
+    cell = voxel_of(rows[:, :3], voxel)
+    while cell.max() >= limit:
         voxel *= 1.2
-        rows, _ = voxel_mean(rows, voxel)
-    points = rows[:, :3].astype(np.float32)
-    colors = rows[:, 3:6].round().astype(np.uint8)
-    return points, colors, unit(rows[:, 6:]), voxel
+        cell = voxel_of(rows[:, :3], voxel)
+    mean, _ = group_mean(torch.from_numpy(rows).double(), torch.from_numpy(cell), cell.max() + 1)
+    return mean.numpy(), voxel
 
 
-def fuse(frames: Frames, limit: int = 100_000) -> tuple:
+def fuse(frames):
     """Fuse frames to one cloud: points [N, 3] f32, colors [N, 3] u8, unit normals [N, 3] f32
     towards the cameras, voxel in meters: 2.5 cm, or a pixel's footprint if larger."""
     points = unproject(frames.depth, frames.intrinsics, frames.poses)
@@ -3559,48 +3511,34 @@ def fuse(frames: Frames, limit: int = 100_000) -> tuple:
     normals *= np.sign(facing)
     seen = np.abs(facing[..., 0]) > 0.1
     rows = np.concatenate([points[seen], frames.color[seen], normals[seen]], axis=1)
+    if not len(rows):
+        raise DataError("no frame shows a surface; check the depth images and --depth-scale")
 
     # voxels with less than a fifth of a single view's samples are flying pixels
-    distance = np.median(frames.depth[frames.depth > 0])
-    footprint = float(distance) / frames.intrinsics[0, 0, 0]
-    voxel = max(0.025, footprint)
-    rows, count = voxel_mean(rows, voxel)
-    solid = count >= min(3.0, 0.2 * (voxel / footprint) ** 2)
-    if not solid.any():
-        raise DataError(
-            "no frame shows a surface; check the depth images and --depth-scale"
-        )
-    return voxel_downsample(rows[solid], voxel, limit)
+    footprint = np.median(frames.depth[frames.depth > 0]) / frames.intrinsics[0, 0, 0]
+    voxel = max(0.025, float(footprint))
+    cell = voxel_of(rows[:, :3], voxel)
+    solid = np.bincount(cell)[cell] >= min(3.0, 0.2 * (voxel / footprint) ** 2)
+    rows, voxel = voxel_downsample(rows[solid], voxel, 100_000)
+    return rows[:, :3].astype(np.float32), rows[:, 3:6].round().astype(np.uint8), unit(rows[:, 6:]), voxel
 
 
-def estimate_normals(points, k=24):
-    """Estimate unit normals [N, 3] float32: the least axis of each point's k neighbors, facing
+def estimate_normals(points):
+    """Estimate unit normals [N, 3] float32: the least axis of each point's 24 neighbors, facing
     the centroid."""
     # the axis along which neighbors differ least
-    near = points[nearest(points, points, k)[1]].astype(np.float32)
+    near = points[nearest(points, points, 24)[1]].astype(np.float32)
     near = near - near.mean(1, keepdims=True)
-    normals = np.linalg.eigh(np.einsum("nki,nkj->nij", near, near))[1][..., 0]
+    normals = np.linalg.eigh(near.swapaxes(1, 2) @ near)[1][..., 0]
 
     # walls and tops face the middle of a room
     inward = (normals * (points.mean(0) - points)).sum(1, keepdims=True) >= 0
     return np.where(inward, normals, -normals).astype(np.float32)
 
 
-PLY_COLORS = (  # names of the three color fields of a .ply
-    ("red", "green", "blue"),
-    ("diffuse_red", "diffuse_green", "diffuse_blue"),
-    ("r", "g", "b"),
-    (
-        "f_dc_0",
-        "f_dc_1",
-        "f_dc_2",
-    ),  # of Gaussian splats: spherical harmonics of degree 0
-)
-
-
 def load_mesh(path):
-    """Load a cloud or mesh: points [N, 3] f64, colors [N, 3] u8, normals [N, 3], faces [F, 3];
-    None for what it lacks."""
+    """Load a cloud or mesh: points [N, 3] f64, colors [N, 3] u8, normals [N, 3] as a .ply has them,
+    faces [F, 3]; None for what it lacks."""
     import trimesh
 
     with reading(path, "cloud or mesh"):
@@ -3608,44 +3546,25 @@ def load_mesh(path):
         mesh = trimesh.load(path, process=False, fix_texture=False)
         if isinstance(mesh, trimesh.Scene):  # a .glb of several parts
             mesh = mesh.to_mesh()
+        points, colors, normals, faces = np.asarray(mesh.vertices, float), None, None, None
+
         # pictures on faces become a color per corner
-        visual = (
-            mesh.visual.to_color() if mesh.visual.kind == "texture" else mesh.visual
-        )
-        points, faces, normals = np.asarray(mesh.vertices, float), None, None
-        colors = (
-            visual.vertex_colors[:, :3]
-            if visual.kind and len(visual.vertex_colors)
-            else None
-        )
+        visual = mesh.visual
+        if visual.kind == "texture":
+            visual = visual.to_color()
+        if visual.kind and len(visual.vertex_colors):
+            colors = visual.vertex_colors[:, :3]
         if isinstance(mesh, trimesh.Trimesh):
             faces = np.asarray(mesh.faces)
             points[faces]  # a face of a vertex that is not there ends here
 
-        # what a .ply calls its fields
+        # trimesh keeps no normals of bare points
         if "_ply_raw" in mesh.metadata:
             held = mesh.metadata["_ply_raw"]["vertex"]
             points[held["length"] - 1]  # a text that is cut off ends here
-            for names in (("nx", "ny", "nz"), *PLY_COLORS):
-                if not set(names) <= set(held["properties"]):
-                    continue
-                values = np.stack(
-                    [np.ravel(held["data"][name]) for name in names], axis=1
-                )
-                if names[0] == "nx":
-                    normals = values
-                else:
-                    colors = eight_bit(
-                        0.5 + 0.2821 * values if names[0] == "f_dc_0" else values
-                    )
+            if "nx" in held["properties"]:
+                normals = np.stack([held["data"][name] for name in ("nx", "ny", "nz")], axis=1)
     return points, colors, normals, faces
-
-
-def eight_bit(values):
-    """Bring colors [N, 3] up to 1, 255 or 65535, whichever they reach, to uint8."""
-    highest = values.max()
-    full = 65535 if highest > 255 else 255 if highest > 4 else 1
-    return np.nan_to_num(values * (255.0 / full)).round().clip(0, 255).astype(np.uint8)
 
 
 def write_ply(path, points, colors, normals):
@@ -3655,77 +3574,53 @@ def write_ply(path, points, colors, normals):
     cloud = trimesh.Trimesh(
         points, vertex_normals=normals, vertex_colors=colors, process=False
     )
-    cloud.export(path, file_type="ply", vertex_normal=True)
+    cloud.export(path, vertex_normal=True)
 
 
-def points_of_faces(points, colors, normals, faces, limit):
-    """Draw points, colors, normals from the faces of a mesh, one in 3 x 3 cm, where its corners
-    are much fewer: they alone do not show a wall. Faces that fill the space like no surface are
-    left alone."""
-    import trimesh
-
-    mesh = trimesh.Trimesh(points, faces, process=False)
-    count = int(min(limit, mesh.area / 0.03**2))
-    if count < 4 * len(points) or mesh.area > 8 * mesh.bounding_box.area:
-        return (
-            points,
-            colors,
-            vertex_normals(points, faces) if normals is None else normals,
-        )
-    drawn, face = trimesh.sample.sample_surface(mesh, count, seed=0)
-    return (
-        drawn,
-        None if colors is None else colors[faces[face]].mean(1),
-        mesh.face_normals[face],
-    )
-
-
-def read_cloud(
-    path: str | Path, up: str = "auto", scale: float | None = None, limit: int = 200_000
-) -> Scene:
-    """Read a cloud or mesh (CLOUDS) as a scene without objects or frames, at most `limit` points,
-    averaged in voxels.
+def read_cloud(path, up="auto", scale=None):
+    """Read a cloud or mesh (CLOUDS) as a scene without objects or frames, at most 200,000 points,
+    averaged in voxels, around the origin.
 
     `up`: UP or "auto"; `scale`: meters per unit. Raises DataError.
     """
+    import trimesh
+
     path = Path(path)
-    points, colors, normals, faces = load_mesh(path)
+    points, colors, _, faces = load_mesh(path)
     points = points * (scale or 1.0)
+    shown = np.zeros_like(points) if colors is None else colors
     notes = [f"{len(points)} points in the file"]
+
+    # the corners of large faces do not show a wall: faces give a point in 3 x 3 cm
     if faces is not None:
-        notes.append(f"{len(faces)} faces")
-        points, colors, normals = points_of_faces(points, colors, normals, faces, limit)
+        mesh = trimesh.Trimesh(points, faces, process=False)
+        count = int(min(200_000, mesh.area / 0.03**2))
+        drawn, face = trimesh.sample.sample_surface(mesh, count, seed=0)
+        points = np.concatenate([points, drawn])
+        shown = np.concatenate([shown, shown[faces[face]].mean(1)])
 
-    # without what is not finite, and floaters of a reconstruction
+    # around the origin, where float32 is fine enough, without what is not finite or floats far away
     low, high = np.nanpercentile(points, (1, 99), axis=0)
-    near = (np.abs(points - (low + high) / 2) <= 10 * (high - low).max()).all(1)
+    points = points - (low + high) / 2
+    near = (np.abs(points) <= 10 * (high - low).max()).all(1)
     if not near.all():
-        notes.append(
-            f"dropped {(~near).sum()} points that are not finite or far from all others"
-        )
+        notes.append(f"dropped {(~near).sum()} points that are not finite or far from all others")
 
-    # near the origin, where float32 is fine enough; what lies twice at a place is one point
-    points = points - (low.round() if np.abs(low).max() > 1000 else 0)
-    columns = [
-        np.zeros_like(points) if a is None else a for a in (points, colors, normals)
-    ]
-    rows = np.concatenate(columns, axis=1)[near]
-    points, color, normal, voxel = voxel_downsample(rows, 0.005, limit)
-    notes.append(f"{len(points)} points averaged in voxels of {voxel * 100:.1f} cm")
-    if not (np.square(normal).sum(1) > 0.5).all():
-        normal = estimate_normals(points)
-    world, said = align_to_gravity(points, normal, up)
-    scene = Scene(
-        path.stem, "ply", [], notes=[*notes, said], **move(points, normal, world)
-    )
-    scene.colors = None if colors is None else color
+    # what lies twice at a place is one point
+    rows, voxel = voxel_downsample(np.concatenate([points, shown], axis=1)[near], 0.005, 200_000)
+    notes.append(f"{len(rows)} points averaged in voxels of {voxel * 100:.1f} cm")
+    normals = estimate_normals(rows[:, :3])
+    world, said = align_to_gravity(rows[:, :3], normals, up)
+    scene = Scene(path.stem, "ply", [], notes=[*notes, said], **move(rows[:, :3], normals, world))
+    if colors is not None:
+        scene.colors = rows[:, 3:].round().astype(np.uint8)
     return check_scene(scene, trusted=scale is not None)
 
 
 # ---- 7.4 gravity
 
 
-def up_of_cameras(points, normals, poses):
+def up_of_cameras(normals, poses):
     """Find gravity's up [3] from cameras [V, 4, 4] and the surfaces they see, whose normals face
     them."""
     up, right = -poses[:, :3, 1].mean(0), poses[:, :3, 0].mean(0)
@@ -3739,148 +3634,120 @@ def up_of_cameras(points, normals, poses):
     # towards the surfaces that face up, however steeply the cameras look down: no wall in front
     # of a camera does
     up = unit(up)
-    for degrees in (75, 30, 15, 8, 4, 2, 2, 2):
-        tilt = normals @ up
-        near = tilt if degrees == 75 else np.abs(tilt)
-        level = near > np.cos(np.radians(degrees))
-        if level.sum() < 100:
-            break
-        up = unit((normals[level] * np.sign(tilt[level])[:, None]).mean(0))
+    for degrees in (75, 30, 15, 8, 4, 2):
+        level = normals[normals @ up > np.cos(np.radians(degrees))]
+        if len(level) >= 100:
+            up = unit(level.mean(0))
     return up
 
 
 def up_of_cloud(points, normals):
-    """Weigh for x, y and z what speaks for its pointing up (down, where negative): level surfaces
-    and things lie low, and rooms are 2 to 3.5 meters high."""
-    # what lies low along which axis
+    """Find the axis [3] of a cloud that points up: most level surfaces lie low along it."""
+    # how many surfaces across an axis lie below the middle
     low, high = np.percentile(points, (1, 99), axis=0)
+    below = np.sign((low + high) / 2 - points)
+    weight = (below * (np.abs(normals) > 0.9)).mean(0)
+
+    # rooms are 2 to 3.5 meters high, and clouds are z-up by custom
     size = np.maximum(high - low, 1e-6)
-    place = (points - low) / size - 0.5  # [N, 3], -0.5 to 0.5
-    things = place[(np.abs(place) < 0.45).all(1)]  # what is not the room's shell
-    surfaces = -(np.sign(place) * (np.abs(normals) > 0.9)).mean(0)
-    lying = -things.mean(0) if len(things) else 0.0
-    return (surfaces + 2 * lying) * np.minimum(1, np.minimum(size / 2, 3.5 / size))
-
-
-def find_up(points, normals, up, poses):
-    """Find the direction [3] that points up, and why.
-
-    `up`: an axis that a user or a layout names, or "auto".
-    """
-    # what the data say
-    if poses is not None:
-        found, sure = up_of_cameras(points, normals, poses), True
-    else:
-        weight = up_of_cloud(points, normals)
-        found = np.where(np.abs(weight) == np.abs(weight).max(), np.sign(weight), 0)
-        sure = weight @ found > 2.5 * max(weight[2], 0.02)  # clouds are z-up by custom
-
-    # a user or a layout is believed, but told
-    axis = max(UP, key=lambda name: UP[name] @ found)
-    if up == "auto" and sure:
-        return found, f"what is level and lies low, near {axis}"
-    up = "+z" if up == "auto" else up
-    direction = choose(UP, up, "--up")
-    said = f"up = {up}"
-    if direction @ found < 0.8:
-        said += f"; if it lies on its side, --up={axis} fits better"
-    return direction, said
+    weight *= np.minimum(1, np.minimum(size / 2, 3.5 / size))
+    weight[2] = 2.5 * max(weight[2], 0.02)
+    axis = np.abs(weight).argmax()
+    return np.sign(weight[axis]) * np.eye(3)[axis]
 
 
 def align_to_gravity(points, normals, up, poses=None):
     """Find the rigid 4x4 that turns a cloud z-up, walls along x and y, floor at z = 0; and a line
-    that says how."""
+    that says how.
+
+    `up`: an axis that a user or a layout names, or "auto"; poses: of the cameras that saw the cloud.
+    """
     from scipy.spatial.transform import Rotation
 
-    up, said = find_up(points, normals, up, poses)
-    turn = Rotation.align_vectors([[0, 0, 1]], [up])[0]
+    # what the data say; a user or a layout is believed, but told
+    found = up_of_cloud(points, normals) if poses is None else up_of_cameras(normals, poses)
+    axis = max(UP, key=lambda name: UP[name] @ found)
+    direction, said = found, f"what is level and lies low, near {axis}"
+    if up != "auto":
+        direction, said = choose(UP, up, "--up"), f"up = {up}"
+    if direction @ found < 0.8:
+        said += f"; if it lies on its side, --up={axis} fits better"
+    turn = Rotation.align_vectors([[0, 0, 1]], [direction])[0]
 
-    # walls agree modulo a quarter turn, so as complex numbers their fourth powers do; twice
-    # without what stands askew
+    # walls agree modulo a quarter turn, so as complex numbers their fourth powers do
     wall = turn.apply(normals)
     quarter = (wall[:, 0] + 1j * wall[:, 1])[np.abs(wall[:, 2]) < 0.2] ** 4
-    if len(quarter) >= 100 and abs(quarter.mean()) > 0.1:
-        for reach in (4.0, 0.6, 0.6):  # radians
-            askew = np.angle(quarter[np.abs(np.angle(quarter)) < reach].mean())
-            quarter = quarter * np.exp(-1j * askew)
-            turn = Rotation.from_euler("z", -askew / 4) * turn
+    if len(quarter):
+        askew = np.angle(quarter.mean())
+        askew += np.median(np.angle(quarter * np.exp(-1j * askew)))  # whatever stands askew
+        turn = Rotation.from_euler("z", -askew / 4) * turn
 
     # the floor is the lowest level surface that is no crumb
-    z = turn.apply(points)[:, 2]
-    level = z[np.abs(wall[:, 2]) > 0.9]
-    level = level if len(level) else z
-    floor = np.median(level[np.abs(level - np.percentile(level, 3)) < 0.08])
     world = np.eye(4)
     world[:3, :3] = turn.as_matrix()
-    world[2, 3] = -floor
+    z = points @ world[2, :3]
+    level = z[np.abs(wall[:, 2]) > 0.9]
+    if len(level):
+        z = level
+    world[2, 3] = -np.median(z[np.abs(z - np.percentile(z, 3)) < 0.08])
     return world, f"turned z-up by {said}"
 
 
 # ---- 7.5 ScanNet
 
 
-def is_scan(path: Path) -> bool:
-    return (path / f"{path.name}{SCAN_FILES[0]}").exists()
+def scan_files(folder):
+    """Name the files of a ScanNet scan: mesh, segments, groups of segments, description."""
+    return [folder / f"{folder.name}{suffix}" for suffix in SCAN_FILES]
 
 
-def find_scans(root: Path) -> list[Path]:
+def is_scan(path):
+    return scan_files(path)[0].exists()
+
+
+def find_scans(root):
     """Find the folders of all scans below a ScanNet root, whole or not."""
     patterns = ("scene*_*/", "scans/scene*_*/", "scans_test/scene*_*/")
     return [scan for pattern in patterns for scan in sorted(root.glob(pattern))]
 
 
-def read_scannet(
-    folder: str | Path, max_frames: int = 32, longest: float = math.inf
-) -> Scene:
+def read_scannet(folder, max_frames=32, longest=math.inf):
     """Read a ScanNet scan: its own files and, when they are looked at, `max_frames` of the frames
-    exported beside them or to posed_images/<id> or frames/<id> of the root, at most `longest` pixels.
+    exported beside them or to posed_images/<id> of the root, at most `longest` pixels.
 
     The axis alignment is the only transform. Instance = objectId + 1; wall, floor and ceiling are
     no objects; boxes are the extent of an object's points. Masks are read from instance-filt/ or
     else rendered. Raises DataError.
     """
-    folder, notes = Path(folder).absolute(), []
-    name = folder.name
-    mesh, segs, aggregation, info = (
-        folder / f"{name}{suffix}" for suffix in SCAN_FILES
-    )
+    folder = Path(folder).absolute()
+    mesh, segs, aggregation, info = scan_files(folder)
     points, colors, normals, faces = load_mesh(mesh)
     with reading(info, "scan description with an axisAlignment of 16 numbers"):
         # scans for testing have none
         aligned, world = re.search("axisAlignment = (.+)", info.read_text()), np.eye(4)
         if aligned:
             world = np.array(aligned[1].split(), float).reshape(4, 4)
-    if normals is None and faces is None:
-        normals = estimate_normals(points)
-    elif normals is None:
+    if normals is None:
         normals = unit(vertex_normals(points, faces))
     cloud = move(points, normals, world)
-    scene = Scene(name, "scannet", [], colors=colors, notes=notes, **cloud)
+    scene = Scene(folder.name, "scannet", [], colors=colors, **cloud)
 
     # objects are groups of segments; scans of the test split have neither
     scene.instances = np.zeros(len(points), np.int64)
     if segs.exists() or aggregation.exists():
         add_objects(scene, segs, aggregation)
     else:
-        notes.append(
-            "a test scan without labels: superpoints are our own, objects unknown"
-        )
-        scene.superpoints = over_segment(
-            points, None if faces is not None else normals, faces
-        )
+        scene.notes.append("a test scan without labels: superpoints are our own, objects unknown")
+        scene.superpoints = over_segment(points, normals)
 
     # a thousand scans do not fit in memory, so frames stay on disk
-    places = [folder]
-    for root in folder.parents[:2]:
-        places += [root / "posed_images" / name, root / "frames" / name]
-    for place in places if max_frames else ():
+    elsewhere = [root / "posed_images" / folder.name for root in folder.parents[:2]]
+    for place in (folder, *elsewhere):
         layout, views = find_frames(place)
-        if scene.frames is None and any(view.depth for view in views):
-            load = partial(
-                scan_frames, scene, world, layout, views, max_frames, longest
-            )
-            files = [view.image for view in views if view.image]
-            scene.frames = LazyFrames(load, file_key([mesh, *files]))
+        if max_frames and any(view.depth for view in views):
+            load = partial(scan_frames, scene, world, layout, views, max_frames, longest)
+            scene.frames = LazyFrames(load, file_key([mesh, *(view.image for view in views if view.image)]))
+            break
     return check_scene(scene, trusted=True)
 
 
@@ -3911,7 +3778,7 @@ def add_objects(scene, segs, aggregation):
             scene.objects.append(Thing(id, label, color, box))
 
 
-def scan_frames(scene, world, layout, views, max_frames, longest) -> Frames:
+def scan_frames(scene, world, layout, views, max_frames, longest):
     """Read a scan's frames in the aligned axes, with masks of its objects."""
     notes = []
     frames = read_frames(scene.name, layout, views, max_frames, longest, notes)
@@ -3925,7 +3792,7 @@ def scan_frames(scene, world, layout, views, max_frames, longest) -> Frames:
     return frames
 
 
-def write_scannet(scene: Scene, out: str | Path) -> Path:
+def write_scannet(scene, out):
     """Write a room as the ScanNet scan <out>/<name>, unaligned as scans are; read_scannet gives
     it back.
 
@@ -3937,9 +3804,7 @@ def write_scannet(scene: Scene, out: str | Path) -> Path:
         (folder / part).mkdir(parents=True, exist_ok=True)
 
     # points as a scanner gives them, and how they are aligned
-    mesh, segs, aggregation, info = (
-        folder / f"{scene.name}{suffix}" for suffix in SCAN_FILES
-    )
+    mesh, segs, aggregation, info = scan_files(folder)
     world = rigid((1.5, -0.75, 0.25), (0, 0, 0.6435))  # a shift, and a turn about z
     back = np.linalg.inv(world)
     raw = move(scene.points, scene.normals, back)
@@ -3950,33 +3815,20 @@ def write_scannet(scene: Scene, out: str | Path) -> Path:
     segs.write_text(json.dumps({"segIndices": scene.superpoints.tolist()}))
     groups = []
     for o in scene.objects:
-        group = dict(
-            objectId=o.id - 1,
-            label=o.category,
-            color=o.color,
-            alignedBox=o.box.tolist(),
-        )
-        group["segments"] = np.unique(
-            scene.superpoints[scene.instances == o.id]
-        ).tolist()
+        group = dict(objectId=o.id - 1, label=o.category, color=o.color, alignedBox=o.box.tolist())
+        group["segments"] = np.unique(scene.superpoints[scene.instances == o.id]).tolist()
         groups.append(group)
     aggregation.write_text(json.dumps({"segGroups": groups}))
 
-    # ScanNet's matrices are 4 x 4
-    frames, camera = scene.frames, np.eye(4)
-    camera[:3, :3] = frames.intrinsics[0]
-    np.savetxt(folder / "intrinsic/intrinsic_depth.txt", camera, "%.17g")
-
     # a file of every kind per frame
+    frames = scene.frames
+    np.savetxt(folder / "intrinsic/intrinsic_depth.txt", frames.intrinsics[0], "%.17g")
+    depth = (frames.depth * 1000).round().astype(np.uint16)
     for i, pose in enumerate(back @ frames.poses):
         np.savetxt(folder / f"pose/{i}.txt", pose, "%.17g")
         Image.fromarray(frames.color[i]).save(folder / f"color/{i}.png")
-        for part, image in (
-            ("depth", frames.depth[i] * 1000),
-            ("instance-filt", frames.masks[i]),
-        ):
-            image = Image.fromarray(image.round().astype(np.uint16))
-            image.save(folder / part / f"{i}.png")
+        Image.fromarray(depth[i]).save(folder / f"depth/{i}.png")
+        Image.fromarray(frames.masks[i].astype(np.uint16)).save(folder / f"instance-filt/{i}.png")
     return folder
 
 
@@ -4009,14 +3861,12 @@ def video_frame(path, upright=False):
             for frame in container.decode(stream):
                 if frame.time is not None and frame.time >= second:
                     turn = round(frame.rotation / 90) if upright else 0
-                    return np.ascontiguousarray(
-                        np.rot90(frame.to_ndarray(format="rgb24"), turn)
-                    )
+                    return np.rot90(frame.to_ndarray(format="rgb24"), turn)
     return None
 
 
 @lru_cache(maxsize=1)
-def load_vggt(name: str):
+def load_vggt(name):
     """Load VGGT (Wang et al., CVPR 2025) by its hub name or a folder of its weights, on a GPU
     where there is one."""
     vggt = need("vggt.models.vggt", "depth and cameras from bare frames")
@@ -4042,12 +3892,8 @@ def vggt_geometry(images, model, longest=518):
     V, H, W, _ = images.shape
     patch, device = model.aggregator.patch_size, next(model.parameters()).device
     h, w = (max(1, round(n * longest / max(H, W) / patch)) * patch for n in (H, W))
-    shown = [
-        Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC)
-        for image in images
-    ]
-    x = torch.from_numpy(np.stack(shown)).to(device)  # [V, h, w, 3]
-    x = x.permute(0, 3, 1, 2).float()[None] / 255  # [1, V, 3, h, w]
+    x = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255  # [V, 3, H, W]
+    x = F.interpolate(x, (h, w), mode="bicubic", antialias=True).clamp(0, 1)[None]  # [1, V, 3, h, w]
 
     # one pass of the transformer, two heads
     with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
@@ -4059,21 +3905,21 @@ def vggt_geometry(images, model, longest=518):
     camera, K = pose_enc.pose_encoding_to_extri_intri(code, (h, w))
 
     # arrays of the images' size
-    maps = [m.reshape(V, h, w).float().cpu().numpy() for m in maps]
-    depth, confidence = (np.stack([resize(image, (H, W)) for image in m]) for m in maps)
+    maps = torch.stack([m.reshape(V, h, w).float() for m in maps])
+    depth, confidence = F.interpolate(maps, (H, W)).cpu().numpy()
     K = np.diag([W / w, H / h, 1]) @ K[0].double().cpu().numpy()
     poses = np.tile(np.eye(4), (V, 1, 1))
     poses[:, :3] = camera[0].double().cpu().numpy()  # world to camera
     return depth, confidence, K, np.linalg.inv(poses)
 
 
-def rescale(frames: Frames, unit: float) -> None:
+def rescale(frames, unit):
     """Multiply depth and camera positions by `unit`, in place."""
-    frames.depth *= np.float32(unit)
+    frames.depth *= unit
     frames.poses[:, :3, 3] *= unit
 
 
-def fill_in(where, frames: Frames, vggt: str) -> Frames:
+def fill_in(where, frames, vggt):
     """Put VGGT's depth, intrinsics and poses in place of those that are None, in the unit of
     those that are known.
 
@@ -4093,12 +3939,10 @@ def fill_in(where, frames: Frames, vggt: str) -> Frames:
     # known poses have other axes than the found ones, but the same distances
     if frames.depth is not None:
         both = sure & (frames.depth > 0)
-        rescale(seen, float(np.median(frames.depth[both] / depth[both])))
+        rescale(seen, np.median(frames.depth[both] / depth[both]))
     elif frames.poses is not None:
         at = np.stack([frames.poses, poses])[:, :, :3, 3]  # [2, V, 3]
-        known, found = np.median(
-            np.linalg.norm(at - at.mean(1, keepdims=True), axis=2), axis=1
-        )
+        known, found = np.linalg.norm(at.std(1), axis=1)
         rescale(seen, known / max(found, 1e-9))
     known = {name: array for name, array in vars(frames).items() if array is not None}
     return replace(seen, **known)
@@ -4107,19 +3951,20 @@ def fill_in(where, frames: Frames, vggt: str) -> Frames:
 # ---- 9 superpoints and segments --------------------------------------------------------------------------------------
 
 
-def vertex_normals(points: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Average the unit normals of a vertex's faces: [N, 3] float32, *not* normalized, as in ScanNet's segmentator.
+def vertex_normals(points, faces):
+    """Average the unit normals of a vertex's faces: [N, 3] float32, *not* normalized, as in ScanNet's
+    segmentator.
 
     Args: points [N, 3], faces [F, 3].
     """
-    corners = points.astype(np.float32)[faces]  # [F, 3 corners, 3]
-    normals = unit(1e6 * np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]))
-    normals = torch.from_numpy(normals.repeat(3, axis=0)).double()  # [3 F, 3]
-    mean, _ = group_mean(normals, torch.from_numpy(faces.ravel()).long(), len(points))
-    return mean.float().numpy()
+    import trimesh
+
+    mesh = trimesh.Trimesh(points, faces, process=False)
+    mean = mesh.faces_sparse @ mesh.face_normals / np.maximum(mesh.vertex_degree, 1)[:, None]
+    return mean.astype(np.float32)
 
 
-def neighbor_pairs(points: np.ndarray, k: int, reach: float = np.inf) -> tuple[np.ndarray, np.ndarray]:
+def neighbor_pairs(points, k, reach=np.inf):
     """Find all pairs a < b of points where one is among the other's k nearest: (a [E], b [E]).
 
     Pairs farther apart than `reach` times the median distance to the nearest neighbor are left out: they are gaps.
@@ -4131,90 +3976,74 @@ def neighbor_pairs(points: np.ndarray, k: int, reach: float = np.inf) -> tuple[n
     return tuple(np.unique(np.sort(pairs, axis=1), axis=0).T)
 
 
-def over_segment(
-    points: np.ndarray,
-    normals: np.ndarray | None = None,
-    faces: np.ndarray | None = None,
-    threshold: float = 0.01,
-    min_size: int = 20,
-    k: int = 10,
-) -> np.ndarray:
+def over_segment(points, normals=None, faces=None, threshold=0.01, min_size=20):
     """Segment a cloud or mesh into superpoints: labels [N] int64, contiguous from 0.
 
-    The weight of an edge from a to b is 1 - n_a . n_b, squared where the surface is convex (n_b points along b - a), so
-    that round things hold together. The edges are a mesh's (faces [F, 3]; default normals: `vertex_normals`), or join
-    the k nearest neighbors of a bare cloud, there with the mean weight of both directions.
-    Source: Felzenszwalb & Huttenlocher, IJCV 2004, with the rules of ScanNet's Segmentator, which calls threshold
-    kThresh and min_size segMinVerts.
+    The weight of an edge from a to b is 1 - n_a . n_b, squared where the surface is convex (n_b
+    points along b - a), so that round things hold together. The edges are a mesh's (default normals:
+    `vertex_normals`), or join the 10 nearest neighbors of a bare cloud, there with the mean weight of
+    both directions.
+    Args: points [N, 3]; normals [N, 3]; faces [F, 3]; threshold and min_size, the smallest number of
+    points, which ScanNet calls kThresh and segMinVerts.
+    Source: Felzenszwalb & Huttenlocher, IJCV 2004, with the rules of ScanNet's Segmentator.
     """
-    if len(points) < 2:
-        return np.zeros(len(points), np.int64)
+    N = len(points)
+    if N < 2:
+        return np.zeros(N, np.int64)
     points = np.asarray(points, np.float32)
     if normals is None:
         normals = estimate_normals(points) if faces is None else vertex_normals(points, faces)
-    normals = np.asarray(normals, np.float32)
 
-    def weigh(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        bend = 1 - np.einsum("ij,ij->i", normals[a], normals[b])
-        convex = np.einsum("ij,ij->i", normals[b], points[b] - points[a]) > 0
+    # edges, and how much the surface bends along them
+    def weigh(a, b):
+        bend = 1 - (normals[a] * normals[b]).sum(1)
+        convex = (normals[b] * (points[b] - points[a])).sum(1) > 0
         return np.where(convex, bend * bend, bend)
 
     if faces is None:
-        a, b = neighbor_pairs(points, k)
+        a, b = neighbor_pairs(points, 10)
         weight = (weigh(a, b) + weigh(b, a)) / 2
     else:
         a, b = faces[:, [0, 0, 2]].ravel(), faces[:, [1, 2, 1]].ravel()
         weight = weigh(a, b)
-    return segment_graph(len(points), a, b, weight, threshold, min_size)
 
+    # a segment is a tree of points, known by its root
+    parent, size, limit = list(range(N)), [1] * N, [threshold] * N
 
-def segment_graph(
-    count: int, a: np.ndarray, b: np.ndarray, weight: np.ndarray, threshold: float, min_size: int
-) -> np.ndarray:
-    """Segment a graph with edges a, b, weight [E]: labels [count] int64, contiguous from 0.
-
-    Source: Felzenszwalb & Huttenlocher, IJCV 2004.
-    """
-    parent, size, limit = list(range(count)), [1] * count, [threshold] * count
-
-    def find(x: int) -> int:
+    def find(x):
         while parent[x] != x:
             parent[x] = x = parent[parent[x]]
         return x
 
-    def join(x: int, y: int) -> int:
-        if size[x] < size[y]:
-            x, y = y, x
+    def join(x, y):
         parent[y] = x
         size[x] += size[y]
-        return x
 
     # lightest edges first; two segments join if the edge is no heavier than either's limit:
     # its heaviest inner edge + threshold / size
     order = np.argsort(weight, kind="stable")
-    edges = list(zip(a[order].tolist(), b[order].tolist(), weight[order].tolist(), strict=True))
-    for x, y, w in edges:
+    edges = np.stack([a, b], axis=1)[order].tolist()
+    for (x, y), w in zip(edges, weight[order].tolist(), strict=True):
         x, y = find(x), find(y)
-        if x != y and w <= limit[x] and w <= limit[y]:
-            x = join(x, y)
+        if x != y and w <= min(limit[x], limit[y]):
+            join(x, y)
             limit[x] = w + threshold / size[x]
 
     # what stayed too small joins its most similar neighbor
-    for x, y, _ in edges:
+    for x, y in edges:
         x, y = find(x), find(y)
         if x != y and min(size[x], size[y]) < min_size:
             join(x, y)
-    roots = np.array([find(x) for x in range(count)])
-    return np.unique(roots, return_inverse=True)[1].astype(np.int64)
+    return np.unique([find(x) for x in range(N)], return_inverse=True)[1]
 
 
-def extent(points: np.ndarray) -> np.ndarray:
+def extent(points):
     """Return the axis-aligned box [6] of points [N, 3]."""
-    low, high = points.min(0).astype(float), points.max(0).astype(float)
+    low, high = np.array([points.min(0), points.max(0)], float)
     return np.concatenate([(low + high) / 2, high - low])
 
 
-def color_name(colors: np.ndarray | None, chosen: np.ndarray) -> str:
+def color_name(colors, chosen):
     """Name the median of colors [N, 3] at `chosen` by the nearest of COLORS; "" without colors."""
     if colors is None:
         return ""
@@ -4222,13 +4051,13 @@ def color_name(colors: np.ndarray | None, chosen: np.ndarray) -> str:
     return min(COLORS, key=lambda name: np.square(median - COLORS[name]).sum())
 
 
-def opponent_colors(colors: np.ndarray) -> np.ndarray:
+def opponent_colors(colors):
     """Turn colors [N, 3] u8 into brightness, which counts less than hue, and two axes of hue: [N, 3] float32."""
     r, g, b = colors.T.astype(np.float32) / 255
     return np.stack([(r + g + b) / 6, 0.7 * (r - g), 0.7 * ((r + g) / 2 - b)], axis=1)
 
 
-def find_shell(points: np.ndarray, normals: np.ndarray, colors: np.ndarray, superpoints: np.ndarray) -> np.ndarray:
+def find_shell(points, normals, colors, superpoints):
     """Find the room itself (floor, ceiling, walls): mask [N].
 
     Args: points, normals [N, 3]; colors [N, 3], `opponent_colors`; superpoints [N].
@@ -4255,20 +4084,13 @@ def find_shell(points: np.ndarray, normals: np.ndarray, colors: np.ndarray, supe
     return shell
 
 
-def object_segments(
-    points: np.ndarray,
-    normals: np.ndarray,
-    colors: np.ndarray,
-    superpoints: np.ndarray,
-    color_scale: float = 0.2,
-    largest: float = 2.6,
-    smallest: float = 0.12,
-) -> np.ndarray:
-    """Merge superpoints to object-sized segments: ids [N] int64, 0 = the room itself and crumbs. Nothing is learned.
+def object_segments(points, normals, colors, superpoints):
+    """Merge superpoints to object-sized segments: ids [N] int64, 0 = the room itself and crumbs.
 
-    Touching pieces join in order of their cost, color difference / color_scale + the share of the contact that is
-    concave (objects meet in concave edges: Stein et al., CVPR 2014), up to a cost of 1 and a length of `largest`
-    meters; what stays below `smallest` is a crumb. The constants were set on procedural rooms.
+    Nothing is learned. Touching pieces join in order of their cost, color difference / 0.2 + the
+    share of the contact that is concave (objects meet in concave edges: Stein et al., CVPR 2014), up
+    to a cost of 1 and a length of 2.6 meters; what stays below 12 cm is a crumb. The constants were
+    set on procedural rooms.
     Args: points, normals [N, 3] meters, z up; colors [N, 3] u8; superpoints [N].
     """
     from scipy.sparse import coo_array
@@ -4277,66 +4099,62 @@ def object_segments(
     # superpoints are cut where the color jumps: a picture on a cupboard
     N, colors = len(points), opponent_colors(colors)
     a, b = neighbor_pairs(points, 8, reach=3.5)
-    alike = (superpoints[a] == superpoints[b]) & (np.linalg.norm(colors[a] - colors[b], axis=1) < 0.08)
+    jump = np.linalg.norm(colors[a] - colors[b], axis=1)
+    alike = (superpoints[a] == superpoints[b]) & (jump < 0.08)
     graph = coo_array((alike[alike], (a[alike], b[alike])), shape=(N, N))
     count, piece = connected_components(graph, directed=False)
-    label = torch.from_numpy(piece).long()
-    color, size = (t.numpy() for t in group_mean(torch.from_numpy(colors), label, count))
+    size = np.bincount(piece)
+    color = np.stack([np.bincount(piece, channel) for channel in colors.T], axis=1) / size[:, None]
     shell = find_shell(points, normals, colors, superpoints)
     in_room = np.bincount(piece, shell) >= 0.5 * size  # [count]
 
     # where two pieces touch: the share of pairs of points at which the surface is concave
     gap = points[a] - points[b]
     concave = ((normals[a] - normals[b]) * gap).sum(1) < -0.2 * np.linalg.norm(gap, axis=1)
-    touch = np.sort(np.stack([piece[a], piece[b]]), axis=0)
+    touch = np.sort([piece[a], piece[b]], axis=0)
     (x, y), contact, edges = np.unique(touch, axis=1, return_inverse=True, return_counts=True)
-    cost = np.linalg.norm(color[x] - color[y], axis=1) / color_scale + np.bincount(contact, concave) / edges
+    cost = np.linalg.norm(color[x] - color[y], axis=1) / 0.2 + np.bincount(contact, concave) / edges
     cost[(x == y) | in_room[x] | in_room[y]] = np.inf
 
     # join the cheapest pair first
-    low, high = np.full((2, count, 3), [[[np.inf]], [[-np.inf]]])
+    low, high = np.full((count, 3), np.inf), np.full((count, 3), -np.inf)
     np.minimum.at(low, piece, points)
     np.maximum.at(high, piece, points)
     root = np.arange(count)
     for i in np.argsort(cost)[: (cost <= 1).sum()]:
         p, q = root[x[i]], root[y[i]]
         lowest, highest = np.minimum(low[p], low[q]), np.maximum(high[p], high[q])
-        if (highest - lowest).max() <= largest:
+        if (highest - lowest).max() <= 2.6:
             root[root == q] = p
             low[p], high[p] = lowest, highest
 
     # number what is large enough
-    size = np.bincount(root, size, count)
-    kept = ~in_room & (root == np.arange(count)) & (size >= 12) & ((high - low).max(1) >= smallest)
-    return keep_labels(root[piece], kept)
+    size = np.bincount(root, size, count)  # 0 for what joined another
+    return keep_labels(root[piece], ~in_room & (size >= 12) & ((high - low).max(1) >= 0.12))
 
 
-def keep_labels(labels: np.ndarray, kept: np.ndarray) -> np.ndarray:
+def keep_labels(labels, kept):
     """Renumber the labels with kept[label] from 1 in their order; the others become 0."""
-    kept = kept.copy()
-    number = np.cumsum(kept)
-    number[~kept] = 0
+    number = np.where(kept, np.cumsum(kept), 0)
     return number[labels]
 
 
-def render_masks(points: np.ndarray, instances: np.ndarray, frames: Frames) -> np.ndarray:
+def render_masks(points, instances, frames):
     """Give every depth pixel the instance [N] of the nearest of points [N, 3]: masks [V, H, W] int32.
 
     0 = no point within 5 cm, or within twice the cloud's spacing.
     """
-    spacing = float(np.median(nearest(points, points, 2)[0][:, -1]))
+    reach = max(0.05, 2 * np.median(nearest(points, points, 2)[0][:, -1]))
     masks = np.zeros(frames.depth.shape, np.int32)
-    for v in range(len(masks)):  # one frame at a time: memory stays that of a frame
-        view = slice(v, v + 1)
-        seen = frames.depth[v] > 0
-        pixels = unproject(frames.depth[view], frames.intrinsics[view], frames.poses[view])[0][seen]
-        distance, near = nearest(pixels, points)
-        hit = distance[:, 0] <= max(0.05, 2 * spacing)
-        masks[v][seen] = np.where(hit, instances[near[:, 0]], 0)
+    for v, (mask, depth) in enumerate(zip(masks, frames.depth, strict=True)):
+        # one frame at a time: memory stays that of a frame
+        pixels = unproject(depth[None], frames.intrinsics[v][None], frames.poses[v][None])[0]
+        distance, near = nearest(pixels[depth > 0], points)
+        mask[depth > 0] = np.where(distance <= reach, instances[near], 0)[:, 0]
     return masks
 
 
-def in_view(points: np.ndarray, K: np.ndarray, pose: np.ndarray, size: tuple[int, int]) -> tuple:
+def in_view(points, K, pose, size):
     """Find which of points [N, 3] fall on an image of size (H, W), hidden ones too.
 
     Args: K [3, 3]; pose [4, 4], camera to world.
@@ -4348,44 +4166,42 @@ def in_view(points: np.ndarray, K: np.ndarray, pose: np.ndarray, size: tuple[int
     return inside, row, column, depth[inside]
 
 
-def visible_cloud(scene: Scene) -> Scene:
-    """Give a scene the cloud that its cameras see, with normals and superpoints.
-
-    A room's own cloud is drawn from its objects, so it is replaced by one fused from the frames.
-    """
-    if scene.frames is not None and (scene.points is None or scene.source == "rooms"):
-        f = scene.frames
-        points, colors, normals, _ = fuse(f)
-        scene = replace(scene, points=points, colors=colors, normals=normals, superpoints=None)
-    if scene.points is None or len(scene.points) < 2:
-        raise DataError(f"{scene.name}: no cloud and no frames to segment; read them first")
-    if scene.normals is None:
-        scene = replace(scene, normals=estimate_normals(scene.points))
-    if scene.superpoints is None:
-        scene = replace(scene, superpoints=over_segment(scene.points, scene.normals))
-    return scene
+def seen_cloud(scene):
+    """Give a room the cloud that its cameras see, in place of the one that is drawn from its objects."""
+    if scene.source != "rooms" or scene.frames is None:
+        return scene
+    points, colors, normals, _ = fuse(scene.frames)
+    return replace(scene, points=points, colors=colors, normals=normals)
 
 
-def shown_colors(scene: Scene) -> np.ndarray:
+def visible_cloud(scene):
+    """Give a scene the cloud that its cameras see, with superpoints of our own."""
+    scene = seen_cloud(scene)
+    return replace(scene, superpoints=over_segment(scene.points, scene.normals))
+
+
+def shown_colors(scene):
     """Give a cloud's colors [N, 3] u8, gray where it has none."""
     return np.full(scene.points.shape, 128, np.uint8) if scene.colors is None else scene.colors
 
 
-def with_own_segments(scene: Scene) -> Scene:
+def with_own_segments(scene):
     """Make a scene's own segments its objects, with masks and superpoints made anew."""
-    scene = visible_cloud(replace(scene, superpoints=None))
+    scene, masks = visible_cloud(scene), None
     instances = object_segments(scene.points, scene.normals, shown_colors(scene), scene.superpoints)
-    masks = None if scene.frames is None else render_masks(scene.points, instances, scene.frames)
+    if scene.frames is not None:
+        masks = render_masks(scene.points, instances, scene.frames)
     return with_instances(scene, instances, masks, "segments of our own")
 
 
-def with_instances(scene, instances, masks, what, trim=0.0) -> Scene:
+def with_instances(scene, instances, masks, what, trim=0.0):
     """Make the instances [N] of a cloud its objects: category "", color by name, masks [V, H, W] or None.
 
-    Boxes leave out the share `trim` of an object's points at every side; `what` says in a note what the objects are.
+    Boxes leave out the share `trim` of an object's points at every side; `what` says in a note what
+    the objects are.
     """
     objects = []
-    for i in range(1, int(instances.max(initial=0)) + 1):
+    for i in np.unique(instances[instances > 0]).tolist():
         own = instances == i
         box = extent(np.quantile(scene.points[own], (trim, 1 - trim), axis=0))
         objects.append(Thing(i, "", color_name(scene.colors, own), box))
@@ -4402,52 +4218,44 @@ SAM2 = "facebook/sam2.1-hiera-large"  # Proxy3D does not say which SAM 2 it take
 
 
 @lru_cache(maxsize=1)
-def load_sam2(name: str = SAM2):
-    """Load SAM 2's video predictor by the name of its weights. Raises DataError without the package or the weights."""
-    try:
-        from sam2.sam2_video_predictor import SAM2VideoPredictor
-    except ImportError:
-        raise DataError(f"SAM 2 is not installed: {INSTALL['sam2']} (or --masks segments)") from None
-    try:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = SAM2VideoPredictor.from_pretrained(name, device=device)
-    except (OSError, KeyError) as error:
-        raise DataError(f"{name}: no weights of SAM 2 here ({error}); name published ones, with a network") from None
-    model.fill_hole_area = 0  # small holes stay: filling needs SAM 2's CUDA extension, and warns without it
+def load_sam2(name=SAM2):
+    """Load SAM 2's video predictor by the name of its weights, on a GPU where there is one."""
+    sam2 = need("sam2.sam2_video_predictor", "--masks sam2")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with reading(f"--sam2 {name}", "SAM 2, whose weights are on the hub"):
+        model = sam2.SAM2VideoPredictor.from_pretrained(name, device=device)
+
+    # small holes stay: filling needs SAM 2's CUDA extension, and warns without it
+    model.fill_hole_area = 0
     return model
 
 
-def automatic_masks(model) -> Callable[[np.ndarray], list[np.ndarray]]:
-    """Make a function from an image [H, W, 3] u8 to the masks [H, W] bool that SAM 2 sees with a grid of prompts."""
+def automatic_masks(model, image):
+    """See masks [H, W] bool in an image [H, W, 3] u8 by a grid of prompts to SAM 2."""
     from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 
     generator = SAM2AutomaticMaskGenerator(model)
-    generator.predictor._bb_feat_sizes = [(model.image_size // s,) * 2 for s in (4, 8, 16)]  # it assumes 1024 pixels
-
-    def propose(image: np.ndarray) -> list[np.ndarray]:
-        return [found["segmentation"] for found in generator.generate(image)]
-
-    return propose
+    sizes = [(model.image_size // s,) * 2 for s in (4, 8, 16)]
+    generator.predictor._bb_feat_sizes = sizes  # it assumes 1024 pixels
+    return [found["segmentation"] for found in generator.generate(image)]
 
 
-def sam2_masks(images: np.ndarray, model, propose: Callable | None = None, keyframe_every: int = 8, most: int = 100,
-               smallest: float = 0.001, largest: float = 0.5) -> np.ndarray:  # fmt: skip
+def sam2_masks(images, model, propose=None, keyframe_every=8, most=100):
     """Track everything in a video [V, H, W, 3] u8: tracks [V, H, W] int32, 0 = none, ids 1..n, n <= most.
 
-    Masks that `propose` (default: `automatic_masks`) finds on every `keyframe_every`-th frame are followed both ways. A
-    pixel goes to the track with the highest score. smallest, largest: shares of a frame; what is smaller is not seen,
-    what is larger is a wall from near. What leaves the view and comes back is a new track: `merge_tracks`.
+    Masks that `propose` (default: `automatic_masks`) finds on every `keyframe_every`-th frame are
+    followed both ways. A pixel goes to the track with the highest score. What is smaller than a
+    thousandth of a frame is not seen, what is larger than half of it is a wall from near. What leaves
+    the view and comes back is a new track: `merge_tracks`.
     """
-    from PIL import Image
-
     V, H, W = images.shape[:3]
-    propose = propose or automatic_masks(model)
+    propose = propose or partial(automatic_masks, model)
     tracks, best, count = np.zeros((V, H, W), np.int32), np.zeros((V, H, W), np.float32), 0
     half = torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode(), half:
         # SAM 2 reads frames from a folder only
-        for v in range(V):
-            Image.fromarray(images[v]).save(f"{folder}/{v:05d}.jpg", quality=95, subsampling=0)
+        for v, image in enumerate(images):
+            Image.fromarray(image).save(f"{folder}/{v:05d}.jpg", quality=95)
         state = model.init_state(folder, offload_video_to_cpu=True, offload_state_to_cpu=True)
 
         for key in sorted({*range(0, V, keyframe_every), V - 1}):
@@ -4455,7 +4263,7 @@ def sam2_masks(images: np.ndarray, model, propose: Callable | None = None, keyfr
             taken, first = tracks[key] > 0, count
             for mask in sorted(propose(images[key]), key=np.count_nonzero, reverse=True):
                 fresh = mask & ~taken
-                if smallest <= mask.mean() <= largest and 2 * fresh.sum() > mask.sum() and count < most:
+                if 0.001 <= mask.mean() <= 0.5 and 2 * fresh.sum() > mask.sum() and count < most:
                     count += 1
                     model.add_new_mask(state, key, count, fresh)
                     taken |= mask
@@ -4464,49 +4272,46 @@ def sam2_masks(images: np.ndarray, model, propose: Callable | None = None, keyfr
 
             # forwards and backwards, each pixel to its best track
             for reverse in (False, True):
-                for v, ids, logits in model.propagate_in_video(state, start_frame_idx=key, reverse=reverse):
-                    score, which = logits[:, 0].float().max(0)  # [H, W] each
-                    better = score.cpu().numpy() > best[v]
-                    best[v][better] = score.cpu().numpy()[better]
-                    tracks[v][better] = np.array(ids)[which.cpu().numpy()[better]]
+                for v, ids, logits in model.propagate_in_video(state, key, reverse=reverse):
+                    score, which = (a.cpu().numpy() for a in logits[:, 0].float().max(0))  # [H, W] each
+                    better = score > best[v]
+                    best[v][better] = score[better]
+                    tracks[v][better] = np.array(ids)[which[better]]
             model.reset_state(state)
 
     # crumbs on a frame are not seen there
     for frame in tracks:
-        area = np.bincount(frame.ravel(), minlength=count + 1)
-        frame[area[frame] < smallest * H * W] = 0
-    present = np.isin(np.arange(count + 1), tracks)
-    present[0] = False
+        area = np.bincount(frame.ravel())
+        frame[area[frame] < 0.001 * H * W] = 0
+    present = np.isin(np.arange(count + 1), tracks[tracks > 0])
     return keep_labels(tracks, present).astype(np.int32)
 
 
-def merge_tracks(tracks: np.ndarray, points: np.ndarray, voxel: float = 0.05, share: float = 0.3) -> np.ndarray:
+def merge_tracks(tracks, points, share=0.3):
     """Give tracks [V, H, W] that are one object one id, from 1: masks [V, H, W] int32.
 
-    points [V, H, W, 3] in meters, NaN = missing. Two tracks become one if they share at least `share` of the voxels of
-    the smaller, the largest shares first, unless some frame shows both: side by side they are two objects. A track
-    occupies the voxels where most points on its own frames are its own, since masks spill over edges.
+    points [V, H, W, 3] in meters, NaN = missing. Two tracks become one if they share at least `share`
+    of the 5 cm voxels of the smaller, the largest shares first, unless some frame shows both: side by side
+    they are two objects. A track occupies the voxels where most points on its own frames are its own,
+    since masks spill over edges.
     """
-    V, n = len(tracks), int(tracks.max(initial=0))
-    present = np.zeros((n + 1, V), bool)
-    for v in range(V):
-        present[np.unique(tracks[v]), v] = True
+    ids = np.arange(tracks.max() + 1)
+    present = np.stack([np.isin(ids, frame) for frame in tracks], axis=1)  # [n + 1, V]
 
-    # count points by frame, voxel and track
+    # the voxels in which most points of a track's frames are its own
     measured = np.isfinite(points).all(-1)
-    frame, cell, track = np.nonzero(measured)[0], voxel_of(points[measured], voxel), tracks[measured]
-    C = int(cell.max(initial=0)) + 1
-    occupied = np.zeros((n + 1, C), np.float32)
-    for t in range(1, n + 1):
-        own = np.bincount(cell[track == t], minlength=C)
-        all_here = np.bincount(cell[present[t, frame]], minlength=C)
-        occupied[t] = 2 * own > all_here
+    frame, cell, track = np.nonzero(measured)[0], voxel_of(points[measured], 0.05), tracks[measured]
+    occupied = np.zeros((len(ids), cell.max() + 1), np.float32)
+    for t in ids[1:]:
+        own = np.bincount(cell[track == t], minlength=occupied.shape[1])
+        shown = np.bincount(cell[present[t, frame]], minlength=occupied.shape[1])
+        occupied[t] = 2 * own > shown
 
     # join the largest shares first
     both, size = occupied @ occupied.T, occupied.sum(1)
     overlap = np.triu(both / np.maximum(np.minimum(size[:, None], size), 1), 1)
     a, b = np.nonzero(overlap >= share)
-    root = np.arange(n + 1)
+    root = ids.copy()
     for i in np.argsort(-overlap[a, b], kind="stable"):
         p, q = root[a[i]], root[b[i]]
         if p != q and not (present[p] & present[q]).any():
@@ -4514,90 +4319,85 @@ def merge_tracks(tracks: np.ndarray, points: np.ndarray, voxel: float = 0.05, sh
             root[root == q] = p
 
     # tracks of hardly any voxel in space are dropped
-    occupied_by_root = np.bincount(root, occupied.sum(1), n + 1)
-    return keep_labels(root[tracks], occupied_by_root >= 4).astype(np.int32)
+    return keep_labels(root[tracks], np.bincount(root, size, len(ids)) >= 4).astype(np.int32)
 
 
-def vote(points: np.ndarray, masks: np.ndarray, frames: Frames | LazyFrames, reach: float = 0.05) -> np.ndarray:
+def vote(points, masks, frames):
     """Label points [N, 3] by masks [V, H, W]: instances [N], 0 = none.
 
-    A point takes the mask that most frames show at it, if most of those that see the point, and that mask anywhere,
-    agree. A frame sees a point within `reach` meters of its depth.
+    A point takes the mask that most frames show at it, if most of those that see the point, and that
+    mask anywhere, agree. A frame sees a point within 5 cm of its depth.
     """
-    N, n, V = len(points), int(masks.max(initial=0)), len(masks)
-    votes, seen = np.zeros((N, n + 1), np.int16), np.zeros((V, N), bool)
-    for v in range(V):
-        inside, row, column, z = in_view(points, frames.intrinsics[v], frames.poses[v], masks.shape[1:])
-        near = np.abs(frames.depth[v][row, column] - z) <= reach
-        inside, row, column = inside[near], row[near], column[near]
-        seen[v, inside] = True
-        votes[inside, masks[v][row, column]] += 1
-    votes[:, 0] = 0
-    first = votes.argmax(1)
+    # what every frame shows at every point, -1 where it does not see it
+    shown = np.full((len(masks), len(points)), -1)
+    for v, mask in enumerate(masks):
+        index, row, column, z = in_view(points, frames.intrinsics[v], frames.poses[v], mask.shape)
+        near = np.abs(frames.depth[v][row, column] - z) <= 0.05
+        shown[v, index[near]] = mask[row, column][near]
+
+    # the mask that most frames show
+    votes = np.stack([(shown == i).sum(0) for i in range(masks.max() + 1)])  # [n + 1, N]
+    votes[0] = 0
+    first = votes.argmax(0)
 
     # frames that see the point, and show its mask somewhere
-    together = np.zeros(N, int)
-    for v in range(V):
-        together += seen[v] & np.isin(first, np.unique(masks[v]))
-    return np.where(2 * votes[np.arange(N), first] > together, first, 0)
+    together = sum((shown[v] >= 0) & np.isin(first, mask) for v, mask in enumerate(masks))
+    return np.where(2 * votes.max(0) > together, first, 0)
 
 
-def with_tracks(scene: Scene, tracks: np.ndarray) -> Scene:
+def with_tracks(scene, tracks):
     """Make merged tracks [V, H, W] of a scene's frames its masks and objects.
 
-    A track on the room's shell, or of fewer than 8 points, is dropped. Boxes span the 2nd to 98th percentile of a
-    track's points, since masks bleed at edges. Raises DataError without frames of that size.
+    A track on the room's shell, or of fewer than 8 points, is dropped. Boxes span the 2nd to 98th
+    percentile of a track's points, since masks bleed at edges. Raises DataError without frames of
+    that size.
     """
-    if scene.frames is None or scene.frames.depth.shape != tracks.shape:
-        have = "none" if scene.frames is None else scene.frames.depth.shape
-        raise DataError(f"{scene.name}: tracks are {tracks.shape}, frames {have}; make the tracks from these frames")
+    if scene.frames.depth.shape != tracks.shape:
+        wrong = f"tracks are {tracks.shape}, frames {scene.frames.depth.shape}"
+        raise DataError(f"{scene.name}: {wrong}; make the tracks from these frames")
     scene = visible_cloud(scene)
-    shell = find_shell(scene.points, scene.normals, opponent_colors(shown_colors(scene)), scene.superpoints)
-    instances = vote(scene.points, tracks, scene.frames)
-    n = int(tracks.max(initial=0)) + 1
+    colors = opponent_colors(shown_colors(scene))
+    shell = find_shell(scene.points, scene.normals, colors, scene.superpoints)
+
+    # how many points of a track there are, and how many of them belong to walls and floor
+    instances, n = vote(scene.points, tracks, scene.frames), tracks.max() + 1
     total, flat = np.bincount(instances, minlength=n), np.bincount(instances[shell], minlength=n)
     kept = (total >= 8) & (2 * flat < total)
     kept[0] = False
     masks = keep_labels(tracks, kept).astype(np.int32)
-    return with_instances(scene, keep_labels(instances, kept), masks, "tracks through the frames", trim=0.02)
+    return with_instances(scene, keep_labels(instances, kept), masks, "tracks through the frames", 0.02)
 
 
 # ---- 10 pictures -----------------------------------------------------------------------------------------------------
 
 CORNERS = np.array(list(itertools.product((-0.5, 0.5), repeat=3)))  # [8, 3] of a box of size 1
-EDGES = [(a, b) for a, b in itertools.combinations(range(8), 2) if np.abs(CORNERS[a] - CORNERS[b]).sum() == 1]  # 12
+OUTLINE = [0, 1, 3, 2, 0, 4, 5, 1, 5, 7, 3, 7, 6, 2, 6, 4]  # a way along all edges, from corner to corner
 ANSWERS = ("crimson", "royalblue", "seagreen", "darkorange")  # colors of the first answer, the second, ...
 
 
-def axes_of(axis) -> int:
+def axes_of(axis):
     """Say how many coordinates a picture's axis takes: 2 from above, 3 in perspective."""
     return 3 if axis.name == "3d" else 2
 
 
-def draw_boxes(axis, boxes: Iterable[np.ndarray], **style) -> None:
+def draw_boxes(axis, boxes: Iterable, **style):
     """Draw the edges of boxes [n, 6] on an axis of `scene_figure`."""
     for box in boxes:
-        corners = (box[:3] + CORNERS * box[3:])[:, : axes_of(axis)]
-        for a, b in EDGES:
-            axis.plot(*corners[[a, b]].T, **style)
+        corners = box[:3] + CORNERS * box[3:]
+        axis.plot(*corners[OUTLINE, : axes_of(axis)].T, **style)
 
 
-def scene_figure(scene: Scene, title: str, lines: Sequence[str] = ()) -> tuple:
-    """Begin a picture of a scene: its cloud from above and in perspective, two frames below it, lines of text.
+def scene_figure(scene, title, lines: Sequence = ()):
+    """Begin a picture of a scene: its cloud from above and in perspective, two frames below it, lines
+    of text.
 
     Returns: the figure, and its two axes (from above, in perspective). `save_figure` ends the picture.
     """
     from matplotlib.figure import Figure
 
-    # what the cameras saw where there are any, else the cloud itself; 30,000 points show enough
-    frames = scene.frames
-    if frames is not None:
-        seen = frames.depth > 0
-        points = unproject(frames.depth, frames.intrinsics, frames.poses)[seen]
-        colors = frames.color[seen] / 255
-    else:
-        points = scene.points
-        colors = np.full(points.shape, 0.6) if scene.colors is None else scene.colors / 255
+    # 30,000 points show enough
+    cloud, frames = seen_cloud(scene), scene.frames
+    points, colors = cloud.points, shown_colors(cloud) / 255
     some = np.random.default_rng(0).permutation(len(points))[:30_000]
 
     # the ceiling would hide the room; from above the highest is drawn last
@@ -4605,8 +4405,10 @@ def scene_figure(scene: Scene, title: str, lines: Sequence[str] = ()) -> tuple:
     some = some[np.argsort(points[some, 2])]
     points, colors = points[some], colors[some]
 
-    figure = Figure(figsize=(15, 8 if frames is None else 11), layout="constrained")
-    grid = figure.add_gridspec(2, 4, height_ratios=(3, 0.01 if frames is None else 1))
+    # the cloud above, frames below
+    below = 0.01 if frames is None else 1.0
+    figure = Figure(figsize=(15, 8 + 3 * below), layout="constrained")
+    grid = figure.add_gridspec(2, 4, height_ratios=(3, below))
     top = figure.add_subplot(grid[0, :2], aspect="equal", xlabel="x in meters", ylabel="y in meters")
     view = figure.add_subplot(grid[0, 2:], projection="3d", computed_zorder=False)
     top.scatter(*points[:, :2].T, c=colors, s=4, zorder=0)
@@ -4615,9 +4417,10 @@ def scene_figure(scene: Scene, title: str, lines: Sequence[str] = ()) -> tuple:
     view.set_axis_off()
 
     # the first and the last frame, each with its objects beside it
-    for place, v in enumerate((0, -1) if frames is not None else ()):
-        for image, name, column in ((frames.color[v], "a frame", 0), (frames.masks[v] % 20, "its objects", 1)):
-            axis = figure.add_subplot(grid[1, 2 * place + column], title=name)
+    if frames is not None:
+        images = (frames.color[0], frames.masks[0] % 20, frames.color[-1], frames.masks[-1] % 20)
+        for column, image in enumerate(images):
+            axis = figure.add_subplot(grid[1, column])
             axis.imshow(image, cmap="tab20", vmin=0, vmax=19)
             axis.set_axis_off()
     figure.suptitle(title, parse_math=False)
@@ -4625,42 +4428,40 @@ def scene_figure(scene: Scene, title: str, lines: Sequence[str] = ()) -> tuple:
     return figure, (top, view)
 
 
-def save_figure(figure, path: Path) -> None:
+def save_figure(figure, path):
     """Write a figure, with the folder that it goes to."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
 
 
-def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.ndarray | None = None,
-               answers: Sequence[str] = ()) -> None:  # fmt: skip
+def draw_scene(scene, path, lines=(), tokens=None, answers=()):
     """Draw a scene with its objects' boxes, identifiers and names, and what a model sees and answers.
 
-    tokens [K, 3] in meters are crosses; the boxes, points and identifiers that an answer writes are drawn in a color
-    per answer.
+    tokens [K, 3] in meters are crosses; the boxes, points and identifiers that an answer writes are
+    drawn in a color per answer.
     """
     from matplotlib import colormaps
 
     figure, axes = scene_figure(scene, f"{scene.name}: {len(scene.objects)} objects", lines)
-    by_identifier = {number: i for i, number in scene.identifiers.items()}
-    palette = colormaps["tab20"].colors
     for axis in axes:
         n = axes_of(axis)
-        for thing in scene.objects:
-            color, top = palette[thing.id % 20], thing.box[:3] + np.array([0, 0, thing.box[5] / 2])
-            draw_boxes(axis, [thing.box], color=color, lw=0.8)
-            name = f"{scene.identifiers.get(thing.id, '')} {thing.category or thing.color}".strip()
-            axis.text(*top[:n], name, fontsize=7, ha="center", parse_math=False)
+        for o in scene.objects:
+            draw_boxes(axis, [o.box], color=colormaps["tab20"](o.id % 20), lw=0.8)
+            name = f"{scene.identifiers.get(o.id, '')} {o.category or o.color}".strip()
+            axis.text(*o.box[:n], name, fontsize=7, ha="center", parse_math=False)
         if tokens is not None:
             axis.scatter(*tokens[:, :n].T, c="black", marker="x", s=12, lw=0.7)
 
-        # an answer names objects by identifier, or writes boxes and points in meters
-        for color, text in zip(itertools.cycle(ANSWERS), answers):
-            named = [by_identifier[int(i)] for i in re.findall(r"<OBJ(\d{3})>", text) if int(i) in by_identifier]
-            boxes = [scene.thing(i).box for i in named] + [box for box in tuples(text, 6) if box is not None]
+    # an answer names objects by identifier, or writes boxes and points in meters
+    box_of = {scene.identifiers.get(o.id): o.box for o in scene.objects}
+    for color, text in zip(itertools.cycle(ANSWERS), answers):
+        named = [box_of.get(int(i)) for i in re.findall(r"<OBJ(\d{3})>", text)]
+        boxes = [box for box in named + tuples(text, 6) if box is not None]
+        points = [point for point in tuples(text, 3) if point is not None]
+        for axis in axes:
             draw_boxes(axis, boxes, color=color, lw=2.5)
-            for point in tuples(text, 3):
-                if point is not None:
-                    axis.scatter(*point[:n], c=color, s=60, zorder=4)
+            for point in points:
+                axis.scatter(*point[: axes_of(axis)], c=color, s=60, zorder=4)
     save_figure(figure, path)
 
 
@@ -4669,13 +4470,13 @@ def draw_scene(scene: Scene, path: Path, lines: Sequence[str] = (), tokens: np.n
 SOURCES = ("rooms", "scannet", "rgbd", "ply", "cached")
 
 
-def split_fifths(rows: list) -> dict[str, list]:
+def split_fifths(rows):
     """Split {"train", "test"}: every fifth row is for testing, and one that is alone for both."""
     test = rows[4::5] or rows[-1:]
     return {"train": [row for row in rows if row not in test] or rows, "test": test}
 
 
-def split_scans(root: Path) -> dict[str, list[Path]]:
+def split_scans(root):
     """List the scans below a ScanNet root as {"train", "test"}: those that scannetv2_val.txt names
     are for testing, without that file every fifth."""
     scans, listed = list(filter(is_scan, find_scans(root))), root / "scannetv2_val.txt"
@@ -4686,20 +4487,11 @@ def split_scans(root: Path) -> dict[str, list[Path]]:
         return split_fifths(scans)
 
     # all scans that are not for testing
-    parts, names = {"train": [], "test": []}, listed.read_text().split()
-    for scan in scans:
-        parts["test" if scan.name in names else "train"].append(scan)
-    return parts
+    test = [scan for scan in scans if scan.name in listed.read_text().split()]
+    return {"train": [scan for scan in scans if scan not in test], "test": test}
 
 
-def load_scenes(
-    source: str,
-    split: str,
-    root: Path | None = None,
-    count: int = 800,
-    workers: int = 0,
-    **options,
-) -> list[Scene]:
+def load_scenes(source, split, root=None, count=800, workers=0, **options):
     """Load the scenes of a split, "train" or "test", of one of SOURCES: rooms, scans, or own
     scenes below `root`.
 
@@ -4712,13 +4504,10 @@ def load_scenes(
     if root is None:
         raise DataError(f"--data {source}: name the folder with --root")
     root, scenes = Path(root), []
-    if source == "scannet":
-        paths = split_scans(root)[split]
-    else:
-        paths = sorted(root.glob("*.npz")) if source == "cached" else find_scenes(root)
-        paths = split_fifths(paths)[split]
+    splits = split_scans(root) if source == "scannet" else split_fifths(find_scenes(root))
 
     # without an object there is nothing to ask
+    paths = splits[split]
     for path in paths:
         scene = open_scene(path, **options)
         if scene.objects:
@@ -4741,22 +4530,21 @@ SCENE_OPTIONS = {  # flags of a scene of one's own -> arguments of argparse
     "vggt": dict(help="name or folder of VGGT's weights, for frames without depth or poses"),
     "masks": dict(choices=("files", "segments", "sam2"), help="where objects come from: instance-filt/ "
                   "beside the frames (default where it lies), segments of the cloud (else), SAM 2"),
-    "sam2": dict(help=f"name or checkpoint of SAM 2's weights (default: {SAM2})"),
+    "sam2": dict(help=f"name of SAM 2's weights for --masks sam2 (default: {SAM2})"),
 }  # fmt: skip
 
 
-def add_scene_options(parser: argparse.ArgumentParser) -> None:
+def add_scene_options(parser):
     for name, arguments in SCENE_OPTIONS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **arguments)
 
 
-def scene_options(args: argparse.Namespace) -> dict:
+def scene_options(args):
     """Pick those of SCENE_OPTIONS that were given."""
-    given = {name: getattr(args, name) for name in SCENE_OPTIONS}
-    return {name: value for name, value in given.items() if value is not None}
+    return {name: getattr(args, name) for name in SCENE_OPTIONS if getattr(args, name) is not None}
 
 
-def choose_reader(path: Path) -> tuple[Callable, set[str]]:
+def choose_reader(path):
     """Choose who reads a scene of one's own, and the options it takes. Raises DataError."""
     kind = path.suffix.lower()
     if kind == ".npz":
@@ -4771,9 +4559,7 @@ def choose_reader(path: Path) -> tuple[Callable, set[str]]:
     raise DataError(f"{path}: no scene; give {known}, a scan, or a folder of frames")
 
 
-def open_scene(
-    path: str | Path, masks: str | None = None, sam2: str | None = None, **options
-) -> Scene:
+def open_scene(path, masks=None, sam2=SAM2, **options):
     """Read a scene of one's own, and find objects where none are labelled.
 
     masks: "files" (beside its frames, the default where they lie), "segments" of its cloud,
@@ -4782,17 +4568,14 @@ def open_scene(
     """
     path = Path(path)
     if not path.exists():
-        raise DataError(
-            f"{path}: no such scene; give a video, a cloud, or a folder of frames"
-        )
+        raise DataError(f"{path}: no such scene; give a video, a cloud, or a folder of frames")
 
     # the format decides which options have a meaning
     reader, takes = choose_reader(path)
     if strange := sorted(set(options) - takes):
         known = ", ".join(sorted(takes)) or "none"
-        raise DataError(
-            f"--{strange[0].replace('_', '-')}: has no part in {path}; known here: {known}"
-        )
+        flag = strange[0].replace("_", "-")
+        raise DataError(f"--{flag}: has no part in {path}; known here: {known}")
     scene = reader(path, **options)
     if scene.objects or reader is load_scene or masks == "none":
         return scene
@@ -4800,84 +4583,66 @@ def open_scene(
     # where they are sought
     frames = scene.frames
     labelled = frames is not None and frames.masks.any()
-    masks = masks or (sam2 and "sam2") or ("files" if labelled else "segments")
+    masks = masks or ("files" if labelled else "segments")
     if masks == "segments":
         scene = with_own_segments(scene)
     elif masks == "files" and labelled:
         scene = with_tracks(scene, frames.masks)
     elif masks == "sam2" and frames is not None:
-        tracks = sam2_masks(frames.color, load_sam2(sam2 or SAM2))
+        tracks = sam2_masks(frames.color, load_sam2(sam2))
         points = unproject(frames.depth, frames.intrinsics, frames.poses)
         scene = with_tracks(scene, merge_tracks(tracks, points))
     else:
         lacking = "it has no frames, or no instance-filt/ with masks"
-        raise DataError(
-            f"--masks {masks}: {path}: {lacking}; choose files, segments or sam2"
-        )
+        raise DataError(f"--masks {masks}: {path}: {lacking}; choose files, segments or sam2")
     return check_scene(scene, trusted=True)
 
 
 FRAME_ARRAYS = ("color", "depth", "masks", "intrinsics", "poses")
 
 
-def save_scene(scene: Scene, path: Path) -> None:
+def save_scene(scene, path):
     """Write a scene as one .npz file, without pickle; objects and notes go as JSON."""
-    arrays = {
-        name: array
-        for name, array in vars(scene).items()
-        if isinstance(array, np.ndarray)
-    }
-    if scene.frames is not None:
-        arrays |= {
-            f"frames.{name}": getattr(scene.frames, name) for name in FRAME_ARRAYS
-        }
+    arrays = {name: array for name, array in vars(scene).items() if isinstance(array, np.ndarray)}
+    for name in FRAME_ARRAYS if scene.frames is not None else ():
+        arrays[f"frames.{name}"] = getattr(scene.frames, name)
 
     # what is no array goes as JSON
-    about = dict(
-        name=scene.name, source=scene.source, metric=scene.metric, notes=scene.notes
-    )
-    about["objects"] = [
-        [o.id, o.category, o.color, *map(float, o.box)] for o in scene.objects
-    ]
+    about = {name: getattr(scene, name) for name in ("name", "source", "metric", "notes")}
+    about["objects"] = [[o.id, o.category, o.color, *o.box.tolist()] for o in scene.objects]
     write_npz(path, about=np.array(json.dumps(about)), **arrays)
 
 
-def load_scene(path: Path) -> Scene:
+def load_scene(path):
     """Load the scene that save_scene wrote; its frames are read when they are looked at.
 
     Raises DataError.
     """
     with reading(path, "kept scene"), np.load(path, allow_pickle=False) as held:
-        about = json.loads(str(held["about"])) | {"name": path.stem}
         # objects from JSON, arrays by their names, frames later
-        rows = about.pop("objects")
-        objects = [
-            Thing(i, category, color, np.array(box))
-            for i, category, color, *box in rows
-        ]
-        arrays = {
-            name: held[name] for name in held if name != "about" and "." not in name
-        }
-        scene = Scene(objects=objects, **about, **arrays)
+        about = json.loads(str(held["about"])) | {"name": path.stem}
+        about["objects"] = [Thing(*row[:3], np.array(row[3:])) for row in about["objects"]]
+        arrays = {name: held[name] for name in held if name != "about" and "." not in name}
+        scene = Scene(**about, **arrays)
         if "frames.masks" in held:
             scene.frames = LazyFrames(partial(load_frames, path), file_key([path]))
         return check_scene(scene, trusted=True)
 
 
-def load_frames(path: Path) -> Frames:
+def load_frames(path):
     """Load the frames that save_scene wrote."""
     with reading(path, "kept scene"), np.load(path, allow_pickle=False) as held:
         return Frames(*(held[f"frames.{name}"] for name in FRAME_ARRAYS))
 
 
-def is_scene(path: Path) -> bool:
-    """Whether `path` is a video, a cloud, a scan's folder, or one of frames or images."""
+def is_scene(path):
+    """Whether `path` is a video, a cloud, a kept scene, a scan's folder, or one of frames or images."""
     if path.is_dir():
         return is_scan(path) or bool(find_frames(path)[1])
-    return path.suffix.lower() in (*VIDEOS, *CLOUDS) and path.name[0] != "."
+    return path.suffix.lower() in (*VIDEOS, *CLOUDS, ".npz") and path.name[0] != "."
 
 
-def find_scenes(path: Path) -> list[Path]:
+def find_scenes(path):
     """Find all scenes that lie in a folder, or else in the folders in it; what is a scene itself,
     or holds none, is alone."""
     for places in ([path], path.glob("*"), path.glob("*/*")):
@@ -4886,7 +4651,7 @@ def find_scenes(path: Path) -> list[Path]:
     return [path]
 
 
-def cache_scenes(path: Path, out: Path, **options) -> int:
+def cache_scenes(path, out, **options):
     """Write every scene of `path`, through its frozen encoders (VGGT, SAM 2, segments), once as
     out/<name>.npz.
 
@@ -4920,31 +4685,22 @@ SCANNET_TERMS = (
 )
 
 
-def check_scans(path: Path, scans: list[Path]) -> list[str]:
-    """Describe a ScanNet root: how many scans, and what they lack."""
-    # a thousand scans are counted, not opened
-    shown = sum(bool(find_frames(scan)[1]) for scan in scans)
-    lines = [f"{path}: {len(scans)} scans, {shown} with frames beside them"]
-
-    # where missing files are had, and under which terms
-    files = [scan / f"{scan.name}{suffix}" for suffix in SCAN_FILES for scan in scans]
-    lacking = [file for file in files if not file.exists()]
-    if lacking:
-        lines.append(
-            f"missing {len(lacking)} files, first {lacking[0]}; {SCANNET_TERMS}"
-        )
-    return lines
-
-
-def check(path: Path, **options) -> list[str]:
+def check(path, **options):
     """Describe what lies at `path`: the lines of `data.py check DIR`.
 
-    Scenes are opened, but no objects looked for; of a ScanNet root only the files are counted.
+    Scenes are opened, but no objects looked for. A ScanNet root is too large for that: its scans and
+    their files are counted.
     """
-    # a ScanNet root is too large to be opened
-    if scans := find_scans(path):
-        return check_scans(path, scans)
     lines = []
+    if scans := find_scans(path):
+        shown = sum(bool(find_frames(scan)[1]) for scan in scans)
+        lines.append(f"{path}: {len(scans)} scans, {shown} with frames beside them")
+
+        # where missing files are had, and under which terms
+        lacking = [file for scan in scans for file in scan_files(scan) if not file.exists()]
+        if lacking:
+            lines.append(f"missing {len(lacking)} files, first {lacking[0]}; {SCANNET_TERMS}")
+        return lines
     for place in find_scenes(path):
         try:
             scene = open_scene(place, masks="none", **options)
@@ -4955,12 +4711,12 @@ def check(path: Path, **options) -> list[str]:
     return lines
 
 
-def command(main: Callable[..., int | None]) -> Callable[..., int]:
+def command(main):
     """Make `main` return its exit status: its own or 0; 2 where something is wrong, which one
     line says."""
 
     @wraps(main)
-    def status(*arguments) -> int:
+    def status(*arguments):
         try:
             return main(*arguments) or 0
         except (DataError, OSError) as error:  # OSError: what cannot be written
@@ -4971,7 +4727,7 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
 
 
 @command
-def main(arguments: Sequence[str] | None = None) -> int | None:
+def main(arguments=None):
     """Look at data or make some; the status is 2 also where a scene could not be kept."""
     parser = argparse.ArgumentParser(description="Look at data, or make some.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -4986,7 +4742,6 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     )
     make.add_argument("out", type=Path)
     make.add_argument("--count", type=int, default=10)
-    make.add_argument("--objects", type=int, help="objects per room (default: 8 to 16)")
     make.add_argument("--seed", type=int, default=0, help="of the first room")
     keep = commands.add_parser(
         "cache", help="scenes through VGGT, SAM 2 and segmentation, once"
@@ -5002,8 +4757,8 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         print("\n".join(check(args.path, **scene_options(args))))
     elif args.command == "rooms":
         for seed in range(args.seed, args.seed + args.count):
-            scene = room(seed, args.objects, size=240, views=16, points=20_000)
-            named = replace(scene, name=f"scene{seed % 10_000:04d}_00")
+            scene = room(seed, size=240, views=16, points=20_000)
+            named = replace(scene, name=f"scene{seed:04d}_00")
             print(write_scannet(named, args.out / "scans"))
     elif cache_scenes(args.path, args.out, **scene_options(args)):
         return 2

@@ -277,7 +277,7 @@ def test_tracks_of_other_frames_are_refused_in_one_line(furnished):
 
 def test_without_the_package_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "sam2.sam2_video_predictor", None)
-    with pytest.raises(DataError, match=r"^SAM 2 is not installed: SAM2_BUILD_CUDA=0 pip install [^\n]*sam2[^\n]*$"):
+    with pytest.raises(DataError, match=r"^--masks sam2 needs .* sam2 .*: SAM2_BUILD_CUDA=0 pip install .*sam2$"):
         data.load_sam2()
 
 
@@ -289,7 +289,7 @@ def test_weights_that_are_not_here_or_unknown_are_one_line(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
     for name in (data.SAM2, "nobody/nothing"):
-        with pytest.raises(DataError, match=rf"^{name}: no weights of SAM 2 here[^\n]*$"):
+        with pytest.raises(DataError, match=rf"^--sam2 {name}: [^\n]*SAM 2, whose weights[^\n]*$"):
             data.load_sam2(name)
 
 
@@ -313,7 +313,7 @@ def test_a_tiny_untrained_sam2_tracks_what_it_proposes(monkeypatch):
     color = room(3, views=2, size=64, points=0).frames.color
     all_of_few = partial(SAM2AutomaticMaskGenerator, points_per_side=2, pred_iou_thresh=0, stability_score_thresh=0)
     monkeypatch.setattr("sam2.automatic_mask_generator.SAM2AutomaticMaskGenerator", all_of_few)
-    found = data.automatic_masks(model)(color[0])
+    found = data.automatic_masks(model, color[0])
     assert found and all(m.shape == (64, 64) and m.dtype == bool for m in found)
 
     strips = [np.arange(64) // 16 + np.zeros((64, 1)) == i for i in range(3)]
