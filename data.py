@@ -36,7 +36,7 @@ import sys
 import tempfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial, wraps
@@ -1156,7 +1156,7 @@ class SceneGraph:
         center, size = self.boxes[:, :3], self.boxes[:, 3:]
         between = np.abs(center[:, None] - center)  # [n, n, 3]
         gap = np.maximum(between - (size[:, None] + size) / 2, 0)
-        self.support = _support(self.boxes, scene.bounds)
+        self.support = support_of(self.boxes, self.boxes, scene.bounds)
         self.measures = {
             "distance": np.sqrt(np.square([gap, between]).sum(-1)),  # between closest points, between centers
             "not on": (self.support != np.arange(len(things))[:, None])[None] * 1.0,
@@ -1182,8 +1182,8 @@ def scene_graph(scene):
     return scene.graph
 
 
-def _support(boxes, bounds):
-    """Find what boxes [n, 6] stand or hang on: [n] FLOOR, WALL, the place of what carries it, NOTHING."""
+def support_of(boxes, others, bounds):
+    """Find what boxes [m, 6] stand or hang on: [m] FLOOR, WALL, the place of one of others [n, 6], NOTHING."""
     # it stands on the floor to 5 cm
     low, high = box_ends(boxes)
     floor = low[:, 2] < 0.05
@@ -1191,10 +1191,11 @@ def _support(boxes, bounds):
     # another box carries it whose top is less than 5 cm from its bottom and below its center; a mat
     # does not
     center = boxes[:, None, :3]
-    carries = ((low <= center) & (center <= high))[..., :2].all(-1)  # [n, carrier]
-    carries &= (np.abs(low[:, None, 2] - high[:, 2]) < 0.05) & (boxes[:, 5] >= 0.1)
+    other_low, other_high = box_ends(others)
+    carries = ((other_low <= center) & (center <= other_high))[..., :2].all(-1)  # [m, n]
+    carries &= (np.abs(low[:, None, 2] - other_high[:, 2]) < 0.05) & (others[:, 5] >= 0.1)
     count = carries.sum(1)
-    carrier = carries @ np.arange(len(boxes))
+    carrier = carries @ np.arange(len(others))
 
     # it hangs within 2 cm of a wall, if nothing carries it
     wall = np.zeros(len(boxes), bool)
@@ -4380,14 +4381,14 @@ def axes_of(axis):
     return 3 if axis.name == "3d" else 2
 
 
-def draw_boxes(axis, boxes: Iterable, **style):
+def draw_boxes(axis, boxes, **style):
     """Draw the edges of boxes [n, 6] on an axis of `scene_figure`."""
     for box in boxes:
         corners = box[:3] + CORNERS * box[3:]
         axis.plot(*corners[OUTLINE, : axes_of(axis)].T, **style)
 
 
-def scene_figure(scene, title, lines: Sequence = ()):
+def scene_figure(scene, title, lines=()):
     """Begin a picture of a scene: its cloud from above and in perspective, two frames below it, lines
     of text.
 
@@ -4530,7 +4531,7 @@ SCENE_OPTIONS = {  # flags of a scene of one's own -> arguments of argparse
     "vggt": dict(help="name or folder of VGGT's weights, for frames without depth or poses"),
     "masks": dict(choices=("files", "segments", "sam2"), help="where objects come from: instance-filt/ "
                   "beside the frames (default where it lies), segments of the cloud (else), SAM 2"),
-    "sam2": dict(help=f"name of SAM 2's weights for --masks sam2 (default: {SAM2})"),
+    "sam2": dict(help=f"name of SAM 2's weights (default: {SAM2})"),
 }  # fmt: skip
 
 
@@ -4559,7 +4560,7 @@ def choose_reader(path):
     raise DataError(f"{path}: no scene; give {known}, a scan, or a folder of frames")
 
 
-def open_scene(path, masks=None, sam2=SAM2, **options):
+def open_scene(path, masks=None, sam2=None, **options):
     """Read a scene of one's own, and find objects where none are labelled.
 
     masks: "files" (beside its frames, the default where they lie), "segments" of its cloud,
@@ -4583,13 +4584,15 @@ def open_scene(path, masks=None, sam2=SAM2, **options):
     # where they are sought
     frames = scene.frames
     labelled = frames is not None and frames.masks.any()
+    if masks is None and sam2:  # who names its weights wants it
+        masks = "sam2"
     masks = masks or ("files" if labelled else "segments")
     if masks == "segments":
         scene = with_own_segments(scene)
     elif masks == "files" and labelled:
         scene = with_tracks(scene, frames.masks)
     elif masks == "sam2" and frames is not None:
-        tracks = sam2_masks(frames.color, load_sam2(sam2))
+        tracks = sam2_masks(frames.color, load_sam2(sam2 or SAM2))
         points = unproject(frames.depth, frames.intrinsics, frames.poses)
         scene = with_tracks(scene, merge_tracks(tracks, points))
     else:
@@ -4742,6 +4745,7 @@ def main(arguments=None):
     )
     make.add_argument("out", type=Path)
     make.add_argument("--count", type=int, default=10)
+    make.add_argument("--objects", type=int, help="objects per room (default: 8 to 16)")
     make.add_argument("--seed", type=int, default=0, help="of the first room")
     keep = commands.add_parser(
         "cache", help="scenes through VGGT, SAM 2 and segmentation, once"
@@ -4757,7 +4761,7 @@ def main(arguments=None):
         print("\n".join(check(args.path, **scene_options(args))))
     elif args.command == "rooms":
         for seed in range(args.seed, args.seed + args.count):
-            scene = room(seed, size=240, views=16, points=20_000)
+            scene = room(seed, args.objects, size=240, views=16, points=20_000)
             named = replace(scene, name=f"scene{seed:04d}_00")
             print(write_scannet(named, args.out / "scans"))
     elif cache_scenes(args.path, args.out, **scene_options(args)):

@@ -220,6 +220,7 @@ LENGTH = {
         length_error(text, sample) <= 0.2 * sample.value
     ),
     "mae_m/capped": length_error,
+    "mra/number": partial(spatial_score, parse=number),
 }
 POSITION = {
     "within_0.5_m/triple": lambda text, sample, _: float(point_error(text, sample) <= 0.5),
@@ -599,9 +600,9 @@ def find_benchmark(name: str) -> Benchmark:
 
 
 def adopt(paper) -> None:
-    """Add a paper module's own benchmarks, {name: keywords of Benchmark}, where it has some."""
+    """Add a paper module's own benchmarks, {name: keywords of Benchmark}; without metrics they ask for meters."""
     for name, row in vars(paper).get("BENCHMARKS", {}).items():
-        BENCHMARKS[name] = Benchmark(**row)
+        BENCHMARKS[name] = Benchmark(**{"metrics": LENGTH} | row)
 
 
 def choose_dialects(benchmark: Benchmark, names: Iterable[str], paper: str = "") -> Benchmark:

@@ -916,19 +916,11 @@ class Model(SceneLanguageModel):
         label = spectral_clusters(edges.numpy(), weight.numpy(), len(S), count)
         label = label[found["owner"].numpy()]
 
-        # an object's box is the extent of its points
-        objects = []
-        for i in np.unique(label):
-            mine = scene.points[index[label == i]]
-            low, high = mine.min(0), mine.max(0)
-            box = np.concatenate([(low + high) / 2, high - low])
-            objects.append(data.Thing(int(i) + 1, "", "", box))
-
         # points that were not drawn belong to none
         instances = np.zeros(len(scene.points), np.int64)
         instances[index] = label + 1
-        note = f"objects are {len(objects)} spectral clusters of the superpoint graph"
-        return replace(scene, objects=objects, instances=instances, notes=[*scene.notes, note])
+        what = "spectral clusters of the superpoint graph"
+        return data.with_instances(replace(scene, frames=None), instances, None, what)
 
     def proposals(self):
         """Name what `evaluate.py --proposals` may use besides its own."""
