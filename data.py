@@ -1170,7 +1170,10 @@ class SceneGraph:
 
     @cached_property
     def described(self):
-        """The words for every object that has some (`describe`)."""
+        """Words that fit one object alone, to be put behind "the", for every object that has some.
+
+        "chair", "red chair", "chair nearest to the bed", "largest red thing".
+        """
         words = {i: _words(self, i) for i in range(len(self.things))}
         return {i: text for i, text in words.items() if text}
 
@@ -1251,15 +1254,6 @@ def _words(g, i):
         if select(g, how, g.groups.get(key, range(len(g.things))), anchor) == i:
             return selection(g, how, key, anchor)
     return None
-
-
-def describe(scene, thing):
-    """Give words that fit this thing alone, to be put behind "the"; None where nothing is unambiguous.
-
-    "chair", "red chair", "chair nearest to the bed", "largest red thing".
-    """
-    g = scene_graph(scene)
-    return next((words for i, words in g.described.items() if g.things[i].id == thing.id), None)
 
 
 def support_phrase(g, i):
@@ -1708,14 +1702,14 @@ def adopt(paper):
     METRIC.update(own.get("METRIC", ()))
 
 
-def vocabulary(categories=CATEGORIES):
-    """List every word that a question, its steps or its answer may hold, for a word-level tokenizer."""
-    texts = [WORDS, *COLORS, *SELECT, *itertools.chain(*SIDES, *TEMPLATES.values())]
+def vocabulary(categories=CATEGORIES, more=()):
+    """List every word that a question, its steps or its answer may hold, or one of `more` texts does."""
+    texts = [WORDS, *more, *COLORS, *SELECT, *itertools.chain(*SIDES, *TEMPLATES.values())]
     for sectors in HEADINGS.values():
         texts += [answer for answer, *_ in sectors]
     for category in filter(None, categories):
         texts += [category, plural(category)]
-    return sorted(set(re.findall(r"[a-z]+", " ".join(texts))))
+    return sorted(set(re.findall(r"[a-z]+(?:'[a-z]+)?", " ".join(texts).lower())))
 
 
 def questions(scene, mix, count, rng):
@@ -1891,12 +1885,6 @@ class TinyText:
         self.index = {p: i for i, p in enumerate(self.pieces)}
         self.pad, self.eos, self.unk = 0, 1, 2
         self.number = {self.index[p]: number for p, number in numbers.items()}  # the same by token
-
-    @classmethod
-    def train(cls, texts):
-        """Take every word of the texts as the vocabulary."""
-        pieces = [p for text in texts for p in PIECE.findall(text.lower())]
-        return cls(p for p in pieces if p[0].isalpha() and p[-1].isalpha())
 
     def __len__(self):
         return len(self.pieces)
@@ -2198,8 +2186,12 @@ class SceneLanguageModel(nn.Module):
         raise NotImplementedError
 
     def pictures(self, scenes, folder):
-        """Draw what the model sees of some scenes; return the files."""
-        return []
+        """Draw four scenes with their tokens; return the files."""
+        paths = []
+        for scene in scenes[:4]:
+            paths.append(folder / f"{safe_name(scene.name)}.png")
+            draw_scene(scene, paths[-1], tokens=self.token_centers(scene))
+        return paths
 
     def answer_pictures(self, scene, samples, answers, folder):
         """Draw how the model came to its answers; return the files."""

@@ -1494,11 +1494,9 @@ def mixture(
             f"paper); dropped were {reasons or 'none'}"
         )
     if not listed:
-        raise DataError(f"{folder}: no question to train on is left; {describe_mixture(report)}")
+        raise DataError(f"{folder}: no question to train on is left; {'; '.join(report)}")
     return dict(listed), report
 
-
-describe_mixture = "\n".join
 
 
 # ---- 10 ask, command line ------------------------------------------------------------------------

@@ -927,19 +927,16 @@ class Model(SceneLanguageModel):
         return {"clusters": self.propose}
 
     def pictures(self, scenes, folder):
-        """Draw cloud, boxes and tokens; curves; superpoint graph and seeds. Returns the files."""
-        paths = []
+        """Draw of two scenes the curves, and the superpoint graph with its seeds, too."""
+        paths = super().pictures(scenes, folder)
         for scene in scenes[:2]:
-            files = [folder / f"{scene.name}{what}.png" for what in ("", "_curves", "_graph")]
-            data.draw_scene(scene, files[0], tokens=self.token_centers(scene))
-
             # superpoints as the scene is turned now
             found = self.load_features(scene)
             points = torch.from_numpy(scene.points)[found["index"]]
             centers = superpoint_mean(points, found["owner"])
-            draw_curves(centers, found["orders"], files[1])
-            draw_graph(scene, centers, found, files[2])
-            paths += files
+            paths += [folder / f"{scene.name}_{what}.png" for what in ("curves", "graph")]
+            draw_curves(centers, found["orders"], paths[-2])
+            draw_graph(scene, centers, found, paths[-1])
         return paths
 
 

@@ -675,15 +675,15 @@ class Model(data.SceneLanguageModel):
         return self.scene_tokens(scene)[1].cpu().numpy()
 
     def pictures(self, scenes, folder):
-        """Draw four scenes with their tokens, and where the model looks to answer a question about each."""
-        paths = []
+        """Draw where the model looks to answer a question about each scene, too."""
+        numbered = []
         for scene in scenes[:4]:
             rng = np.random.default_rng(0)
-            scene = replace(scene, identifiers=data.number_objects(scene, rng))
-            paths.append(folder / f"{scene.name}.png")
-            data.draw_scene(scene, paths[-1], tokens=self.token_centers(scene))
+            numbered.append(replace(scene, identifiers=data.number_objects(scene, rng)))
+        paths = super().pictures(numbered, folder)
 
-            # the second kind of question needs no categories
+        # the second kind of question needs no categories
+        for scene in numbered:
             samples = data.question_set([scene], ["ground", "ground_superlative"], 1, 0)[:1]
             if samples:
                 answers = self.generate(self.batch([(scene, samples)]))
@@ -1052,7 +1052,7 @@ class TinyModel(Model):
             pairs += [data.name_pair(self.text, f"<OBJ{i:03d}>") for i in numbers[:4]]
 
         # a piece is a label in a sixteenth of a frame
-        label = torch.cat(labels)  # [frames, h, w]
+        label = torch.cat(labels)
         place = torch.stack([patch_index(label, 4, 4), label.flatten()], 1)
         pieces, which = place.unique(dim=0, return_inverse=True)
         nothing, shown = data.name_pair(self.text), []
@@ -1071,7 +1071,7 @@ class TinyModel(Model):
 # every stage asks a little of what its predecessors taught: what is not asked is forgotten
 SYMBOLS = dict(lr=2e-3, weight_decay=0.01, per_scene=16, schedule="constant", steps=True)
 STAGES["tiny"] = [
-    Stage("0 tower", {}, ("tower",), "tower", iterations=1600, batch=16, lr=4e-3, warmup=0.03),
+    Stage("0 tower", {}, ("tower",), "tower", iterations=1200, batch=16, lr=4e-3, warmup=0.03),
     Stage(
         "I identifiers",
         {
@@ -1087,7 +1087,7 @@ STAGES["tiny"] = [
         },
         ("lm",),
         "symbols",
-        iterations=400,
+        iterations=300,
         **SYMBOLS,
     ),
     Stage(
@@ -1106,7 +1106,7 @@ STAGES["tiny"] = [
         },
         ("3d", "lm"),
         "symbols+3d",
-        iterations=400,
+        iterations=350,
         score=("rooms/coordinate",),
         **SYMBOLS,
     ),
@@ -1127,31 +1127,31 @@ STAGES["tiny"] = [
         },
         ("lm",),
         "symbols+3d",
-        iterations=500,
+        iterations=400,
         **SYMBOLS,
     ),
     Stage(
         "IV proxies",
         {
-            "ground": 0.07,
+            "ground": 0.06,
             "ground_multiple": 0.08,
             "ground_category": 0.05,
-            "multi": 0.05,
+            "multi": 0.07,
             "id_category": 0.05,
             "id_color": 0.03,
-            "color": 0.1,
-            "what": 0.12,
+            "color": 0.08,
+            "what": 0.11,
             "where": 0.07,
             "count": 0.08,
             "exist": 0.12,
-            "caption": 0.04,
-            "coordinate": 0.05,
+            "caption": 0.08,
+            "coordinate": 0.04,
             "distance_ids": 0.07,
             "subtract": 0.02,
         },
         ("lm",),
         "proxies",
-        iterations=1600,
+        iterations=1100,
         files=SPACESPAN,
         **{**SYMBOLS, "schedule": "trapezoid"},
     ),

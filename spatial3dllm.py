@@ -124,7 +124,8 @@ class Config:
         small = dict(
             points=2048,
             centers=(512, 256, 128, 64),
-            samples=(16, 16, 16, 16),
+            samples=(8, 8, 8, 8),
+            ball_samples=8,
             feature=128,
             referents=96,
             ball_layers=2,
@@ -238,13 +239,13 @@ class FeaturePropagation(nn.Module):
 class PointNet2(nn.Module):
     """PointNet++: four set abstractions, and back to the second's centers, the seeds."""
 
-    def __init__(self, config: Config, level: type = SetAbstraction):
+    def __init__(self, config: Config):
         super().__init__()
         # VoteNet's widths: 64, 64, 128 behind color, normal and height; then 128, 128, 256
         C = config.feature
         a, b = C // 4, C // 2
         widths = [(7, a, a, b), (b, b, b, C), (C, b, b, C), (C, b, b, C)]
-        self.down = nn.ModuleList(level(*sizes) for sizes in zip(widths, config.radii, strict=True))
+        self.down = nn.ModuleList(SetAbstraction(*sizes) for sizes in zip(widths, config.radii, strict=True))
         self.up = nn.ModuleList(FeaturePropagation(C) for _ in range(2))
 
     def forward(self, f, p, cloud):
@@ -273,12 +274,12 @@ class PointNet2(nn.Module):
 class IntraReferent(nn.Module):
     """Votes of the seeds, grouped in balls around those of the first R of them, and pooled."""
 
-    def __init__(self, config: Config, level: type = SetAbstraction):
+    def __init__(self, config: Config):
         super().__init__()
         C = config.feature
         self.samples = config.ball_samples
         self.vote = mlp(C, C, C, 3 + C)
-        self.group = level([C] * (config.ball_layers + 1), config.ball)
+        self.group = SetAbstraction([C] * (config.ball_layers + 1), config.ball)
 
     def forward(self, f, p, count):
         """Turn seeds f [B, M, C] at p [B, M, 3], in farthest-point order, into referents.
@@ -431,7 +432,6 @@ class Model(data.SceneLanguageModel):
     """Spatial 3D-LLM around a Llama. See the file's docstring for shapes."""
 
     scene_inputs = ("encoder", "referents")
-    level = SetAbstraction  # of the encoder, and of votes
 
     def __init__(self, config: Config, text):
         super().__init__(config, text)
@@ -441,8 +441,8 @@ class Model(data.SceneLanguageModel):
         C, D = config.feature, self.llm.config.hidden_size
 
         # the paper's parts
-        self.encoder = PointNet2(config, self.level)
-        self.intra = IntraReferent(config, self.level)
+        self.encoder = PointNet2(config)
+        self.intra = IntraReferent(config)
         self.context = ReferentSceneAttention(config)
         # all of them, so that runs with one or another can start from the same weights
         self.inter = nn.ModuleDict({name: part(config) for name, part in INTER.items()})
@@ -676,28 +676,12 @@ class Model(data.SceneLanguageModel):
     def token_centers(self, scene):
         return self.see([scene])["boxes"][0, :, :3].cpu().numpy()
 
-    @torch.no_grad()
-    def pictures(self, scenes, folder):
-        """Draw the way from points to referents in four scenes: the seeds' votes, the boxes."""
-        paths = []
-        for scene in scenes[:4]:
-            seen = {key: values[0].cpu().numpy() for key, values in self.see([scene]).items()}
-            title = f"{scene.name}: votes of the seeds (blue), boxes of the referents (red)"
-            figure, axes = data.scene_figure(scene, title)
-            for axis, n in zip(axes, (2, 3), strict=True):  # from above: x and y
-                axis.scatter(*seen["votes"][:, :n].T, c="royalblue", s=5)
-                # faint: where referents agree lines add up
-                data.draw_boxes(axis, seen["boxes"], color="crimson", alpha=0.15)
-            paths.append(folder / f"{data.safe_name(scene.name)}_referents.png")
-            data.save_figure(figure, paths[-1])
-        return paths
-
 
 # ---- 8 MODLE: distances measured, layouts edited -------------------------------------------------
 #
 # The composition, splits, wordings and scores of MODLE's 263K annotations are not public: all of
 # this section is our choice. Objects are named by descriptions that fit them alone
-# (`data.describe`). Distances run from center to center of the boxes. Directions are the axes of
+# (`SceneGraph.described`). Distances run from center to center of the boxes. Directions are the axes of
 # the scene, and a question says so: "along x to the right" = +x, "along y to the back" = +y. What
 # is moved keeps its size and its orientation. A thing that is placed is taken away in thought only:
 # the scene still shows it, but its old place counts as free, and an edit is asked only where source
@@ -1194,40 +1178,13 @@ def main(arguments) -> None:
 
 # ==== tiny preset: trains from nothing on a CPU; not in the paper, skip on a first reading ========
 #
-# Its language model has read rooms in words (data.Reader), knows numbers, and writes the steps of MODLE. Set
-# abstractions are cheaper, and seeds are spread by color and normal too, so that small things own some.
-
-
-class TinySetAbstraction(nn.Module):
-    """A set abstraction of one width, with one linear layer before the maximum, the rest behind.
-
-    A linear layer of [feature, (point - center) / radius] runs once per point and once per center,
-    not once per pair.
-    """
-
-    def __init__(self, widths, radius):
-        super().__init__()
-        inputs, *_, C = widths
-        self.radius = radius
-        self.feature, self.place = nn.Linear(inputs, C), nn.Linear(3, C, bias=False)
-        self.out = nn.Sequential(nn.ReLU(), *mlp(*[C] * (len(widths) - 1)), nn.LayerNorm(C))
-
-    def forward(self, f, p, q, index):
-        """Abstract f [B, N, C] at p [B, N, 3] to centers q [B, M, 3] with balls index [B, M, P].
-
-        Returns: [B, M, widths[-1]].
-        """
-        place = self.place.weight.T / self.radius  # [3, hidden]
-        points = self.feature(f) + p @ place  # [B, N, hidden]
-        # a bag of rows with their maximum: the pairs [B, M, P, hidden] are never held
-        balls = [F.embedding_bag(i, x, mode="max") for i, x in zip(index, points, strict=True)]
-        return self.out(torch.stack(balls) - q @ place)
+# Its language model has read rooms in words (data.Reader), knows numbers, and writes the steps of MODLE. Seeds
+# are spread by color and normal too, so that small things own some.
 
 
 class TinyModel(Model):
     """Spatial 3D-LLM around the small language model that has read rooms in words."""
 
-    level = TinySetAbstraction
     from_nothing = True
 
     def __init__(self, config: Config, text):
@@ -1274,7 +1231,7 @@ METRIC.update(SUMS)
 
 STAGES["tiny"] = [
     Stage(
-        "I encoder", {}, ("encoder", "scene"), "encoder", iterations=900, batch=16, lr=3e-3,
+        "I encoder", {}, ("encoder", "scene"), "encoder", iterations=700, batch=16, lr=3e-3,
         schedule="cosine", warmup=0.04, weight_decay=0.01,
     ),
     Stage(

@@ -711,10 +711,9 @@ def make_text(config, scenes: list[Scene], listed: dict[str, dict]) -> data.Tiny
     """Take the pre-trained model's own tokenizer, else one of all words that may be asked."""
     if config.llm:
         return data.HubText(config.llm)
-    words = data.vocabulary({*data.CATEGORIES, *(o.category for s in scenes for o in s.objects)})
-    official = [s for by_scene in listed.values() for own in by_scene.values() for s in own]
-    read = data.TinyText.train(text for s in official for text in (s.question, s.answer))
-    return data.TinyText({*words, *read.state()["words"]})
+    categories = {*data.CATEGORIES, *(o.category for scene in scenes for o in scene.objects)}
+    official = itertools.chain(*(own for by_scene in listed.values() for own in by_scene.values()))
+    return data.TinyText(data.vocabulary(categories, (f"{s.question} {s.answer}" for s in official)))
 
 
 def rooms_to_read(args: argparse.Namespace, count: int, scenes: list[Scene]) -> list[Scene]:
@@ -797,7 +796,7 @@ def train(args: argparse.Namespace, scenes: dict | None = None, text=None) -> nn
         if args.annotations and stage.files:
             folders = Path(args.annotations), Path(args.root or args.annotations)
             own, counted = evaluate.mixture(stage.files, *folders, *scenes.values(), args.seed)
-            print0(f"stage {stage.name} asks from official files:\n{evaluate.describe_mixture(counted)}")
+            print0("\n".join([f"stage {stage.name} asks from official files:", *counted]))
             stages[i] = replace(stage, samples=sum(map(len, own.values())))
             listed[stage.name], mixtures[stage.name] = own, counted
     if args.annotations and not listed:

@@ -87,7 +87,7 @@ def bench_proxy3d(little: bool) -> None:
     # what follows clustering
     proxy = proxy3d.cluster(p, m, budget)
     c, _ = data.group_mean(p, proxy, budget)
-    group = proxy3d.most_frequent(m, proxy, budget)
+    group = data.most_frequent(m, proxy, budget)
     wide = torch.randn(len(p), 3584)
     print(f"  averaging features of width 3,584 {1000 * seconds(lambda: data.group_mean(wide, proxy, budget)):7.1f} ms")
     print(f"  BFS order of the proxies          {1000 * seconds(lambda: proxy3d.bfs_order(c, group)):7.1f} ms")

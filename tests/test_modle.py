@@ -302,7 +302,7 @@ FAR_OFF = Sample("d", "hand", "modle_distance", "", "2.00", value=2.0, about=[1,
 
 
 def scored(sample, text):
-    evaluate.adopt(spatial3dllm)
+    evaluate.adopt(modle)
     return list(evaluate.BENCHMARKS[f"rooms/{sample.task}"].score(text, sample, HOME).values())
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import data
-from data import CATEGORIES, COLORS, TASKS, Blind, Sample, Scene, Thing, augment, chance, describe, question_set, room
+from data import CATEGORIES, COLORS, TASKS, Blind, Sample, Scene, Thing, augment, chance, question_set, room
 
 NOUNS = {data.plural(c): c for c in [*CATEGORIES, "thing"]} | {c: c for c in [*CATEGORIES, "thing"]}
 
@@ -410,7 +410,7 @@ def test_what_is_ambiguous_is_not_asked():
     twins = hand(thing(1, "chair", "red", -1, 0), thing(2, "chair", "red", 1, 0), thing(3, "table", "blue", 0, 0))
     assert not draws(twins, "ground_multiple") and not draws(twins, "ground_relation")
     assert {s.answer for s in draws(twins, "ground")} == {"<obj 3>"}
-    assert [describe(twins, o) for o in twins.objects] == [None, None, "table"]
+    assert data.scene_graph(twins).described == {2: "table"}
     line = hand(thing(1, "bed", "red", 0, 0), thing(2, "door", "blue", 0, 2), thing(3, "lamp", "pink", 0.1, 4))
     ahead = [s for s in draws(line, "situated", 200) if s.kind == "side" and "to the bed" in s.question]
     assert not ahead and not draws(line, "id_size")  # equal boxes
@@ -429,11 +429,11 @@ def test_descriptions_fit_one_thing_whatever_it_takes(scenes):
     chairs = [thing(1, "chair", "red", -1, 0), thing(2, "chair", "red", 3, 0), thing(3, "bed", "blue", -3, 0)]
     stools = [thing(4, "stool", "red", 0, 3, h=0.4, z=0.2), thing(5, "stool", "red", 0, -3, h=0.7, z=0.35)]
     scene = hand(*chairs, *stools)
-    words = [describe(scene, o) for o in scene.objects[:4]]
+    words = [data.scene_graph(scene).described.get(i) for i in range(4)]
     assert words == ["chair nearest to the bed", "chair farthest from the bed", "bed", "smallest stool"]
     for scene in scenes.values():
-        described = [(o, words) for o in scene.objects if (words := describe(scene, o))]
-        assert all(only(scene, words) is o for o, words in described)
+        g = data.scene_graph(scene)
+        assert all(only(scene, words) is g.things[i] for i, words in g.described.items())
 
 
 def test_a_thing_on_a_desk_by_the_wall_or_in_front_of_it_is_told_apart():

@@ -24,7 +24,6 @@ from spatial3dllm import (
     IntraReferent,
     ReferentSceneAttention,
     SetAbstraction,
-    TinySetAbstraction,
     ball_query,
     cloud_geometry,
     detection_loss,
@@ -104,11 +103,9 @@ def test_scenes_of_a_batch_never_mix():
     assert all(torch.equal(taken[b], values[b][index[b]]) for b in range(2))
 
 
-@pytest.mark.parametrize("kind", [SetAbstraction, TinySetAbstraction])
-def test_a_set_abstraction_is_the_maximum_over_balls_of_an_mlp_per_pair(kind):
-    """The tiny one applies only its first, linear, layer per pair."""
+def test_a_set_abstraction_is_the_maximum_over_balls_of_an_mlp_per_pair():
     torch.manual_seed(0)
-    layer = kind((5, 6, 8), 0.5)
+    layer = SetAbstraction((5, 6, 8), 0.5)
     f, p, q = torch.randn(2, 11, 5), torch.randn(2, 11, 3), torch.randn(2, 4, 3)
     index = torch.randint(0, 11, (2, 4, 3))
     out = layer(f, p, q, index)
@@ -116,15 +113,8 @@ def test_a_set_abstraction_is_the_maximum_over_balls_of_an_mlp_per_pair(kind):
         for m in range(4):
             rows = []
             for j in index[b, m].tolist():
-                place = (p[b, j] - q[b, m]) / 0.5
-                if kind is SetAbstraction:
-                    rows.append(layer.mlp(torch.cat([f[b, j], place])))
-                else:
-                    rows.append(layer.feature(f[b, j]) + layer.place(place))
-            expected = torch.stack(rows).amax(0)
-            if kind is TinySetAbstraction:
-                expected = layer.out(expected)
-            assert torch.allclose(out[b, m], expected, atol=1e-5)
+                rows.append(layer.mlp(torch.cat([f[b, j], (p[b, j] - q[b, m]) / 0.5])))
+            assert torch.allclose(out[b, m], torch.stack(rows).amax(0), atol=1e-5)
 
 
 def test_feature_propagation_puts_interpolated_beside_own_features():
@@ -400,11 +390,11 @@ def test_an_unknown_inter_referent_part_is_refused_with_the_known_ones():
         model_at(REFERENTS, inter="gcn")
 
 
-def test_a_picture_shows_where_seeds_vote_and_referents_are(scenes, tmp_path):
+def test_a_picture_shows_where_referents_are(scenes, tmp_path):
     from PIL import Image
 
     model = model_at(REFERENTS)
     assert model.token_centers(scenes[0]).shape == (model.config.referents, 3)
     paths = model.pictures(scenes[:1], tmp_path)
-    assert [path.name for path in paths] == [f"{scenes[0].name}_referents.png"]
+    assert [path.name for path in paths] == [f"{scenes[0].name}.png"]
     assert len(Image.open(paths[0]).convert("RGB").getcolors(1 << 24)) > 100
