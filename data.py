@@ -73,7 +73,7 @@ class DataError(ValueError):
     """
 
 
-# ---- 1 scenes and samples --------------------------------------------------------------------------------------------
+# ---- 1 scenes and samples ------------------------------------------------------------------------
 
 
 @dataclass
@@ -251,7 +251,7 @@ def augment(scene, rng, mirror=True):
     return replace(scene, objects=objects, turn=turn @ scene.turn, **turned)
 
 
-# ---- 2 geometry ------------------------------------------------------------------------------------------------------
+# ---- 2 geometry ----------------------------------------------------------------------------------
 
 
 def knn(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -387,7 +387,7 @@ def box_iou(a, b):
     return shared / (union + 1e-8)  # as ScanRefer divides
 
 
-# ---- 3 procedural rooms ----------------------------------------------------------------------------------------------
+# ---- 3 procedural rooms --------------------------------------------------------------------------
 #
 # A room is boxes: a piece of furniture is a row of one table, the row a few boxes (a chair: seat,
 # back and legs), and a view is one slab test of boxes against pixels. Layout and rendering use
@@ -907,7 +907,7 @@ def category_icon(category, color, size):
     return image.astype(np.uint8).reshape(size, size, 3)
 
 
-# ---- 4 questions and baselines ---------------------------------------------------------------------------------------
+# ---- 4 questions and baselines -------------------------------------------------------------------
 #
 # A question is made in three steps: draw which objects it is about, read the answer off their boxes
 # and names (`scene_graph`), put both into one of a template's wordings (`make_sample`). A draw without a
@@ -1027,7 +1027,11 @@ WORDS = (  # the words that code below writes besides those of the tables
 )
 
 FLOOR, WALL, NOTHING = -1, -2, -3  # in SceneGraph.support
-STRUCTURE = {"wall", "floor", "ceiling"}  # in labeled scans these are instances too; no question is about them
+STRUCTURE = {
+    "wall",
+    "floor",
+    "ceiling",
+}  # in labeled scans these are instances too; no question is about them
 BUILT = {"door", "window"}  # parts of walls: where they are is not asked
 SYNONYMS = {
     "sofa": "couch",
@@ -1078,6 +1082,8 @@ HEADINGS = {
         ("back-right", 195, 255),
     ],
 }
+
+
 def plural(noun):
     if noun.endswith("shelf"):
         return noun[:-1] + "ves"
@@ -1836,12 +1842,14 @@ def chance(sample, scene, answers, score):
     return sum(map(score, answers)) / len(answers) if answers else 0.0
 
 
-# ---- 5 text ----------------------------------------------------------------------------------------------------------
+# ---- 5 text --------------------------------------------------------------------------------------
 
 SCENE, PROMPT = -1, -2  # placeholder ids: scene tokens, a question's own click or box
 IGNORE = -100  # label of a position that carries no loss
 TUPLE = re.compile(r"\[([^\[\]]{1,200})\]")
-PIECE = re.compile(r"<obj\d{3}>|\[[^\[\]]*\]|[xyzwdh][+-]?\d+\.\d+|-?\d+\.\d+|\d+|[a-z]+(?:'[a-z]+)?|[^\sa-z0-9]")
+PIECE = re.compile(
+    r"<obj\d{3}>|\[[^\[\]]*\]|[xyzwdh][+-]?\d+\.\d+|-?\d+\.\d+|\d+|[a-z]+(?:'[a-z]+)?|[^\sa-z0-9]"
+)
 
 
 def tuples(text, size):
@@ -1929,7 +1937,9 @@ class HubText:
         self.unk = self.eos  # stands for what has no name
 
         # where in a chat the scene and the question stand
-        person, assistant = ("USER", "ASSISTANT") if "vicuna" in name.lower() else ("### human", "### assistant")
+        person, assistant = (
+            ("USER", "ASSISTANT") if "vicuna" in name.lower() else ("### human", "### assistant")
+        )
         start = self.tokenizer.decode(self.tokenizer.encode(""))
         chat = f"{start}{person}: \0scene\0question\0 {assistant}: "
         if self.tokenizer.chat_template:
@@ -1961,7 +1971,7 @@ def load_text(state):
     return TinyText(state["words"]) if state["kind"] == "tiny" else HubText(state["name"])
 
 
-# ---- 5b batches ------------------------------------------------------------------------------------------------------
+# ---- 5b batches ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -1981,7 +1991,9 @@ class Stage:
     """The whole recipe of one training stage; a paper's table of stages is a list of these."""
 
     name: str
-    tasks: dict[str, float]  # question mix: names of TASKS or of the paper's own; {} for an encoder without questions
+    tasks: dict[
+        str, float
+    ]  # question mix: names of TASKS or of the paper's own; {} for an encoder without questions
     trains: tuple[str, ...]  # parts of the model that train: keys of its `parts()`
     scene_input: str = "proxies"  # what the model sees of a scene: one of its `scene_inputs`
     iterations: int | None = None  # optimizer steps, or
@@ -1998,8 +2010,12 @@ class Stage:
     clip: float = 1.0
     accumulate: int = 1  # micro-batches per step: memory only, never the result
     steps: bool = False  # write Sample.steps before the answer
-    score: tuple[str, ...] = ()  # benchmarks to ask at the end of this stage, before the next changes the model
-    files: dict[str, Source] = field(default_factory=dict)  # official files asked instead, where a run is given them
+    score: tuple[
+        str, ...
+    ] = ()  # benchmarks to ask at the end of this stage, before the next changes the model
+    files: dict[str, Source] = field(
+        default_factory=dict
+    )  # official files asked instead, where a run is given them
 
 
 def collate(groups, text, lengths, steps=False):
@@ -2078,7 +2094,7 @@ def packed_mask(block: Tensor) -> Tensor:
     return (visible | itself)[:, None]
 
 
-# ---- 6 the base model ------------------------------------------------------------------------------------------------
+# ---- 6 the base model ----------------------------------------------------------------------------
 
 
 def last_hidden(decoder, cache, **inputs):
@@ -2167,7 +2183,9 @@ class SceneLanguageModel(nn.Module):
 
         is_scene [R, N] bool marks scene and prompt tokens, positions [R, N], mask [R, 1, N, T] bool, True = may attend.
         """
-        return last_hidden(self.llm.model, cache, inputs_embeds=embeds, attention_mask=mask, position_ids=positions)
+        return last_hidden(
+            self.llm.model, cache, inputs_embeds=embeds, attention_mask=mask, position_ids=positions
+        )
 
     def refusal(self, scene, question):
         """Say why a question about a scene of one's own cannot be answered, or None."""
@@ -2210,7 +2228,9 @@ class SceneLanguageModel(nn.Module):
         """Freeze everything but the parts that the stage trains, and remember what it shows."""
         parts = self.parts()
         if stage.scene_input not in self.scene_inputs or not set(stage.trains) <= set(parts):
-            raise DataError(f"stage {stage.name}: scene_input is one of {self.scene_inputs}, trains of {tuple(parts)}")
+            raise DataError(
+                f"stage {stage.name}: scene_input is one of {self.scene_inputs}, trains of {tuple(parts)}"
+            )
         self.stage = stage
         self.requires_grad_(False)
         for name in stage.trains:
@@ -2293,7 +2313,9 @@ class SceneLanguageModel(nn.Module):
             return {"scenes": [scene for scene, _ in groups], "samples": []}
         written = []
         for scene, samples in groups:
-            rng = np.random.default_rng([5, *scene.identifiers.values()])  # the scene's own, whatever the rank
+            rng = np.random.default_rng(
+                [5, *scene.identifiers.values()]
+            )  # the scene's own, whatever the rank
             prompted = [self.add_prompt(scene, sample, rng) for sample in samples]
             written.append((scene, [self.write_marks(scene, sample) for sample in prompted]))
         lengths = [self.scene_length(scene) for scene, _ in groups]
@@ -2453,7 +2475,7 @@ def run_demo(demo: Callable[[], None]) -> None:
     demo()
 
 
-# ---- 6b checkpoints --------------------------------------------------------------------------------------------------
+# ---- 6b checkpoints ------------------------------------------------------------------------------
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -2513,7 +2535,9 @@ def load_weights(model: nn.Module, run: Path) -> None:
 def from_json(kind: type, values: dict):
     """Make a dataclass again of what `asdict` and JSON left of it: tuples became lists."""
     if strange := values.keys() - {f.name for f in fields(kind)}:
-        raise DataError(f"{kind.__name__} has no {', '.join(strange)}: other code made this run; train it again")
+        raise DataError(
+            f"{kind.__name__} has no {', '.join(strange)}: other code made this run; train it again"
+        )
     whole = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return kind(**whole)
 
@@ -2524,7 +2548,7 @@ def stage_of(values: dict) -> Stage:
     return from_json(Stage, {**values, "files": files})
 
 
-# ---- T stand-in for pre-training: tiny preset only, skip on a first reading ------------------------------------------
+# ---- T stand-in for pre-training: tiny preset only, skip on a first reading ----------------------
 #
 # A pre-trained model brings words, numbers and attention that finds things. The tiny preset makes them for
 # itself: number tokens, first weights with which every head is "find the token like me", and a language model
@@ -2534,7 +2558,15 @@ def stage_of(values: dict) -> Stage:
 # Meters as tokens, one per 1/16 m and axis: a bracketed triple "[1.25, -0.80, 0.45]" is an x, a y
 # and a z token (six numbers add w d h), "x1.25" names its axis, any other decimal is a length l.
 # Outside its axis' range a number becomes the range's end.
-NUMBERS = {"x": (-8, 8), "y": (-8, 8), "z": (-1, 4), "w": (0, 8), "d": (0, 8), "h": (0, 4), "l": (0, 16)}  # meters
+NUMBERS = {
+    "x": (-8, 8),
+    "y": (-8, 8),
+    "z": (-1, 4),
+    "w": (0, 8),
+    "d": (0, 8),
+    "h": (0, 4),
+    "l": (0, 16),
+}  # meters
 BINS = 16  # number tokens per meter: 6.25 cm
 PLACE = re.compile(r"x#\d+ y#\d+ z#\d+(?: w#\d+ d#\d+ h#\d+)?")
 NUMBER = re.compile(r"([xyzwdhl])#(\d+)")
@@ -2838,7 +2870,7 @@ def build(config, text):
     return Reader(config, text)
 
 
-# ---- 7 scenes from disk ----------------------------------------------------------------------------------------------
+# ---- 7 scenes from disk --------------------------------------------------------------------------
 #
 # A damaged file becomes one line of text in `reading`, and every scene is checked once, in
 # `check_scene`. Frames of all programs pass one reader, `read_views`: a row of LAYOUTS lists a
@@ -2860,9 +2892,7 @@ INSTALL = {  # optional package -> how to install it
     "sam2": "SAM2_BUILD_CUDA=0 pip install --no-build-isolation sam2",
 }
 DEPTH_SCALES = "millimeters 1000, TUM and ICL-NUIM 5000, Replica of NICE-SLAM 6553.5, RealSense L515 4000"
-UP = {
-    sign + "xyz"[i]: float(f"{sign}1") * np.eye(3)[i] for i in range(3) for sign in "+-"
-}
+UP = {sign + "xyz"[i]: float(f"{sign}1") * np.eye(3)[i] for i in range(3) for sign in "+-"}
 CONVENTIONS = (
     "opencv",
     "opengl",
@@ -2881,14 +2911,10 @@ def reading(path, what):
     except DataError:
         raise
     except FileNotFoundError:
-        raise DataError(
-            f"{path}: {what} missing; `python data.py check DIR` says what is needed"
-        ) from None
+        raise DataError(f"{path}: {what} missing; `python data.py check DIR` says what is needed") from None
     except Exception as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:90]
-        raise DataError(
-            f"{path}: not a whole {what} ({why}); copy or export it again"
-        ) from None
+        raise DataError(f"{path}: not a whole {what} ({why}); copy or export it again") from None
 
 
 def write_npz(path, **arrays):
@@ -2910,11 +2936,7 @@ def read_words(path):
     """Split the lines of a table at blanks and commas, without remarks and a header that begins
     with "timestamp"."""
     lines = [line.replace(",", " ").split() for line in path.read_text().splitlines()]
-    return [
-        words
-        for words in lines
-        if words and not words[0].startswith(("#", "timestamp"))
-    ]
+    return [words for words in lines if words and not words[0].startswith(("#", "timestamp"))]
 
 
 def read_numbers(path, columns, rows=None):
@@ -2931,9 +2953,7 @@ def need(module, what):
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise DataError(
-            f"{what} needs the package {package} ({error}): {INSTALL[package]}"
-        ) from None
+        raise DataError(f"{what} needs the package {package} ({error}): {INSTALL[package]}") from None
 
 
 def choose(table, key, what):
@@ -2945,10 +2965,7 @@ def choose(table, key, what):
 
 def file_key(files):
     """Name a state of files by their paths, sizes and times of change, without reading them."""
-    return "|".join(
-        f"{file.resolve()}:{file.stat().st_size}:{file.stat().st_mtime_ns}"
-        for file in files
-    )
+    return "|".join(f"{file.resolve()}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)
 
 
 def check_scene(scene, trusted=False):
@@ -3016,9 +3033,7 @@ def rigid(position, turn):
     angle."""
     from scipy.spatial.transform import Rotation
 
-    rotation = (
-        Rotation.from_quat(turn) if len(turn) == 4 else Rotation.from_rotvec(turn)
-    )
+    rotation = Rotation.from_quat(turn) if len(turn) == 4 else Rotation.from_rotvec(turn)
     pose = np.eye(4)
     pose[:3, :3] = rotation.as_matrix()
     pose[:3, 3] = position
@@ -3054,9 +3069,7 @@ def named_views(mark, images, depth, pose):
     for image in pictures(mark if mark.is_dir() else base, images):
         name = image.stem.removesuffix(".color")
         mask = base / f"instance-filt/{name}.png"
-        yield FrameFiles(
-            image, base / depth.format(name), base / pose.format(name), camera, mask
-        )
+        yield FrameFiles(image, base / depth.format(name), base / pose.format(name), camera, mask)
 
 
 def replica(mark):
@@ -3112,9 +3125,7 @@ def stray_scanner(mark):
 
     # names are the numbers of the second column
     numbers, poses = rows[:, 1], [rigid(row[2:5], row[5:]) for row in rows]
-    images = pictures(base / "rgb") or [
-        base / f"rgb.mp4/{number:.0f}" for number in numbers
-    ]
+    images = pictures(base / "rgb") or [base / f"rgb.mp4/{number:.0f}" for number in numbers]
     camera = itertools.repeat(base / "camera_matrix.csv")
     return timed_views(images, pictures(base / "depth"), numbers, poses, camera)
 
@@ -3413,9 +3424,7 @@ def read_views(path, scale=None, max_frames=32, longest=None, vggt="facebook/VGG
 
     # what a user says holds before what the layout documents
     layout = replace(layout, **documented)
-    has_depth, has_pose = (
-        any(view[part] is not None for view in views) for part in (1, 2)
-    )
+    has_depth, has_pose = (any(view[part] is not None for view in views) for part in (1, 2))
     measured = has_depth and has_pose
     longest = longest or (320 if measured else 640)
     frames = read_frames(path, layout, views, max_frames, longest, notes)
@@ -3564,9 +3573,7 @@ def write_ply(path, points, colors, normals):
     """Write a cloud as a binary .ply: points and normals [N, 3] in float32, colors [N, 3] uint8."""
     import trimesh
 
-    cloud = trimesh.Trimesh(
-        points, vertex_normals=normals, vertex_colors=colors, process=False
-    )
+    cloud = trimesh.Trimesh(points, vertex_normals=normals, vertex_colors=colors, process=False)
     cloud.export(path, vertex_normal=True)
 
 
@@ -3825,7 +3832,7 @@ def write_scannet(scene, out):
     return folder
 
 
-# ---- 8 video ---------------------------------------------------------------------------------------------------------
+# ---- 8 video -------------------------------------------------------------------------------------
 
 GUESS = 2.0  # meters: the median depth of frames whose scale nobody knows
 
@@ -3863,9 +3870,7 @@ def load_vggt(name):
     """Load VGGT (Wang et al., CVPR 2025) by its hub name or a folder of its weights, on a GPU
     where there is one."""
     vggt = need("vggt.models.vggt", "depth and cameras from bare frames")
-    with reading(
-        f"--vggt {name}", "VGGT, whose weights are on the hub as facebook/VGGT-1B"
-    ):
+    with reading(f"--vggt {name}", "VGGT, whose weights are on the hub as facebook/VGGT-1B"):
         model = vggt.VGGT.from_pretrained(name).eval()
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -3941,7 +3946,7 @@ def fill_in(where, frames, vggt):
     return replace(seen, **known)
 
 
-# ---- 9 superpoints and segments --------------------------------------------------------------------------------------
+# ---- 9 superpoints and segments ------------------------------------------------------------------
 
 
 def vertex_normals(points, faces):
@@ -4205,7 +4210,7 @@ def with_instances(scene, instances, masks, what, trim=0.0):
     return replace(scene, instances=instances, objects=objects, frames=frames, notes=notes)
 
 
-# ---- 9b masks of a video ---------------------------------------------------------------------------------------------
+# ---- 9b masks of a video -------------------------------------------------------------------------
 
 SAM2 = "facebook/sam2.1-hiera-large"  # Proxy3D does not say which SAM 2 it takes: the most accurate one
 
@@ -4361,7 +4366,7 @@ def with_tracks(scene, tracks):
     return with_instances(scene, keep_labels(instances, kept), masks, "tracks through the frames", 0.02)
 
 
-# ---- 10 pictures -----------------------------------------------------------------------------------------------------
+# ---- 10 pictures ---------------------------------------------------------------------------------
 
 CORNERS = np.array(list(itertools.product((-0.5, 0.5), repeat=3)))  # [8, 3] of a box of size 1
 OUTLINE = [0, 1, 3, 2, 0, 4, 5, 1, 5, 7, 3, 7, 6, 2, 6, 4]  # a way along all edges, from corner to corner
@@ -4458,7 +4463,7 @@ def draw_scene(scene, path, lines=(), tokens=None, answers=()):
     save_figure(figure, path)
 
 
-# ---- 11 scenes of one's own, command line ----------------------------------------------------------------------------
+# ---- 11 scenes of one's own, command line --------------------------------------------------------
 
 SOURCES = ("rooms", "scannet", "rgbd", "ply", "cached")
 
@@ -4728,20 +4733,14 @@ def main(arguments=None):
     commands = parser.add_subparsers(dest="command", required=True)
 
     # one sub-command each
-    look = commands.add_parser(
-        "check", help="what is there, what is missing, and where it is had"
-    )
+    look = commands.add_parser("check", help="what is there, what is missing, and where it is had")
     look.add_argument("path", type=Path)
-    make = commands.add_parser(
-        "rooms", help="procedural rooms in ScanNet's file layout"
-    )
+    make = commands.add_parser("rooms", help="procedural rooms in ScanNet's file layout")
     make.add_argument("out", type=Path)
     make.add_argument("--count", type=int, default=10)
     make.add_argument("--objects", type=int, help="objects per room (default: 8 to 16)")
     make.add_argument("--seed", type=int, default=0, help="of the first room")
-    keep = commands.add_parser(
-        "cache", help="scenes through VGGT, SAM 2 and segmentation, once"
-    )
+    keep = commands.add_parser("cache", help="scenes through VGGT, SAM 2 and segmentation, once")
     keep.add_argument("path", type=Path, help="a scene, or a folder of scenes")
     keep.add_argument("out", type=Path)
     add_scene_options(look)

@@ -138,9 +138,7 @@ def boxes(text: str) -> list[np.ndarray]:
 
     One with NaN or without volume is an empty box, which fits nothing.
     """
-    return [
-        box if box is not None and (box[3:] > 0).all() else np.zeros(6) for box in data.tuples(text, 6)
-    ]
+    return [box if box is not None and (box[3:] > 0).all() else np.zeros(6) for box in data.tuples(text, 6)]
 
 
 def with_boxes(text: str, scene: Scene) -> str:
@@ -1496,7 +1494,6 @@ def mixture(
     if not listed:
         raise DataError(f"{folder}: no question to train on is left; {'; '.join(report)}")
     return dict(listed), report
-
 
 
 # ---- 10 ask, command line ------------------------------------------------------------------------

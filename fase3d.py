@@ -379,9 +379,7 @@ def vote_graph(
     return torch.stack([pair // M, pair % M], 1), count
 
 
-def nearest_edges(
-    pairs: Tensor, votes: Tensor, centers: Tensor, k: int
-) -> tuple[Tensor, Tensor]:
+def nearest_edges(pairs: Tensor, votes: Tensor, centers: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Keep each superpoint's k nearest candidates, of equals those with more votes.
 
     Args: pairs [E, 2], votes [E], centers [M, 3]. Returns: the graph, made symmetric by the larger
@@ -406,9 +404,7 @@ def nearest_edges(
 # ---- 5 token merging -----------------------------------------------------------------------------
 
 
-def choose_seeds(
-    points: Tensor, superpoints: Tensor, edges: Tensor, count: int
-) -> tuple[Tensor, Tensor]:
+def choose_seeds(points: Tensor, superpoints: Tensor, edges: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Choose the superpoints that become tokens, spread over the scene (graph-aware suppression).
 
     Args: points [N, 3]; superpoints [N] of 0..M-1; edges [E, 2] both ways.
@@ -450,9 +446,7 @@ def edge_weight(S: Tensor, a: Tensor, b: Tensor, strength: Tensor) -> Tensor:
     return (unit[a] * unit[b]).sum(-1).clamp(min=0) * strength  # [E]
 
 
-def graph_pool(
-    S: Tensor, seed: Tensor, token: Tensor, member: Tensor, strength: Tensor
-) -> Tensor:
+def graph_pool(S: Tensor, seed: Tensor, token: Tensor, member: Tensor, strength: Tensor) -> Tensor:
     """Merge every seed with its neighbors: a mean, weighted 1 for the seed, else by `edge_weight`.
 
     Args: S [M, d]; seed [T]; of every edge at a seed: its token [E] of 0..T-1, its other end
@@ -656,9 +650,7 @@ class Model(SceneLanguageModel):
         self.llm = self.load_llm()
         D = self.llm.config.hidden_size
         if D % config.filter_heads:
-            raise DataError(
-                f"filter_heads = {config.filter_heads} does not divide the llm's width {D}"
-            )
+            raise DataError(f"filter_heads = {config.filter_heads} does not divide the llm's width {D}")
         self.token_index = {}
         adapt(self.llm, config, self.token_index)
 
@@ -769,9 +761,7 @@ class Model(SceneLanguageModel):
         if c.selector == "fps":
             edge, token = edge[:0], token[:0]
 
-        whole = dict(
-            index=index, owner=owner, orders=orders, edges=edges, seed=seed, token=token
-        )
+        whole = dict(index=index, owner=owner, orders=orders, edges=edges, seed=seed, token=token)
         found = {key: value.int() for key, value in whole.items()}
         found["member"] = found["edges"][edge, 1]
         found["strength"] = edge_strength[edge]
@@ -795,9 +785,7 @@ class Model(SceneLanguageModel):
             # in training a share of the scenes hides it, drawn from their identifiers
             draw = np.random.default_rng([7, *scene.identifiers.values()]).random()
             hidden = scene.colors is None or (self.training and draw < config.no_color)
-            parts.append(
-                np.zeros((len(index), 3)) if hidden else scene.colors[index] / 127.5 - 1
-            )
+            parts.append(np.zeros((len(index), 3)) if hidden else scene.colors[index] / 127.5 - 1)
 
         if config.normals:
             if scene.normals is None:
@@ -848,9 +836,7 @@ class Model(SceneLanguageModel):
             own["tokens"] = own["tokens"] + self.place(data.fourier_waves(own["places"]))
             own["valid"] = torch.ones_like(own["places"][:, 0], dtype=torch.bool)
             found.append(own)
-        return {
-            key: pad_sequence([f[key] for f in found], batch_first=True) for key in found[0]
-        }
+        return {key: pad_sequence([f[key] for f in found], batch_first=True) for key in found[0]}
 
     # -- questions
 
@@ -948,14 +934,10 @@ def check(config: Config) -> None:
     if not 1 <= config.curves <= len(CURVES):
         raise DataError(f"curves = {config.curves}; give 1 to {len(CURVES)}")
     if config.dim % 6 or config.dim % config.heads:
-        raise DataError(
-            f"dim = {config.dim}; give a multiple of 6 and of heads = {config.heads}"
-        )
+        raise DataError(f"dim = {config.dim}; give a multiple of 6 and of heads = {config.heads}")
 
 
-def spectral_clusters(
-    edges: np.ndarray, weight: np.ndarray, nodes: int, count: int
-) -> np.ndarray:
+def spectral_clusters(edges: np.ndarray, weight: np.ndarray, nodes: int, count: int) -> np.ndarray:
     """Cluster a weighted graph (Ng, Jordan and Weiss 2001): labels [nodes] in 0..count-1.
 
     k-means on the rows of the last `count` eigenvectors of the normalized Laplacian.
@@ -967,9 +949,7 @@ def spectral_clusters(
     from scipy.sparse.csgraph import laplacian
     from scipy.sparse.linalg import eigsh
 
-    few = min(
-        count, nodes - 2
-    )  # the sparse solver finds fewer eigenvectors than there are nodes
+    few = min(count, nodes - 2)  # the sparse solver finds fewer eigenvectors than there are nodes
     if few < 1 or not weight.any():
         return np.arange(nodes) % count
 
@@ -1064,9 +1044,7 @@ def recipe(config: Config, stages: list[Stage]) -> list[Stage]:
 # ---- 10 alternatives the paper compares with -----------------------------------------------------
 
 
-def farthest_seeds(
-    points: Tensor, superpoints: Tensor, edges: Tensor, count: int
-) -> tuple[Tensor, Tensor]:
+def farthest_seeds(points: Tensor, superpoints: Tensor, edges: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Choose superpoints whose centers lie farthest apart; arguments as of `choose_seeds`."""
     centers = superpoint_mean(points, superpoints)
     seed = data.farthest_point_sampling(centers, count)
@@ -1126,9 +1104,7 @@ def draw_graph(scene: Scene, centers: Tensor, found: dict, path: Path) -> None:
 
     figure, (top, _) = data.scene_figure(scene, f"{scene.name}: superpoint graph, ringed seeds")
     lines = centers[found["edges"], :2].numpy()
-    top.add_collection(
-        LineCollection(lines, array=found["edge_strength"], cmap="Greys", lw=0.8)
-    )
+    top.add_collection(LineCollection(lines, array=found["edge_strength"], cmap="Greys", lw=0.8))
     top.scatter(*centers[:, :2].T, s=8, color="black")
     top.scatter(
         *centers[found["seed"], :2].T,
@@ -1186,10 +1162,7 @@ class TinyModel(Model):
     def start_from(self, reader):
         """Copy the language model and its map of places."""
         # adapters stand around its linear maps, which changed their names
-        plain = {
-            n: n.replace(".mlp.1.", ".mlp.").replace(".base.", ".")
-            for n in data.named_weights(self)
-        }
+        plain = {n: n.replace(".mlp.1.", ".mlp.").replace(".base.", ".") for n in data.named_weights(self)}
         own = {name: reader[there] for name, there in plain.items() if there in reader}
         super().start_from(own | {"place.weight": reader["code.weight"][:, :36]})
 
@@ -1208,13 +1181,9 @@ class TinyModel(Model):
         tokens, pairs = [], []
         for scene in scenes:
             tokens.append(self.scene_tokens(scene)["tokens"])
-            named = {
-                o.id: data.name_pair(self.text, o.category, o.color) for o in scene.objects
-            }
+            named = {o.id: data.name_pair(self.text, o.category, o.color) for o in scene.objects}
             nothing = data.name_pair(self.text)
-            pairs += [
-                named.get(i, nothing) for i in self.load_features(scene)["shows"].tolist()
-            ]
+            pairs += [named.get(i, nothing) for i in self.load_features(scene)["shows"].tolist()]
 
         # walls are many
         pairs = torch.tensor(pairs, device=self.device)  # [T, 2]

@@ -987,10 +987,7 @@ for task in EDITS:
 # Writing it down. 219 questions for each of ScanNet's 1,201 training scans are the paper's 263K.
 
 PER_SCENE = {"modle_distance": 88, "modle_move": 77, "modle_place": 54}
-FRAME = (
-    "meters in the scan's aligned axes: x to the right, y to the back, z up; "
-    "boxes [cx, cy, cz, w, d, h]"
-)
+FRAME = "meters in the scan's aligned axes: x to the right, y to the back, z up; boxes [cx, cy, cz, w, d, h]"
 
 
 def annotation(sample):
@@ -1035,9 +1032,7 @@ def annotations(path: Path, split: str) -> list[dict]:
     return data.read_json(path)["questions"]
 
 
-def read_annotation(
-    wanted, id, scene_id, task, kind, question, answers, object_ids, value=None, box=None
-):
+def read_annotation(wanted, id, scene_id, task, kind, question, answers, object_ids, value=None, box=None):
     """Make a question again of what `annotation` wrote; None where it is of another task."""
     if task != wanted:
         return None

@@ -83,10 +83,14 @@ def mean_and_spread(values: np.ndarray) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", choices=sorted(STUDIES))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="of every stage, to see that all runs (default: the study's own)")
+    parser.add_argument(
+        "--steps", type=int, help="of every stage, to see that all runs (default: the study's own)"
+    )
     parser.add_argument("--train-scenes", type=int, default=400)
     parser.add_argument("--test-scenes", type=int, default=100)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
@@ -122,7 +126,9 @@ def main() -> None:
 
     # a table per score, differences paired by seed
     budget = ", ".join(f"{n} steps of {stage}" for stage, n in steps.items())
-    print(f"{budget}, {args.seeds} seeds, mean ± std, paired difference to {variants[0]!r}; paper: {study['paper']}")
+    print(
+        f"{budget}, {args.seeds} seeds, mean ± std, paired difference to {variants[0]!r}; paper: {study['paper']}"
+    )
     for k, (benchmark, metric) in enumerate(study["scores"].items()):
         print(f"{benchmark} {metric} x 100")
         for i, (name, (_, paper)) in enumerate(study["variants"].items()):

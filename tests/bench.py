@@ -89,8 +89,12 @@ def bench_proxy3d(little: bool) -> None:
     c, _ = data.group_mean(p, proxy, budget)
     group = data.most_frequent(m, proxy, budget)
     wide = torch.randn(len(p), 3584)
-    print(f"  averaging features of width 3,584 {1000 * seconds(lambda: data.group_mean(wide, proxy, budget)):7.1f} ms")
-    print(f"  BFS order of the proxies          {1000 * seconds(lambda: proxy3d.bfs_order(c, group)):7.1f} ms")
+    print(
+        f"  averaging features of width 3,584 {1000 * seconds(lambda: data.group_mean(wide, proxy, budget)):7.1f} ms"
+    )
+    print(
+        f"  BFS order of the proxies          {1000 * seconds(lambda: proxy3d.bfs_order(c, group)):7.1f} ms"
+    )
 
 
 def bench_latency(little: bool) -> None:
@@ -99,14 +103,19 @@ def bench_latency(little: bool) -> None:
     stage = model.stage
     batches = (1, 2) if little else (8, 16)
     scenes = [numbered_room(seed) for seed in range(batches[-1])]
-    print("latency in seconds, tiny model (paper, 7B on a GPU: 9.4 / 2.9 / 1.1 at batch 8, 16.2 / 5.6 / 1.5 at 16)")
+    print(
+        "latency in seconds, tiny model (paper, 7B on a GPU: 9.4 / 2.9 / 1.1 at batch 8, 16.2 / 5.6 / 1.5 at 16)"
+    )
     print("  batch   encoder   clustering   LLM (8 new tokens)   per question")
     for B in batches:
         images = [torch.from_numpy(scene.frames.color) for scene in scenes[:B]]
         with torch.no_grad():
             encoder = seconds(lambda images=images: [model.encode_images(x) for x in images])
             whole = seconds(lambda B=B: [model.compute_features(scene) for scene in scenes[:B]])
-        groups = [(scene, data.questions(scene, {"ground": 1.0}, 1, np.random.default_rng(0))) for scene in scenes[:B]]
+        groups = [
+            (scene, data.questions(scene, {"ground": 1.0}, 1, np.random.default_rng(0)))
+            for scene in scenes[:B]
+        ]
         batch = model.batch(groups)
         llm = seconds(lambda batch=batch: model.generate(batch, 8))
         print(f"  {B:5d} {encoder:9.3f} {whole - encoder:12.3f} {llm:20.3f} {(whole + llm) / B:14.3f}")
@@ -158,7 +167,8 @@ def bench_curves(little: bool) -> None:
     N, bits = 50_000, 10
     cells = torch.randint(0, 2**bits, (N, 3), generator=torch.Generator().manual_seed(0))
     slow, hilbert, morton = (
-        seconds(lambda keys=keys: keys(cells, bits)) for keys in (hilbert_by_bits, fase3d.hilbert, fase3d.morton)
+        seconds(lambda keys=keys: keys(cells, bits))
+        for keys in (hilbert_by_bits, fase3d.hilbert, fase3d.morton)
     )
     assert torch.equal(fase3d.hilbert(cells, bits), hilbert_by_bits(cells, bits))
     print(f"keys of {N:,} points, {bits} bits (goal: Hilbert <= 20 ms on one core): Hilbert {1000 * hilbert:.1f} ms, "
@@ -166,7 +176,9 @@ def bench_curves(little: bool) -> None:
 
     sizes = (500, 1000) if little else (12_500, 25_000, 50_000, 100_000, 200_000, 400_000)
     times = []
-    print("superpoint graph by window voting (goal: time ~ N^1.1 or less; faster than the KD-tree from 50,000 up)")
+    print(
+        "superpoint graph by window voting (goal: time ~ N^1.1 or less; faster than the KD-tree from 50,000 up)"
+    )
     print("   points   superpoints      graph   KD-tree, 8 neighbors   ratio")
     for N in sizes:
         scene = data.room(5, objects=40, views=0, points=N)
@@ -174,7 +186,9 @@ def bench_curves(little: bool) -> None:
         ours = seconds(lambda p=points, o=owner: superpoint_graph(p, o))
         tree = seconds(lambda p=points: data.knn(p, p, 9))  # the nearest is the point itself
         times.append((ours, tree))
-        print(f"  {N:7,d} {len(owner.unique()):13,d} {1000 * ours:7.0f} ms {1000 * tree:19.0f} ms {tree / ours:7.2f}")
+        print(
+            f"  {N:7,d} {len(owner.unique()):13,d} {1000 * ours:7.0f} ms {1000 * tree:19.0f} ms {tree / ours:7.2f}"
+        )
     power = np.polyfit(np.log(sizes), np.log(times), 1)[0]
     print(f"  fitted: graph ~ N^{power[0]:.2f}, KD-tree ~ N^{power[1]:.2f}")
 
@@ -203,7 +217,9 @@ def bench_graph(little: bool) -> None:
     for stride in (16, 4, 1):
         edges = superpoint_graph(points, owner, stride=stride)
         found[f"window voting, stride {stride}"] = set(map(tuple, edges.tolist()))
-    print(f"edges against the exact graph, 8 neighbors, the paper's stride 16; {len(points):,} points, {M} superpoints")
+    print(
+        f"edges against the exact graph, 8 neighbors, the paper's stride 16; {len(points):,} points, {M} superpoints"
+    )
     for name, edges in found.items():
         right = len(edges & exact)
         print(f"  {name:27s} precision {right / len(edges):.3f}   recall {right / len(exact):.3f}")
@@ -247,7 +263,9 @@ def bench_tokenizer(little: bool) -> None:
         "in the enhancer's place: self-attention": (attention, lambda: attention(S[None], S[None], S[None])),
         "in pooling's place: Q-Former": (former, lambda: former(S[seed], S)),
     }
-    print(f"tokenizer: {N:,} points, {M:,} superpoints, {len(seed)} tokens, width 2,048 (an FFT counts L log2 L)")
+    print(
+        f"tokenizer: {N:,} points, {M:,} superpoints, {len(seed)} tokens, width 2,048 (an FFT counts L log2 L)"
+    )
     whole = np.zeros(2)
     for name, (module, work) in rows.items():
         parameters = sum(p.numel() for p in module.parameters()) if module else 0
@@ -262,7 +280,9 @@ def bench_tokenizer(little: bool) -> None:
         print(f"  {name:40s} {parameters:12,d} parameters {multiply_adds / 1e6:9.1f} M multiply-adds "
               f"{1000 * seconds(work):9.1f} ms")  # fmt: skip
     torch.set_grad_enabled(True)
-    print(f"  all {whole[0] / 1e6:.2f} M parameters, {whole[1] / 1e9:.2f} G; the paper's count: 10.54 M, 2.04 G")
+    print(
+        f"  all {whole[0] / 1e6:.2f} M parameters, {whole[1] / 1e9:.2f} G; the paper's count: 10.54 M, 2.04 G"
+    )
 
 
 # ---- Spatial 3D-LLM
@@ -300,7 +320,9 @@ def bench_spatial3dllm(little: bool) -> None:
             seeds = model.encoder(cloud["f"], cloud["p"], cloud)
             modules = seconds(lambda m=model, s=seeds: m.referents(*s))
             model.configure_stage(replace(stage, tasks={"modle_distance": 1.0}))
-            batch = model.batch([(scene, data.questions(scene, model.stage.tasks, 1, np.random.default_rng(0)))])
+            batch = model.batch(
+                [(scene, data.questions(scene, model.stage.tasks, 1, np.random.default_rng(0)))]
+            )
             model.load_features(scene)
             answer = seconds(lambda m=model, b=batch: m.generate(b, 24)) - modules
         kept = modules + answer
@@ -358,7 +380,9 @@ def bench_segments(little: bool) -> None:
                 iou = best_iou(found, true)
                 scores[name] += [iou[i] for i in seen]
                 counts[name] += found.max()
-        print(f"{objects} objects of {len(seeds)} test rooms, {views} views of {size} x {size} pixels: IoU as points")
+        print(
+            f"{objects} objects of {len(seeds)} test rooms, {views} views of {size} x {size} pixels: IoU as points"
+        )
         for name, values in scores.items():
             x = np.array(values)
             print(f"  {name:27s} mean {x.mean():.3f}   > 0.25 {(x > 0.25).mean():.3f}   > 0.5 {(x > 0.5).mean():.3f}   "

@@ -84,7 +84,11 @@ def official_scores(folder: Path) -> dict:
            {"id": 3, "scene_name": "a", "question_type": "object_abs_distance", "question": "How far?",
             "ground_truth": "2.0", "options": None, "dataset": "scannet"}]  # fmt: skip
     bench = text("vsi.jsonl", "\n".join(map(json.dumps, vsi)))
-    said = [{"id": 1, "prediction": "5"}, {"id": 2, "prediction": "A. left"}, {"id": 3, "prediction": "about 2.3 m"}]
+    said = [
+        {"id": 1, "prediction": "5"},
+        {"id": 2, "prediction": "A. left"},
+        {"id": 3, "prediction": "about 2.3 m"},
+    ]
     answered = text("vsi_answers.jsonl", "\n".join(map(json.dumps, said)))
     found = {}
     for name, questions, answers in (("scanqa", scanqa, lines), ("vsibench", bench, answered)):
@@ -100,7 +104,9 @@ def official_scores(folder: Path) -> dict:
     return found
 
 
-def measure(words: list[str], models: list[str] | tuple[str, ...] = tuple(BATCH), official: bool = True) -> dict:
+def measure(
+    words: list[str], models: list[str] | tuple[str, ...] = tuple(BATCH), official: bool = True
+) -> dict:
     """All golden numbers of the code beside this folder, with a pinned vocabulary."""
     import data
 

@@ -40,7 +40,10 @@ def save_tokenizer(folder, chat=CHAT, special=("<|vision_start|>", "<|vision_end
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     model = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
-    model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    model.pre_tokenizer, model.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     chosen = {"pad_token": pad} if pad else {}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<|im_end|>", **chosen,
                                         additional_special_tokens=["<|im_start|>", *special])  # fmt: skip

@@ -42,8 +42,12 @@ class Shapes:
 
     def check(self, line, shape, true, ints):
         """What is wrong with a tensor of sizes `true` under "[R, W, L/2 + 1]", or None. ints: the function's own."""
-        self.size = {k: v for k, v in self.size.items() if self.bound_at.get(k) != line}  # again: a loop's next round
-        parts = [re.sub(r"(\d)([A-Za-z])", r"\1*\2", p.strip()).replace("/", "//") for p in shape[1:-1].split(",")]
+        self.size = {
+            k: v for k, v in self.size.items() if self.bound_at.get(k) != line
+        }  # again: a loop's next round
+        parts = [
+            re.sub(r"(\d)([A-Za-z])", r"\1*\2", p.strip()).replace("/", "//") for p in shape[1:-1].split(",")
+        ]
         if parts[0] == "...":
             parts = [str(n) for n in true[: len(true) - len(parts) + 1]] + parts[1:]
         if len(parts) != len(true):
@@ -54,7 +58,11 @@ class Shapes:
         all_ = {**ints, **self.size}
         sizes = [eval(p, {"__builtins__": {}}, all_) for p in parts]
         letters = [k for k in all_ if re.search(rf"\b{k}\b", shape)]
-        same = [p for p in itertools.combinations(letters, 2) if all_[p[0]] == all_[p[1]] and {*p} not in self.alike]
+        same = [
+            p
+            for p in itertools.combinations(letters, 2)
+            if all_[p[0]] == all_[p[1]] and {*p} not in self.alike
+        ]
         return f"{shape} but {true} {same or ''}" if sizes != list(true) or same else None
 
 
@@ -98,4 +106,7 @@ def wrong_shapes(module, run, alike=(), known=lambda function: {}):
     finally:
         sys.settrace(None)
     missed = {last for rows in comments.values() for _, last, _, _ in rows} - seen
-    return [*wrong, *(f"{module.__name__}.py:{last}: no call reached this comment" for last in sorted(missed))]
+    return [
+        *wrong,
+        *(f"{module.__name__}.py:{last}: no call reached this comment" for last in sorted(missed)),
+    ]

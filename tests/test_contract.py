@@ -263,6 +263,9 @@ def test_things_of_unknown_category_or_color_pass_every_stage(name, unknown, sce
 @pytest.mark.parametrize("name", PAPERS)
 def test_unknown_inputs_and_parts_of_a_stage_are_refused_with_the_known_ones(name):
     model = make(name)
-    for wrong in (data.Stage("x", {}, ("lm",), "nothing"), data.Stage("x", {}, ("bev",), model.scene_inputs[0])):
+    for wrong in (
+        data.Stage("x", {}, ("lm",), "nothing"),
+        data.Stage("x", {}, ("bev",), model.scene_inputs[0]),
+    ):
         with pytest.raises(ValueError, match=r"^stage x: scene_input is one of .*, trains of .*lm"):
             model.configure_stage(wrong)

@@ -32,9 +32,7 @@ from fase3d import (
 )
 
 TOKENIZER = dict(points=608, dim=24, hidden=20, heads=4, window=16, tokens=14)
-SMALL = dict(
-    TOKENIZER, prompt_neighbors=5, rank=4, alpha=4, filter_heads=8, adapted_layers=2
-)
+SMALL = dict(TOKENIZER, prompt_neighbors=5, rank=4, alpha=4, filter_heads=8, adapted_layers=2)
 TINY = dict(SMALL, reader=(32, 3, 2, 48), no_color=0.0)
 TOKENS = Stage("tokens", {"count": 1}, fase3d.PARTS, "tokens")
 MIX = {"count": 2, "id_category": 2, "id_color": 1, "caption": 1, "what": 1}
@@ -63,10 +61,7 @@ def scenes():
     """Three rooms with different numbers of objects and superpoints, mirrored or not."""
     rng = np.random.default_rng(0)
     sizes = {0: 9, 1: 12, 4: 7}
-    found = [
-        augment(room(s, objects=n, views=0, points=700), rng)
-        for s, n in sizes.items()
-    ]
+    found = [augment(room(s, objects=n, views=0, points=700), rng) for s, n in sizes.items()]
     return found
 
 
@@ -108,9 +103,7 @@ def hubs(tmp_path_factory, text):
 
 def load(folder, text, **changes):
     torch.manual_seed(0)
-    model = Model(
-        Config(**{"llm": folder, "dtype": "float32", **SMALL, **changes}), text
-    )
+    model = Model(Config(**{"llm": folder, "dtype": "float32", **SMALL, **changes}), text)
     model.configure_stage(TOKENS)
     return model.eval()
 
@@ -133,13 +126,9 @@ def wake(model):
 def test_the_fourier_code_equals_its_formula():
     """sin of all phases, then cos: phase 100 x / 1000^(i / F), axis by axis."""
     x = torch.rand(2, 3)
-    for row, code in zip(
-        x.tolist(), fase3d.fourier_code(x, 24).tolist(), strict=True
-    ):
+    for row, code in zip(x.tolist(), fase3d.fourier_code(x, 24).tolist(), strict=True):
         phase = [100 * c / 1000 ** (i / 4) for c in row for i in range(4)]
-        assert code == pytest.approx(
-            [*map(math.sin, phase), *map(math.cos, phase)], abs=2e-5
-        )
+        assert code == pytest.approx([*map(math.sin, phase), *map(math.cos, phase)], abs=2e-5)
 
 
 def test_superpoint_features_equal_equation_1_point_by_point():
@@ -148,9 +137,7 @@ def test_superpoint_features_equal_equation_1_point_by_point():
     initial = fase3d.Initial(channels=6, hidden=10, dim=12)
     f, p, owner = torch.randn(50, 6), torch.rand(50, 3), torch.arange(50) * 5 % 7
     S = initial(f, p, owner)
-    x = initial.out(initial.lift(f)) + fase3d.fourier_code(
-        p, 12
-    )  # [N, d] of every point
+    x = initial.out(initial.lift(f)) + fase3d.fourier_code(p, 12)  # [N, d] of every point
     for m in range(7):
         own = torch.stack([x[n] for n in range(50) if owner[n] == m])
         assert torch.allclose(S[m], own.mean(0), atol=1e-5)
@@ -208,9 +195,7 @@ def hilbert_slowly(cell, bits):
 @pytest.mark.parametrize("bits", [1, 4, 10, 16])
 def test_keys_equal_the_paper_and_skillings_loops(bits):
     """Morton: sum_j x_j 2^(3j) + y_j 2^(3j+1) + z_j 2^(3j+2)."""
-    grid = torch.randint(
-        0, 2**bits, (200, 3), generator=torch.Generator().manual_seed(0)
-    )
+    grid = torch.randint(0, 2**bits, (200, 3), generator=torch.Generator().manual_seed(0))
     grid = torch.cat([grid, full_grid(1) * (2**bits - 1)])  # corners too
     morton, hilbert = fase3d.morton(grid, bits), fase3d.hilbert(grid, bits)
     for cell, m, h in zip(grid.tolist(), morton, hilbert, strict=True):
@@ -221,9 +206,7 @@ def test_keys_equal_the_paper_and_skillings_loops(bits):
 
 def test_quantization_equals_equation_6():
     """floor((2^b - 1)(c - min) / (max - min)); an axis without extent is 0."""
-    points = torch.tensor(
-        [[0.0, 2.0, -1.0], [1.0, 2.0, 0.0], [0.5, 2.0, 1.0], [0.26, 2.0, 0.99]]
-    )
+    points = torch.tensor([[0.0, 2.0, -1.0], [1.0, 2.0, 0.0], [0.5, 2.0, 1.0], [0.26, 2.0, 0.99]])
     cells = [[0, 0, 0], [3, 0, 1], [1, 0, 3], [0, 0, 2]]
     assert fase3d.quantize(points, 2).tolist() == cells
     assert fase3d.quantize(points[:1], 10).tolist() == [[0, 0, 0]]
@@ -233,9 +216,7 @@ def test_quantization_equals_equation_6():
 def test_every_curve_is_the_plain_one_of_permuted_axes(name):
     """Transposed: x and y change places. Vertical: z comes in front. Ties are ordered by place."""
     points = torch.rand(300, 3)
-    axes = {"transposed": [1, 0, 2], "vertical": [2, 0, 1]}.get(
-        name.split()[0], [0, 1, 2]
-    )
+    axes = {"transposed": [1, 0, 2], "vertical": [2, 0, 1]}.get(name.split()[0], [0, 1, 2])
     order = fase3d.curve_order(points, name, 10)
     plain = fase3d.curve_order(points[:, axes], name.split()[-1], 10)
     assert torch.equal(order, plain)
@@ -247,9 +228,7 @@ def test_every_curve_is_the_plain_one_of_permuted_axes(name):
     # whatever the order of the input, also within one cell
     shuffled = torch.randperm(300)
     again = fase3d.curve_order(points[shuffled], name, 2)
-    assert torch.equal(
-        points[shuffled][again], points[fase3d.curve_order(points, name, 2)]
-    )
+    assert torch.equal(points[shuffled][again], points[fase3d.curve_order(points, name, 2)])
 
 
 # ---- 3 FFT context enhancer ----------------------------------------------------------------------
@@ -271,16 +250,11 @@ def windowed_filter_slowly(x, gate):
             spectrum = []
             for k in range(L):
                 wave = sum(u[t] * cmath.exp(-2j * math.pi * k * t / L) for t in here)
-                spectrum.append(
-                    wave * G[min(k, L - k)]
-                )  # a real signal's spectrum is symmetric
+                spectrum.append(wave * G[min(k, L - k)])  # a real signal's spectrum is symmetric
 
             # and comes back, times Hann again
             for t in here:
-                waves = [
-                    b * cmath.exp(2j * math.pi * k * t / L)
-                    for k, b in enumerate(spectrum)
-                ]
+                waves = [b * cmath.exp(2j * math.pi * k * t / L) for k, b in enumerate(spectrum)]
                 y = sum(waves).real / L
                 out[start + t, c] += (y + mean * G[0] * hann[t]) * hann[t]
 
@@ -297,10 +271,7 @@ def test_the_windowed_filter_equals_a_loop_over_windows_and_frequencies(M):
     x, gate = torch.randn(2, M, 6, generator=g), torch.rand(3, 5, generator=g)
     out = fase3d.windowed_filter(x, gate)
     for row, own in zip(x.double().numpy(), out.numpy(), strict=True):
-        assert (
-            np.abs(own - windowed_filter_slowly(row, gate.double().tolist())).max()
-            < 2e-6
-        )
+        assert np.abs(own - windowed_filter_slowly(row, gate.double().tolist())).max() < 2e-6
 
 
 @pytest.mark.parametrize("M", [1, 7, 8, 9, 16, 130, 300])
@@ -310,9 +281,7 @@ def test_with_gate_one_the_enhancer_doubles_its_input_at_both_ends_too(M, L):
     g = torch.Generator().manual_seed(M)
     S = torch.rand(M, 12, generator=g) * 2 - 1
     orders = torch.stack([torch.randperm(M, generator=g) for _ in range(4)])
-    assert (
-        fase3d.enhance(S, orders, torch.ones(3, L // 2 + 1)) - 2 * S
-    ).abs().max() <= 1e-6
+    assert (fase3d.enhance(S, orders, torch.ones(3, L // 2 + 1)) - 2 * S).abs().max() <= 1e-6
 
 
 def test_the_enhancer_is_the_mean_over_curves_each_put_back_in_place():
@@ -366,9 +335,7 @@ def vote_slowly(points, superpoints, curves, window, stride):
     for name in curves:
         line = superpoints[fase3d.curve_order(points, name, 16)].tolist()
         for at in range(0, len(line), stride):
-            for other in range(
-                max(0, at - window // 2), min(len(line), at + window // 2 + 1)
-            ):
+            for other in range(max(0, at - window // 2), min(len(line), at + window // 2 + 1)):
                 if line[at] != line[other]:
                     votes[line[at], line[other]] += 1
     return dict(votes)
@@ -405,10 +372,7 @@ def test_the_edges_kept_are_the_nearest_then_most_voted_and_symmetric():
             most = max(kept[a, b], kept.get((b, a), 0))
             expected |= {(a, b): most, (b, a): most}
         edges, most = fase3d.nearest_edges(pairs, votes, centers, k)
-        assert (
-            dict(zip(map(tuple, edges.tolist()), most.tolist(), strict=True))
-            == expected
-        )
+        assert dict(zip(map(tuple, edges.tolist()), most.tolist(), strict=True)) == expected
 
 
 # ---- 5 token merging -----------------------------------------------------------------------------
@@ -429,9 +393,7 @@ def test_seeds_of_a_line_by_hand():
     # points every few centimeters around 0, 10, 20 ... meters
     sizes = torch.tensor([4, 4, 9, 4, 4, 4, 4])
     owner = torch.arange(7).repeat_interleave(sizes)
-    along = torch.cat(
-        [10.0 * m + torch.arange(n) / n for m, n in enumerate(sizes.tolist())]
-    )
+    along = torch.cat([10.0 * m + torch.arange(n) / n for m, n in enumerate(sizes.tolist())])
     points = torch.stack([along, along * 0, along * 0], 1)
 
     # what farthest points alone would give
@@ -441,10 +403,7 @@ def test_seeds_of_a_line_by_hand():
 
     # seeds are the same, in the same order
     for count in (3, 5, 6):
-        assert (
-            fase3d.choose_seeds(points, owner, chain(7), count)[0].tolist()
-            == drawn[:count]
-        )
+        assert fase3d.choose_seeds(points, owner, chain(7), count)[0].tolist() == drawn[:count]
 
 
 def test_free_places_go_to_what_no_seed_covers_and_the_largest_first():
@@ -465,9 +424,7 @@ def test_free_places_go_to_what_no_seed_covers_and_the_largest_first():
     # the wall's second and third give way
     seeds, places = fase3d.choose_seeds(points, owner, chain(6), 4)
     assert seeds.tolist() == [*drawn[:2], 3, 1]
-    assert places[3].tolist() == points[32].tolist(), (
-        "the point nearest the middle of 1"
-    )
+    assert places[3].tolist() == points[32].tolist(), "the point nearest the middle of 1"
 
 
 @pytest.mark.parametrize("count", [1, 6, 20, 500])
@@ -510,10 +467,7 @@ def test_pooled_tokens_equal_the_formula_written_as_a_loop():
         # the seed, then its neighbors one by one
         total, weights = S[s].clone(), 1.0
         for e in (token == t).nonzero()[:, 0]:
-            w = (
-                max(0.0, float(F.cosine_similarity(S[s], S[member[e]], dim=0)))
-                * strength[e]
-            )
+            w = max(0.0, float(F.cosine_similarity(S[s], S[member[e]], dim=0))) * strength[e]
             total, weights = total + w * S[member[e]], weights + w
         assert torch.allclose(z[t], total / weights, atol=1e-5)
     assert torch.equal(z[1], S[12])
@@ -527,9 +481,7 @@ def test_tokens_enter_at_the_size_of_the_word_vectors(text, scenes, hubs):
     """Merged tokens and places alike; tokens a hundred times smaller are not found by attention."""
     for model in (make(text), load(hubs["opt"], text)):
         words = rms(model.llm.get_input_embeddings().weight)
-        assert rms(model.scene_tokens(scenes[0])["tokens"]) == pytest.approx(
-            words, rel=0.02
-        )
+        assert rms(model.scene_tokens(scenes[0])["tokens"]) == pytest.approx(words, rel=0.02)
         places = model.place(data.fourier_waves(torch.rand(500, 3) * 5))
         assert rms(places) == pytest.approx(words, rel=0.2)
 
@@ -549,9 +501,7 @@ def test_the_coordinate_token_equals_a_loop_over_its_neighbors(k):
     # one click at a time
     for own, out in zip(c, token(c, box, z, places, k), strict=True):
         near = (places - own).norm(dim=1).argsort()[:k].tolist()
-        around = [
-            z[t] + fase3d.fourier_code((places[t] - own) / size, 12) for t in near
-        ]
+        around = [z[t] + fase3d.fourier_code((places[t] - own) / size, 12) for t in near]
         here = fase3d.fourier_code((own - box[0]) / size, 12)
         expected = token.mlp(torch.cat([here, torch.stack(around).mean(0)]))
         assert torch.allclose(out, expected, atol=1e-4)
@@ -583,16 +533,11 @@ def test_the_filter_equals_a_dense_circulant_matrix_and_the_complex_fft():
 
     # head by head, a kernel from its gains
     for h, G in enumerate(gain.tolist()):
-        waves = [
-            [g * cmath.exp(2j * math.pi * k * t / w) for k, g in enumerate(G)]
-            for t in range(w)
-        ]
+        waves = [[g * cmath.exp(2j * math.pi * k * t / w) for k, g in enumerate(G)] for t in range(w)]
         kernel = [sum(wave).real / w for wave in waves]
         K = torch.tensor([[kernel[(i - j) % w] for j in range(w)] for i in range(w)])
         x = z[:, h * w : (h + 1) * w]
-        assert torch.allclose(
-            out[:, h * w : (h + 1) * w], (x + x @ K.T) / 2, atol=1e-5
-        )
+        assert torch.allclose(out[:, h * w : (h + 1) * w], (x + x @ K.T) / 2, atol=1e-5)
 
     # half of a spectrum is enough
     x = z.view(5, 3, 8)
@@ -649,9 +594,7 @@ def hidden(model, x, vision):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("adapters", ADAPTERS)
-def test_at_start_adapters_change_nothing_and_the_filter_rounds(
-    hubs, text, family, adapters
-):
+def test_at_start_adapters_change_nothing_and_the_filter_rounds(hubs, text, family, adapters):
     """B = 0 and G = 1: the frozen model answers as anybody loads it."""
     from transformers import AutoModelForCausalLM
 
@@ -680,9 +623,7 @@ def test_an_adapter_moves_the_paths_of_its_own_tokens_only(hubs, text, family, k
 
     # every token's output of the first map, with B and with -B
     seen = []
-    hook = layers[0].register_forward_hook(
-        lambda layer, given, out: seen.append(out.view(2, 11, -1))
-    )
+    hook = layers[0].register_forward_hook(lambda layer, given, out: seen.append(out.view(2, 11, -1)))
     before = hidden(model, x, vision)
     for layer in layers:
         layer.lora[kind][1].weight.data.mul_(-1)
@@ -714,9 +655,7 @@ def test_the_filter_acts_on_the_tokens_it_is_for(hubs, text, family, where):
 
 @pytest.mark.parametrize("adapters", ["vision", "shared", "decoupled"])
 @pytest.mark.parametrize("where", ["vision", "both"])
-def test_whatever_trains_gets_a_gradient_where_every_layer_is_adapted(
-    text, scenes, adapters, where
-):
+def test_whatever_trains_gets_a_gradient_where_every_layer_is_adapted(text, scenes, adapters, where):
     """Nothing reads vision tokens behind the last layer: what would serve them alone is not there."""
     model = wake(make(text, adapted_layers=3, adapters=adapters, filter=where))
     out = model(model.batch(with_questions(scenes)))
@@ -730,9 +669,7 @@ def test_whatever_trains_gets_a_gradient_where_every_layer_is_adapted(
 def test_a_language_model_with_another_ffn_is_refused(hubs, text, monkeypatch):
     """In one line that names the linear maps that are known."""
     monkeypatch.setattr(fase3d, "FFN", {"w1", "w2"})
-    with pytest.raises(
-        DataError, match=r"^LlamaForCausalLM: its FFN has none of w1, w2$"
-    ):
+    with pytest.raises(DataError, match=r"^LlamaForCausalLM: its FFN has none of w1, w2$"):
         load(hubs["llama"], text)
 
 
@@ -777,26 +714,17 @@ def shuffled(scene, seed):
     names = rng.permutation(1000)[: scene.superpoints.max() + 1]
 
     # every array moves along, superpoints under new names
-    arrays = {
-        key: getattr(scene, key)[order]
-        for key in ("points", "colors", "normals", "instances")
-    }
+    arrays = {key: getattr(scene, key)[order] for key in ("points", "colors", "normals", "instances")}
     superpoints = names[scene.superpoints[order]]
-    return replace(
-        scene, name=f"{scene.name} {seed}", superpoints=superpoints, **arrays
-    )
+    return replace(scene, name=f"{scene.name} {seed}", superpoints=superpoints, **arrays)
 
 
 SWITCHES = [{}, dict(points=300), dict(superpoint=False, points=300), dict(curves=6)]
 
 
-@pytest.mark.parametrize(
-    "change", SWITCHES + [dict(selector=s) for s in SELECTORS], ids=str
-)
+@pytest.mark.parametrize("change", SWITCHES + [dict(selector=s) for s in SELECTORS], ids=str)
 @torch.no_grad()
-def test_the_order_of_points_and_the_names_of_superpoints_change_no_token(
-    text, scenes, change
-):
+def test_the_order_of_points_and_the_names_of_superpoints_change_no_token(text, scenes, change):
     """By more than 1e-5, coordinate tokens included; also where only some points are drawn."""
     model = make(text, **change).eval()
     for scene, samples in with_questions(scenes[:2], 4, {"id_category": 1}):
@@ -832,14 +760,10 @@ def test_a_turned_scene_keeps_the_geometry_of_the_unturned_one(text):
 def test_tokens_lie_along_a_hilbert_curve(text, scenes):
     """The language model's positions are an order; near tokens should be near in it."""
     place = make(text).load_features(scenes[0])["place"]
-    assert torch.equal(
-        fase3d.curve_order(place, "hilbert", 10), torch.arange(len(place))
-    )
+    assert torch.equal(fase3d.curve_order(place, "hilbert", 10), torch.arange(len(place)))
 
 
-def test_what_a_seed_shows_is_the_most_frequent_object_on_its_superpoint(
-    text, scenes
-):
+def test_what_a_seed_shows_is_the_most_frequent_object_on_its_superpoint(text, scenes):
     """The truth of the tokenizer's own stage."""
     found = {k: v.numpy() for k, v in make(text).load_features(scenes[0]).items()}
     instances = scenes[0].instances[found["index"]]
@@ -849,20 +773,14 @@ def test_what_a_seed_shows_is_the_most_frequent_object_on_its_superpoint(
 
 
 @pytest.mark.parametrize("unknown", ["category", "color"])
-@pytest.mark.parametrize(
-    "stage", fase3d.recipe(Config.tiny(), STAGES["tiny"]), ids=lambda s: s.name
-)
-def test_things_of_unknown_category_or_color_pass_every_stage(
-    text, scenes, unknown, stage
-):
+@pytest.mark.parametrize("stage", fase3d.recipe(Config.tiny(), STAGES["tiny"]), ids=lambda s: s.name)
+def test_things_of_unknown_category_or_color_pass_every_stage(text, scenes, unknown, stage):
     """A real scene has segments without categories, a scan without colors things without colors."""
     objects = [replace(o, **{unknown: ""}) for o in scenes[0].objects]
     scene = replace(scenes[0], name="bare", objects=objects)
     model = make(text, stage)
     model.cache_features([scene])
-    (group,) = (
-        with_questions([scene], 4, stage.tasks) if stage.tasks else [(scene, [])]
-    )
+    (group,) = with_questions([scene], 4, stage.tasks) if stage.tasks else [(scene, [])]
     assert torch.isfinite(model(model.batch([group]))["loss"])
 
 
@@ -873,20 +791,14 @@ def test_one_superpoint_is_a_scene(text):
         points = np.random.default_rng(0).random((n, 3)).astype(np.float32)
 
         # a gray scene of n points and no objects
-        arrays = dict(
-            colors=np.zeros((n, 3), np.uint8), normals=np.zeros((n, 3), np.float32)
-        )
-        scene = data.Scene(
-            "wall", "ply", [], points=points, superpoints=np.zeros(n, int), **arrays
-        )
+        arrays = dict(colors=np.zeros((n, 3), np.uint8), normals=np.zeros((n, 3), np.float32))
+        scene = data.Scene("wall", "ply", [], points=points, superpoints=np.zeros(n, int), **arrays)
 
         # everything works on one token
         model = make(text).eval()
         assert model.encode([scene])["tokens"].shape == (1, 1, 32)
         assert len(model.propose(scene).objects) == 1
-        sample = data.Sample(
-            "q", "wall", "count", "what is the number of doors?", "0"
-        )
+        sample = data.Sample("q", "wall", "count", "what is the number of doors?", "0")
         assert len(model.generate(model.batch([(scene, [sample])]), 2)) == 1
 
 
@@ -908,9 +820,7 @@ def test_one_superpoint_is_a_scene(text):
         ),
     ],
 )
-def test_a_scene_that_lacks_something_says_so_in_one_line(
-    text, scenes, missing, message
-):
+def test_a_scene_that_lacks_something_says_so_in_one_line(text, scenes, missing, message):
     """Which it lacks, and what to do."""
     bare = replace(scenes[0], name="scan7", **{missing: None})
     with pytest.raises(DataError, match=rf"^scan7: {message}[^\n]*$"):
@@ -922,9 +832,7 @@ def test_what_a_model_does_not_look_at_may_be_missing(text, scenes):
     """Color, normals and superpoints can be switched off."""
     bare = replace(scenes[0], name="bare", colors=None, superpoints=None)
     model = make(text, color=False, superpoint=False).eval()
-    assert torch.equal(
-        model.encode(scenes[:1])["tokens"], model.encode([bare])["tokens"]
-    )
+    assert torch.equal(model.encode(scenes[:1])["tokens"], model.encode([bare])["tokens"])
     gray = make(text, normals=False, superpoint=False, no_color=0.1).eval()
     assert torch.isfinite(gray.encode([replace(bare, normals=None)])["tokens"]).all()
 
@@ -943,9 +851,7 @@ def test_a_model_that_saw_colorless_scenes_answers_about_one(text, scenes):
 
     # without training nothing is hidden
     lit = model.eval().point_features(dark, index).numpy()
-    assert np.allclose(
-        lit, np.c_[dark.colors[:50] / 127.5 - 1, dark.normals[:50]], atol=1e-6
-    )
+    assert np.allclose(lit, np.c_[dark.colors[:50] / 127.5 - 1, dark.normals[:50]], atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -960,9 +866,7 @@ def test_a_model_that_saw_colorless_scenes_answers_about_one(text, scenes):
     ],
     ids=str,
 )
-def test_settings_that_do_not_exist_are_refused_with_the_known_ones(
-    text, change, message
-):
+def test_settings_that_do_not_exist_are_refused_with_the_known_ones(text, change, message):
     """In one line."""
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         make(text, **change)
@@ -978,9 +882,7 @@ def test_answers_depend_on_the_scene_and_on_the_click(text, scenes):
     a, b = (o.box for o in scenes[0].objects[:2])
     losses = []
     for scene, prompt in ((0, a), (0, a[:3]), (0, b), (1, a)):
-        sample = data.Sample(
-            "q", "s", "id_category", "what is this?", "chair", prompt=prompt
-        )
+        sample = data.Sample("q", "s", "id_category", "what is this?", "chair", prompt=prompt)
         losses.append(float(model(model.batch([(scenes[scene], [sample])]))["loss"]))
     assert losses[0] == losses[1]
     assert len(set(losses)) == 3
@@ -990,16 +892,12 @@ def test_a_marked_object_is_asked_about_by_a_click_or_its_box(text, scenes):
     """In training half of the time a click on one of its points; else its box. One per question."""
     model, scene = make(text), scenes[0]
     thing = scene.objects[2]
-    sample = data.Sample(
-        "q", scene.name, "id_category", f"what is <obj {thing.id}>?", ""
-    )
+    sample = data.Sample("q", scene.name, "id_category", f"what is <obj {thing.id}>?", "")
 
     # forty draws
     prompts = []
     for seed in range(40):
-        prompts.append(
-            model.add_prompt(scene, sample, np.random.default_rng(seed)).prompt
-        )
+        prompts.append(model.add_prompt(scene, sample, np.random.default_rng(seed)).prompt)
 
     # many clicks, all on the object; else the box
     clicks = [p for p in prompts if len(p) == 3]
@@ -1013,9 +911,7 @@ def test_a_marked_object_is_asked_about_by_a_click_or_its_box(text, scenes):
 
     # two objects would be one too many
     both = replace(sample, question="is <obj 1> above <obj 2>?")
-    with pytest.raises(
-        DataError, match=r"points at two things; Fase3D has one coordinate token"
-    ):
+    with pytest.raises(DataError, match=r"points at two things; Fase3D has one coordinate token"):
         model.batch([(scene, [both])])
 
 
@@ -1040,9 +936,7 @@ def test_every_alternative_trains(text, scenes, change):
     """Tables 3, 4, A, C, E and the switches of points: whatever trains gets a gradient."""
     model = wake(make(text, **change))
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    assert any(n.startswith("llm.model.embed") for n in trained) == (
-        change == {"adapters": "full"}
-    )
+    assert any(n.startswith("llm.model.embed") for n in trained) == (change == {"adapters": "full"})
     model(model.batch(with_questions(scenes)))["loss"].backward()
     assert not [n for n, p in trained.items() if p.grad is None or not p.grad.any()]
 
@@ -1053,9 +947,7 @@ def test_a_switch_changes_the_tokens_if_it_is_about_them(text, scenes, change):
     """Or an ablation would compare a model with itself."""
     a, b = make(text).eval(), make(text, **change).eval()
     weights = a.state_dict()
-    b.load_state_dict(
-        {name: weights.get(name, w) for name, w in b.state_dict().items()}
-    )
+    b.load_state_dict({name: weights.get(name, w) for name, w in b.state_dict().items()})
     x, y = a.encode(scenes)["tokens"], b.encode(scenes)["tokens"]
     about_them = not {"adapters", "filter", "adapted_layers"} & set(change)
     assert torch.equal(x, y) != about_them
@@ -1077,9 +969,7 @@ def test_farthest_seeds_lie_apart_and_are_not_merged(text, scenes):
     assert not len(found["token"])
     assert len(found["edges"])
     S, _ = model.superpoints(scenes[0])
-    assert torch.equal(
-        model.scene_tokens(scenes[0])["z"], model.merger(S[found["seed"]])[0]
-    )
+    assert torch.equal(model.scene_tokens(scenes[0])["z"], model.merger(S[found["seed"]])[0])
 
 
 @torch.no_grad()
@@ -1108,9 +998,7 @@ def test_the_papers_recipe():
     for preset, task, pretrain in switches:
         config = getattr(Config, preset)(task=task, pretrain=pretrain)
         stages = fase3d.recipe(config, STAGES[preset])
-        names = [
-            s.name for s in STAGES[preset] if pretrain or s.name != "1 generalist"
-        ]
+        names = [s.name for s in STAGES[preset] if pretrain or s.name != "1 generalist"]
         assert [s.name for s in stages] == names
         assert stages[-1].tasks == TUNED[task][0]
         assert list(stages[-1].files) == TUNED[task][1]
@@ -1123,9 +1011,7 @@ def test_the_papers_recipe():
 
 def cliques(sizes):
     """A graph of separate cliques with interleaved names."""
-    owner = np.random.default_rng(0).permutation(
-        np.repeat(np.arange(len(sizes)), sizes)
-    )
+    owner = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
     every = itertools.permutations(range(len(owner)), 2)
     edges = np.array([(a, b) for a, b in every if owner[a] == owner[b]])
     return owner, edges, np.ones(len(edges))
@@ -1146,9 +1032,7 @@ def test_spectral_clusters_cut_where_the_weights_are_small():
     owner, edges, weight = cliques([8, 8])
 
     # one edge of little weight
-    bridge = np.array(
-        [[np.flatnonzero(owner == 0)[0], np.flatnonzero(owner == 1)[0]]]
-    )
+    bridge = np.array([[np.flatnonzero(owner == 0)[0], np.flatnonzero(owner == 1)[0]]])
     edges = np.concatenate([edges, bridge, bridge[:, ::-1]])
     label = fase3d.spectral_clusters(edges, np.append(weight, [0.05, 0.05]), 16, 2)
     assert len(set(zip(owner, label, strict=True))) == 2
@@ -1157,9 +1041,7 @@ def test_spectral_clusters_cut_where_the_weights_are_small():
 
 
 @pytest.mark.parametrize("count", [48, 6])
-def test_proposals_are_clusters_of_superpoints_with_the_extent_of_their_points(
-    text, scenes, count
-):
+def test_proposals_are_clusters_of_superpoints_with_the_extent_of_their_points(text, scenes, count):
     """At most 48, with a color but no category, every drawn point in one; the same when asked again."""
     model, scene = make(text).eval(), scenes[0]
     found = model.propose(scene, count)
@@ -1187,6 +1069,4 @@ def test_pictures_show_clouds_curves_and_graphs(text, scenes, tmp_path):
     paths = make(text).pictures(scenes[:1], tmp_path)
     names = [f"{scenes[0].name}{what}.png" for what in ("", "_curves", "_graph")]
     assert [p.name for p in paths] == names
-    assert all(
-        len(Image.open(p).convert("RGB").getcolors(1 << 24)) > 1000 for p in paths
-    )
+    assert all(len(Image.open(p).convert("RGB").getcolors(1 << 24)) > 1000 for p in paths)

@@ -49,7 +49,9 @@ def test_a_token_is_the_words_of_a_thing_and_where_it_is(text, scenes):
     for scene, tokens, valid in zip(scenes, seen["tokens"], seen["valid"], strict=True):
         shown = [o for o, _ in model.shown(scene)]
         assert len(shown) == int(valid.sum()) == model.scene_length(scene) == len(scene.objects)
-        gaps = [[np.abs(o.box[:3] - p.box[:3]).sum() for p in shown[k + 1 :]] for k, o in enumerate(shown[:-1])]
+        gaps = [
+            [np.abs(o.box[:3] - p.box[:3]).sum() for p in shown[k + 1 :]] for k, o in enumerate(shown[:-1])
+        ]
         assert all(own[0] == min(own) for own in gaps)
         for o, token in zip(shown, tokens, strict=False):
             words = [text.encode(o.category)[0], text.encode(o.color)[0]]
@@ -191,7 +193,11 @@ def test_papers_on_other_scenes_know_their_words(text, scenes):
 def test_half_of_the_rooms_it_reads_hold_things_of_the_scenes_at_hand(scenes):
     """A frozen language model must have read the names that its scenes use; rooms alone keep theirs."""
     args = train.parse_args(["--model", "fase3d", "--workers", "0"])
-    strange = [replace(scenes[0], objects=[replace(o, category=f"otter {k}") for k, o in enumerate(scenes[0].objects)])]
+    strange = [
+        replace(
+            scenes[0], objects=[replace(o, category=f"otter {k}") for k, o in enumerate(scenes[0].objects)]
+        )
+    ]
     for given, share in ((scenes, 0.0), (strange, 0.5)):
         rooms = train.rooms_to_read(args, 20, given)
         read = [{o.category.split()[0] for o in room.objects} == {"otter"} for room in rooms]

@@ -15,7 +15,16 @@ from bench import best_iou
 from scipy.spatial import Delaunay
 
 import data
-from data import DataError, merge_tracks, over_segment, room, sam2_masks, unproject, with_own_segments, with_tracks
+from data import (
+    DataError,
+    merge_tracks,
+    over_segment,
+    room,
+    sam2_masks,
+    unproject,
+    with_own_segments,
+    with_tracks,
+)
 
 
 def points_of(frames):
@@ -188,7 +197,9 @@ def test_the_surer_track_gets_the_pixel():
 
     left, right = np.zeros((2, 4, 4), bool)
     left[:, :2], right[:3, 2:] = True, True
-    tracks = sam2_masks(np.zeros((2, 4, 4, 3), np.uint8), Squares(np.ones((2, 4, 4), int)), lambda image: [right, left])
+    tracks = sam2_masks(
+        np.zeros((2, 4, 4, 3), np.uint8), Squares(np.ones((2, 4, 4), int)), lambda image: [right, left]
+    )
     assert tracks.tolist() == [[[1, 1, 1, 2]] * 4] * 2
 
 
@@ -268,7 +279,9 @@ def test_a_room_of_true_tracks_is_that_room_and_tracked_walls_are_no_objects(fur
 
 
 def test_tracks_of_other_frames_are_refused_in_one_line(furnished):
-    with pytest.raises(DataError, match=r"room900000: tracks are \(2, 4, 4\), frames \(12, 64, 64\); make the tracks"):
+    with pytest.raises(
+        DataError, match=r"room900000: tracks are \(2, 4, 4\), frames \(12, 64, 64\); make the tracks"
+    ):
         with_tracks(furnished[0], np.zeros((2, 4, 4), np.int32))
 
 
@@ -277,7 +290,9 @@ def test_tracks_of_other_frames_are_refused_in_one_line(furnished):
 
 def test_without_the_package_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "sam2.sam2_video_predictor", None)
-    with pytest.raises(DataError, match=r"^--masks sam2 needs .* sam2 .*: SAM2_BUILD_CUDA=0 pip install .*sam2$"):
+    with pytest.raises(
+        DataError, match=r"^--masks sam2 needs .* sam2 .*: SAM2_BUILD_CUDA=0 pip install .*sam2$"
+    ):
         data.load_sam2()
 
 
@@ -311,7 +326,9 @@ def test_a_tiny_untrained_sam2_tracks_what_it_proposes(monkeypatch):
     model = tiny_sam2()
 
     color = room(3, views=2, size=64, points=0).frames.color
-    all_of_few = partial(SAM2AutomaticMaskGenerator, points_per_side=2, pred_iou_thresh=0, stability_score_thresh=0)
+    all_of_few = partial(
+        SAM2AutomaticMaskGenerator, points_per_side=2, pred_iou_thresh=0, stability_score_thresh=0
+    )
     monkeypatch.setattr("sam2.automatic_mask_generator.SAM2AutomaticMaskGenerator", all_of_few)
     found = data.automatic_masks(model, color[0])
     assert found and all(m.shape == (64, 64) and m.dtype == bool for m in found)

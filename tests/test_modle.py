@@ -125,9 +125,7 @@ def check_place(scene, thing, box):
     assert support(thing, scene) is None or support(put, after) is not None
     assert iou(thing.box, box) < 0.25
     assert thing.category not in ("door", "window") and thing.box[5] >= 0.05
-    assert not any(support(o, scene) is thing for o in rest), (
-        "what stands on it would hang in the air"
-    )
+    assert not any(support(o, scene) is thing for o in rest), "what stands on it would hang in the air"
 
 
 def test_distances_are_those_between_the_centers_of_what_the_words_mean(asked):
@@ -165,9 +163,7 @@ def test_edits_end_where_their_words_say_and_only_where_there_is_room_and_suppor
 
 
 def test_all_kinds_of_edits_are_asked(asked):
-    kinds = {
-        task: Counter(s.kind for s, _ in asked[task]) for task in ("modle_move", "modle_place")
-    }
+    kinds = {task: Counter(s.kind for s, _ in asked[task]) for task in ("modle_move", "modle_place")}
     assert kinds["modle_move"].keys() == {"axis", "towards", "beside"}
     assert kinds["modle_place"].keys() == {"floor", "top"}
     assert min(n for counts in kinds.values() for n in counts.values()) >= 20
@@ -237,10 +233,7 @@ def test_steps_show_boxes_and_add_neighbors_and_end_at_the_truth_to_centimeters(
         if s.box is None:  # x x difference, y y difference, z z difference
             assert len(tail) == 9
             for p, q, difference in zip(tail[::3], tail[1::3], tail[2::3], strict=True):
-                assert (
-                    p[0] == q[0]
-                    and abs(abs(float(p[1:]) - float(q[1:])) - float(difference)) < 0.0051
-                )
+                assert p[0] == q[0] and abs(abs(float(p[1:]) - float(q[1:])) - float(difference)) < 0.0051
             assert math.hypot(*map(float, tail[2::3])) == pytest.approx(s.value, abs=0.015)
             continue
         said = data.tuples(s.answer, 6)[0]
@@ -252,9 +245,7 @@ def test_steps_show_boxes_and_add_neighbors_and_end_at_the_truth_to_centimeters(
         if s.kind != "top":  # from, side, amount, to
             start, side, amount, end = tail[:4]
             sign = {"left": -1, "right": 1, "front": -1, "back": 1}[side]
-            assert float(end[1:]) == pytest.approx(
-                float(start[1:]) + sign * float(amount), abs=0.0101
-            )
+            assert float(end[1:]) == pytest.approx(float(start[1:]) + sign * float(amount), abs=0.0101)
             assert said["xy".index(end[0])] == float(end[1:])
         climbs = tail[4:] if s.kind == "floor" else tail if s.kind == "top" else []
         for z, h, up in zip(climbs[::2], climbs[1::2], climbs[2::2], strict=False):
@@ -367,17 +358,13 @@ def root(tmp_path_factory):
     """Six scans in ScanNet's layout: five to train, one to test."""
     root = tmp_path_factory.mktemp("scans")
     for seed in range(6):
-        scene = replace(
-            data.room(seed, 8, views=1, size=32, points=3000), name=f"scene{seed:04d}_00"
-        )
+        scene = replace(data.room(seed, 8, views=1, size=32, points=3000), name=f"scene{seed:04d}_00")
         data.write_scannet(scene, root)
     return root
 
 
 def test_the_command_writes_true_questions_in_the_scans_own_numbers(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        modle, "PER_SCENE", {"modle_distance": 8, "modle_move": 7, "modle_place": 5}
-    )
+    monkeypatch.setattr(modle, "PER_SCENE", {"modle_distance": 8, "modle_move": 7, "modle_place": 5})
     for out in ("a", "b"):
         assert modle.main(["modle", "--root", str(root), "--out", str(tmp_path / out)]) == 0
     for split, scans in (("train", 5), ("test", 1)):
@@ -397,27 +384,21 @@ def test_the_command_writes_true_questions_in_the_scans_own_numbers(root, tmp_pa
             scene = data.read_scannet(root / row["scene_id"], max_frames=0)
             boxes = [scene.thing(i + 1).box for i in row["object_ids"]]  # ScanNet's objectId
             if row["task"] == "modle_distance":
-                assert row["value"] == pytest.approx(
-                    math.dist(*(box[:3] for box in boxes)), abs=1e-4
-                )
+                assert row["value"] == pytest.approx(math.dist(*(box[:3] for box in boxes)), abs=1e-4)
             else:
                 assert row["box"][3:] == pytest.approx(boxes[0][3:], abs=1e-4)
 
 
 def test_what_the_command_writes_is_trained_on_and_scored(root, tmp_path, monkeypatch):
     """The right answers score 1 in every task; training takes the other scans, as the paper's mixture names them."""
-    monkeypatch.setattr(
-        modle, "PER_SCENE", {"modle_distance": 8, "modle_move": 7, "modle_place": 5}
-    )
+    monkeypatch.setattr(modle, "PER_SCENE", {"modle_distance": 8, "modle_move": 7, "modle_place": 5})
     assert modle.main(["modle", "--root", str(root), "--out", str(tmp_path)]) == 0
     evaluate.adopt(modle)
     for task in modle.TASKS.keys() & modle.PER_SCENE.keys():
         name = task.replace("_", "/")
         asked = evaluate.read_official(name, tmp_path)
         said = tmp_path / "said.jsonl"
-        said.write_text(
-            "".join(json.dumps({"id": s.id, "prediction": s.answer}) + "\n" for s in asked)
-        )
+        said.write_text("".join(json.dumps({"id": s.id, "prediction": s.answer}) + "\n" for s in asked))
         out = tmp_path / "metrics.json"
         flags = ["--annotations", str(tmp_path), "--predictions", str(said), "--root", str(root)]
         assert evaluate.main(["--benchmark", name, *flags, "--out", str(out)]) in (0, None)

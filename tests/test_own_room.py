@@ -88,7 +88,12 @@ def test_tracks_of_sam_2_become_the_objects_of_a_video(runs, video, capsys, monk
     from test_masks import tiny_sam2
 
     monkeypatch.setattr(data, "load_sam2", lambda name: tiny_sam2())
-    easy = {"points_per_side": 2, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0}
+    easy = {
+        "points_per_side": 2,
+        "pred_iou_thresh": 0.0,
+        "stability_score_thresh": 0.0,
+        "box_nms_thresh": 1.0,
+    }
     generator = "sam2.automatic_mask_generator.SAM2AutomaticMaskGenerator"
     monkeypatch.setattr(generator, partial(SAM2AutomaticMaskGenerator, **easy))
     ask(runs, "proxy3d", video, "--masks", "sam2")
@@ -100,7 +105,5 @@ def test_a_cloud_and_one_in_which_nothing_is_found_can_be_asked(runs, scene, tmp
     """A blank wall has no segment; the answer may be empty, the command is not an error."""
     wall = np.abs(scene.points[:, 0] - scene.points[:, 0].min()) < 0.02
     for name, part in (("room", slice(None)), ("wall", wall)):
-        data.write_ply(
-            tmp_path / f"{name}.ply", scene.points[part], scene.colors[part], scene.normals[part]
-        )
+        data.write_ply(tmp_path / f"{name}.ply", scene.points[part], scene.colors[part], scene.normals[part])
         ask(runs, paper, tmp_path / f"{name}.ply")

@@ -22,7 +22,9 @@ def pixels(path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("changes", [{}, dict(frames=None), dict(frames=None, objects=[], colors=None)])
-def test_a_scene_with_and_without_frames_and_colors_gives_a_picture_that_is_not_blank(scene, changes, tmp_path):
+def test_a_scene_with_and_without_frames_and_colors_gives_a_picture_that_is_not_blank(
+    scene, changes, tmp_path
+):
     path = tmp_path / "new" / "x.png"
     data.draw_scene(replace(scene, **changes), path, ["$1 a line", "another"], tokens=np.zeros((2, 3)))
     assert len(np.unique(pixels(path).reshape(-1, 3), axis=0)) > 200

@@ -41,9 +41,7 @@ SMALL = dict(
     frames=3,
 )
 MIX = {"coordinate": 2.0, "id_category": 1.0, "relation": 1.0}
-SYMBOLS, PLACED, PROXIES = (
-    Stage(name, MIX, ("lm",), name) for name in ("symbols", "symbols+3d", "proxies")
-)
+SYMBOLS, PLACED, PROXIES = (Stage(name, MIX, ("lm",), name) for name in ("symbols", "symbols+3d", "proxies"))
 TOWER = Stage("0", {}, ("tower",), "tower")
 
 
@@ -56,10 +54,7 @@ def text():
 def scenes():
     """Three rooms with different numbers of objects, mirrored or not."""
     rng = np.random.default_rng(0)
-    made = [
-        room(seed, objects=n, views=4, size=48, points=0)
-        for seed, n in ((0, 9), (1, 12), (2, 7))
-    ]
+    made = [room(seed, objects=n, views=4, size=48, points=0) for seed, n in ((0, 9), (1, 12), (2, 7))]
     turned = [augment(scene, rng) for scene in made]
     assert len({scene.turn.tobytes() for scene in turned}) > 1
     return turned
@@ -106,22 +101,14 @@ def test_patch_triplets_equal_a_loop_over_patches_and_pixels(h, w, H, W):
 
     rows = []
     for v, i, j in np.ndindex(2, h, w):
-        pixels = [
-            (v, y, x) for y, x in np.ndindex(H, W) if y * h // H == i and x * w // W == j
-        ]
+        pixels = [(v, y, x) for y, x in np.ndindex(H, W) if y * h // H == i and x * w // W == j]
         votes = Counter(int(masks[p]) for p in pixels)
         label = min(votes, key=lambda m: (-votes[m], m), default=0)
-        mine = [
-            points[p]
-            for p in pixels
-            if masks[p] == label and torch.isfinite(points[p]).all()
-        ]
+        mine = [points[p] for p in pixels if masks[p] == label and torch.isfinite(points[p]).all()]
         if mine:
             rows.append((features[v, i, j], torch.stack(mine).mean(0), torch.tensor(label)))
     assert 0 < len(rows) < 2 * h * w
-    for got, expected in zip(
-        patch_triplets(features, points, masks), zip(*rows, strict=True), strict=True
-    ):
+    for got, expected in zip(patch_triplets(features, points, masks), zip(*rows, strict=True), strict=True):
         assert torch.allclose(got, torch.stack(expected), atol=1e-6)
 
 
@@ -162,9 +149,7 @@ def test_allocation_equals_a_slow_one_and_keeps_its_promises():
         assert given == allocate_slowly(sizes, budget, floor), (sizes, budget, floor)
         assert sum(given) == min(budget, sum(sizes))
         least = min(floor, budget // len(sizes))
-        assert all(
-            min(size, least) <= k <= size for k, size in zip(given, sizes, strict=True)
-        )
+        assert all(min(size, least) <= k <= size for k, size in zip(given, sizes, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -201,9 +186,7 @@ def test_farthest_seeds_equal_a_loop():
         chosen = [int(np.linalg.norm(points - points.mean(0), axis=1).argmin())]
         while len(chosen) < 9:
             chosen.append(int(gap[:, chosen].min(1).argmax()))
-        assert (
-            proxy3d.farthest_seeds(points, 9).tolist() == gap[:, chosen].argmin(1).tolist()
-        )
+        assert proxy3d.farthest_seeds(points, 9).tolist() == gap[:, chosen].argmin(1).tolist()
 
 
 def grouped_points(L=60):
@@ -234,14 +217,9 @@ def test_lloyd_steps_lower_the_distance_to_the_means():
     points = np.random.default_rng(0).normal(size=(200, 3))
 
     def spread(owner):
-        return sum(
-            np.square(points[owner == k] - points[owner == k].mean(0)).sum()
-            for k in np.unique(owner)
-        )
+        return sum(np.square(points[owner == k] - points[owner == k].mean(0)).sum() for k in np.unique(owner))
 
-    assert spread(CLUSTERING["kmeans"](points, 8)) < 0.95 * spread(
-        CLUSTERING["fps"](points, 8)
-    )
+    assert spread(CLUSTERING["kmeans"](points, 8)) < 0.95 * spread(CLUSTERING["fps"](points, 8))
 
 
 @pytest.mark.parametrize("method", CLUSTERING)
@@ -309,19 +287,14 @@ def breadth_first_slowly(points, start, k):
         return math.dist(points[i], points[j])
 
     n = len(points)
-    near = [
-        sorted((j for j in range(n) if j != i), key=lambda j, i=i: gap(i, j))[:k]
-        for i in range(n)
-    ]
+    near = [sorted((j for j in range(n) if j != i), key=lambda j, i=i: gap(i, j))[:k] for i in range(n)]
     order = [min(range(n), key=lambda i: math.dist(points[i], start))]
     queue = list(order)
     while len(order) < n:
         left = [j for j in range(n) if j not in order]
         if queue:
             i = queue.pop(0)
-            new = sorted(
-                (j for j in left if j in near[i] or i in near[j]), key=lambda j: gap(i, j)
-            )
+            new = sorted((j for j in left if j in near[i] or i in near[j]), key=lambda j: gap(i, j))
         else:
             new = [min(left, key=lambda j: min(gap(i, j) for i in order))]
         order, queue = order + new, queue + new
@@ -381,9 +354,7 @@ def test_mirroring_and_transposing_the_floor_plan_keeps_the_sequence():
     c, g = random_proxies(1)
     for seed in range(12):
         turn = augment(data.Scene("s", "rooms", []), np.random.default_rng(seed)).turn
-        assert torch.equal(
-            bfs_order(c @ torch.from_numpy(turn).float().T, g), bfs_order(c, g)
-        )
+        assert torch.equal(bfs_order(c @ torch.from_numpy(turn).float().T, g), bfs_order(c, g))
 
 
 # ---- 4 hybrid positional encoding ----------------------------------------------------------------
@@ -395,9 +366,7 @@ def test_rotation_by_height_is_a_product_of_complex_numbers():
     z, height = torch.randn(B, K, C), torch.rand(B, K) * 3
     turned = torch.view_as_complex(rotate_height(z, height, unit=0.1).view(B, K, 4, 2))
     angle = height.double()[..., None] / 0.1 * 10000.0 ** (-torch.arange(4) * 2 / C)
-    expected = torch.view_as_complex(z.view(B, K, 4, 2)) * torch.polar(
-        torch.ones_like(angle), angle
-    )
+    expected = torch.view_as_complex(z.view(B, K, 4, 2)) * torch.polar(torch.ones_like(angle), angle)
     assert torch.allclose(turned.to(expected), expected, atol=1e-4)
 
 
@@ -406,9 +375,7 @@ def test_rotation_is_a_rotation():
     z, a, b = torch.randn(3, 7, 16), torch.rand(3, 7) * 2, torch.rand(3, 7) * 2
     assert torch.equal(rotate_height(z, 0 * a), z)
     assert torch.allclose(rotate_height(z, a).norm(dim=-1), z.norm(dim=-1), atol=1e-5)
-    assert torch.allclose(
-        rotate_height(rotate_height(z, a), b), rotate_height(z, a + b), atol=1e-4
-    )
+    assert torch.allclose(rotate_height(rotate_height(z, a), b), rotate_height(z, a + b), atol=1e-4)
 
 
 def test_horizontal_fourier_equals_its_formula():
@@ -417,10 +384,7 @@ def test_horizontal_fourier_equals_its_formula():
     xy = torch.randn(2, 3, 2)
     out = f(xy)
     for at in np.ndindex(2, 3):
-        phase = [
-            sum(float(xy[at][a]) * float(f.frequencies[a, i]) for a in range(2))
-            for i in range(5)
-        ]
+        phase = [sum(float(xy[at][a]) * float(f.frequencies[a, i]) for a in range(2)) for i in range(5)]
         r = torch.tensor([*map(math.cos, phase), *map(math.sin, phase)]) / math.sqrt(10)
         hidden = (f.lift.weight @ r).tolist()
         gelu = torch.tensor([t * 0.5 * (1 + math.erf(t / math.sqrt(2))) for t in hidden])
@@ -441,13 +405,9 @@ class WideModel(Model):
         )
 
 
-def test_a_meter_along_any_axis_moves_a_token_of_the_papers_width_by_comparable_amounts(
-    text, scenes
-):
+def test_a_meter_along_any_axis_moves_a_token_of_the_papers_width_by_comparable_amounts(text, scenes):
     """Rotation by height moves what is there; F and symbols must be as large, whatever the tower's scale."""
-    model = WideModel(
-        Config(llm="random", budget=24, grid=(6, 6), frames=3, symbol=16), text
-    )
+    model = WideModel(Config(llm="random", budget=24, grid=(6, 6), frames=3, symbol=16), text)
     model.configure_stage(PROXIES)
     model.cache_features(scenes)
     with torch.no_grad():
@@ -499,28 +459,18 @@ def test_no_two_symbols_share_a_picture():
         "box",
         "shower curtain rod",
     ]
-    categories = [
-        proxy3d.draw_category(name, "white", 112) for name in [*data.CATEGORIES, *labels]
-    ]
-    pictures = torch.stack(
-        [*(proxy3d.draw_identifier(i, 112) for i in range(100)), *categories]
-    )
+    categories = [proxy3d.draw_category(name, "white", 112) for name in [*data.CATEGORIES, *labels]]
+    pictures = torch.stack([*(proxy3d.draw_identifier(i, 112) for i in range(100)), *categories])
     assert len(pictures.flatten(1).unique(dim=0)) == len(pictures)
 
 
 def test_the_frozen_tower_sees_every_symbol_once(text, monkeypatch):
     model, seen = make(text), []
     encode = model.encode_images
-    monkeypatch.setattr(
-        model, "encode_images", lambda images: seen.append(len(images)) or encode(images)
-    )
+    monkeypatch.setattr(model, "encode_images", lambda images: seen.append(len(images)) or encode(images))
     first = model.symbols([("id", 3), ("id", 8), ("id", 3)])
     again = model.symbols([("id", 8), ("id", 9)])
-    assert (
-        sum(seen) == 3
-        and torch.equal(first[0], first[2])
-        and torch.equal(first[1], again[0])
-    )
+    assert sum(seen) == 3 and torch.equal(first[0], first[2]) and torch.equal(first[1], again[0])
 
 
 # ---- 6 the model: scale and start ----------------------------------------------------------------
@@ -546,15 +496,11 @@ def test_a_loaded_model_keeps_every_weight_and_its_features_enter_untouched(fold
     model = load(folder)
     weights = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).state_dict()
     own = model.llm.state_dict()
-    assert own.keys() == weights.keys() and all(
-        torch.equal(own[name], v) for name, v in weights.items()
-    )
+    assert own.keys() == weights.keys() and all(torch.equal(own[name], v) for name, v in weights.items())
     z, _, _ = model.scene_tokens(scenes[0])
     assert torch.equal(z, model.load_features(scenes[0])["z"].float())
     with torch.no_grad():
-        seen = qwen_tokens(
-            model.llm.model.visual, proxy3d.draw_identifier(12, 16)[None], False
-        )
+        seen = qwen_tokens(model.llm.model.visual, proxy3d.draw_identifier(12, 16)[None], False)
     assert torch.allclose(model.symbols([("id", 12)])[0], seen.mean((0, 1, 2)), atol=1e-7)
 
 
@@ -568,9 +514,7 @@ def test_the_most_similar_number_token_of_each_axis_says_where_a_token_is(text):
     for i, axis in enumerate("xyz"):
         tokens = [token for token, (name, _) in text.number.items() if name == axis]
         values = torch.tensor([text.number[token][1] for token in tokens])
-        read = values[
-            torch.cosine_similarity(encoded[:, None], table[tokens], dim=-1).argmax(1)
-        ]
+        read = values[torch.cosine_similarity(encoded[:, None], table[tokens], dim=-1).argmax(1)]
         assert ((read - xyz[:, i]).abs() < 0.2).float().mean() > 0.8, axis
 
 
@@ -591,13 +535,8 @@ def test_stage_one_tokens_are_category_plus_identifier(text, scenes):
         centers = torch.tensor(np.stack([o.box[:3] for o in scene.objects]))
         for k, i in enumerate(bfs_order(centers, torch.arange(len(centers))).tolist()):
             o = scene.objects[i]
-            f_sem, f_id = model.symbols(
-                [("category", o.category, o.color), ("id", scene.identifiers[o.id])]
-            )
-            assert (
-                torch.allclose(seen["tokens"][b, k], f_sem + f_id, atol=1e-6)
-                and seen["valid"][b, k]
-            )
+            f_sem, f_id = model.symbols([("category", o.category, o.color), ("id", scene.identifiers[o.id])])
+            assert torch.allclose(seen["tokens"][b, k], f_sem + f_id, atol=1e-6) and seen["valid"][b, k]
 
 
 @pytest.mark.parametrize("stage", [PLACED, PROXIES], ids=lambda stage: stage.name)
@@ -610,16 +549,12 @@ def test_tokens_with_positions_follow_equation_4(text, folder, scenes, stage, lo
         for b, scene in enumerate(scenes[:2]):
             z, c, number = model.scene_tokens(scene)
             anchor = 0 if loaded else model.anchor
-            expected = rotate_height(z + anchor, c[:, 2]) + model.gains[0] * model.fourier(
-                c[:, :2]
-            )
+            expected = rotate_height(z + anchor, c[:, 2]) + model.gains[0] * model.fourier(c[:, :2])
             named = number >= 0
             f_id = model.symbols([("id", i) for i in number[named].tolist()])
             expected[named] += model.gains[1] * f_id
             assert torch.allclose(tokens[b, : len(z)], expected, atol=1e-5)
-    assert stage is PLACED or (
-        named.any() and not named.all()
-    )  # floor and walls have no identifier
+    assert stage is PLACED or (named.any() and not named.all())  # floor and walls have no identifier
 
 
 def test_proxies_lie_in_their_objects_also_when_the_scene_is_turned(text, scenes):
@@ -635,31 +570,21 @@ def test_proxies_lie_in_their_objects_also_when_the_scene_is_turned(text, scenes
 
 def test_a_scene_of_more_than_100_objects_numbers_the_100_largest(text):
     """The others keep their proxies, as far as the budget goes, but no name."""
-    scene = augment(
-        room(0, objects=120, views=3, size=48, points=0), np.random.default_rng(0)
-    )
-    assert (
-        make(text, PLACED).encode([scene])["valid"].sum() == len(scene.identifiers) == 100
-    )
+    scene = augment(room(0, objects=120, views=3, size=48, points=0), np.random.default_rng(0))
+    assert make(text, PLACED).encode([scene])["valid"].sum() == len(scene.identifiers) == 100
     model = make(text, budget=80)
     _, _, number = model.scene_tokens(scene)
     group = model.load_features(scene)["group"].tolist()
-    assert len(group) == 80 and number.tolist() == [
-        scene.identifiers.get(i, -1) for i in group
-    ]
+    assert len(group) == 80 and number.tolist() == [scene.identifiers.get(i, -1) for i in group]
     assert all(model.write_marks(scene, sample) for sample in ask(scene, 20))  # no KeyError
 
 
 def test_a_scene_without_frames_is_one_line(text):
-    with pytest.raises(
-        DataError, match=r"^scan7: Proxy3D needs posed frames, here are points only$"
-    ):
+    with pytest.raises(DataError, match=r"^scan7: Proxy3D needs posed frames, here are points only$"):
         make(text).encode([data.Scene("scan7", "ply", [])])
 
 
-def test_frames_of_any_size_are_seen_at_the_grid_and_evenly_spaced(
-    text, scenes, monkeypatch
-):
+def test_frames_of_any_size_are_seen_at_the_grid_and_evenly_spaced(text, scenes, monkeypatch):
     """Exactly grid x cell pixels, whatever the camera, the first and the last of the views included."""
     seen = []
     for grid in ((6, 5), (6, 6)):
@@ -680,10 +605,7 @@ def test_frames_of_any_size_are_seen_at_the_grid_and_evenly_spaced(
 
 def test_the_papers_recipe_is_its_table_1():
     """lr 5e-6, cosine, warm-up 0.1 in all stages; F is first seen, and so first trained, in stage II."""
-    rows = [
-        (s.trains, s.scene_input, s.batch, s.accumulate, s.epochs, s.samples)
-        for s in STAGES["paper"]
-    ]
+    rows = [(s.trains, s.scene_input, s.batch, s.accumulate, s.epochs, s.samples) for s in STAGES["paper"]]
     assert rows == [
         (("lm",), "symbols", 256, 1, 1, 30_000),
         (("3d", "lm"), "symbols+3d", 256, 1, 3, 30_000),
@@ -691,22 +613,17 @@ def test_the_papers_recipe_is_its_table_1():
         (("lm",), "proxies", 128, 2, 1, 318_000),
     ]
     assert all(
-        (s.lr, s.schedule, s.warmup, s.weight_decay) == (5e-6, "cosine", 0.1, 0)
-        for s in STAGES["paper"]
+        (s.lr, s.schedule, s.warmup, s.weight_decay) == (5e-6, "cosine", 0.1, 0) for s in STAGES["paper"]
     )
     for stage in itertools.chain(*STAGES.values()):
         assert set(stage.tasks) <= set(data.TASKS)
     without = proxy3d.recipe(Config(coordinate_stage=False), STAGES["paper"])
-    assert [s.name[:3] for s in without] == ["I i", "III", "IV "] and "3d" in without[
-        -1
-    ].trains
+    assert [s.name[:3] for s in without] == ["I i", "III", "IV "] and "3d" in without[-1].trains
 
 
 def test_each_of_the_papers_settings_has_a_name():
     """Main table: 700 tokens at 32x42; VSI-Bench and ablations: 450 at 16x21."""
-    settings = [
-        (c.budget, c.grid, c.frames, c.floor) for c in (Config.paper(), Config.paper_450())
-    ]
+    settings = [(c.budget, c.grid, c.frames, c.floor) for c in (Config.paper(), Config.paper_450())]
     assert settings == [(700, (32, 42), 32, 2), (450, (16, 21), 32, 2)]
     assert all(callable(getattr(Config, preset)) for preset in STAGES)
 
@@ -716,13 +633,9 @@ def test_a_symbol_stage_asks_only_what_its_tokens_show(folder, scenes, stage):
     """Other colors leave the tokens as they are, so no answer may change with them; other categories change both."""
     model, scene = load(folder, stage), scenes[0]
     gray = replace(scene, objects=[replace(o, color="gray") for o in scene.objects])
-    odd = replace(
-        scene, objects=[replace(o, category=f"thing {o.id}") for o in scene.objects]
-    )
+    odd = replace(scene, objects=[replace(o, category=f"thing {o.id}") for o in scene.objects])
     tokens = [model.encode([s])["tokens"] for s in (scene, gray, odd)]
-    assert torch.equal(tokens[0], tokens[1]) and not torch.allclose(
-        tokens[0], tokens[2], atol=1e-5
-    )
+    assert torch.equal(tokens[0], tokens[1]) and not torch.allclose(tokens[0], tokens[2], atol=1e-5)
     for task in stage.tasks:
         asked = questions(scene, {task: 1.0}, 20, np.random.default_rng(0))
         again = questions(gray, {task: 1.0}, 20, np.random.default_rng(0))
@@ -747,15 +660,10 @@ def test_the_tower_learns_from_what_its_labels_name_whatever_the_size_of_the_fra
     model, seen = make(text, TOWER), []
     model.cache_features(scenes)
     encode = model.encode_images
-    monkeypatch.setattr(
-        model, "encode_images", lambda images: seen.append(images.float()) or encode(images)
-    )
+    monkeypatch.setattr(model, "encode_images", lambda images: seen.append(images.float()) or encode(images))
     f = scenes[0].frames
     for times in (1, 3):
-        large = {
-            name: getattr(f, name).repeat(times, 1).repeat(times, 2)
-            for name in ("color", "masks")
-        }
+        large = {name: getattr(f, name).repeat(times, 1).repeat(times, 2) for name in ("color", "masks")}
         model.encoder_loss([replace(scenes[0], frames=replace(f, **large))])
     one, three = seen[0], seen[2]  # the others are symbols
     assert (one - three).abs().mean() < 4 < (one - one.roll(1, 0)).abs().mean()
@@ -782,9 +690,7 @@ def test_lora_trains_and_keeps_adapters_only(folder, scenes):
     assert float(loss) == pytest.approx(float(plain(plain.batch(groups))["loss"]), rel=1e-6)
     loss.backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert trained and all(
-        "language_model.layers" in name and "lora_" in name for name in trained
-    )
+    assert trained and all("language_model.layers" in name and "lora_" in name for name in trained)
     held = set(data.named_weights(model))
     assert trained <= held and {name.split(".")[0] for name in held - trained} == {
         "fourier",
@@ -819,19 +725,13 @@ def test_pixels_enter_the_tower_as_its_own_processor_would_give_them(tower):
     )
 
     images = random_images(2)
-    processor = Qwen2VLImageProcessorPil(
-        patch_size=4, merge_size=2, temporal_patch_size=2, do_resize=False
-    )
+    processor = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, temporal_patch_size=2, do_resize=False)
     given = processor(images=list(images.numpy()), return_tensors="pt")
     with torch.no_grad():
-        expected = tower(
-            given["pixel_values"], grid_thw=given["image_grid_thw"]
-        ).pooler_output
+        expected = tower(given["pixel_values"], grid_thw=given["image_grid_thw"]).pooler_output
         tokens = qwen_tokens(tower, images, inter_frame=False)
     assert tokens.shape == (2, 3, 5, 128)
-    assert torch.allclose(
-        tokens.flatten(0, 2), expected, atol=1e-4 * float(expected.abs().max())
-    )
+    assert torch.allclose(tokens.flatten(0, 2), expected, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("inter_frame", [True, False])
@@ -841,9 +741,7 @@ def test_frames_see_each_other_only_with_inter_frame_attention(tower, inter_fram
     changed = images.clone()
     changed[2] = 255 - changed[2]
     with torch.no_grad():
-        a, b, one = (
-            qwen_tokens(tower, x, inter_frame) for x in (images, changed, images[:1])
-        )
+        a, b, one = (qwen_tokens(tower, x, inter_frame) for x in (images, changed, images[:1]))
     moved = (a - b).abs().amax((1, 2, 3)) > 1e-6
     assert moved.tolist() == [inter_frame, inter_frame, True]
     assert torch.allclose(a[:1], one, atol=1e-6) != inter_frame
@@ -854,9 +752,7 @@ def test_inter_frame_attention_reaches_the_scene_but_never_the_symbols(folder, s
     on, off = load(folder), load(folder, inter_frame=False)
     assert torch.equal(on.symbols(IDENTIFIERS), off.symbols(IDENTIFIERS))
     z = [model.compute_features(scenes[0])["z"].float() for model in (on, off)]
-    assert z[0].shape == z[1].shape and not torch.allclose(
-        *z, atol=1e-3 * proxy3d.rms(z[0])
-    )
+    assert z[0].shape == z[1].shape and not torch.allclose(*z, atol=1e-3 * proxy3d.rms(z[0]))
 
 
 # ---- 8 alternatives, 9 attention -----------------------------------------------------------------
@@ -873,14 +769,10 @@ SWITCHES = [
 
 
 @pytest.mark.parametrize("change", SWITCHES, ids=str)
-def test_every_switch_of_the_ablations_changes_the_tokens_and_their_cache(
-    text, scenes, change
-):
+def test_every_switch_of_the_ablations_changes_the_tokens_and_their_cache(text, scenes, change):
     """Main Tables 4-5. A folder of features belongs to one setting and one tower."""
     default, model = make(text), make(text, **change)
-    assert (
-        len({default.cache_key(), model.cache_key(), make(text, seed=1).cache_key()}) == 3
-    )
+    assert len({default.cache_key(), model.cache_key(), make(text, seed=1).cache_key()}) == 3
     assert model.scene_length(scenes[0]) <= model.config.budget
     a, b = default.load_features(scenes[0]), model.load_features(scenes[0])
     assert a["z"].shape != b["z"].shape or not torch.equal(a["z"], b["z"])
@@ -893,8 +785,7 @@ def dpc_knn_slowly(points, count, k=5):
     density = [math.exp(-sum(sorted(g * g for g in row)[1 : k + 1]) / k) for row in gap]
     farthest = max(map(max, gap))
     delta = [
-        min((gap[i][j] for j in range(n) if density[j] > density[i]), default=farthest)
-        for i in range(n)
+        min((gap[i][j] for j in range(n) if density[j] > density[i]), default=farthest) for i in range(n)
     ]
     centers = sorted(range(n), key=lambda i: -density[i] * delta[i])[:count]
     return [min(range(count), key=lambda j: gap[i][centers[j]]) for i in range(n)]
@@ -915,9 +806,7 @@ def test_the_attention_map_is_a_distribution_over_the_scene(text, scenes):
         before = model(batch)["loss"]
         looked = proxy3d.attention_map(model, scenes[1], sample)
         assert (
-            looked.shape == (K,)
-            and (looked >= 0).all()
-            and float(looked.sum()) == pytest.approx(1, abs=1e-5)
+            looked.shape == (K,) and (looked >= 0).all() and float(looked.sum()) == pytest.approx(1, abs=1e-5)
         )
         assert looked.std() > 1e-4 and torch.equal(model(batch)["loss"], before)
 
@@ -930,9 +819,7 @@ def test_pictures_show_where_an_answer_looked(text, scenes, tmp_path):
     paths = model.pictures(scenes[:1], tmp_path)
     name = scenes[0].name
     assert [path.name for path in paths] == [f"{name}.png", f"{name}_attention.png"]
-    assert all(
-        len(Image.open(path).convert("RGB").getcolors(1 << 24)) > 100 for path in paths
-    )
+    assert all(len(Image.open(path).convert("RGB").getcolors(1 << 24)) > 100 for path in paths)
     model.configure_stage(PLACED)
     assert len(model.pictures(scenes[:1], tmp_path)) == 1
 

@@ -214,7 +214,9 @@ def check_number(s, scene):
         a, b = named(s, scene)
         assert np.allclose(data.tuples(s.steps, 3), np.stack([a.box, b.box])[:, :3], atol=0.00501)
         said = re.findall(r"[xyz](-?\d+\.\d\d)", s.steps)
-        assert np.allclose(np.array(said, float).reshape(3, 2), np.stack([a.box, b.box])[:, :3].T, atol=0.00501)
+        assert np.allclose(
+            np.array(said, float).reshape(3, 2), np.stack([a.box, b.box])[:, :3].T, atol=0.00501
+        )
         check_steps(s.steps, s.answer, 0.0151)
 
 
@@ -302,8 +304,12 @@ def check_heading(s, scene):
 
 def check_caption(s, scene):
     (o,) = named(s, scene)
-    color, category, spot = re.fullmatch(r"this is an? (\w+) (\w+)(?: ((?:on|near) the \w+))?\.", s.answer).groups()
-    assert (color, category) == (o.color, o.category) and s.answer == s.answers[0] and len(set(s.answers)) >= 4
+    color, category, spot = re.fullmatch(
+        r"this is an? (\w+) (\w+)(?: ((?:on|near) the \w+))?\.", s.answer
+    ).groups()
+    assert (
+        (color, category) == (o.color, o.category) and s.answer == s.answers[0] and len(set(s.answers)) >= 4
+    )
     assert spot is None or spot == (neighbor_of if support(o, scene) == "floor" else place_of)(scene, o)
     assert all(f"{color} {category}" in a and (spot or "") in a for a in s.answers)
 
@@ -394,7 +400,9 @@ def test_geometry_needs_no_category(scenes):
         assert len(samples) >= 20, task
         assert not any(re.search(rf"\b{c}\b", s.question) for s in samples for c in CATEGORIES)
     colorless = replace(bare, objects=[replace(o, color="") for o in bare.objects])
-    assert all(draws(colorless, task) for task in ("coordinate", "distance_ids", "relation", "ground_superlative"))
+    assert all(
+        draws(colorless, task) for task in ("coordinate", "distance_ids", "relation", "ground_superlative")
+    )
 
 
 @pytest.mark.parametrize("things", [0, 1, 2])
@@ -407,11 +415,15 @@ def test_nearly_empty_scenes_give_few_questions_and_no_error(things):
 
 def test_what_is_ambiguous_is_not_asked():
     """Two chairs equally near, two red chairs, a picture straight ahead: people would disagree, so no question."""
-    twins = hand(thing(1, "chair", "red", -1, 0), thing(2, "chair", "red", 1, 0), thing(3, "table", "blue", 0, 0))
+    twins = hand(
+        thing(1, "chair", "red", -1, 0), thing(2, "chair", "red", 1, 0), thing(3, "table", "blue", 0, 0)
+    )
     assert not draws(twins, "ground_multiple") and not draws(twins, "ground_relation")
     assert {s.answer for s in draws(twins, "ground")} == {"<obj 3>"}
     assert data.scene_graph(twins).described == {2: "table"}
-    line = hand(thing(1, "bed", "red", 0, 0), thing(2, "door", "blue", 0, 2), thing(3, "lamp", "pink", 0.1, 4))
+    line = hand(
+        thing(1, "bed", "red", 0, 0), thing(2, "door", "blue", 0, 2), thing(3, "lamp", "pink", 0.1, 4)
+    )
     ahead = [s for s in draws(line, "situated", 200) if s.kind == "side" and "to the bed" in s.question]
     assert not ahead and not draws(line, "id_size")  # equal boxes
     assert not draws(hand(thing(1, "bed", "red", 0, 0), thing(2, "door", "blue", 1, 1.1)), "relation")
@@ -475,7 +487,9 @@ def test_yes_and_no_are_even_within_every_form_of_question(scenes):
     """If "is there a red thing?" were mostly yes, the blind baseline would be right without looking."""
     rng = np.random.default_rng(0)
     yes = {"": [], "category": [], "color": [], "pair": []}
-    for s in (s for scene in scenes.values() for task in ("exist", "id_size") for s in draws(scene, task, 60, rng)):
+    for s in (
+        s for scene in scenes.values() for task in ("exist", "id_size") for s in draws(scene, task, 60, rng)
+    ):
         yes[s.kind].append(s.answer == "yes")
     assert all(0.44 < np.mean(answers) < 0.58 for answers in yes.values())
 
@@ -507,7 +521,9 @@ def test_blind_gives_the_most_frequent_answer_to_the_same_question_else_to_its_t
 
 def test_blind_numbers_are_medians_blind_points_means_and_blind_marks_some_object(scenes):
     train = [s for answer in ("1.00", "1.20", "9.00") for s in told("distance", answer)]
-    train += [s for answer in ("[0.00, 0.00, 0.00]", "[3.00, 3.00, -3.00]") for s in told("coordinate", answer)]
+    train += [
+        s for answer in ("[0.00, 0.00, 0.00]", "[3.00, 3.00, -3.00]") for s in told("coordinate", answer)
+    ]
     train += told("ground", "<obj 3>", targets=[3]) + told("multi", "no.", targets=[])
     train += told("vsi_rel_direction", "B", options=["A. left", "B. right"])
     blind, scene = Blind(train), scenes["room000020"]
@@ -524,7 +540,12 @@ def test_blind_numbers_are_medians_blind_points_means_and_blind_marks_some_objec
 def test_blind_beats_no_question_that_needs_looking(asked, scenes):
     """Grounding and yes-no must stay near chance for one who sees only the words; fitted and scored on other rooms."""
     seen = set(sorted(scenes)[::2])
-    for task, most in (("ground", 0.25), ("ground_multiple", 0.25), ("ground_category", 0.25), ("exist", 0.68)):
+    for task, most in (
+        ("ground", 0.25),
+        ("ground_multiple", 0.25),
+        ("ground_category", 0.25),
+        ("exist", 0.68),
+    ):
         blind = Blind(s for s, _ in asked[task] if s.scene in seen)
         right = [blind.predict(s, scene) == s.answer for s, scene in asked[task] if s.scene not in seen]
         assert np.mean(right) < most, task

@@ -103,17 +103,14 @@ def write_replica(scene, folder, monkeypatch):
 
 
 def write_tum(scene, folder, monkeypatch):
-    camera = write_frames(
-        scene, folder, "rgb/130503110{}.175304.png", "depth/130503110{}.168323.png", 5000
-    )
+    camera = write_frames(scene, folder, "rgb/130503110{}.175304.png", "depth/130503110{}.168323.png", 5000)
     monkeypatch.setitem(data.TUM_CAMERAS, "", tuple(camera.values()))
     rows = [
         [1305031100.17 + i, *pose[:3, 3], *quaternion(pose).as_quat()]
         for i, pose in enumerate(scene.frames.poses)
     ]
     (folder / "groundtruth.txt").write_text(
-        "# timestamp tx ty tz qx qy qz qw\n"
-        + "\n".join(" ".join(map(repr, map(float, r))) for r in rows)
+        "# timestamp tx ty tz qx qy qz qw\n" + "\n".join(" ".join(map(repr, map(float, r))) for r in rows)
     )
 
 
@@ -128,9 +125,7 @@ def write_icl(scene, folder, monkeypatch):
 
 def write_arkitscenes(scene, folder, monkeypatch):
     folder = folder / "471_frames"
-    camera = write_frames(
-        scene, folder, "lowres_wide/471_66{}.345.png", "lowres_depth/471_66{}.345.png"
-    )
+    camera = write_frames(scene, folder, "lowres_wide/471_66{}.345.png", "lowres_depth/471_66{}.345.png")
     inverse = np.linalg.inv(scene.frames.poses)
     save(
         folder / "lowres_wide.traj",
@@ -138,9 +133,7 @@ def write_arkitscenes(scene, folder, monkeypatch):
     )
     for i in range(8):
         (folder / "lowres_wide_intrinsics").mkdir(exist_ok=True)
-        np.savetxt(
-            folder / f"lowres_wide_intrinsics/471_66{i}.344.pincam", [[64, 64, *camera.values()]]
-        )
+        np.savetxt(folder / f"lowres_wide_intrinsics/471_66{i}.344.pincam", [[64, 64, *camera.values()]])
 
 
 def write_stray_scanner(scene, folder, monkeypatch):
@@ -150,9 +143,7 @@ def write_stray_scanner(scene, folder, monkeypatch):
         f"{i / 60}, {i:06d}, {', '.join(map(str, [*p[:3, 3], *quaternion(p).as_quat()]))}"
         for i, p in enumerate(Y_UP @ scene.frames.poses)
     ]
-    (folder / "odometry.csv").write_text(
-        "\n".join(["timestamp, frame, x, y, z, qx, qy, qz, qw", *rows])
-    )
+    (folder / "odometry.csv").write_text("\n".join(["timestamp, frame, x, y, z, qx, qy, qz, qw", *rows]))
 
 
 def write_polycam(scene, folder, monkeypatch):
@@ -161,9 +152,7 @@ def write_polycam(scene, folder, monkeypatch):
     for i, pose in enumerate(Y_UP @ scene.frames.poses @ OPENGL):
         file = folder / f"keyframes/corrected_cameras/{i}.json"
         file.parent.mkdir(exist_ok=True)
-        file.write_text(
-            json.dumps(camera | {f"t_{r}{c}": pose[r, c] for r in range(3) for c in range(4)})
-        )
+        file.write_text(json.dumps(camera | {f"t_{r}{c}": pose[r, c] for r in range(3) for c in range(4)}))
 
 
 def write_nerfstudio(scene, folder, monkeypatch):
@@ -317,9 +306,7 @@ def test_the_kitchen_stands_upright_in_meters():
     kitchen = read_views(KITCHEN)
     level = kitchen.points[kitchen.normals[:, 2] > 0.95]
     table = level[(np.abs(level[:, 2] - 0.72) < 0.1)]
-    assert abs(np.linalg.svd(table - table.mean(0), full_matrices=False)[2][2, 2]) > np.cos(
-        np.radians(2)
-    )
+    assert abs(np.linalg.svd(table - table.mean(0), full_matrices=False)[2][2, 2]) > np.cos(np.radians(2))
     assert np.mean(np.abs(level[:, 2]) < 0.04) > 0.2
     assert 1.5 < kitchen.bounds[1, 2] < 3 and 3 < np.ptp(kitchen.bounds[:, 0]) < 8
     side = kitchen.normals[np.abs(kitchen.normals[:, 2]) < 0.2]
@@ -328,11 +315,7 @@ def test_the_kitchen_stands_upright_in_meters():
 
     scene = data.with_own_segments(kitchen)  # the table is one piece, the chairs are others
     p = scene.points
-    top = (
-        (np.abs(p[:, 2] - 0.72) < 0.04)
-        & (np.abs(p[:, 0] - 0.25) < 0.9)
-        & (np.abs(p[:, 1] - 1.6) < 0.35)
-    )
+    top = (np.abs(p[:, 2] - 0.72) < 0.04) & (np.abs(p[:, 0] - 0.25) < 0.9) & (np.abs(p[:, 1] - 1.6) < 0.35)
     counts = np.bincount(scene.instances[top])
     assert counts[1:].max() > 0.85 * top.sum() and 10 <= len(scene.objects) <= 120
 
@@ -360,9 +343,7 @@ def test_cameras_that_look_down_from_one_side_do_not_make_a_wall_of_the_floor(sm
 @pytest.mark.parametrize("normals", [True, False])
 def test_a_cloud_that_lies_on_its_side_is_turned_upright(small, tmp_path, up, normals):
     """From level surfaces and things that lie low, since nobody says which axis is up."""
-    turn = {"+z": np.eye(3), "+y": Y_UP[:3, :3], "-y": Y_DOWN[:3, :3], "+x": np.roll(np.eye(3), 1, 0)}[
-        up
-    ]
+    turn = {"+z": np.eye(3), "+y": Y_UP[:3, :3], "-y": Y_DOWN[:3, :3], "+x": np.roll(np.eye(3), 1, 0)}[up]
     direction = small.normals if normals else np.zeros_like(small.normals)
     write_ply(tmp_path / "a.ply", small.points @ turn.T, small.colors, direction @ turn.T)
     scene = read_cloud(tmp_path / "a.ply")
@@ -435,9 +416,7 @@ def test_a_mesh_of_few_large_faces_gets_points_from_them(tmp_path, suffix):
     box = trimesh.creation.box((4, 5, 2.6) if suffix != ".glb" else (4, 2.6, 5))
     box.visual.vertex_colors = np.tile(np.uint8([200, 40, 40, 255]), (8, 1))
     box.export(tmp_path / f"a{suffix}")
-    scene = open_scene(
-        tmp_path / f"a{suffix}", masks="none", **({"up": "+y"} if suffix == ".glb" else {})
-    )
+    scene = open_scene(tmp_path / f"a{suffix}", masks="none", **({"up": "+y"} if suffix == ".glb" else {}))
     assert len(scene.points) > 50_000
     np.testing.assert_allclose(np.ptp(scene.points, axis=0)[2], 2.6, atol=0.01)
     assert suffix == ".stl" or np.abs(scene.colors[0].astype(int) - [200, 40, 40]).max() <= 1
@@ -456,9 +435,7 @@ def test_points_that_are_not_finite_far_away_or_twice_there_are_dropped(small, t
 def test_sizes_that_no_room_has_are_refused_and_every_size_is_said(small, tmp_path):
     for unit in (1000, 0.01):
         write_ply(tmp_path / "a.ply", small.points * unit, small.colors, small.normals)
-        with pytest.raises(
-            DataError, match=r"m is hardly a room; give --scale \(0.001 if in millimeters"
-        ):
+        with pytest.raises(DataError, match=r"m is hardly a room; give --scale \(0.001 if in millimeters"):
             read_cloud(tmp_path / "a.ply")
         scene = read_cloud(tmp_path / "a.ply", scale=1 / unit)
         assert scene.notes[-1] == "size 6.24 x 5.94 x 2.60 m"
@@ -480,19 +457,13 @@ def test_a_room_written_as_a_scan_is_read_back(small, scan):
     np.testing.assert_allclose(back.points, small.points, atol=1e-5)
     np.testing.assert_allclose(back.normals, small.normals, atol=1e-5)
     np.testing.assert_allclose(back.bounds, small.bounds, atol=0.05)
-    assert np.array_equal(back.colors, small.colors) and np.array_equal(
-        back.instances, small.instances
-    )
+    assert np.array_equal(back.colors, small.colors) and np.array_equal(back.instances, small.instances)
     assert same_partition(back.superpoints, small.superpoints)
     for a, b in zip(back.objects, small.objects, strict=True):
-        assert (a.id, a.category, a.color) == (b.id, b.category, b.color) and np.array_equal(
-            a.box, b.box
-        )
+        assert (a.id, a.category, a.color) == (b.id, b.category, b.color) and np.array_equal(a.box, b.box)
     for name in ("color", "masks", "intrinsics"):
         assert np.array_equal(getattr(back.frames, name), getattr(small.frames, name)), name
-    np.testing.assert_allclose(
-        back.frames.depth, small.frames.depth, atol=6e-4
-    )  # files hold millimeters
+    np.testing.assert_allclose(back.frames.depth, small.frames.depth, atol=6e-4)  # files hold millimeters
     np.testing.assert_allclose(back.frames.poses, small.frames.poses, atol=1e-9)
 
 
@@ -552,9 +523,7 @@ def test_a_test_scan_has_superpoints_of_ours_and_no_objects(small, scan):
         (scan / f"{small.name}{suffix}").unlink()
     back = read_scannet(scan)
     assert (
-        back.objects == []
-        and back.superpoints.max() > 10
-        and any("test scan" in note for note in back.notes)
+        back.objects == [] and back.superpoints.max() > 10 and any("test scan" in note for note in back.notes)
     )
     assert not back.frames.masks.any()
 
@@ -622,16 +591,12 @@ def test_check_opens_what_is_there_and_says_what_a_root_lacks(small, scan, capsy
     write_scannet(data.replace(small, name="scene0000_00"), root / "scans")
     assert data.check(root) == [f"{root}: 1 scans, 1 with frames beside them"]
     (root / "scans/scene0000_00/scene0000_00.txt").unlink()
-    assert (
-        "missing 1 files, first" in data.check(root)[1] and "Terms of Use" in data.check(root)[1]
-    )
+    assert "missing 1 files, first" in data.check(root)[1] and "Terms of Use" in data.check(root)[1]
     folder = write_rgbd(small, scan.parent / "frames" / "kitchen")
     assert data.main(["check", str(folder)]) == 0
     said = capsys.readouterr().out
     assert (
-        "8 of 8 frames used; layout NAME.color.png" in said
-        and "x 2.60 m" in said
-        and said.count("\n") == 1
+        "8 of 8 frames used; layout NAME.color.png" in said and "x 2.60 m" in said and said.count("\n") == 1
     )
 
 
@@ -707,9 +672,7 @@ def test_own_segments_of_rooms_follow_their_objects():
         assert np.mean(scene.instances[floor] > 0) < 0.1
         seen = [o for o in truth.objects if (truth.frames.masks == o.id).sum() >= 20]
         best += (
-            box_iou(np.stack([o.box for o in seen]), np.stack([o.box for o in scene.objects]))
-            .max(1)
-            .tolist()
+            box_iou(np.stack([o.box for o in seen]), np.stack([o.box for o in scene.objects])).max(1).tolist()
         )
     assert np.mean(best) > 0.6 and np.mean(np.array(best) > 0.5) > 0.7
 

@@ -28,7 +28,13 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-LINES = [line.split("  #")[0].strip() for kind, text in BLOCKS if kind == "bash" for line in text.splitlines() if line]
+LINES = [
+    line.split("  #")[0].strip()
+    for kind, text in BLOCKS
+    if kind == "bash"
+    for line in text.splitlines()
+    if line
+]
 COMMANDS = [shlex.split(part) for line in LINES for part in line.split(" && ")]
 PROGRAMS = [c[next(i for i, word in enumerate(c) if word.endswith(".py")) :] for c in COMMANDS
             if c[0] in ("python", "torchrun")]  # fmt: skip
@@ -139,7 +145,9 @@ def test_python_blocks_run_and_make_the_picture(tmp_path, monkeypatch):
     for kind, text in BLOCKS:
         if kind == "python":
             exec(compile(text, "README.md", "exec"), {})
-    new, shown = (np.asarray(Image.open(p).convert("RGB"), float) for p in ("rooms.png", ROOT / ".github/rooms.png"))
+    new, shown = (
+        np.asarray(Image.open(p).convert("RGB"), float) for p in ("rooms.png", ROOT / ".github/rooms.png")
+    )
     assert new.shape == shown.shape
     assert np.abs(new - shown).mean() < 4, "save the block's rooms.png as .github/rooms.png"
 
@@ -151,9 +159,15 @@ def test_the_install_brings_all_that_the_modules_import():
         PROJECT["project"]["dependencies"], PROJECT["project"]["optional-dependencies"]["sam2"]))  # fmt: skip
     for file in ROOT.glob("*.py"):
         tree = ast.parse(file.read_text())
-        for nodes, allowed in ((tree.body, listed), (ast.walk(tree), listed | optional)):  # optional: only in functions
+        for nodes, allowed in (
+            (tree.body, listed),
+            (ast.walk(tree), listed | optional),
+        ):  # optional: only in functions
             imports = [n for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)]
-            found = {(n.module if isinstance(n, ast.ImportFrom) else n.names[0].name).split(".")[0] for n in imports}
+            found = {
+                (n.module if isinstance(n, ast.ImportFrom) else n.names[0].name).split(".")[0]
+                for n in imports
+            }
             own = {f.stem for f in ROOT.glob("*.py")} | set(sys.stdlib_module_names)
             assert {names.get(f, f) for f in found - own} <= allowed, file.name
 

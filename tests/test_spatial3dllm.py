@@ -302,9 +302,7 @@ def test_neither_the_order_of_the_points_nor_the_turn_of_a_room_changes_its_seed
 
 def test_boxes_and_votes_of_a_frozen_encoder_follow_a_turned_scene(scenes):
     back = scenes[0].turn.astype(np.float32)
-    straight = dict(
-        points=scenes[0].points @ back, normals=scenes[0].normals @ back, turn=np.eye(3)
-    )
+    straight = dict(points=scenes[0].points @ back, normals=scenes[0].normals @ back, turn=np.eye(3))
     base = replace(scenes[0], **straight)
     model = model_at(REFERENTS)
     before = model.see([base])
@@ -343,11 +341,7 @@ def test_the_language_model_on_disk_loads_with_every_weight_and_only_lora_is_add
     saved = LlamaForCausalLM.from_pretrained(folder).state_dict()
     config = Config(llm=str(folder), feature=16, lora_rank=4)
     model = spatial3dllm.build(config, data.HubText(str(folder)))
-    loaded = {
-        k.replace(".base_layer", ""): v
-        for k, v in model.llm.state_dict().items()
-        if "lora_" not in k
-    }
+    loaded = {k.replace(".base_layer", ""): v for k, v in model.llm.state_dict().items() if "lora_" not in k}
     assert loaded.keys() == saved.keys() and all(torch.equal(loaded[k], saved[k]) for k in saved)
     adapted = {k.split(".")[-4] for k in model.llm.state_dict() if "lora_A" in k}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -376,9 +370,7 @@ def test_a_marked_object_is_written_as_its_box(scenes):
 def test_every_ablation_changes_the_tokens_and_can_start_from_the_same_weights(scenes, change):
     default, model = model_at(REFERENTS), model_at(REFERENTS, **change)
     model.load_state_dict(default.state_dict())
-    assert not torch.allclose(
-        default.encode(scenes)["tokens"], model.encode(scenes)["tokens"], atol=1e-4
-    )
+    assert not torch.allclose(default.encode(scenes)["tokens"], model.encode(scenes)["tokens"], atol=1e-4)
     silent = {"intra": "intra", "context": "context", "positions": "code"}
     off = silent.get(next(iter(change)), "inter.graph")
     trained = {name for name, p in model.named_parameters() if p.requires_grad}

@@ -72,9 +72,7 @@ def read_images(path, count=32, longest=640, notes=None):
 def test_frames_are_evenly_spaced_in_time_not_in_number(tmp_path):
     """Half of the frames lie in the first tenth of the time; they make a tenth of what is read."""
     seconds = np.concatenate([np.linspace(0, 1, 50, endpoint=False), np.linspace(1, 10, 50)])
-    found = number(
-        read_images(encode(tmp_path / "a.mp4", numbered(100), seconds), count=10), 100
-    )
+    found = number(read_images(encode(tmp_path / "a.mp4", numbered(100), seconds), count=10), 100)
     assert sum(n < 50 for n in found) == 1 and found == sorted(found) and len(found) >= 9
 
 
@@ -228,16 +226,10 @@ def test_what_is_known_makes_a_scene_metric_and_what_is_not_is_guessed(scene, tm
         np.testing.assert_allclose(extent(found), extent(true), atol=0.15)
     for kind in ("images", "video.mp4", "colmap"):
         found = read_views(tmp_path / kind)
-        assert (
-            not found.metric
-            and "guessed" in found.notes[-1]
-            and found.frames.depth.shape == (12, 96, 96)
-        )
+        assert not found.metric and "guessed" in found.notes[-1] and found.frames.depth.shape == (12, 96, 96)
         ratio = extent(found) / extent(true)
         assert ratio.std() < 0.05  # the same room in another unit
-        assert np.median(found.frames.depth[found.frames.depth > 0]) == pytest.approx(
-            data.GUESS, rel=0.02
-        )
+        assert np.median(found.frames.depth[found.frames.depth > 0]) == pytest.approx(data.GUESS, rel=0.02)
         scaled = read_views(tmp_path / kind, scale=2.0)  # a length that is twice the guessed one
         assert scaled.metric
         np.testing.assert_allclose(extent(scaled), 2 * extent(found), rtol=0.03)
@@ -247,9 +239,7 @@ def test_what_is_known_makes_a_scene_metric_and_what_is_not_is_guessed(scene, tm
         assert not tasks & data.METRIC and "relation" in tasks
 
 
-def test_poses_of_another_convention_and_cameras_that_stand_still_are_refused(
-    scene, tmp_path, stand_in
-):
+def test_poses_of_another_convention_and_cameras_that_stand_still_are_refused(scene, tmp_path, stand_in):
     """Found depth and known poses contradict each other then."""
     stand_in(oracle(scene.frames))
     folder = write_rgbd(scene, tmp_path / "a")
@@ -263,9 +253,7 @@ def test_poses_of_another_convention_and_cameras_that_stand_still_are_refused(
         read_views(folder)
 
 
-def test_the_uncertain_fifth_of_the_depth_is_dropped_and_none_at_all_is_one_line(
-    scene, tmp_path, stand_in
-):
+def test_the_uncertain_fifth_of_the_depth_is_dropped_and_none_at_all_is_one_line(scene, tmp_path, stand_in):
     path = encode(tmp_path / "a.mp4", scene.frames.color)
 
     def unsure(images):
@@ -286,9 +274,7 @@ def test_the_uncertain_fifth_of_the_depth_is_dropped_and_none_at_all_is_one_line
 
 def small_vggt(width=32):
     """VGGT from its own aggregator and heads, tiny and untrained, its cameras started at a usual field of view."""
-    vggt = pytest.importorskip(
-        "vggt.models.vggt", reason=f"VGGT itself was not run: {data.INSTALL['vggt']}"
-    )
+    vggt = pytest.importorskip("vggt.models.vggt", reason=f"VGGT itself was not run: {data.INSTALL['vggt']}")
     from vggt.heads.camera_head import CameraHead
     from vggt.heads.dpt_head import DPTHead
     from vggt.models.aggregator import Aggregator
@@ -296,17 +282,13 @@ def small_vggt(width=32):
     torch.manual_seed(0)
     model = vggt.VGGT.__new__(vggt.VGGT)
     torch.nn.Module.__init__(model)
-    model.aggregator = Aggregator(
-        img_size=70, embed_dim=width, depth=4, num_heads=4, patch_embed="conv"
-    )
+    model.aggregator = Aggregator(img_size=70, embed_dim=width, depth=4, num_heads=4, patch_embed="conv")
     model.camera_head = CameraHead(dim_in=2 * width, num_heads=4, trunk_depth=1)
     model.depth_head = DPTHead(2 * width, output_dim=2, activation="exp", conf_activation="expp1", features=16,
                                out_channels=[8, 16, 16, 16], intermediate_layer_idx=[0, 1, 2, 3])  # fmt: skip
     last = [m for m in model.camera_head.pose_branch.modules() if isinstance(m, torch.nn.Linear)][-1]
     torch.nn.init.normal_(last.weight, std=0.002)
-    last.bias.data.copy_(
-        torch.tensor([0, 0, 0, 0, 0, 0, 0.25, 0.25, 0.25])
-    )  # added four times: 1 radian
+    last.bias.data.copy_(torch.tensor([0, 0, 0, 0, 0, 0, 0.25, 0.25, 0.25]))  # added four times: 1 radian
     return model.eval()
 
 
@@ -314,17 +296,13 @@ def test_vggts_own_parts_give_depth_and_cameras_in_our_conventions(tmp_path, mon
     """Untrained, so where things are means nothing; every array has its shape and every number is finite."""
     images, model = room(2, views=3, size=60).frames.color[:, :48], small_vggt()
     depth, confidence, K, poses = data.vggt_geometry(images, model, longest=70)
-    assert (
-        depth.shape == confidence.shape == (3, 48, 60) and (depth > 0).all() and (confidence >= 1).all()
-    )
+    assert depth.shape == confidence.shape == (3, 48, 60) and (depth > 0).all() and (confidence >= 1).all()
     np.testing.assert_allclose(K[:, :2, 2], np.tile([30, 24], (3, 1)), rtol=1e-5)
     turn = poses[:, :3, :3]
     np.testing.assert_allclose(turn @ turn.swapaxes(1, 2), np.tile(np.eye(3), (3, 1, 1)), atol=1e-5)
     monkeypatch.setattr(data, "load_vggt", lambda name: model)
     scene = open_scene(encode(tmp_path / "room.mp4", images))
-    assert (
-        scene.frames.depth.shape == (3, 48, 60) and np.isfinite(scene.points).all() and not scene.metric
-    )
+    assert scene.frames.depth.shape == (3, 48, 60) and np.isfinite(scene.points).all() and not scene.metric
 
 
 # ---- opening and keeping scenes
@@ -341,9 +319,7 @@ def test_every_kind_of_scene_has_its_reader_and_its_options(tmp_path):
         open_scene(write_rgbd(room(3, views=3, size=32), tmp_path / "a"), masks="x")
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd/scan.sens").write_text("x")
-    with pytest.raises(
-        DataError, match=r"odd: holds no frames, but scan.sens; known layouts: .*COLMAP"
-    ):
+    with pytest.raises(DataError, match=r"odd: holds no frames, but scan.sens; known layouts: .*COLMAP"):
         open_scene(tmp_path / "odd")
 
 
@@ -354,9 +330,7 @@ def test_masks_that_lie_beside_the_frames_are_the_objects(scene, tmp_path):
         save(folder / f"instance-filt/frame-{i:06d}.png", mask.astype(np.uint16))
     found = open_scene(folder)
     seen = [o for o in scene.objects if (scene.frames.masks == o.id).sum() > 100]
-    sizes = np.stack(
-        [np.sort(o.box[3:]) for o in found.objects]
-    )  # the cloud may lie a quarter turn off
+    sizes = np.stack([np.sort(o.box[3:]) for o in found.objects])  # the cloud may lie a quarter turn off
     near = [np.abs(sizes - np.sort(o.box[3:])).max(1).min() < 0.25 for o in seen]
     assert np.mean(near) > 0.8 and len(found.objects) <= len(scene.objects)
     assert not np.array_equal(open_scene(folder, masks="segments").frames.masks, found.frames.masks)
