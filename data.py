@@ -1810,7 +1810,7 @@ class Blind:
         # the most frequent answer; a mark is replaced by an object of this scene
         text = max(seen, key=seen.get)
         g = scene_graph(scene)
-        if sample.targets is None or sample.task == "caption" or text == "no." or not g.numbered:
+        if sample.targets is None or sample.task == "caption" or text.lower() == "no." or not g.numbered:
             return text
         i = g.numbered[zlib.crc32(sample.id.encode()) % len(g.numbered)]
         return f"{text} {mark(g.things[i])}".strip()
@@ -2703,12 +2703,15 @@ def tiny_llm(vocabulary, reader):
     return llm
 
 
+READER = (128, 2, 4, 256)  # width, layers, heads, width of the FFN
+
+
 @dataclass
 class Config:
     """Size of the language model that reads rooms in words."""
 
     llm: str | None = None  # as in the papers' own; there is none to load
-    reader: tuple[int, ...] = (128, 2, 4, 256)  # width, layers, heads, width of the FFN
+    reader: tuple[int, ...] = READER
 
     @classmethod
     def tiny(cls):

@@ -802,14 +802,19 @@ class ScanRefer(Grounding):
 
 class Multi3DRefer(ManyTargets):
     """{"scene_id": "scene0011_00", "object_ids": [3, 8], "object_name": "chair", "ann_id": 0,
-    "eval_type": "mt", "description": "the chairs at the table"}"""
+    "eval_type": "mt", "description": "the chairs at the table"}; prompt and answer are Proxy3D's (supp. Fig. 5)."""
 
     files = splits("multi3drefer_*.json", train=43_838, val=11_120)
-    prompt = "Which objects are described, if any? {question}"
+    prompt = (
+        'Are there any objects that correspond to the description "{question}"? '
+        "If yes, could you share the IDs for those objects?"
+    )
 
     def read(self, scene_id, object_ids, ann_id, eval_type, description, **others):
         targets = [object_of(scene_id, i) for i in object_ids]
-        answer = " ".join(["yes.", *(f"<obj {i}>" for i in targets)]) if targets else "no."
+        answer = "No."
+        if targets:
+            answer = "Yes. " + " ".join(f"<obj {i}>" for i in targets) + "."
         return make_sample(
             f"{scene_id}|{ann_id}", scene_id, "multi", description, [answer], targets=targets, kind=eval_type
         )
@@ -817,7 +822,7 @@ class Multi3DRefer(ManyTargets):
 
 class Scan2Cap(Captions):
     """ScanRefer's rows, or Nr3D's in the same form; all descriptions of an object are references of
-    one question."""
+    one question, in the words of Proxy3D's supp. Fig. 5."""
 
     files = splits("ScanRefer_filtered_*.json", train=7_875, val=2_068)
     merged = True
@@ -828,7 +833,8 @@ class Scan2Cap(Captions):
             f"{scene_id}|{object_id}",
             scene_id,
             "caption",
-            f"describe <obj {target}>.",
+            f"Provide a detailed description of the appearance of <obj {target}> before analyzing its spatial "
+            "connections with other elements in the scene.",
             [description],
             tokens=[" ".join(words[:30])],
             targets=[target],

@@ -125,12 +125,7 @@ class Config:
     filter_heads: int = 8  # of the Fourier filter; paper 8
     pretrain: bool = True  # False: from scratch, without the generalist stage
     task: str = "all"  # what the second stage tunes for: a key of TUNED
-    reader: tuple[int, ...] = (
-        128,
-        2,
-        4,
-        256,
-    )  # the tiny language model, where llm is None
+    reader: tuple[int, ...] = data.READER  # the tiny language model, where llm is None
 
     @classmethod
     def tiny(cls, **changes) -> Config:

@@ -99,7 +99,7 @@ class Config:
     lora: int = 0  # rank of LoRA in the language model; 0 trains all of it, as the paper does
     dtype: str = "float32"  # of what stays frozen; what trains is float32
     # the tiny model, used only where llm is None: its language model, and its tower
-    reader: tuple[int, ...] = (128, 2, 4, 256)
+    reader: tuple[int, ...] = data.READER
     vision_width: int = 64
     vision_layers: int = 3
 

@@ -115,7 +115,7 @@ class Config:
     lora_dropout: float = 0.1
     dtype: str = "float32"  # of a loaded model's weights
     # the tiny preset only: its language model, and how far color and normal spread the centers
-    reader: tuple[int, ...] = (128, 2, 4, 256)
+    reader: tuple[int, ...] = data.READER
     spread: float = 2.0  # meters per unit of color
     spread_normal: float = 0.3  # meters per unit of normal
 
