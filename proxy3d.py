@@ -1,28 +1,32 @@
 """Proxy3D: Efficient 3D Representations for Vision-Language Models via Semantic Clustering and Alignment.
 
-CVPR 2026, arXiv 2605.08064. Supplementary Tables 1-3 give the recipe; equation numbers are the paper's.
+CVPR 2026, arXiv 2605.08064. Supplementary Tables 1 and 2 give the recipe; equation numbers are the paper's.
 
 Idea. A video of a room is ten thousands of image patches, but only a few dozen objects. Lift every patch
 to 3D, group the patches by the object they show, summarize each group by a few *proxies* (mean feature, mean
-position), and give the language model those few hundred tokens instead of all patches. Identifiers
-("<OBJ012>") are added to an object's proxies as the picture of their digits, encoded by the same vision
-tower; no embedding table is learned.
+position), and give the language model those few hundred tokens instead of all patches. Every object of a scene
+has an *id*, its label in the masks, and an *identifier* 0..99, drawn anew each time, which text writes as
+"<OBJ012>". An object's proxies carry it as the picture of its digits, encoded by the same vision tower: on the
+scene's side no embedding table is learned.
 
   frames [V,H,W,3] --tower (frozen)--> features [V,h,w,C] --.
-  depth or VGGT ---------------------> points  [V,H,W,3] ---+-> triplets f [L,C], p [L,3], m [L], L = V h w
+  depth or VGGT ---------------------> points  [V,H,W,3] ---+-> triplets f [L,C], p [L,3], m [L], L <= V h w
   masks or SAM 2 --------------------> masks   [V,H,W] -----'        |
                                                      group by m, allocate K, cluster on p       (1) (2) (3)
                                                                      v
-  z [K,C], c [K,3], group [K] --> BFS order --> R(c_height) z + F(c_horizontal) + f_id[group]       (5) (4)
+  z [K,C], c [K,3], group [K] --> BFS order --> R(c_height) z + F(c_horizontal) + f_id[identifier]  (5) (4)
                                                                      v
                                                            language model --> text                      (6)
 
-Axes: V frames, H W pixels, h w patches, L = V h w triplets, G groups, K proxies, C = D width, T text,
-n objects, R pieces and symbols of stage 0, E width of the tiny tower.
+Axes: V frames, H W pixels, h w patches (one per merged token of the tower), L triplets, G groups, K proxies,
+C = D width, T text, n objects, R pieces and symbols of stage 0, E width of the tiny tower. The paper's c^H and
+c^WxL are a proxy's height and its place on the floor, not pixels.
 
 | paper                                  | here                                          |
 | sec. 3.1 patch triplets                | patch_triplets                                |
-| (1) groups, (2) centers, (3) proxies   | cluster, make_proxies, CLUSTERING             |
+| (1) groups of patches by object        | cluster                                       |
+| (2) clusters and their centers         | farthest_seeds, CLUSTERING; means: c          |
+| (3) proxies, the means of clusters     | make_proxies                                  |
 | allocation K_g ~ |G_g| / L             | allocate                                      |
 | (5) BFS serialization                  | bfs_order                                     |
 | (4) z' = R(c^H) z + F(c^WxL)           | rotate_height, HorizontalFourier              |
@@ -44,14 +48,15 @@ What the paper leaves open, and what we chose
   connected part of the graph is done, the point nearest to any visited one comes next.
 - R rotates feature pairs by height / 5 cm * 10000^(-2i/C): R(0) = I and norms are kept. F is a learnable
   Fourier embedding (Li et al. 2021). Both act from stage II on.
-- Around a loaded tower F starts at 0.3 of the RMS of its features and symbols at their full RMS
-  (`Model.measure_gains`): a meter along x, y or z moves a token by comparable amounts. At 5e-6 a step what
-  starts small stays small.
+- Around a loaded tower F starts at 0.3 of the RMS of proxies' features, and symbols at their full RMS
+  (`Model.measure_gains`): at 5e-6 a step what starts small stays small. A meter along x, y or z then moves a
+  token by comparable amounts (tested).
 - Proxies take ordinary sequential positions in MRoPE (t = h = w), like words.
 - Inter-frame attention: the tower's full-attention blocks see all frames of a scene at once. No parameters.
 - 16x21 (32x42) merged tokens = frames resized to exactly 448x588 (896x1176), whatever the camera.
 - Category symbols come from the data's categories (the paper's list of 213 is not public): a drawn icon, or
-  the written word where there is none. Stage IV adds identifiers only.
+  the written word where there is none. Stages I to III see an object as category + identifier symbol; in
+  stage IV proxies take the place of category symbols.
 - Symbols have no color, so the paper's stages I to III never ask for one.
 - Without semantic grouping the scene is one group, and a proxy's identifier that of most of its patches.
 - Point maps and masks come from the scene (data.py): sensor depth or VGGT, and instance masks, own segments
@@ -86,14 +91,14 @@ class Config:
 
     llm: str | None = None  # a Qwen2.5-VL name or folder; None: a tiny one of the last fields
     budget: int = 700  # proxies per scene; paper 450, 700, 1000
-    floor: int = 2  # proxies that every object gets at least; paper 2 (2, 5, 10 in Table 5)
+    floor: int = 2  # proxies that every object gets, if the budget allows; paper 2 (2, 5, 10 in Table 5)
     grid: tuple[int, int] = (32, 42)  # merged tokens per frame, rows x columns; paper 16x21 or 32x42
     frames: int = 32  # frames per scene, evenly spaced; paper 32
     semantic_grouping: bool = True  # False: Table 4, "no semantic grouping"
     coordinate_stage: bool = True  # False: Table 4, stage II skipped, F trains in stage IV
     inter_frame: bool = True  # Table 4, full-attention blocks see all frames
     clustering: str = "fps"  # a key of CLUSTERING
-    fourier: int = 256  # random features of F, half as many as its hidden width
+    fourier: int = 256  # features of F, cosines and sines; half as many as its hidden width
     position_share: float = 0.3  # RMS of F at the start, as a share of that of the tower's features
     symbol: int = 112  # pixels of a symbol image; 112 = 4 x 4 merged tokens of Qwen2.5-VL, averaged
     lora: int = 0  # rank of LoRA in the language model; 0 trains all of it, as the paper does
@@ -131,7 +136,7 @@ class Config:
 
 
 def patch_triplets(features: Tensor, points: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Lift patches to 3D: one (feature, point, label) per patch with at least one measured pixel.
+    """Lift patches to 3D: one (feature, point, label) per patch that shows its object with a known depth.
 
     Args: features [V, h, w, C]; points [V, H, W, 3] in meters, NaN = missing; masks [V, H, W] >= 0, 0 = no
     object. H and W need not be multiples of h and w. Returns: f [L, C], p [L, 3], m [L].
@@ -147,7 +152,7 @@ def patch_triplets(features: Tensor, points: Tensor, masks: Tensor) -> tuple[Ten
     measured = points.reshape(-1, 3)[counted].float()
     p, count = data.group_mean(measured, patch[counted], V * h * w)  # [patches, 3], [patches]
 
-    # patches without a measured pixel have no place in 3D
+    # patches whose object has no measured pixel have no place in 3D
     keep = count > 0
     return features.reshape(-1, C)[keep], p[keep], label[keep]
 
@@ -172,7 +177,8 @@ def patch_labels(masks: Tensor, h: int, w: int) -> Tensor:
 def allocate(sizes: Sequence[int], budget: int, floor: int = 2) -> list[int]:
     """Share the budget among groups in proportion to their patches, K_g ~ |G_g| / L.
 
-    Exactly min(budget, sum of sizes) proxies in all; a group gets at least min(floor, size), at most size.
+    Exactly min(budget, sum of sizes) proxies in all; a group gets at most its size, and at least min(floor, size)
+    unless the floors alone exceed the budget.
 
         sizes 3 3 94, budget 20, floor 2
         floors                2    2     2      14 are left, every group has room
@@ -369,7 +375,7 @@ def rotate_height(z: Tensor, height: Tensor, unit: float = 0.05) -> Tensor:
 class HorizontalFourier(nn.Module):
     """F(c^WxL): learnable Fourier features of the horizontal position (Li et al. 2021, arXiv 2106.02795).
 
-    F(x) = W2 GELU(W1 r), r = [cos(x Wr), sin(x Wr)] / sqrt(D). Wr starts as N(0, 1) per meter, and W2 with
+    F(x) = W2 GELU(W1 r), r = [cos(x Wr), sin(x Wr)] / sqrt(2 P), P learned frequencies. Wr starts as N(0, 1) per meter, and W2 with
     the standard deviation of a language model's weights, so that a step of 5e-6 changes both by the same share.
     The size of F is set outside (`Model.measure_gains`).
     """
@@ -383,7 +389,7 @@ class HorizontalFourier(nn.Module):
 
     def forward(self, xy: Tensor) -> Tensor:
         """Encode xy [..., 2] meters: [..., C]."""
-        phase = xy.to(self.frequencies) @ self.frequencies  # [..., P] P = D/2
+        phase = xy.to(self.frequencies) @ self.frequencies  # [..., P]
         r = torch.cat([phase.cos(), phase.sin()], dim=-1)  # [..., 2P]
         r = r / math.sqrt(r.shape[-1])
         return self.out(F.gelu(self.lift(r)))  # [..., C]
@@ -446,8 +452,9 @@ IDENTIFIERS = [("id", number) for number in range(100)]
 def qwen_tokens(visual: nn.Module, images: Tensor, inter_frame: bool) -> Tensor:
     """Run Qwen2.5-VL's vision tower over images [V, H, W, 3] uint8: merged tokens [V, h, w, C].
 
-    H and W are multiples of patch size times merge size. Every frame is an image of its own; with inter_frame
-    the tower's full-attention blocks read all frames as one sequence.
+    p, m, t: sizes of the tower's own small patches, of the square of them that becomes one token, and of a
+    patch in time; H and W are multiples of p m. Every frame is an image of its own; with inter_frame the
+    blocks with full attention (the others keep to windows) read all frames as one sequence.
     """
     c = visual.config
     p, m, t = c.patch_size, c.spatial_merge_size, c.temporal_patch_size
@@ -464,7 +471,7 @@ def qwen_tokens(visual: nn.Module, images: Tensor, inter_frame: bool) -> Tensor:
     x = x.unsqueeze(6).expand(*[-1] * 6, t, -1, -1)  # [V, h, w, m, m, 3, t, p, p]
     x = x.reshape(V * h * w * m * m, -1).to(visual.dtype)  # [V*h*w*m*m, 3*t*p*p]
 
-    # the tower takes every image for a sequence of its own, unless it is told where sequences begin and end
+    # cu_seqlens says where the sequences of full attention begin and end; by default every image is one
     grid = torch.tensor([[1, h * m, w * m]] * V, device=images.device)
     joint = None
     if inter_frame:
@@ -560,9 +567,9 @@ class Model(data.SceneLanguageModel):
 
     @torch.no_grad()
     def measure_gains(self, scenes: Sequence[Scene]) -> None:
-        """Scale F and the symbols to the tower's features, once: gains are saved with the weights.
+        """Scale F and the symbols to proxies' features, once: gains are saved with the weights.
 
-        Every rank measures the same first scenes.
+        `cache_features` measures the first training scenes, the same on every rank; without it the first batch.
         """
         if bool((self.gains != 1).any()):
             return
@@ -590,17 +597,19 @@ class Model(data.SceneLanguageModel):
 
     def compute_features(self, scene):
         """Make a scene's proxies: z [K, C] float16, c [K, 3] meters, group [K] object ids, 0 = none."""
-        f = frames_of(scene)
+        f, cfg = frames_of(scene), self.config
 
         # evenly spaced frames, the first and the last among them
         total = len(f.color)
-        pick = np.linspace(0, total - 1, min(self.config.frames, total)).round().astype(int)
+        pick = np.linspace(0, total - 1, min(cfg.frames, total)).round().astype(int)
         images = self.resize_frames(torch.from_numpy(f.color[pick]).to(self.device))
         features = self.encode_images(images, together=True)  # [V, h, w, C]
         points = data.unproject(f.depth[pick], f.intrinsics[pick], f.poses[pick])
         points = torch.from_numpy(points).to(self.device)
         masks = torch.from_numpy(f.masks[pick]).long().to(self.device)
-        z, c, group = make_proxies(features, points, masks, *self.feature_settings()[:4])
+        z, c, group = make_proxies(
+            features, points, masks, cfg.budget, cfg.floor, cfg.clustering, cfg.semantic_grouping
+        )
         return {"z": z.half(), "c": c, "group": group}
 
     def cache_features(self, scenes, folder=None, rank=0, world=1):
@@ -715,7 +724,8 @@ def rms(x: Tensor) -> float:
 
 TASKS = {}  # Proxy3D needs no question types beyond data.TASKS
 
-# supp. Table 2, training splits; its rounded rows give 319K, not 318K. fit: Chat-Scene's filter
+# supp. Table 2, training splits; its rounded rows give 319K, not 318K. fit: the IoU with its object that
+# Chat-Scene, whose files these are, asks of a proposal
 SPACESPAN = {
     "ScanQA": Source("scanqa", 26_000),
     "SQA3D": Source("sqa3d", 26_000),
@@ -746,8 +756,8 @@ GENERATED = {  # where those files are not given: generated questions in SpaceSp
     "vsi_rel_direction": 10,
 }
 
-# supp. Table 1; the questions of stages I to III are generated. The paper lists the 3D embedding from stage I
-# on, but nothing shows it before stage II, where it gets its first gradient
+# supp. Table 1; the questions of stages I to III are generated. The paper trains the 3D embedding in I and II;
+# nothing shows it before II, so it has no gradient in I. From III on it is frozen, as the paper has it
 PAPER_STAGES = [
     Stage(
         "I identifiers",
@@ -1069,7 +1079,7 @@ class TinyModel(Model):
 
 
 # every stage asks a little of what its predecessors taught: what is not asked is forgotten
-SYMBOLS = dict(lr=2e-3, weight_decay=0.01, per_scene=16, schedule="constant", steps=True)
+HOW = dict(lr=2e-3, weight_decay=0.01, per_scene=16, schedule="constant", steps=True)
 STAGES["tiny"] = [
     Stage("0 tower", {}, ("tower",), "tower", iterations=1200, batch=16, lr=4e-3, warmup=0.03),
     Stage(
@@ -1088,7 +1098,7 @@ STAGES["tiny"] = [
         ("lm",),
         "symbols",
         iterations=300,
-        **SYMBOLS,
+        **HOW,
     ),
     Stage(
         "II coordinates",
@@ -1108,7 +1118,7 @@ STAGES["tiny"] = [
         "symbols+3d",
         iterations=350,
         score=("rooms/coordinate",),
-        **SYMBOLS,
+        **HOW,
     ),
     Stage(
         "III relations",
@@ -1128,7 +1138,7 @@ STAGES["tiny"] = [
         ("lm",),
         "symbols+3d",
         iterations=400,
-        **SYMBOLS,
+        **HOW,
     ),
     Stage(
         "IV proxies",
@@ -1153,7 +1163,7 @@ STAGES["tiny"] = [
         "proxies",
         iterations=1100,
         files=SPACESPAN,
-        **{**SYMBOLS, "schedule": "trapezoid"},
+        **{**HOW, "schedule": "trapezoid"},
     ),
 ]
 
