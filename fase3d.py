@@ -12,7 +12,7 @@ tokens and one for text tokens, and a Fourier filter for vision tokens.
   points p [N,3], color + normal f [N,6] -> MLP(f) + Fourier(p) -> mean per superpoint S [M,d]    (1)
     S along 4 curves, windows of 128 -> rFFT * gate -> irFFT -> mean over curves, added to S  (2)(3)(5)
     all points along the 4 curves, windows of 64 -> votes between superpoints -> graph   sec. 3.3, (9)
-    T seeds -> 1-hop pooling of S -> LayerNorm, phi -> Hilbert order -> MLP adapter -> tokens [T,D]
+    T seeds -> 1-hop pooling of S in Hilbert order -> LayerNorm, phi -> z' -> MLP -> tokens [T,D]
     a click or box center c [3] with its 16 nearest tokens -> one coordinate token [D]
   [tokens][coordinate token][question] -> frozen LLM, first 8 FFNs: dLoRA + filter -> answer      (4)
 
@@ -23,10 +23,12 @@ scene by scene and needs no padding.
 | paper                                       | here                                         |
 | sec. 3.1 token initialization, (1)          | fourier_code, superpoint_mean, Initial       |
 | (6) quantization, Morton and Hilbert keys   | quantize, morton, hilbert, CURVES            |
-| (2) (3) (5) FFT context enhancer            | windowed_filter, enhance, Enhancer           |
-| superpoint graph by window voting, (9)-(11) | vote_graph, nearest_edges                    |
+| (5) FFT, (2) filtered windows, (3) curves   | windowed_filter, enhance, Enhancer           |
+| superpoint graph by window voting           | vote_graph, nearest_edges                    |
+| (9)-(11) its cost in time and memory        | docstring of vote_graph, tests/bench.py      |
 | token merging: seeds, suppression, pooling  | choose_seeds, graph_pool, Merger             |
-| 3D coordinate token                         | CoordinateToken                              |
+| places of tokens and prompts                | Model.place of data.fourier_waves            |
+| 3D coordinate token                         | CoordinateToken, Model.prompt_tokens         |
 | Fourier-augmented LoRA: filter, dLoRA       | global_filter, FourierFilter, DecoupledLoRA  |
 | (4) loss on answers                         | data.SceneLanguageModel.forward              |
 | two training stages, and from scratch       | STAGES, recipe                               |
@@ -34,8 +36,8 @@ scene by scene and needs no padding.
 | Tables 3, 4, A, C, E: ablations             | Config, SELECTORS, ADAPTERS, FILTERS         |
 
 What the paper leaves open, and what we chose
-- d = 768 is a guess: from an LLM of width 2048 to one of 4096 its parameters grow by one map of 768
-  inputs (10.54 to 12.11 M); but OPT-1.3B, 2048 wide as well, is listed with 9.30 M. The MLP is
+- d = 768 is a guess: from an LLM of width 2048 to one of 4096 the tokenizer's parameters grow by one
+  map of 768 inputs (10.54 to 12.11 M); but OPT-1.3B, 2048 wide as well, is listed with 9.30 M. The MLP is
   6 -> 128 -> d with LayerNorm and GELU after the first map; superpoints are averaged before the
   second, which is linear: the same result for 1/50 of the work.
 - The Fourier code has sin and cos of 100 x / 1000^(i / F) for F = d / 6 frequencies per axis,
@@ -48,23 +50,23 @@ What the paper leaves open, and what we chose
   supplement (D.2) also names linear maps around the FFT and a scorer of curves; (2) and (3) have
   neither, nor has this file.
 - Graph: a window is 32 points before and 32 after its center, a new center every 16 points.
-  Candidates are sorted by squared distance of centers, then votes; k = 8; an edge stays if either
-  end keeps it, with the larger vote.
-- Seeds: farthest points, the first one farthest from the centroid; one per superpoint; a seed next
-  to a kept one gives way to superpoints that no kept seed covers, those with most points first: in
-  a room of 50,000 points every second token. The paper removes duplicate and invalid seeds only.
+  Votes propose neighbors and weigh edges, but distance chooses: the k = 8 nearest of those proposed, of
+  equals those with more votes; an edge stays if either end keeps it, with the larger vote.
+- Seeds: farthest points, the first one farthest from the centroid, one per superpoint. The paper then
+  removes duplicate seeds and those next to a kept one; we also fill the places that are free with the
+  largest superpoints that no seed covers. In a room of 50,000 points that is every second token.
 - Edge weight: max(0, cos(S_i, S_j)) * log(1 + v_ij) / log(1 + largest vote of the scene).
-- A token is LayerNorm(adapter(z)) + the Fourier layer of its position, which also encodes clicks and
-  boxes, so that a place can be found by what it shares with a token. The LayerNorm starts at the
-  size of the LLM's word vectors.
-- Coordinate token: the same Fourier layer of c + MLP([code(c); mean over its 16 nearest merged
+- A token is LayerNorm(MLP(z')) + `Model.place` of its position in meters, a linear map that also encodes
+  clicks and boxes, so that a place can be found by what it shares with a token. The LayerNorm starts at
+  the size of the LLM's word vectors.
+- Coordinate token: the same map of c + MLP([code(c); mean over its 16 nearest merged
   tokens of z_k + code(c_k - c)]); a box counts by its center. Order: scene, coordinate token, text.
 - LoRA on all linear maps of the FFN (OPT: fc1, fc2), no dropout. The filter acts on what enters the
   FFN and starts as the identity. Of its D gains (the paper's count) those of frequency +k and -k
   act as their mean. Behind the last layer nothing reads vision tokens: if that layer is adapted
   too, it gets neither vision adapter nor filter, for they could not learn.
-- Gate and gains are vectors to the optimizer, which decays matrices only: decay would open the gate
-  by itself. Clipping at 0.1 and a warm-up of 10 % are ours. Decoding is greedy.
+- Gate and gains are vectors to the optimizer, which decays matrices only: decay draws theta to 0, where the
+  gate is softplus(0) = 0.69, so it would open by itself. Clipping at 0.1 and a warm-up of 10 % are ours. Decoding is greedy.
 - The LLM is loaded in bfloat16, in which the trainer computes (paper: float16), so that autocast
   need not copy its weights.
 - What depends on geometry alone (points drawn, curves, graph, seeds) is computed once per scene and
@@ -519,6 +521,8 @@ class CoordinateToken(nn.Module):
 def global_filter(z: Tensor, gain: Tensor) -> Tensor:
     """Filter tokens z [n, D] along their channels, head by head: (z + iFFT(FFT(z) * G)) / 2.
 
+    Each token alone: neighbors in the sequence are not mixed, as GFNet's filter over an image would.
+
     gain [H, w] for H heads of w = D / H channels; 1 = the identity. A real signal's spectrum is
     symmetric: the gains of +k and -k act as their mean, and half of the spectrum is enough.
     """
@@ -935,7 +939,7 @@ def check(config: Config) -> None:
 def spectral_clusters(edges: np.ndarray, weight: np.ndarray, nodes: int, count: int) -> np.ndarray:
     """Cluster a weighted graph (Ng, Jordan and Weiss 2001): labels [nodes] in 0..count-1.
 
-    k-means on the rows of the last `count` eigenvectors of the normalized Laplacian.
+    k-means on the rows of the `count` eigenvectors of the normalized Laplacian with the least eigenvalues.
 
     Args: edges [E, 2], both ways; weight [E] >= 0.
     """
@@ -1022,7 +1026,7 @@ STAGES = {
             files=GENERALIST,
             **SCHEDULE,
         ),
-        Stage("2 task", {}, PARTS, "tokens", iterations=30_000, **SCHEDULE),
+        Stage("2 task", {}, PARTS, "tokens", iterations=30_000, **SCHEDULE),  # asks what `recipe` puts in
     ],
 }
 

@@ -18,12 +18,13 @@ red chair") or by their box in text, never by an identifier.
     | InterReferentGraph: two graph convolutions over the nearest referents
     | ReferentSceneAttention: cross-attention to all seeds
   referents h [R, C] -> boxes [R, 6]
-    | projector(h) + code(boxes)
-  scene tokens [R, D] -> Llama with LoRA -> "... = [1.25, -0.80, 0.45, 0.50, 0.50, 0.90]"
+    | projector(h) + code(waves of boxes)
+  scene tokens [R, D] -> Llama with LoRA -> "[1.25, -0.80, 0.45, 0.50, 0.50, 0.90]"
 
-Axes: B scenes, N points, M seeds, R referents, P points of a ball, C channels, H heads, K scene
-tokens (K = R), D width of the language model, T text. Tensors carry no annotation but their shape:
-f are features, p places of points or seeds, q centers, v votes, h referents.
+Axes: B scenes (in data.py S), N points, M centers of a level or seeds, R referents, P points of a ball or
+neighbors, C channels, H heads, L tokens of attention, W waves, K scene tokens (K = R), D width of the language
+model, T text. Tensors carry no annotation but their shape: f are features, p places of points or seeds, q
+centers, v votes, h referents.
 
 | paper                                     | here                                             |
 | scene encoder, PointNet++, frozen         | SetAbstraction, FeaturePropagation, PointNet2    |
@@ -44,21 +45,23 @@ What is not public, and what we chose (all sizes below are ours or a relative's)
   several times.
 - Votes: Vote2Cap-DETR's vote query, which the descriptions match step by step: an FFN gives an
   offset and a feature, referents are sampled from the seeds before they move and grouped after,
-  radius 0.3 m, 16 votes, max pool, 256 referents. A vote's feature keeps its length: the first
-  LayerNorm behind it does what dividing by it would.
-- Graph: Scan2Cap's 10 neighbors by center, symmetric, with self loops; H + ReLU(D^-1/2 A D^-1/2
-  LN(H) W), two layers.
+  radius 0.3 m, 16 votes, max pool, 256 referents. VoteNet divides a vote's feature by its length; here
+  the LayerNorm of the next layer keeps sizes in bounds.
+- Graph: Scan2Cap's 10 neighbors by center, symmetric, with self loops; h + ReLU(G LN(h) W) with a learned W
+  and G = deg^-1/2 adj deg^-1/2, two layers.
 - Context: one pre-norm cross-attention over all seeds and an FFN, 8 heads, random Fourier features
   of places. What a referent sees is written relative to its own place.
 - Boxes: an MLP on the referent gives the rest of the way to the object's center, and its size. The
   language model reads the six numbers through one linear map of their Fourier features (wavelengths
   0.5 to 16 m), added to the token.
 - Encoder training: votes (smooth L1), boxes (smooth L1 on center and log size) and semantic class,
-  told by the nearest word vectors of the language model (category and color). The same loss, at
-  0.2, goes on beside the questions, for the three modules only: the encoder stays frozen. A trained
+  told by the nearest word vector of the language model, that of the first token of category and of color.
+  The parts weigh 2, 2 and 1, sizes half of centers, what lies on no object 0.1 (names 0.3). The same loss, at
+  0.2, goes on beside the questions, for all that stands behind the encoder, which stays frozen. A trained
   encoder starts another run (`train.py --init RUN --stages`).
 - A frozen encoder sees a scene as it was scanned, and so do the modules behind it; where training
-  turns the scene, the boxes and votes are turned after them.
+  turns the scene, the boxes and votes are turned after them. What features still hold of the first frame
+  then fits no answer, so the language model learns to take places from the code of the boxes alone.
 - Language: LoRA of rank 32 on q, k, v, o and the schedule of the same group's 3DMIT (2 epochs,
   batch 128, 5e-4); loss on the answer only. Boxes in meters with two decimals.
 - All of MODLE: see its section. The tiny preset: see the last section; none of it touches a loaded
@@ -109,7 +112,7 @@ class Config:
     intra: bool = True  # False: referents are seeds as they are, no votes, no abstraction
     inter: str = "graph"  # a key of INTER
     context: bool = True  # False: referents never look back at the scene
-    positions: bool = True  # False: nothing that the language model reads says where a referent is
+    positions: bool = True  # False: no place enters attention or tokens; of height the points' features know
     detection_weight: float = 0.2  # of the detection loss beside the questions
     lora_rank: int = 32  # of a loaded model, and its alpha; 3DMIT 32
     lora_dropout: float = 0.1
@@ -397,11 +400,11 @@ def detection_loss(seen: dict, true, named, on, table, names):
 
     Args: seen, of `Model.see`: "votes" [B, M, 3] of seeds, "boxes" [B, R, 6] and "tokens" [B, R, D]
     of referents, which are the first R seeds. Of every seed its true box true [B, M, 6] (on walls
-    and floor its own place; the size there counts for nothing), the numbers named [B, M, 2] of its
-    category and color (0 = nothing), whether it lies on an object on [B, M]. words: the language
-    model's vectors of all categories and of all colors, each [., D].
-    Returns, of every scene [B]: the mean loss, and the share of referents on objects whose category
-    and color are right.
+    and floor its own place; the size there counts for nothing), the first tokens named [B, M, 2] of its
+    category and color (<unk> for nothing), whether it lies on an object on [B, M]. table, names: word vectors
+    and the tokens that may be named, as for `data.naming`.
+    Returns, of every scene [B]: the mean loss, and the share of referents on objects whose nearest word
+    is their category or color.
     """
 
     def close(a, b):
@@ -460,7 +463,7 @@ class Model(data.SceneLanguageModel):
             self.context.key.weight.copy_(self.context.query.weight)
             # new tokens start at the RMS of the word embeddings
             scale = float(self.embeddings.float().square().mean().sqrt())
-            nn.init.normal_(self.code.weight, std=scale / math.sqrt(36))
+            nn.init.normal_(self.code.weight, std=scale / math.sqrt(36))  # 36 pairs, cos^2 + sin^2 = 1
             self.projector[-1].weight.fill_(scale)
 
         loaded = [f"llm.{name}" for name in self.llm.state_dict() if "lora_" not in name]
@@ -612,7 +615,7 @@ class Model(data.SceneLanguageModel):
             here, there = (q, p) if c.positions else (0 * q, 0 * p)  # [B, R, 3], [B, M, 3]
             h = self.context(h, here, f, there)  # [B, R, C]
 
-        # the rest of the way to the center, and log sizes
+        # the rest of the way to the center, and log sizes, at first of e^-1 = 0.37 m
         box = self.box(h)  # [B, R, 6]
         return h, torch.cat([q + box[..., :3], (box[..., 3:] - 1).clamp(-5, 3).exp()], -1), v
 
@@ -669,7 +672,7 @@ class Model(data.SceneLanguageModel):
     # -- text and pictures
 
     def object_to_text(self, scene, object_id):
-        """Name a marked object in a question by its box."""
+        """Name a marked object by its box, in questions and answers alike: so "ground" asks for a box."""
         return listed(scene.thing(object_id).box)
 
     @torch.no_grad()
@@ -692,6 +695,9 @@ class Model(data.SceneLanguageModel):
 #          beside    to an amount along an axis from another thing's center, next to it
 #   place  floor     as beside, but on the floor
 #          top       in the middle on top of another thing
+#
+# `Sample.steps` holds how an answer is worked out, up to "=". Only stages with `steps` write it: those of the
+# tiny preset, never the paper's.
 
 TEMPLATES = {
     "modle_distance": (
@@ -733,7 +739,7 @@ DIRECTIONS = {  # words -> axis, sign
     "along y to the front": (1, -1),
     "along y to the back": (1, 1),
 }
-TEMPLATES["modle_direction"] = tuple(DIRECTIONS)
+TEMPLATES["modle_direction"] = tuple(DIRECTIONS)  # no question, but words that questions hold
 EDITS = {"modle_move": ("axis", "towards", "beside"), "modle_place": ("floor", "top")}
 AMOUNTS = np.arange(2, 31) / 10  # meters of a move
 AXIS = np.repeat([axis for axis, _ in DIRECTIONS.values()], len(AMOUNTS))  # of every possible move
@@ -940,13 +946,14 @@ def edit_steps(g, i, j, kind, target):
     return " ".join(steps) + " ="
 
 
+# `data.adopt` puts these among the shared tables, which questions are drawn from
 GENERATORS = {"modle_distance": data.distance, "modle_move": modle_edit, "modle_place": modle_edit}
 TASKS = {task: partial(data.make_sample, function, task) for task, function in GENERATORS.items()}
 METRIC = set(TASKS)  # answers are meters
-UNLABELLED = ("ground_superlative", "modle_distance", "modle_move")  # stand in for what needs names
+UNLABELLED = ("ground_superlative", "modle_distance", "modle_move")  # asked of objects without names
 
-# Scores of an answer's text to a Sample about a Scene. No error counts more than FAR meters, no
-# answer as much.
+# Scores of an answer's text to a Sample about a Scene. No error counts more than FAR meters, and where there is
+# no answer it counts FAR.
 
 FAR = 10.0
 
@@ -1074,7 +1081,7 @@ INSTRUCTIONS = {  # files and how many questions they hold; the paper's own mixt
     "3D-LLM planning": Source("3dllm/planning", 1864),
     "3D-LLM descriptions": Source("3dllm/description", 1033),
 }
-GROUNDING = {"ground": 0.15, "multi": 0.05, "situated": 0.05}
+GROUNDING = {"ground": 0.2, "situated": 0.05}
 USUAL = {"color": 0.04, "what": 0.05, "where": 0.03, "count": 0.03, "exist": 0.06, "caption": 0.04}
 MODLE = {"modle_distance": 0.2, "modle_move": 0.2, "modle_place": 0.08}
 
