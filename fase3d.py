@@ -66,7 +66,8 @@ What the paper leaves open, and what we chose
   act as their mean. Behind the last layer nothing reads vision tokens: if that layer is adapted
   too, it gets neither vision adapter nor filter, for they could not learn.
 - Gate and gains are vectors to the optimizer, which decays matrices only: decay draws theta to 0, where the
-  gate is softplus(0) = 0.69, so it would open by itself. Clipping at 0.1 and a warm-up of 10 % are ours. Decoding is greedy.
+  gate is softplus(0) = 0.69, so it would open by itself.
+  Clipping at 0.1 and a warm-up of 10 % are ours. Decoding is greedy.
 - The LLM is loaded in bfloat16, in which the trainer computes (paper: float16), so that autocast
   need not copy its weights.
 - What depends on geometry alone (points drawn, curves, graph, seeds) is computed once per scene and

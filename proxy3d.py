@@ -375,9 +375,9 @@ def rotate_height(z: Tensor, height: Tensor, unit: float = 0.05) -> Tensor:
 class HorizontalFourier(nn.Module):
     """F(c^WxL): learnable Fourier features of the horizontal position (Li et al. 2021, arXiv 2106.02795).
 
-    F(x) = W2 GELU(W1 r), r = [cos(x Wr), sin(x Wr)] / sqrt(2 P), P learned frequencies. Wr starts as N(0, 1) per meter, and W2 with
-    the standard deviation of a language model's weights, so that a step of 5e-6 changes both by the same
-    share. The size of F is set outside (`Model.measure_gains`).
+    F(x) = W2 GELU(W1 r), r = [cos(x Wr), sin(x Wr)] / sqrt(2 P) with P learned frequencies. Wr starts as N(0, 1)
+    per meter, and W2 with the standard deviation of a language model's weights, so that a step of 5e-6 changes
+    both by the same share. The size of F is set outside (`Model.measure_gains`).
     """
 
     def __init__(self, features: int, width: int):
