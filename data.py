@@ -1206,7 +1206,7 @@ def support_of(boxes, others, bounds):
     count = carries.sum(1)
     carrier = carries @ np.arange(len(others))
 
-    # it hangs within 2 cm of a wall, if nothing carries it
+    # it hangs within 2 cm of a wall, if nothing carries it; on a thing at a wall, either may hold it
     wall = np.zeros(len(boxes), bool)
     if bounds is not None:
         wall = (np.minimum(low - bounds[0], bounds[1] - high)[:, :2] < 0.02).any(1)
@@ -2125,7 +2125,7 @@ class SceneLanguageModel(nn.Module):
         self.stage = None  # set by configure_stage
         self.feature_cache = {}  # frozen work in memory: scene -> what `compute_features` gave
         self.feature_folder = None  # and on disk
-        self.names = torch.empty(0)  # tokens of what scenes hold, sorted: what `naming` tells apart
+        self.names = torch.empty(0)  # first tokens of all names, sorted: what `naming` tells apart
 
     @property
     def device(self):
