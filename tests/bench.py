@@ -5,6 +5,8 @@ measures how well our segments follow objects. --little runs every line once, on
 
 import argparse
 import math
+import os
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -389,7 +391,52 @@ def bench_segments(little: bool) -> None:
                   f"{counts[name] / objects:.1f} segments per object")  # fmt: skip
 
 
+# ---- beside other work
+
+READING = """
+import sys, time, numpy as np, torch
+sys.path.insert(0, {root!r})
+import data
+torch.set_num_threads(2)
+text = data.TinyText(data.vocabulary())
+model = data.build(data.Config(), text)
+stage = data.STAGES["tiny"][0]
+model.configure_stage(stage)
+groups = []
+for scene in data.rooms(range(16), 0, views=0, points=0):
+    scene.identifiers = data.number_objects(scene, np.random.default_rng(0))
+    groups.append((scene, data.questions(scene, {{"color": 1.0, "exist": 1.0}}, 16, np.random.default_rng(0))))
+batch = model.batch(groups)
+for step in range({steps}):
+    if step == 2:
+        start = time.perf_counter()
+    model(batch)["loss"].backward()
+print((time.perf_counter() - start) / ({steps} - 2))
+"""
+
+
+def bench_load(little: bool) -> None:
+    """Train on two threads beside a process that keeps a core busy: a short spin at barriers, or OpenMP's own."""
+    program = READING.format(root=str(Path(data.__file__).parent), steps=4 if little else 60)
+    busy = [sys.executable, "-c", "while True: pass"]
+    for load in (0, 1):
+        for spin in ("1000", None):
+            environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+            if spin:
+                environment["GOMP_SPINCOUNT"] = spin
+            others = [subprocess.Popen(busy) for _ in range(load)]
+            out = subprocess.run(
+                [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+            )
+            for other in others:
+                other.kill()
+            print(
+                f"{load} busy cores beside, GOMP_SPINCOUNT {spin or 'not set'}: {float(out.stdout):.3f} s a step"
+            )
+
+
 BENCHES = {
+    "load": [bench_load],
     "proxy3d": [bench_proxy3d],
     "fase3d": [bench_curves, bench_graph, bench_tokenizer],
     "spatial3dllm": [bench_spatial3dllm],
