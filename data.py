@@ -2468,7 +2468,7 @@ def overfit_demo(model, scene, samples, steps, lr):
     print(f"{first.question}  ->  {answer}  (true: {first.answer}; learned by heart, train.py learns to see)")
 
 
-def run_demo(demo: Callable[[], None]) -> None:
+def run_demo(demo: Callable[[], None]):
     """Run a paper's demo as a command that takes no flags."""
     ask = 'a trained run is asked by: python evaluate.py --run RUN --scene PATH --ask "..."'
     argparse.ArgumentParser(description=demo.__doc__, epilog=ask).parse_args()
@@ -2516,7 +2516,7 @@ def read_tensors(run: Path, kind: str) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def load_weights(model: nn.Module, run: Path) -> None:
+def load_weights(model: nn.Module, run: Path):
     """Copy a run's weights into a model that is not sharded: every name and shape must agree."""
     saved, own = read_tensors(run, "weights"), named_weights(model)
 
@@ -3541,6 +3541,24 @@ def estimate_normals(points):
     return np.where(inward, normals, -normals).astype(np.float32)
 
 
+PLY_FIELDS = (  # normals, and the three colors by their names; the last are Gaussian splats' harmonics
+    ("nx", "ny", "nz"),
+    ("red", "green", "blue"),
+    ("diffuse_red", "diffuse_green", "diffuse_blue"),
+    ("r", "g", "b"),
+    ("f_dc_0", "f_dc_1", "f_dc_2"),
+)
+
+
+def eight_bit(values):
+    """Bring colors [N, 3] up to 1, 255 or 65535, whichever they reach, to uint8."""
+    highest = values.max()
+    full = 65535 if highest > 255 else 255
+    if highest <= 4:
+        full = 1
+    return np.nan_to_num(values * (255.0 / full)).round().clip(0, 255).astype(np.uint8)
+
+
 def load_mesh(path):
     """Load a cloud or mesh: points [N, 3] f64, colors [N, 3] u8, normals [N, 3] as a .ply has them,
     faces [F, 3]; None for what it lacks."""
@@ -3563,12 +3581,20 @@ def load_mesh(path):
             faces = np.asarray(mesh.faces)
             points[faces]  # a face of a vertex that is not there ends here
 
-        # trimesh keeps no normals of bare points
+        # trimesh keeps no normals of bare points, and knows one name of colors
         if "_ply_raw" in mesh.metadata:
             held = mesh.metadata["_ply_raw"]["vertex"]
             points[held["length"] - 1]  # a text that is cut off ends here
-            if "nx" in held["properties"]:
-                normals = np.stack([held["data"][name] for name in ("nx", "ny", "nz")], axis=1)
+            for names in PLY_FIELDS:
+                if not set(names) <= held["properties"].keys():
+                    continue
+                values = np.stack([np.ravel(held["data"][name]) for name in names], axis=1)
+                if names[0] == "nx":
+                    normals = values
+                elif names[0] == "f_dc_0":
+                    colors = eight_bit(0.5 + 0.2821 * values)
+                else:
+                    colors = eight_bit(values)
     return points, colors, normals, faces
 
 

@@ -597,7 +597,7 @@ def find_benchmark(name: str) -> Benchmark:
     return BENCHMARKS[name]
 
 
-def adopt(paper) -> None:
+def adopt(paper):
     """Add a paper module's own benchmarks, {name: keywords of Benchmark}; without metrics they ask for meters."""
     for name, row in vars(paper).get("BENCHMARKS", {}).items():
         BENCHMARKS[name] = Benchmark(**{"metrics": LENGTH} | row)
@@ -1357,7 +1357,7 @@ def fingerprint(path: Path) -> str:
     return f"{path.name} crc32 {zlib.crc32(path.read_bytes()):08x}" if path.is_file() else path.name
 
 
-def save(path: Path, entries: dict[str, dict], **facts) -> None:
+def save(path: Path, entries: dict[str, dict], **facts):
     """Write metrics.json = {benchmark: entry, "provenance": facts} and
     predictions/<benchmark>.jsonl.
 
@@ -1380,7 +1380,7 @@ def save(path: Path, entries: dict[str, dict], **facts) -> None:
     path.write_text(json.dumps(old | entries | {"provenance": facts}, indent=1) + "\n")
 
 
-def write_report(out: Path) -> None:
+def write_report(out: Path):
     """Write report.html of a run: its tables, worst answers, and links to its pictures."""
     if rank_and_world()[0]:
         return
@@ -1613,7 +1613,7 @@ def evaluate_scenes(
     return evaluate_questions(model, asked, out, record)
 
 
-def evaluate_run(args: argparse.Namespace) -> None:
+def evaluate_run(args: argparse.Namespace):
     """Score a finished run: in its test scenes, in rooms of N objects, or on official files."""
     # questions of official files, in their scans
     model, record = load_run(args.run)
@@ -1650,7 +1650,7 @@ def evaluate_run(args: argparse.Namespace) -> None:
     write_report(out)
 
 
-def score_file(args: argparse.Namespace) -> None:
+def score_file(args: argparse.Namespace):
     """Score a file of answers; no model is asked.
 
     Identifiers are ScanNet's objectIds, or count a file's boxes.
@@ -1670,7 +1670,7 @@ def score_file(args: argparse.Namespace) -> None:
         save(args.out, entries, predictions=fingerprint(args.predictions))
 
 
-def ask_scene(args: argparse.Namespace) -> None:
+def ask_scene(args: argparse.Namespace):
     """Answer questions about a scene of one's own, and draw it."""
     # the scene, as sharp as the model looks at it
     model, record = load_run(args.run)
@@ -1719,7 +1719,7 @@ def place(text: str) -> np.ndarray:
 
 
 @data.command
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(
         description="Scores of a finished run, or of a file of answers; or ask a scene."
     )

@@ -82,7 +82,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -160,9 +159,7 @@ def superpoint_mean(x: Tensor, owner: Tensor) -> Tensor:
 
     owner [N] of 0..M-1, each of which must be there. Returns: [M, d].
     """
-    size = torch.bincount(owner)  # [M]
-    total = x.new_zeros(len(size), x.shape[1]).index_add(0, owner, x)  # [M, d]
-    return total / size[:, None]  # [M, d]
+    return data.group_mean(x, owner, int(owner.max()) + 1)[0]  # [M, d]
 
 
 def unit_box(points: Tensor, box: Tensor) -> Tensor:
@@ -567,7 +564,7 @@ class DecoupledLoRA(nn.Module):
         self.token_index = token_index
         self.lora = nn.ModuleDict()
 
-    def add(self, name: str, rank: int) -> None:
+    def add(self, name: str, rank: int):
         """Draw a pair (A, B), and keep it if a kind of token is routed to it.
 
         B = 0: training starts from the frozen map.
@@ -601,7 +598,7 @@ FFN = {
 }  # linear maps of Qwen2 and Llama; of OPT
 
 
-def adapt(llm: nn.Module, config: Config, token_index: dict) -> None:
+def adapt(llm: nn.Module, config: Config, token_index: dict):
     """Put dLoRA into the first FFNs of a language model, and a Fourier filter in front of each.
 
     Raises DataError where the model has fewer layers, or no FFN that is known.
@@ -926,7 +923,7 @@ class Model(SceneLanguageModel):
         return paths
 
 
-def check(config: Config) -> None:
+def check(config: Config):
     """Raise DataError, which names what is known, for settings that do not exist."""
     tables = dict(selector=SELECTORS, adapters=ADAPTERS, filter=FILTERS, task=TUNED)
     for key, table in tables.items():
@@ -1084,7 +1081,7 @@ FILTERS = {
 # ---- 11 figures ----------------------------------------------------------------------------------
 
 
-def draw_curves(centers: Tensor, orders: Tensor, path: Path) -> None:
+def draw_curves(centers, orders, path):
     """Draw superpoints centers [M, 3] in line along each curve of orders [C, M], from above."""
     from matplotlib.figure import Figure
 
@@ -1098,7 +1095,7 @@ def draw_curves(centers: Tensor, orders: Tensor, path: Path) -> None:
     data.save_figure(figure, path)
 
 
-def draw_graph(scene: Scene, centers: Tensor, found: dict, path: Path) -> None:
+def draw_graph(scene, centers, found, path):
     """Draw the superpoint graph: edges darker the more votes they have, rings around the seeds."""
     from matplotlib.collections import LineCollection
 
@@ -1119,7 +1116,7 @@ def draw_graph(scene: Scene, centers: Tensor, found: dict, path: Path) -> None:
 # ---- 12 demo -------------------------------------------------------------------------------------
 
 
-def demo() -> None:
+def demo():
     """Show one room from points to tokens, with real shapes, and learn its questions by heart."""
     torch.manual_seed(0)
     scene = data.room(1, views=0)
@@ -1218,7 +1215,7 @@ STAGES["tiny"] = [
 ]
 
 
-def build(config: Config, text: data.TinyText | data.HubText) -> Model:
+def build(config, text):
     """Make the model that a configuration describes."""
     return TinyModel(config, text) if config.llm is None else Model(config, text)
 

@@ -71,7 +71,6 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -456,14 +455,15 @@ def qwen_tokens(visual: nn.Module, images: Tensor, inter_frame: bool) -> Tensor:
     patch in time; H and W are multiples of p m. Every frame is an image of its own; with inter_frame the
     blocks with full attention (the others keep to windows) read all frames as one sequence.
     """
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
     c = visual.config
     p, m, t = c.patch_size, c.spatial_merge_size, c.temporal_patch_size
     V, H, W, _ = images.shape
     h, w = H // (p * m), W // (p * m)
 
     # the tower's own normalization
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], device=images.device)
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711], device=images.device)
+    mean, std = torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD], device=images.device)
     x = (images.float() / 255 - mean) / std  # [V, H, W, 3]
 
     # patches of one merged token lie together; a still image fills the temporal patch
@@ -566,7 +566,7 @@ class Model(data.SceneLanguageModel):
         return [("category", o.category, "white" if named else o.color) for o in objects]
 
     @torch.no_grad()
-    def measure_gains(self, scenes: Sequence[Scene]) -> None:
+    def measure_gains(self, scenes: Sequence[Scene]):
         """Scale F and the symbols to proxies' features, once: gains are saved with the weights.
 
         `cache_features` measures the first training scenes, the same on every rank; without it the first batch.
@@ -862,7 +862,7 @@ def attention_map(model: Model, scene: Scene, sample: Sample) -> Tensor:
     return looked / looked.sum()
 
 
-def draw_attention(model: Model, scene: Scene, sample: Sample, answer: str, path: Path) -> None:
+def draw_attention(model, scene, sample, answer, path):
     """Draw the `attention_map` of an answer: true objects are outlined in green, those it names in red."""
     looked = attention_map(model, scene, replace(sample, steps="", answer=answer)).cpu()  # [K]
     centers = model.token_centers(scene)  # [K, 3]
@@ -883,7 +883,7 @@ def draw_attention(model: Model, scene: Scene, sample: Sample, answer: str, path
 # ---- 10 demo -------------------------------------------------------------------------------------
 
 
-def demo() -> None:
+def demo():
     """Follow one room from pixels to an answer; a tiny model learns its questions by heart."""
     # a room and a model that knows nothing
     torch.manual_seed(0)
@@ -1168,7 +1168,7 @@ STAGES["tiny"] = [
 ]
 
 
-def build(config: Config, text: data.TinyText | data.HubText) -> Model:
+def build(config, text):
     """Make the model that a configuration describes."""
     return TinyModel(config, text) if config.llm is None else Model(config, text)
 

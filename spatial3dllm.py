@@ -1016,7 +1016,7 @@ def annotation(sample):
     return row | {"box": sample.box.round(4).tolist()}
 
 
-def write_modle(root: Path, out: Path) -> None:
+def write_modle(root: Path, out: Path):
     """Write MODLE for the scans below a ScanNet-layout root: OUT/modle_train.json and modle_test.json.
 
     A scan gives as many different questions of each task as PER_SCENE says, or as many as it can;
@@ -1144,7 +1144,7 @@ INTER = {"graph": InterReferentGraph, "concat": Concatenation}
 # ---- 11 demo and command line --------------------------------------------------------------------
 
 
-def demo() -> None:
+def demo():
     """Take one room from points to an answer by a tiny model that learns its questions by heart."""
     torch.manual_seed(0)
     scene = data.room(1, views=0)
@@ -1163,7 +1163,7 @@ def demo() -> None:
 
 
 @data.command
-def main(arguments) -> None:
+def main(arguments):
     """Show the demo, or write MODLE's annotations."""
     data.adopt(sys.modules[__name__])
     parser = argparse.ArgumentParser(description="Spatial 3D-LLM: without arguments a demo.")
@@ -1245,7 +1245,7 @@ STAGES["tiny"] = [
 ]  # fmt: skip
 
 
-def build(config: Config, text) -> Model:
+def build(config, text):
     """Build the model of a configuration: from nothing where it names no language model."""
     return TinyModel(config, text) if config.llm is None else Model(config, text)
 

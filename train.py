@@ -174,7 +174,7 @@ def override(target, key: str, text: str):
 AT_LEAST_1 = ("steps", "train_scenes", "batch", "per_scene", "accumulate", "iterations", "samples")
 
 
-def check_numbers(settings: dict, what: str) -> None:
+def check_numbers(settings: dict, what: str):
     """Refuse numbers that are negative, not finite, or of no meaning for their setting."""
     for name, value in settings.items():
         least, most = int(name in AT_LEAST_1), 1.0 if name == "warmup" else 1e12
@@ -246,36 +246,36 @@ class Distributed:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
 
-    def join(self) -> None:
+    def join(self):
         """Meet the other processes."""
         backend = "gloo" if self.device.type == "cpu" else "nccl"
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group(backend, timeout=timedelta(hours=2))
         self.barrier()
 
-    def print0(self, text: str) -> None:
+    def print0(self, text: str):
         """Print once for all processes, above a progress bar."""
         if self.rank == 0:
             with tqdm.external_write_mode():
                 print(text, flush=True)
 
-    def barrier(self) -> None:
+    def barrier(self):
         if self.world > 1:
             dist.barrier()
 
-    def on_signal(self, number: int, frame) -> None:
+    def on_signal(self, number: int, frame):
         """Let the step in hand end, which then saves; outside of steps end at once."""
         self.signal = number
         if not self.in_step:
             raise KeyboardInterrupt(number)
 
 
-def seed(*numbers: int) -> None:
+def seed(*numbers: int):
     """Seed torch on every device; numpy's generators are made where they are used."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
-def shard_model(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def shard_model(model: nn.Module, device: torch.device, dtype: torch.dtype):
     """Shard in place with FSDP2: block by block, then what is left."""
     # on a CPU autocast leaves some operations in the weights' own type, so those stay as they are
     low = dtype if device.type == "cuda" else None
@@ -429,7 +429,7 @@ class OfficialQuestions(QuestionDataset):
         return data.augment(self.scenes[which], rng, mirror=False), samples
 
 
-def start_worker(worker: int) -> None:
+def start_worker(worker: int):
     """Let a loader process outlive a signal to the group, whose step must end, but not its parent."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -547,7 +547,7 @@ def update(optimizer: torch.optim.Optimizer, numbers: dict, position: dict) -> b
 # ---- 5 checkpoints -------------------------------------------------------------------------------
 
 
-def sync(path: Path) -> None:
+def sync(path: Path):
     """Wait until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
@@ -572,7 +572,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer | None,
     state: dict,
     rank: int = 0,
-) -> None:
+):
     """Write weights, Adam's moments and `state`; every rank takes part.
 
     Replacing state.json, when all that it names is on the disk, is what commits them.
@@ -610,7 +610,7 @@ def save_checkpoint(
         raise DataError(f"{folder}: saving failed ({error}); make room, then --resume") from None
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, run: Path) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, run: Path):
     """Read Adam's moments, spread over the ranks like the parameters they belong to."""
     weights = data.named_weights(model)
     for entry, value in data.read_tensors(run, "optimizer").items():
@@ -677,7 +677,7 @@ class Log:
 
             self.board = SummaryWriter(args.out / "tensorboard")
 
-    def write(self, line: dict) -> None:
+    def write(self, line: dict):
         """Append a line, with the peak memory of the GPU."""
         peak = torch.cuda.max_memory_allocated() / 2**30
         with self.path.open("a") as file:
@@ -687,7 +687,7 @@ class Log:
                 self.board.add_scalar(key, line[key], line["total"])
 
 
-def draw_loss(out: Path) -> None:
+def draw_loss(out: Path):
     """Draw loss.png from log.jsonl: the loss per answer token against steps, a color per stage."""
     from matplotlib.figure import Figure
 
@@ -846,7 +846,7 @@ def train(args: argparse.Namespace, scenes: dict | None = None, text=None) -> nn
     }
     log = Log(args, record, position["total"]) if rank == 0 else None
 
-    def save(optimizer: torch.optim.Optimizer | None) -> None:
+    def save(optimizer: torch.optim.Optimizer | None):
         """Write a checkpoint; every rank takes part."""
         state = {"position": position, "run": record, "processes": world}
         save_checkpoint(args.out, model, optimizer, state, rank)
@@ -854,7 +854,7 @@ def train(args: argparse.Namespace, scenes: dict | None = None, text=None) -> nn
             draw_loss(args.out)
         distributed.barrier()
 
-    def score(stage: Stage, out: Path, names: Iterable[str] = ()) -> None:
+    def score(stage: Stage, out: Path, names: Iterable[str] = ()):
         """Score the model, as that stage sees, in scenes it never saw; every rank takes part."""
         blind = train_scenes[:300]  # whose answers the blind baseline knows
         with unsharded(model):
