@@ -1081,7 +1081,7 @@ class TinyModel(Model):
 # every stage asks a little of what its predecessors taught: what is not asked is forgotten
 HOW = dict(lr=2e-3, weight_decay=0.01, per_scene=16, schedule="constant", steps=True)
 STAGES["tiny"] = [
-    Stage("0 tower", {}, ("tower",), "tower", iterations=1200, batch=16, lr=4e-3, warmup=0.03),
+    Stage("0 tower", {}, ("tower",), "tower", iterations=1600, batch=16, lr=4e-3, warmup=0.03),
     Stage(
         "I identifiers",
         {
@@ -1097,7 +1097,7 @@ STAGES["tiny"] = [
         },
         ("lm",),
         "symbols",
-        iterations=300,
+        iterations=400,
         **HOW,
     ),
     Stage(
@@ -1116,7 +1116,7 @@ STAGES["tiny"] = [
         },
         ("3d", "lm"),
         "symbols+3d",
-        iterations=350,
+        iterations=400,
         score=("rooms/coordinate",),
         **HOW,
     ),
@@ -1137,7 +1137,7 @@ STAGES["tiny"] = [
         },
         ("lm",),
         "symbols+3d",
-        iterations=400,
+        iterations=500,
         **HOW,
     ),
     Stage(
@@ -1161,7 +1161,7 @@ STAGES["tiny"] = [
         },
         ("lm",),
         "proxies",
-        iterations=1100,
+        iterations=1600,
         files=SPACESPAN,
         **{**HOW, "schedule": "trapezoid"},
     ),
