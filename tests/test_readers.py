@@ -353,16 +353,6 @@ def ply(rows, colors="", more="", tail=""):
     return "\n".join([*lines, tail])
 
 
-@pytest.mark.parametrize(("kind", "white"), [("uchar", 255), ("ushort", 255), ("float", 1)])
-def test_colors_are_read_whatever_their_numbers(small, tmp_path, kind, white):
-    """Bytes, 8 of 16 bits, and fractions."""
-    rows = np.concatenate([small.points, small.colors / 255 * white], axis=1)
-    (tmp_path / "a.ply").write_text(ply(rows, kind))
-    points, colors, *_ = data.load_mesh(tmp_path / "a.ply")
-    assert_allclose(points, small.points, atol=1e-5)
-    assert np.abs(colors.astype(int) - small.colors).max() <= 1
-
-
 CORNERS = "property list uchar int vertex_indices\n"
 TEXTURE = f"{CORNERS}property list uchar float texcoord\n"
 FACES = {
@@ -372,11 +362,20 @@ FACES = {
 }
 
 
-@pytest.mark.parametrize("name", FACES)
-def test_faces_of_any_kind_do_not_keep_the_points_from_being_read(small, tmp_path, name):
-    fields, tail = FACES[name]
-    (tmp_path / "a.ply").write_text(ply(small.points, more=f"element face 2\n{fields}", tail=tail))
-    assert len(read_cloud(tmp_path / "a.ply").points) > 5980
+@pytest.mark.parametrize(
+    ("kind", "white", "faces"),
+    [("uchar", 255, "triangles"), ("ushort", 255, "texture"), ("float", 1, "polygons")],
+)
+def test_colors_are_read_whatever_their_numbers_and_beside_faces_of_any_kind(
+    small, tmp_path, kind, white, faces
+):
+    """Bytes, 8 of 16 bits, and fractions."""
+    fields, tail = FACES[faces]
+    rows = np.concatenate([small.points, small.colors / 255 * white], axis=1)
+    (tmp_path / "a.ply").write_text(ply(rows, kind, f"element face 2\n{fields}", tail))
+    points, colors, *_ = data.load_mesh(tmp_path / "a.ply")
+    assert_allclose(points, small.points, atol=1e-5)
+    assert np.abs(colors.astype(int) - small.colors).max() <= 1
 
 
 @pytest.mark.parametrize(("suffix", "up"), [(".ply", "+z"), (".glb", "+y"), (".obj", "+z"), (".stl", "+z")])
