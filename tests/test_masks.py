@@ -1,11 +1,10 @@
 """Objects without labels (data.py, sections 9 and 9b): superpoints, own segments, and SAM 2's tracks made objects.
 
-What surrounds SAM 2 is tested with a stand-in that knows the true masks of a procedural room; the real network, tiny
-and untrained, only where the package is installed (data.INSTALL).
+What surrounds SAM 2 is tested with a stand-in that knows the true masks of a procedural room; tests/test_own_room.py
+asks the real network, tiny and untrained, where the package is installed (data.INSTALL).
 """
 
 import sys
-from functools import partial
 from importlib.util import find_spec
 
 import numpy as np
@@ -310,22 +309,3 @@ def tiny_sam2():
     small = ["++model.image_size=256", "++model.memory_attention.num_layers=1"]
     config = "configs/sam2.1/sam2.1_hiera_t.yaml"
     return build_sam2_video_predictor(config, device="cpu", hydra_overrides_extra=small)
-
-
-@needs_sam2
-def test_a_tiny_untrained_sam2_tracks_what_it_proposes(monkeypatch):
-    """Shapes, types and order of the real network's inputs and outputs; the masks themselves mean nothing."""
-    from sam2 import automatic_mask_generator
-
-    model, color = tiny_sam2(), room(3, views=2, size=64, points=0).frames.color
-    generator = automatic_mask_generator.SAM2AutomaticMaskGenerator
-    all_of_few = partial(generator, points_per_side=2, pred_iou_thresh=0, stability_score_thresh=0)
-    monkeypatch.setattr(automatic_mask_generator, "SAM2AutomaticMaskGenerator", all_of_few)
-    found = data.automatic_masks(model, color[0])
-    assert found and all(m.shape == (64, 64) and m.dtype == bool for m in found)
-
-    strips = [np.arange(64) // 16 + np.zeros((64, 1)) == i for i in range(3)]
-    tracks, again = (sam2_masks(color, model, lambda image: strips, 2, most=2) for _ in range(2))
-    assert tracks.shape == (2, 64, 64)
-    assert 1 <= tracks.max() <= 2
-    assert np.array_equal(tracks, again)
