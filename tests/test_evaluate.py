@@ -91,7 +91,7 @@ class Echo(data.SceneLanguageModel):
     def __init__(self, answer=truth):
         torch.nn.Module.__init__(self)
         self.answer, self.stage = answer, STAGE
-        self.asked, self.feature_folder = [], None
+        self.asked, self.feature_folder = 0, None
         self.text = data.TinyText(["how", "far", "is", "it"])
 
     def configure_stage(self, stage):
@@ -101,7 +101,7 @@ class Echo(data.SceneLanguageModel):
         pass
 
     def batch(self, groups):
-        self.asked.append([(place.name, len(samples)) for place, samples in groups])
+        self.asked += sum(len(samples) for _, samples in groups)
         return groups
 
     def generate(self, groups, max_new_tokens=64):
@@ -201,16 +201,12 @@ def test_a_megabyte_of_garbage_is_read_in_linear_time_and_holds_nothing(garbage)
 # ---- metrics ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("found", "true", "f1"), [([0, -0.53], [0, 0.53], 0.5), ([0, 0], [0], 2 / 3), ([0, 5], [5, 0], 1)]
-)
-def test_f1_of_several_boxes(found, true, f1):
-    """Multi3DRefer's rule: the assignment maximises the sum of IoU and not the number of hits, so
-    two possible hits at 0.25 can be one; a box given twice costs precision; their order is free."""
-    place = Scene("a", "", [Thing(i, "", "", moved(x)) for i, x in enumerate(true)])
-    asked = sample("1", "multi", "", "", targets=list(range(len(true))))
-    text = " ".join(str(moved(x).tolist()) for x in found)
-    assert evaluate.boxes_f1(text, asked, place, 0.25) == pytest.approx(f1)
+def test_boxes_are_assigned_by_the_sum_of_iou_and_not_by_the_number_of_hits():
+    """Multi3DRefer's rule: two possible hits at 0.25 can be one."""
+    place = Scene("a", "", [Thing(1, "", "", moved(0)), Thing(2, "", "", moved(0.53))])
+    asked = sample("1", "multi", "", "", targets=[1, 2])
+    text = f"{moved(0).tolist()} {moved(-0.53).tolist()}"
+    assert evaluate.boxes_f1(text, asked, place, 0.25) == 0.5
 
 
 def test_errors_in_meters_are_capped_and_charged_for_silence():
@@ -235,14 +231,6 @@ def test_kinds_of_one_task_count_alike_whatever_their_size():
 def same_words(*texts: str) -> tuple[list, list]:
     """Answers and references that are alike."""
     return [[text] for text in texts], [[text] for text in texts]
-
-
-def test_cider_depends_on_the_set_it_is_computed_over(no_java):
-    """Its word weights come from the references of this very set: one sample gives 0, a single word
-    at most 2.5."""
-    one, three = same_words("a red chair"), same_words("chair", "lamp", "bed")
-    assert evaluate.text_scores({"": (*one, False)})[0]["cider"] == 0
-    assert evaluate.text_scores({"": (*three, False)})[0]["cider"] == pytest.approx(2.5)
 
 
 def test_without_java_scores_are_not_available_and_never_zero(no_java):
@@ -301,12 +289,6 @@ def test_chance_and_blind_stand_beside_every_score():
     assert evaluate.score(questions("rooms/coordinate"), {}, {})["chance"] is None
 
 
-def test_silence_is_right_where_nothing_is_to_be_found_and_stands_apart():
-    entry = evaluate.score(questions("rooms/multi"), {"m2": "<OBJ017>"}, {})
-    assert entry["f1@0.5/multi3drefer/zero_target"] == 1 and entry["remarks"]["empty answers"] == 1
-    assert entry["f1@0.5/multi3drefer/with_target"] == pytest.approx(2 / 3)
-
-
 # ---- asking a model --------------------------------------------------------------------------------------------------
 
 
@@ -315,13 +297,10 @@ def many() -> list[Sample]:
     return [replace(s, id=f"{name}/{s.id}", scene=name) for name in "cab" for s in SAMPLES]
 
 
-def test_questions_are_grouped_by_scene_and_steps_are_cut_off():
-    """A scene's questions stand together, however they came; "x6.00 x9.00 3.00 = 3.00" is scored as
-    "3.00"."""
+def test_steps_are_cut_off():
+    """ "x6.00 x9.00 3.00 = 3.00" is scored as "3.00"."""
     model = Echo()
     model.stage = replace(STAGE, steps=True)
-    assert len(evaluate.predict(model, questions("rooms/qa", many()), batch=4)) == 9
-    assert model.asked == [[("a", 3), ("b", 1)], [("b", 2), ("c", 2)], [("c", 1)]]
     assert evaluate.predict(model, questions("rooms/distance"))["d1"] == "3.00"
 
 
@@ -339,7 +318,7 @@ evaluate.shutil.which = lambda name: None
 dist.init_process_group("gloo")
 model = t.Echo()
 assert bool(t.ask_all(model, pathlib.Path(sys.argv[1]))) == (dist.get_rank() == 0)
-assert sum(n for batch in model.asked for _, n in batch) in (5, 10)
+assert model.asked in (5, 10)
 dist.destroy_process_group()
 """
     root = Path(__file__).parents[1]
