@@ -221,7 +221,8 @@ BOXES = [
 
 
 def test_multi3drefer_is_scored_as_m3dref_and_chat_scene_do(asked):
-    """Silence is right where nothing is to be found; an identifier of no object is no answer."""
+    """Silence is right where nothing is to be found, which stands apart; an identifier of no object is no
+    answer; IoU is kept in float32, which lets an exact 0.5 pass."""
     cases = [
         ("zt_wo_d", [], "No."),
         ("zt_w_d", [], "Yes. <OBJ001>"),
@@ -246,6 +247,8 @@ def test_multi3drefer_is_scored_as_m3dref_and_chat_scene_do(asked):
         "/st_w_d": (1, 1),
         "/st_wo_d": (0.5, 1),
         "/mt": (0.433333, 0.6),
+        "/zero_target": (0.75, 0.75),
+        "/with_target": (0.55, 0.8),
     }
     for part, numbers in printed.items():
         found = [values[f"f1@{k}/multi3drefer{part}"] for k in (0.5, 0.25)]
@@ -253,7 +256,8 @@ def test_multi3drefer_is_scored_as_m3dref_and_chat_scene_do(asked):
 
 
 def test_scanrefer_is_scored_as_chat_scene_does(asked):
-    """The first identifier that exists counts; unique and multiple at both thresholds."""
+    """The first identifier that exists counts; unique and multiple at both thresholds; 1e-8 in the
+    denominator of IoU makes an exact 0.5 fail."""
     cases = [
         (0, "<OBJ001>"),
         (1, "OBJ000 <OBJ001>."),
