@@ -31,14 +31,6 @@ def scenes():
     return [room(seed) for seed in SEEDS]
 
 
-def majority_patches(masks, n):
-    """How many 8 x 8 patches of all views each id 1..n is the most frequent id of."""
-    V, H, W = masks.shape
-    patches = masks.reshape(V, H // 8, 8, W // 8, 8).swapaxes(2, 3).reshape(-1, 64)
-    winner = [np.bincount(patch).argmax() for patch in patches]
-    return np.bincount(winner, minlength=n + 1)[1:]
-
-
 def test_a_seed_is_a_room_whoever_makes_it():
     """Workers, order and earlier calls must not leak into a room: a run on 2 processes trains on the same data."""
     small = {"views": 2, "size": 32, "points": 256}
@@ -138,12 +130,6 @@ def test_cameras_are_upright_in_the_room_and_in_no_object(scenes):
             assert not ((eye > low) & (eye < high)).all(1).any()
 
 
-def test_nearly_every_object_owns_two_patches(scenes):
-    """What is smaller than a patch in all views cannot be learned from them (a room of 4 mm cups looks fine to us)."""
-    counts = [majority_patches(s.frames.masks, len(s.objects)) for s in scenes]
-    assert np.mean(np.concatenate(counts) >= 2) > 0.97
-
-
 def test_most_of_an_object_shows_its_color(scenes):
     """Names were given by the table; a shade that turns white into gray would make the answers wrong."""
     names, centers = list(COLORS), 0.92 * np.array(list(COLORS.values()), float)
@@ -205,8 +191,8 @@ def test_faces_that_touch_have_no_points(scenes):
     for scene in scenes:
         for thing in scene.objects:
             if thing.category in ("table", "bench", "stool"):
-                up = scene.points[(scene.instances == thing.id) & (scene.normals[:, 2] == 1)]
-                heights += [*(up[:, 2] - box_ends(thing.box)[1][2])]
+                up = (scene.instances == thing.id) & (scene.normals[:, 2] == 1)
+                heights += [*(scene.points[up, 2] - thing.box[2] - thing.box[5] / 2)]
     assert heights and np.abs(heights).max() < 1e-5
 
 
@@ -235,11 +221,11 @@ def test_too_many_objects_are_refused_in_one_line():
 
 def test_icons_fill_the_image_and_differ():
     """Symbols of stage I: two categories with one icon could never be told apart."""
-    icons = {c: category_icon(c, "red", 48) for c in [*CATEGORIES, "unicorn"]}
-    for name, icon in icons.items():
+    icons = np.array([category_icon(name, "red", 48) for name in [*CATEGORIES, "unicorn"]])
+    for icon in icons:
         places = np.argwhere(icon.any(2))
-        assert np.ptp(places, axis=0).max() >= 0.6 * 48, name
-        assert places.min() > 0 and places.max() < 47, name
-    for a, b in itertools.combinations(CATEGORIES, 2):
-        assert (icons[a] != icons[b]).any(2).mean() > 0.03, (a, b)
+        assert np.ptp(places, axis=0).max() >= 0.6 * 48
+        assert places.min() > 0 and places.max() < 47
+    for a, b in itertools.combinations(icons, 2):
+        assert (a != b).any(2).mean() > 0.03
     assert not np.array_equal(category_icon("chair", "red", 48), category_icon("chair", "blue", 48))
