@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from data import (
-    LazyFrames,
     Scene,
     Thing,
     augment,
@@ -44,13 +43,6 @@ def test_knn_equals_sorting_all_distances(k):
         nearest = every.argsort()[:k]
         assert index[q].tolist() == nearest.tolist()
         assert torch.allclose(distance[q], every[nearest], atol=1e-6)
-
-
-@pytest.mark.parametrize("k", [0, 6])
-def test_knn_refuses_more_neighbors_than_there_are_points(k):
-    """The tree would fill the rest with infinity and an index that is out of range."""
-    with pytest.raises(ValueError, match=f"k = {k} neighbors of 5 points"):
-        knn(torch.rand(2, 3), torch.rand(5, 3), k)
 
 
 def test_farthest_point_sampling_equals_a_loop():
@@ -143,16 +135,6 @@ def test_augmentation_moves_everything_alike(scene):
         assert np.allclose(other.bounds, np.sort(scene.bounds @ other.turn.T, axis=0))
     assert len(turns) == 8  # every mirroring and transposition of the floor plan
     assert all(np.linalg.det(augment(scene, rng, mirror=False).turn) > 0 for _ in range(9))
-
-
-def test_of_frames_on_disk_one_scenes_are_held_at_a_time(scene):
-    """A thousand scans do not fit in memory."""
-    read = []
-    a, b = (LazyFrames(lambda name=name: read.append(name) or scene.frames) for name in "ab")
-    assert a.depth is scene.frames.depth and a.masks is scene.frames.masks
-    assert read == ["a"]
-    assert len(b.poses) == 2 and len(a.poses) == 2
-    assert read == ["a", "b", "a"]
 
 
 def test_a_number_in_meters_is_written_in_waves_of_half_a_meter_to_sixteen():
