@@ -1,7 +1,5 @@
 """Tokenizers and batches: what is written is read back, and what is packed stays apart."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -19,7 +17,6 @@ from data import (
     TinyText,
     collate,
     load_text,
-    packed_mask,
     tuples,
     vocabulary,
     write_npz,
@@ -153,14 +150,6 @@ def test_numbers_stay_text_for_a_loaded_tokenizer(hub):
     assert again.encode(written) == hub.encode(written) and len(again) == len(hub)
 
 
-def test_scene_and_question_go_into_the_models_own_chat(hub):
-    """Scene tokens where an image would stand, the question behind them, then the assistant's turn."""
-    before, between, after = hub.template
-    assert before == "<|im_start|>user\n<|vision_start|>" and between == "<|vision_end|>\n"
-    assert after == "<|im_end|>\n<|im_start|>assistant\n"
-    assert [len(hub.encode(t)) for t in ("<|im_start|>", "<|vision_start|>", "<|im_end|>")] == [1, 1, 1]
-
-
 def test_a_model_without_chat_vision_tokens_or_padding_still_gets_a_prompt(tmp_path):
     """Plain language models: the literature's "### human" form, and <eos> in the place of padding."""
     plain = HubText(save_tokenizer(tmp_path, chat=None, special=(), pad=None))
@@ -198,19 +187,15 @@ def groups():
     ]
 
 
-@pytest.fixture(scope="module")
-def batch(groups, text):
-    return collate(groups, text, [3, 2, 1])
-
-
 def spell(text, ids):
     """Ids as readable pieces."""
     special = {SCENE: "S", PROMPT: "P"}
     return " ".join(special.get(i) or text.pieces[i] for i in ids.tolist() if i != text.pad)
 
 
-def test_a_row_is_the_scene_once_and_then_every_question_with_its_answer(text, groups, batch):
+def test_a_row_is_the_scene_once_and_then_every_question_with_its_answer(text, groups):
     """A question's own click or box gets a placeholder in front; steps are written where asked for."""
+    batch = collate(groups, text, [3, 2, 1])
     assert [spell(text, row) for row in batch["ids"]] == [
         "S S S find the red chair . <obj007> P where is <obj050> ? x#144 y#160 z#24",
         "S S how many chairs are there ? 2 P what is <obj099> ? a table . is there a bed ? no",
@@ -223,29 +208,21 @@ def test_a_row_is_the_scene_once_and_then_every_question_with_its_answer(text, g
     assert spell(text, steps).startswith("S S how many chairs are there ? <obj099> 2 = 2 P")
 
 
-def test_the_chat_template_surrounds_scene_and_question(hub, groups):
-    """Shared: all up to the scene's end. Own: the question and the turn to the assistant, none of it scored."""
+def test_the_models_own_chat_surrounds_scene_and_question(hub, groups):
+    """Shared: all up to the scene's end, tokens where an image would stand. Own: the question and the turn to the
+    assistant, none of it scored."""
+    before, between, after = hub.template
+    assert before == "<|im_start|>user\n<|vision_start|>" and between == "<|vision_end|>\n"
+    assert after == "<|im_end|>\n<|im_start|>assistant\n"
     batch = collate(groups[:1], hub, [3])
     ids, block, labels = (batch[k][0] for k in ("ids", "block", "labels"))
-    before, between, after = map(hub.encode, hub.template)
-    assert ids[block == 0].tolist() == [*before, SCENE, SCENE, SCENE, *between]
+    shared = [*hub.encode(before), SCENE, SCENE, SCENE, *hub.encode(between)]
+    assert ids[block == 0].tolist() == shared
     # the answer is predicted from the template's last token on
-    unscored = ids[(block == 1) & (labels == IGNORE)].tolist()
-    assert unscored == [*hub.encode("find the red chair."), *after][:-1]
-    assert hub.decode(labels[(block == 1) & (labels != IGNORE)].tolist()) == "<OBJ007>"
-
-
-def test_the_packed_mask_equals_a_loop_over_pairs(batch):
-    """A question sees the scene and its own past, the scene sees its past, padding sees itself (else its row of the
-    softmax is 0 / 0)."""
-    block = batch["block"]
-    mask = packed_mask(block)
-    S, T = block.shape
-    assert mask.shape == (S, 1, T, T) and mask.dtype == torch.bool
-    for s, t, u in itertools.product(range(S), range(T), range(T)):
-        own, seen = block[s, t], block[s, u]
-        past = u < t and seen in (0, own) and seen >= 0
-        assert mask[s, 0, t, u] == (t == u or past)
+    scored = (block == 1) & (labels != IGNORE)
+    asked = hub.encode("find the red chair." + after)
+    assert ids[(block == 1) & ~scored].tolist() == asked[:-1]
+    assert hub.decode(labels[scored].tolist()) == "<OBJ007>"
 
 
 def test_a_file_is_whole_or_absent(tmp_path):
