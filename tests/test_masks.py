@@ -64,7 +64,8 @@ def test_a_mesh_is_segmented_as_scannets_segmentator_does():
     """A crumpled sheet with a step and ridges, of 900 vertices."""
     rng = np.random.default_rng(0)
     x, y = rng.uniform(0, 0.6, (2, 900))
-    step, ridges = 0.15 * (x > 0.3), 0.1 * np.abs(np.sin(9 * y))
+    step = 0.15 * (x > 0.3)
+    ridges = 0.1 * np.abs(np.sin(9 * y))
     z = step + ridges + rng.normal(0, 0.0005, 900)
     points = np.stack([x, y, z], axis=1).astype(np.float32)
     faces = Delaunay(points[:, :2]).simplices
@@ -218,7 +219,8 @@ def test_two_that_stand_side_by_side_stay_apart_also_through_a_third():
     right[20:] = True
     together = np.stack([np.where(left, 1, 2), 3 * right, 0 * left])
     masks = merge_tracks(together, points, share=0.1)
-    assert masks[0, 0, 0] != masks[0, -1, 0] == masks[1, -1, 0]
+    first, second, third = masks[0, 0, 0], masks[0, -1, 0], masks[1, -1, 0]
+    assert first != second == third
 
     # as soon as no frame shows both, all three are one
     apart = np.stack([1 * left, 3 * right, np.where(left, 0, 2)])
@@ -244,12 +246,19 @@ def test_points_take_the_mask_of_most_frames_that_show_it():
     A point behind the measured surface, and one outside the view, belong to nothing.
     """
     K = np.array([[1.0, 0, 1], [0, 1, 0.5], [0, 0, 1]])
-    depth = np.ones((3, 1, 2), np.float32)
+    cameras = np.tile(K, (3, 1, 1))
     poses = np.tile(np.eye(4), (3, 1, 1))
-    frames = data.Frames(None, depth, None, np.tile(K, (3, 1, 1)), poses)
+    depth = np.ones((3, 1, 2), np.float32)
+    frames = data.Frames(None, depth, None, cameras, poses)
     masks = np.array([[[2, 0]], [[2, 1]], [[0, 2]]])
-    first, second, behind, outside = [-0.5, 0, 1], [0.5, 0, 1], [-1, 0, 2], [3, 0, 1]
-    points = np.array([first, second, behind, outside])
+    points = np.array(
+        [
+            [-0.5, 0, 1],
+            [0.5, 0, 1],
+            [-1, 0, 2],  # behind
+            [3, 0, 1],  # outside
+        ]
+    )
     assert data.vote(points, masks, frames).tolist() == [2, 1, 0, 0]
 
 
