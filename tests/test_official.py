@@ -58,6 +58,26 @@ def asked(tmp_path):
     return ask
 
 
+@pytest.fixture
+def scores(asked):
+    """All scores of (a row's fields, the answer to it)."""
+
+    def measure(name: str, cases: list[tuple[dict, str]], boxes=(), dialects=()) -> dict[str, float]:
+        rows = [row(i) | fields for i, (fields, _) in enumerate(cases)]
+        said = {}
+        for found, (_, text) in zip(rows, cases, strict=True):
+            said[BENCHMARKS[name].read(**found).id] = text
+        return evaluate.measure(asked(name, rows, boxes, dialects), said)[0]
+
+    return measure
+
+
+def assert_printed(values: dict, metrics: list[str], printed: dict) -> None:
+    """Each part's numbers are those that the scripts print."""
+    for part, numbers in printed.items():
+        assert [values[metric + part] for metric in metrics] == pytest.approx(numbers, abs=1e-6), part
+
+
 # ---- the numbers of the benchmarks' and peers' own scripts -----------------------------------------------------------
 
 ANSWERS = [  # an answer, its references
@@ -118,15 +138,14 @@ PEERS = {  # what the scripts print for ANSWERS and for SITUATED; None: not thei
 
 @needs_java
 @pytest.mark.parametrize(("name", "k"), [("scanqa", 0), ("sqa3d", 1)])
-def test_words_are_scored_as_six_groups_of_papers_do(asked, name, k):
+def test_words_are_scored_as_six_groups_of_papers_do(scores, name, k):
     """Also where answers are empty, hold two lines or a capital and a full stop; each script's
     numbers to 1e-6."""
-    rows, said = [], {}
-    for i, (text, known) in enumerate((ANSWERS, SITUATED)[k]):
+    cases = []
+    for text, known in (ANSWERS, SITUATED)[k]:
         answers = known if name == "scanqa" else [{"answer": answer} for answer in known]
-        rows.append(row(i, situation="I sit.", answers=answers))
-        said[str(i)] = text
-    values, _ = evaluate.measure(asked(name, rows, dialects=["all"]), said)
+        cases.append(({"situation": "I sit.", "answers": answers}, text))
+    values = scores(name, cases, dialects=["all"])
     for dialect, numbers in PEERS.items():
         for metric, number in zip(SCORES, numbers[k], strict=True):
             if number is not None:
@@ -150,20 +169,18 @@ DENSE = {  # CIDEr, BLEU-4, ROUGE-L and METEOR at 0.5, then at 0.25
 
 
 @needs_java
-def test_dense_captions_are_scored_as_four_groups_of_papers_do(asked, monkeypatch):
+def test_dense_captions_are_scored_as_four_groups_of_papers_do(scores, monkeypatch):
     """A caption whose box does not fit, or that is empty, is "sos eos"; `>` and `>=` differ at IoU
     0.5 and 0.25."""
-    rows, said = [], {}
+    cases = []
     for i, (caption, _, known) in enumerate(CAPTIONS):
-        said[f"s|{i}"] = caption
         for text in known:
             words = re.findall(r"[a-z]+|[.,]", text.lower())
-            rows.append(row(i, object_id=i, description=text, token=words))
+            cases.append(({"object_id": i, "description": text, "token": words}, caption))
     monkeypatch.setattr(evaluate, "proposal_fit", lambda scene, shown, i: CAPTIONS[i - 1][1])
-    values, _ = evaluate.measure(asked("scan2cap", rows, dialects=["all"]), said)
-    keys = [f"{metric}@{k}" for k in (0.5, 0.25) for metric in ("cider", "bleu4", "rouge_l", "meteor")]
-    for dialect, numbers in DENSE.items():
-        assert [values[f"{key}/{dialect}"] for key in keys] == pytest.approx(numbers, abs=1e-6), dialect
+    values = scores("scan2cap", cases, dialects=["all"])
+    metrics = [f"{metric}@{k}/" for k in (0.5, 0.25) for metric in ("cider", "bleu4", "rouge_l", "meteor")]
+    assert_printed(values, metrics, DENSE)
 
 
 SPATIAL = [  # type, truth, options, answer
@@ -198,17 +215,14 @@ SPATIAL_SCORES = {  # part -> by VSI-Bench's own script, by lmms-eval
 }
 
 
-def test_vsi_bench_is_scored_as_its_script_and_as_lmms_eval_do(asked):
-    rows, said = [], {}
+def test_vsi_bench_is_scored_as_its_script_and_as_lmms_eval_do(scores):
+    cases = []
     for i, (kind, truth, letters, text) in enumerate(SPATIAL):
         options = letters and [f"{letter}. x" for letter in letters]
         known = {"question_type": kind, "ground_truth": truth, "options": options}
-        rows.append(row(i, id=i, scene_name="s", **known))
-        said[str(i)] = text
-    values, _ = evaluate.measure(asked("vsibench", rows), said)
-    for part, numbers in SPATIAL_SCORES.items():
-        found = [values[f"score/{protocol}{part}"] for protocol in ("official", "lmms-eval")]
-        assert found == pytest.approx(numbers, abs=1e-6), part
+        cases.append(({"id": i, "scene_name": "s"} | known, text))
+    values = scores("vsibench", cases)
+    assert_printed(values, ["score/official", "score/lmms-eval"], SPATIAL_SCORES)
 
 
 BOXES = [
@@ -220,7 +234,7 @@ BOXES = [
 ]
 
 
-def test_multi3drefer_is_scored_as_m3dref_and_chat_scene_do(asked):
+def test_multi3drefer_is_scored_as_m3dref_and_chat_scene_do(scores):
     """Silence is right where nothing is to be found, which stands apart; an identifier of no object is no
     answer; IoU is kept in float32, which lets an exact 0.5 pass."""
     cases = [
@@ -235,11 +249,8 @@ def test_multi3drefer_is_scored_as_m3dref_and_chat_scene_do(asked):
         ("mt", [2, 3], "<OBJ002> <OBJ002>"),
         ("mt", [0, 1, 4], ""),
     ]
-    rows, said = [], {}
-    for i, (kind, ids, text) in enumerate(cases):
-        rows.append(row(i, object_ids=ids, eval_type=kind))
-        said[f"s|{i}"] = text
-    values, _ = evaluate.measure(asked("multi3drefer", rows, BOXES), said)
+    cases = [({"eval_type": kind, "object_ids": ids}, text) for kind, ids, text in cases]
+    values = scores("multi3drefer", cases, BOXES)
     printed = {
         "": (0.63, 0.78),
         "/zt_wo_d": (1, 1),
@@ -250,12 +261,10 @@ def test_multi3drefer_is_scored_as_m3dref_and_chat_scene_do(asked):
         "/zero_target": (0.75, 0.75),
         "/with_target": (0.55, 0.8),
     }
-    for part, numbers in printed.items():
-        found = [values[f"f1@{k}/multi3drefer{part}"] for k in (0.5, 0.25)]
-        assert found == pytest.approx(numbers, abs=1e-6), part
+    assert_printed(values, ["f1@0.5/multi3drefer", "f1@0.25/multi3drefer"], printed)
 
 
-def test_scanrefer_is_scored_as_chat_scene_does(asked):
+def test_scanrefer_is_scored_as_chat_scene_does(scores):
     """The first identifier that exists counts; unique and multiple at both thresholds; 1e-8 in the
     denominator of IoU makes an exact 0.5 fail."""
     cases = [
@@ -267,15 +276,11 @@ def test_scanrefer_is_scored_as_chat_scene_does(asked):
         (4, "<OBJ002>"),
         (0, "<OBJ000>"),
     ]
-    rows, said = [], {}
-    for i, (k, text) in enumerate(cases):
-        rows.append(row(i, object_id=str(k), eval_type="unique" if k == 4 else "multiple"))
-        said[f"s|{k}|{i}"] = text
-    values, _ = evaluate.measure(asked("scanrefer", rows, BOXES), said)
+    kinds = ["multiple", "multiple", "multiple", "multiple", "unique"]  # of the five boxes
+    cases = [({"object_id": str(k), "eval_type": kinds[k]}, text) for k, text in cases]
+    values = scores("scanrefer", cases, BOXES)
     printed = {"": (0.571429, 0.857143), "/unique": (0.5, 0.5), "/multiple": (0.6, 1)}
-    for part, numbers in printed.items():
-        found = [values[f"acc@{k}/scanrefer{part}"] for k in (0.5, 0.25)]
-        assert found == pytest.approx(numbers, abs=1e-6), part
+    assert_printed(values, ["acc@0.5/scanrefer", "acc@0.25/scanrefer"], printed)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

@@ -592,7 +592,7 @@ def test_chance_is_the_share_of_the_answers_that_the_question_allows():
     assert guess("color", "red") == 0.0  # nothing known to guess from
 
 
-@pytest.mark.parametrize("targets", [[], [2], [1, 4], [1, 2, 3]])
+@pytest.mark.parametrize("targets", [[], [2], [1, 2, 3]])
 def test_chance_of_several_targets_is_the_mean_score_of_every_possible_guess(targets):
     """Uniform over "no" and every single object, scored by F1: enumerated here, a formula there."""
     scores = [float(not targets)]

@@ -283,17 +283,16 @@ def small_vggt(width=32):
     return model.eval()
 
 
-def test_vggts_own_parts_give_depth_and_cameras_in_our_conventions(tmp_path, monkeypatch):
+def test_vggts_own_parts_give_depth_and_cameras_in_our_conventions():
     """Untrained, so where things are means nothing; every array has its shape and every number is finite."""
     images, model = room(2, views=3, size=60).frames.color[:, :48], small_vggt()
     depth, confidence, K, poses = data.vggt_geometry(images, model, longest=70)
-    assert depth.shape == confidence.shape == (3, 48, 60) and (depth > 0).all() and (confidence >= 1).all()
+    assert depth.shape == confidence.shape == (3, 48, 60)
+    assert (depth > 0).all() and (confidence >= 1).all()
     assert_allclose(K[:, :2, 2], np.tile([30, 24], (3, 1)), rtol=1e-5)
     turn = poses[:, :3, :3]
     assert_allclose(turn @ turn.swapaxes(1, 2), np.tile(np.eye(3), (3, 1, 1)), atol=1e-5)
-    monkeypatch.setattr(data, "load_vggt", lambda name: model)
-    scene = open_scene(encode(tmp_path / "room.mp4", images))
-    assert scene.frames.depth.shape == (3, 48, 60) and np.isfinite(scene.points).all() and not scene.metric
+    assert np.isfinite(poses).all()
 
 
 # ---- opening and keeping scenes
