@@ -572,10 +572,7 @@ def test_no_room_of_an_evaluation_split_is_trained_in_and_no_target_that_no_prop
     own, with the prompt."""
     train, val = world.scenes["train"], world.scenes["val"]
     again = replace(val[0], name=val[0].name.replace("_00", "_01"))
-    leak = []
-    for s in world.samples["scanqa"]:
-        if s.scene == val[0].name:
-            leak.append(replace(s, scene=again.name, id=f"leak {s.id}"))
+    leak = [replace(s, scene=again.name, id=f"leak {s.id}") for s in world.samples["scanqa"]]
     folder, rows = world.root / "train files", official.questions(train, "scanqa")
     official.write(folder, "scanqa", "train", [*rows, *leak])
     official.write(folder, "scanrefer", "train", official.questions(train, "scanrefer"))
