@@ -43,7 +43,7 @@ def questions(scenes: Sequence[Scene], benchmark: str, per_scene: int = 3) -> li
         if benchmark == "scanrefer":
             s.id = f"{s.scene}|{s.targets[0] - 1}|{i}"
         elif benchmark == "scan2cap":
-            s.id, s.question = f"{s.scene}|{s.targets[0] - 1}", f"describe <obj {s.targets[0]}>."
+            s.id = f"{s.scene}|{s.targets[0] - 1}"
         elif benchmark == "multi3drefer":
             s.id = f"{s.scene}|{i}"
         elif benchmark != "scanqa":

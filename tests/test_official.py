@@ -314,10 +314,11 @@ def test_official_questions_are_all_read_with_their_types(name, folder, scenes, 
 
 @pytest.mark.parametrize("name", SIX)
 def test_rooms_in_a_benchmark_s_files_come_back_as_they_were(world, name):
-    """Ids, questions, answers, targets, values and options; every question id once."""
+    """Ids, questions, answers, targets, values and options; every question id once. Captions have no question."""
     found = evaluate.read_official(name, world.files / name)
     for s, true in zip(found, world.samples[name], strict=True):
-        assert (s.id, s.scene, s.question) == (true.id, true.scene, true.question)
+        assert (s.id, s.scene) == (true.id, true.scene)
+        assert s.question == true.question or name == "scan2cap"
         assert s.targets == true.targets and s.options == true.options
         assert s.value == true.value or name != "vsibench" or s.options
         if name in ("scanqa", "sqa3d", "scan2cap"):
