@@ -19,10 +19,10 @@ TASKS = {  # benchmark -> generated questions of the same form
     "scan2cap": ("caption",),
     "vsibench": BENCHMARKS["rooms/vsi"].tasks,
 }
-TYPES = {
+TYPES = {  # others: object_<task>
     "object_size": "object_size_estimation",
     "room_size": "room_size_estimation",
-}  # others: object_<task>
+}
 
 
 def scans(root: Path, seeds: Iterable[int], **size) -> list[Scene]:
@@ -39,74 +39,56 @@ def questions(scenes: Sequence[Scene], benchmark: str, per_scene: int = 3) -> li
     samples = data.question_set(numbered, TASKS[benchmark], per_scene, 0)
     if benchmark == "scan2cap":  # one question per object
         samples = list({(s.scene, *s.targets): s for s in samples}.values())
-        return [
-            replace(s, id=f"{s.scene}|{s.targets[0] - 1}", question=f"describe <obj {s.targets[0]}>.")
-            for s in samples
-        ]
     for i, s in enumerate(samples):
         if benchmark == "scanrefer":
             s.id = f"{s.scene}|{s.targets[0] - 1}|{i}"
+        elif benchmark == "scan2cap":
+            s.id = f"{s.scene}|{s.targets[0] - 1}"
+        elif benchmark == "multi3drefer":
+            s.id = f"{s.scene}|{i}"
         elif benchmark != "scanqa":
-            s.id = f"{s.scene}|{i}" if benchmark == "multi3drefer" else str(i)
+            s.id = str(i)
     return samples
 
 
-def row_of(s: Sample, benchmark: str, scenes: Sequence[Scene]) -> list[dict]:
-    """A question as rows of its benchmark's file: of captions one per description."""
-    row = {"scene_id": s.scene, "question_id": s.id, "question": s.question, "object_names": ["thing"]}
+def row(number: object, **fields) -> dict:
+    """Make a row of a benchmark's file: what every question has, with the fields of this one."""
+    same = {"scene_id": "s", "question": "What?", "description": "it", "object_name": "x"}
+    return same | {"question_id": number, "ann_id": number} | fields
+
+
+def rows_of(s: Sample, benchmark: str) -> list[dict]:
+    """Write a question as rows of its benchmark's file: of captions one per description."""
+    about = {"scene_id": s.scene, "question": s.question, "description": s.question, "eval_type": s.kind}
+    number = s.id.split("|")[-1]
     if benchmark == "scanqa":
-        return [row | {"answers": s.answers or [s.answer], "object_ids": [0]}]
+        return [row(s.id, **about, answers=s.answers or [s.answer])]
     if benchmark == "multi3drefer":
-        return [
-            row
-            | {
-                "object_ids": [i - 1 for i in s.targets],
-                "eval_type": s.kind,
-                "description": s.question,
-                "ann_id": int(s.id.split("|")[1]),
-            }
-        ]
+        return [row(number, **about, object_ids=[i - 1 for i in s.targets])]
     if benchmark == "vsibench":
         task = s.task.removeprefix("vsi_")
         kind = f"_{s.kind}" if "direction" in task else ""
-        truth = s.answer if s.options else str(s.value)
-        return [
-            {
-                "id": int(s.id),
-                "dataset": "scannet",
-                "scene_name": s.scene,
-                "question": s.question,
-                "question_type": TYPES.get(task, f"object_{task}") + kind,
-                "ground_truth": truth,
-                "options": s.options,
-            }
-        ]
-    categories = {(scene.name, o.id): o.category.replace(" ", "_") for scene in scenes for o in scene.objects}
-    kind = {"eval_type": s.kind} if s.kind in ("unique", "multiple") else {}
-    return [
-        row
-        | kind
-        | {
-            "object_id": str(s.targets[0] - 1),
-            "object_name": categories[s.scene, s.targets[0]],
-            "ann_id": s.id.split("|")[-1],
-            "description": text,
-            "token": text.split(),
+        asked = {
+            "id": int(s.id),
+            "scene_name": s.scene,
+            "question_type": TYPES.get(task, f"object_{task}") + kind,
+            "ground_truth": s.answer if s.options else str(s.value),
+            "options": s.options,
         }
-        for text in s.answers or [s.question]
-    ]
+        return [about | asked]
+    about["object_id"] = str(s.targets[0] - 1)
+    texts = s.answers or [s.question]
+    return [row(number, **about | {"description": text, "token": text.split()}) for text in texts]
 
 
-def write(
-    folder: Path, benchmark: str, split: str, samples: Sequence[Sample], scenes: Sequence[Scene]
-) -> Path:
+def write(folder: Path, benchmark: str, split: str, samples: Sequence[Sample]) -> Path:
     """Write the official file of a split."""
     path = folder / BENCHMARKS[benchmark].files[split][0]
     path.parent.mkdir(parents=True, exist_ok=True)
     if benchmark == "sqa3d":
         write_sqa3d(path, samples)
         return path
-    rows = [row for s in samples for row in row_of(s, benchmark, scenes)]
+    rows = [row for s in samples for row in rows_of(s, benchmark)]
     lines = "\n".join(map(json.dumps, rows))
     path.write_text(lines if path.suffix == ".jsonl" else json.dumps(rows))
     return path
@@ -121,6 +103,5 @@ def write_sqa3d(path: Path, samples: Sequence[Sample]) -> None:
         asked.append(known | {"situation": situation + ".", "question": question})
         told.append(known | {"answers": [{"answer": s.answer, "answer_confidence": "yes", "answer_id": 1}]})
     path.write_text(json.dumps({"task_type": "", "questions": asked}))
-    path.with_name(path.name.replace("_questions_", "_sqa_annotations_")).write_text(
-        json.dumps({"annotations": told})
-    )
+    beside = path.with_name(path.name.replace("_questions_", "_sqa_annotations_"))
+    beside.write_text(json.dumps({"annotations": told}))

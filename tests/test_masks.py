@@ -1,12 +1,11 @@
 """Objects without labels (data.py, sections 9 and 9b): superpoints, own segments, and SAM 2's tracks made objects.
 
-What surrounds SAM 2 is tested with a stand-in that knows the true masks of a procedural room; the real network, tiny
-and untrained, only where the package is installed (data.INSTALL).
+What surrounds SAM 2 is tested with a stand-in that knows the true masks of a procedural room; tests/test_own_room.py
+asks the real network, tiny and untrained, where the package is installed (data.INSTALL).
 """
 
 import sys
-from dataclasses import replace
-from functools import partial
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -15,26 +14,13 @@ from bench import best_iou
 from scipy.spatial import Delaunay
 
 import data
-from data import (
-    DataError,
-    merge_tracks,
-    over_segment,
-    room,
-    sam2_masks,
-    unproject,
-    with_own_segments,
-    with_tracks,
-)
+from data import DataError, merge_tracks, over_segment, room, sam2_masks, with_own_segments, with_tracks
+
+needs_sam2 = pytest.mark.skipif(not find_spec("sam2"), reason=f"no SAM 2: {data.INSTALL['sam2']}")
 
 
 def points_of(frames):
-    return unproject(frames.depth, frames.intrinsics, frames.poses)
-
-
-def labels_in_order(labels):
-    """Number labels by their first place, so that equal partitions are equal arrays."""
-    order = {}
-    return [order.setdefault(label, len(order)) for label in labels.tolist()]
+    return data.unproject(frames.depth, frames.intrinsics, frames.poses)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +32,7 @@ def furnished():
 
 
 def slow_segmentator(points, faces, threshold=0.01, min_size=20):
-    """ScanNet's segmentator with a set per segment: three edges per face, the lightest first."""
+    """ScanNet's segmentator with a label per point: three edges per face, the lightest first."""
     normals = data.vertex_normals(points, faces)
     edges = []
     for i, j, k in faces:
@@ -56,79 +42,78 @@ def slow_segmentator(points, faces, threshold=0.01, min_size=20):
             edges.append((bend * bend if convex else bend, a, b))
     edges.sort(key=lambda edge: edge[0])
 
-    segment = {i: {i} for i in range(len(points))}
-    limit = dict.fromkeys(segment, threshold)
-
-    def join(a, b):
-        both = segment[a] | segment[b]
-        segment.update(dict.fromkeys(both, both))
-        return both
-
+    label = np.arange(len(points))
+    limit = np.full(len(points), threshold)
     for weight, a, b in edges:
-        if segment[a] is not segment[b] and weight <= min(limit[a], limit[b]):
-            both = join(a, b)
-            limit.update(dict.fromkeys(both, weight + threshold / len(both)))
+        p, q = label[a], label[b]
+        if p != q and weight <= min(limit[p], limit[q]):
+            label[label == q] = p
+            limit[p] = weight + threshold / (label == p).sum()
     for _, a, b in edges:
-        if segment[a] is not segment[b] and min(len(segment[a]), len(segment[b])) < min_size:
-            join(a, b)
-    return np.array([min(segment[i]) for i in range(len(points))])
+        p, q = label[a], label[b]
+        if p != q and min((label == p).sum(), (label == q).sum()) < min_size:
+            label[label == q] = p
+    return label
+
+
+def same_partition(a, b):
+    return len(set(a)) == len(set(b)) == len(set(zip(a, b, strict=True)))
 
 
 def test_a_mesh_is_segmented_as_scannets_segmentator_does():
     """A crumpled sheet with a step and ridges, of 900 vertices."""
     rng = np.random.default_rng(0)
     x, y = rng.uniform(0, 0.6, (2, 900))
-    z = 0.15 * (x > 0.3) + 0.1 * np.abs(np.sin(9 * y)) + rng.normal(0, 0.0005, 900)
-    points, faces = np.stack([x, y, z], 1).astype(np.float32), Delaunay(np.stack([x, y], 1)).simplices
+    step = 0.15 * (x > 0.3)
+    ridges = 0.1 * np.abs(np.sin(9 * y))
+    z = step + ridges + rng.normal(0, 0.0005, 900)
+    points = np.stack([x, y, z], axis=1).astype(np.float32)
+    faces = Delaunay(points[:, :2]).simplices
 
     found = over_segment(points, faces=faces)
-    assert labels_in_order(found) == labels_in_order(slow_segmentator(points, faces))
+    assert same_partition(found, slow_segmentator(points, faces))
     assert found.max() > 2 and np.bincount(found).min() >= 20
 
 
 def patch(x, y, z, step=0.01):
     """Points [h, w, 3] of a level rectangle: x, y = (from, to), z, meters."""
-    grid = np.meshgrid(np.arange(*x, step), np.arange(*y, step), indexing="ij")
-    return np.stack([*grid, np.full_like(grid[0], z)], axis=-1)
+    x, y = np.meshgrid(np.arange(*x, step), np.arange(*y, step), indexing="ij")
+    return np.stack([x, y, np.full_like(x, z)], axis=-1)
 
 
 def test_a_bare_floor_and_wall_are_two_superpoints_whatever_the_order_of_points():
     floor = patch((0.02, 0.5), (0, 0.5), 0, step=0.03).reshape(-1, 3)
-    points = np.concatenate([floor, floor[:, [2, 1, 0]]])
+    wall = floor[:, [2, 1, 0]]
+    points = np.concatenate([floor, wall])
     order = np.random.default_rng(0).permutation(len(points))
-    found = over_segment(points[order], np.eye(3)[(order < len(floor)) * 2])
-    assert labels_in_order(found) == labels_in_order(order < len(floor))
+    level = order < len(floor)
+    normals = np.where(level[:, None], [0, 0, 1.0], [1.0, 0, 0])
+    assert same_partition(over_segment(points[order], normals), level)
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 5])
-def test_hardly_any_points_are_still_superpoints(count):
-    points = np.random.default_rng(0).random((count, 3)).astype(np.float32)
-    assert over_segment(points).tolist() == [0] * count
+def test_hardly_any_points_are_still_superpoints():
+    points = np.random.default_rng(0).random((5, 3)).astype(np.float32)
+    for count in (0, 1, 2, 5):
+        assert over_segment(points[:count]).tolist() == [0] * count
 
 
 # ---- own segments
 
 
 def test_own_segments_of_rooms_follow_their_objects():
-    """From frames alone, in rooms on which no constant was set: mean IoU of points over objects seen well."""
+    """From frames alone, in rooms on which no constant was set: mean IoU of points over objects seen well.
+
+    The floor belongs to none."""
     scores = []
     for seed in range(900_101, 900_107):
         truth = room(seed, points=0)
         found = with_own_segments(truth)
-        seen = truth.frames.depth > 0
-        near = data.nearest(found.points, points_of(truth.frames)[seen])[1][:, 0]
-        true = truth.frames.masks[seen][near]
+        floor = (found.points[:, 2] < 0.01) & (found.normals[:, 2] > 0.95)
+        assert np.mean(found.instances[floor] > 0) < 0.1
+        near = data.nearest(found.points, points_of(truth.frames).reshape(-1, 3))[1][:, 0]
+        true = truth.frames.masks.ravel()[near]
         scores += [iou for i, iou in best_iou(found.instances, true).items() if (true == i).sum() >= 10]
     assert np.mean(scores) >= 0.8
-
-
-def test_masks_rendered_from_a_rooms_cloud_are_its_own_and_nothing_is_where_depth_is_missing(furnished):
-    scene = furnished[0]
-    depth = scene.frames.depth.copy()
-    depth[:, :20] = 0
-    masks = data.render_masks(scene.points, scene.instances, replace(scene.frames, depth=depth))
-    assert (masks == scene.frames.masks)[:, 20:].mean() > 0.95
-    assert not masks[:, :20].any()
 
 
 # ---- tracks
@@ -151,9 +136,9 @@ class TrueMasks:
     def propagate_in_video(self, state, start_frame_idx, reverse):
         followed = dict(state)
         for v in range(start_frame_idx, -1, -1) if reverse else range(start_frame_idx, len(self.masks)):
-            followed = {t: o for t, o in followed.items() if (self.masks[v] == o).any()}
-            logits = np.stack([(self.masks[v] == followed.get(t, -1)) * 20.0 - 10.0 for t in state])
-            yield v, list(state), torch.from_numpy(logits)[:, None].float()
+            followed = {t: o for t, o in followed.items() if o in self.masks[v]}
+            shown = np.stack([self.masks[v] == followed.get(t, -1) for t in state])
+            yield v, list(state), torch.from_numpy(20.0 * shown - 10.0)[:, None].float()
 
     def reset_state(self, state):
         state.clear()
@@ -165,7 +150,8 @@ def propose_truth(frames):
     def propose(image):
         v = next(v for v, color in enumerate(frames.color) if np.array_equal(color, image))
         whole = [frames.masks[v] == i for i in np.unique(frames.masks[v])]
-        return whole + [mask & (np.arange(64) < 32)[:, None] for mask in whole if mask.mean() <= 0.5]
+        upper = np.arange(64)[:, None] < 32
+        return whole + [mask & upper for mask in whole if mask.mean() <= 0.5]
 
     return propose
 
@@ -177,12 +163,13 @@ def test_every_object_on_a_keyframe_comes_back_as_tracks_with_its_true_pixels(fu
         f = scene.frames
         tracks = sam2_masks(f.color, TrueMasks(f.masks), propose_truth(f), keyframe_every=4)
         for thing in scene.objects:
-            area = (f.masks == thing.id).sum((1, 2))
-            shown = ((tracks > 0) & (f.masks == thing.id)).sum((1, 2))
+            own = f.masks == thing.id
+            area, shown = own.sum((1, 2)), (own & (tracks > 0)).sum((1, 2))
             starts = [k for k in (0, 4, 8, 11) if least <= area[k] <= most]
             for v in range(12):
                 followed = any(area[min(k, v) : max(k, v) + 1].all() for k in starts)
-                assert shown[v] == (area[v] if followed and area[v] >= least else 0)
+                seen = followed and area[v] >= least
+                assert shown[v] == (area[v] if seen else 0)
         for t in range(1, tracks.max() + 1):
             assert len(np.unique(f.masks[tracks == t])) == 1, "no track mixes two objects"
 
@@ -196,11 +183,11 @@ def test_the_surer_track_gets_the_pixel():
                 yield v, list(state), logits
 
     left, right = np.zeros((2, 4, 4), bool)
-    left[:, :2], right[:3, 2:] = True, True
-    tracks = sam2_masks(
-        np.zeros((2, 4, 4, 3), np.uint8), Squares(np.ones((2, 4, 4), int)), lambda image: [right, left]
-    )
-    assert tracks.tolist() == [[[1, 1, 1, 2]] * 4] * 2
+    left[:, :2] = True
+    right[:3, 2:] = True
+    images, model = np.zeros((2, 4, 4, 3), np.uint8), Squares(np.ones((2, 4, 4), int))
+    tracks = sam2_masks(images, model, lambda image: [right, left])
+    assert (tracks == [1, 1, 1, 2]).all()
 
 
 # ---- merging
@@ -217,7 +204,8 @@ def test_what_leaves_the_view_and_comes_back_is_one_object_again(furnished):
         became = {t: masks[tracks == t][0] for t in np.unique(tracks[tracks > 0])}
         for i in range(1, n + 1):
             if became.get(i) and became.get(i + n):
-                halves, joined = halves + 1, joined + (became[i] == became[i + n])
+                halves += 1
+                joined += became[i] == became[i + n]
         for m in range(1, masks.max() + 1):
             assert len(np.unique(f.masks[masks == m])) == 1, "no two objects became one"
     assert joined > 0.8 * halves > 10
@@ -227,10 +215,12 @@ def test_two_that_stand_side_by_side_stay_apart_also_through_a_third():
     """Tracks 1 and 2 share a frame. 3 fits both and goes with 2, which it fits better; 1 must not follow it there."""
     points = np.stack([patch((0, 0.6), (0, 0.4), 0.5)] * 3)
     left, right = np.zeros((2, 60, 40), bool)
-    left[:25], right[20:] = True, True
+    left[:25] = True
+    right[20:] = True
     together = np.stack([np.where(left, 1, 2), 3 * right, 0 * left])
     masks = merge_tracks(together, points, share=0.1)
-    assert masks[0, 0, 0] != masks[0, -1, 0] == masks[1, -1, 0]
+    first, second, third = masks[0, 0, 0], masks[0, -1, 0], masks[1, -1, 0]
+    assert first != second == third
 
     # as soon as no frame shows both, all three are one
     apart = np.stack([1 * left, 3 * right, np.where(left, 0, 2)])
@@ -240,10 +230,10 @@ def test_two_that_stand_side_by_side_stay_apart_also_through_a_third():
 def test_a_book_is_not_merged_into_the_table_it_lies_on_even_if_never_tracked_with_it():
     """They share the voxels at the book's edges, but one of the two has fewer points in each."""
     points = np.stack([patch((0, 1.2), (0, 0.8), 0.76)] * 2)  # [2, h, w, 3]
-    book = (np.abs(points[..., :2] - (0.61, 0.41)) < (0.115, 0.09)).all(-1)
+    from_middle = np.abs(points[..., :2] - (0.61, 0.41))
+    book = (from_middle < (0.115, 0.09)).all(-1)
     points[book, 2] = 0.79
-    tracks = np.zeros(book.shape, np.int32)
-    tracks[0][book[0]], tracks[1][~book[1]] = 1, 2
+    tracks = np.stack([1 * book[0], 2 * ~book[1]])
     assert merge_tracks(tracks, points).max() == 2
 
 
@@ -255,10 +245,20 @@ def test_points_take_the_mask_of_most_frames_that_show_it():
 
     A point behind the measured surface, and one outside the view, belong to nothing.
     """
-    depth, K = np.ones((3, 2, 2), np.float32), np.array([[1.0, 0, 1], [0, 1, 1], [0, 0, 1]])
-    frames = data.Frames(None, depth, None, np.stack([K] * 3), np.stack([np.eye(4)] * 3))
-    masks = np.array([[[2, 0], [0, 0]], [[2, 1], [0, 0]], [[0, 2], [0, 0]]])
-    points = np.array([[-0.5, -0.5, 1.0], [0.5, -0.5, 1.0], [-1.0, -1.0, 2.0], [3.0, 0.0, 1.0]])
+    K = np.array([[1.0, 0, 1], [0, 1, 0.5], [0, 0, 1]])
+    cameras = np.tile(K, (3, 1, 1))
+    poses = np.tile(np.eye(4), (3, 1, 1))
+    depth = np.ones((3, 1, 2), np.float32)
+    frames = data.Frames(None, depth, None, cameras, poses)
+    masks = np.array([[[2, 0]], [[2, 1]], [[0, 2]]])
+    points = np.array(
+        [
+            [-0.5, 0, 1],
+            [0.5, 0, 1],
+            [-1, 0, 2],  # behind
+            [3, 0, 1],  # outside
+        ]
+    )
     assert data.vote(points, masks, frames).tolist() == [2, 1, 0, 0]
 
 
@@ -266,14 +266,17 @@ def test_a_room_of_true_tracks_is_that_room_and_tracked_walls_are_no_objects(fur
     found = []
     for scene in furnished:
         f, n = scene.frames, len(scene.objects)
-        shell = np.where(points_of(f)[..., 2] < 0.02, n + 1, n + 2)
+        floor = points_of(f)[..., 2] < 0.02
+        shell = np.where(floor, n + 1, n + 2)
         tracked = with_tracks(scene, np.where(f.masks > 0, f.masks, shell))
         ids = [o.id for o in tracked.objects]
-        assert ids == list(range(1, len(ids) + 1)) == np.unique(tracked.frames.masks)[1:].tolist()
+        assert ids == list(range(1, len(ids) + 1))
+        assert ids == np.unique(tracked.frames.masks)[1:].tolist()
         assert not tracked.frames.masks[f.masks == 0].any()
         assert len(ids) >= len(np.unique(f.masks)) - 3, "some are so thin that they belong to the wall"
         for o in tracked.objects:
-            true = scene.thing(f.masks[tracked.frames.masks == o.id][0])
+            own = tracked.frames.masks == o.id
+            true = scene.thing(f.masks[own][0])
             found.append(data.box_iou(o.box[None], true.box[None]))
     assert np.mean(found) > 0.55
 
@@ -296,9 +299,8 @@ def test_without_the_package_the_error_says_how_to_install_it(monkeypatch):
         data.load_sam2()
 
 
+@needs_sam2
 def test_weights_that_are_not_here_or_unknown_are_one_line(monkeypatch):
-    pytest.importorskip("sam2", reason=f"SAM 2 is not installed: {data.INSTALL['sam2']}")
-
     def offline(**names):
         raise FileNotFoundError("no network")
 
@@ -316,24 +318,3 @@ def tiny_sam2():
     small = ["++model.image_size=256", "++model.memory_attention.num_layers=1"]
     config = "configs/sam2.1/sam2.1_hiera_t.yaml"
     return build_sam2_video_predictor(config, device="cpu", hydra_overrides_extra=small)
-
-
-def test_a_tiny_untrained_sam2_tracks_what_it_proposes(monkeypatch):
-    """Shapes, types and order of the real network's inputs and outputs; the masks themselves mean nothing."""
-    pytest.importorskip("sam2", reason=f"SAM 2 is not installed: {data.INSTALL['sam2']}")
-    from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
-
-    model = tiny_sam2()
-
-    color = room(3, views=2, size=64, points=0).frames.color
-    all_of_few = partial(
-        SAM2AutomaticMaskGenerator, points_per_side=2, pred_iou_thresh=0, stability_score_thresh=0
-    )
-    monkeypatch.setattr("sam2.automatic_mask_generator.SAM2AutomaticMaskGenerator", all_of_few)
-    found = data.automatic_masks(model, color[0])
-    assert found and all(m.shape == (64, 64) and m.dtype == bool for m in found)
-
-    strips = [np.arange(64) // 16 + np.zeros((64, 1)) == i for i in range(3)]
-    tracks, again = (sam2_masks(color, model, lambda image: strips, 2, most=2) for _ in range(2))
-    assert tracks.shape == (2, 64, 64) and 1 <= tracks.max() <= 2
-    assert np.array_equal(tracks, again)

@@ -28,19 +28,10 @@ def runs(tmp_path_factory):
     for name, paper in PAPERS.items():
         stages = paper.STAGES["tiny"]
         little = [f"{stage.name}.batch={16 if stage.tasks else 2}" for stage in stages]
-        command = [
-            "--model",
-            name,
-            "--steps",
-            str(len(stages)),
-            "--train-scenes",
-            "3",
-            "--test-scenes",
-            "1",
-            "--workers",
-            "0",
-        ]
-        assert train.main([*command, "--no-eval", "--out", str(out / name), "--set", *little]) == 0
+        command = (
+            f"--model {name} --steps {len(stages)} --train-scenes 3 --test-scenes 1 --workers 0 --no-eval"
+        )
+        assert train.main([*command.split(), "--out", str(out / name), "--set", *little]) == 0
     return out
 
 
@@ -58,14 +49,11 @@ def video(scene, tmp_path, monkeypatch):
 
 def ask(runs, paper, path, *more):
     """Ask the command line; it draws a picture."""
-    questions = [word for question in QUESTIONS for word in ("--ask", question)]
     picture = path.parent / "ask.png"
-    assert (
-        evaluate.main(
-            ["--run", str(runs / paper), "--scene", str(path), "--out", str(picture), *questions, *more]
-        )
-        == 0
-    )
+    command = f"--run {runs / paper} --scene {path} --out {picture}".split()
+    for question in QUESTIONS:
+        command += ["--ask", question]
+    assert evaluate.main([*command, *more]) == 0
     assert len(np.unique(np.asarray(Image.open(picture).convert("L")))) > 50  # drawn, not blank
 
 
@@ -73,11 +61,8 @@ def ask(runs, paper, path, *more):
 def test_a_video_ends_in_an_answer_in_meters_where_its_scale_is_known(runs, video, capsys, paper):
     ask(runs, paper, video)
     said = capsys.readouterr().out
-    assert (
-        all(question in said for question in QUESTIONS)
-        and f"bed?  {NO_SCALE}" in said
-        and "m, guessed" in said
-    )
+    assert all(question in said for question in QUESTIONS)
+    assert f"bed?  {NO_SCALE}" in said and "m, guessed" in said
     ask(runs, paper, video, "--scale", "1.5")
     assert NO_SCALE not in capsys.readouterr().out
 
@@ -88,12 +73,7 @@ def test_tracks_of_sam_2_become_the_objects_of_a_video(runs, video, capsys, monk
     from test_masks import tiny_sam2
 
     monkeypatch.setattr(data, "load_sam2", lambda name: tiny_sam2())
-    easy = {
-        "points_per_side": 2,
-        "pred_iou_thresh": 0.0,
-        "stability_score_thresh": 0.0,
-        "box_nms_thresh": 1.0,
-    }
+    easy = dict(points_per_side=2, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=1.0)
     generator = "sam2.automatic_mask_generator.SAM2AutomaticMaskGenerator"
     monkeypatch.setattr(generator, partial(SAM2AutomaticMaskGenerator, **easy))
     ask(runs, "proxy3d", video, "--masks", "sam2")

@@ -1,7 +1,5 @@
 """Tokenizers and batches: what is written is read back, and what is packed stays apart."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -19,7 +17,6 @@ from data import (
     TinyText,
     collate,
     load_text,
-    packed_mask,
     tuples,
     vocabulary,
     write_npz,
@@ -32,7 +29,7 @@ CHAT = (
 VISION = ("<|vision_start|>", "<|vision_end|>")
 
 
-def save_tokenizer(folder, chat=CHAT, special=VISION, pad="<|endoftext|>", start=()):
+def save_tokenizer(folder, chat=CHAT, special=VISION, pad="<|endoftext|>", start=""):
     """A byte-level tokenizer without merges, in the form in which pre-trained models bring theirs."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -46,11 +43,10 @@ def save_tokenizer(folder, chat=CHAT, special=VISION, pad="<|endoftext|>", start
         names["pad_token"] = pad
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, **names)
     tokenizer.chat_template = chat
-    for token in start:
-        tokenizer.add_special_tokens({"bos_token": token})
-        front = processors.TemplateProcessing(
-            single=f"{token} $A", special_tokens=[(token, tokenizer.bos_token_id)]
-        )
+    if start:
+        tokenizer.add_special_tokens({"bos_token": start})
+        pair = (start, tokenizer.bos_token_id)
+        front = processors.TemplateProcessing(single=f"{start} $A", special_tokens=[pair])
         tokenizer.backend_tokenizer.post_processor = front
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -80,32 +76,32 @@ def test_one_token_per_word_identifier_number_and_mark(text):
 def test_a_number_is_read_back_within_half_a_bin_and_clipped_to_its_axis(text, axis):
     """Rounded to the nearest 1/16 m; what lies outside becomes the end of its range, not <unk>."""
     low, high = NUMBERS[axis]
-    for value in [*np.linspace(low, high, 101), abs(low) + high + 0.7]:
+    for value in (*np.linspace(low, high, 101), high + 0.7):
         (token,) = text.encode(f"{axis}{value:.3f}".removeprefix("l"))
-        assert text.number[token][0] == axis
-        assert abs(text.number[token][1] - min(value, high)) <= 0.5 / BINS + 5e-4
+        name, back = text.number[token]
+        assert name == axis and abs(back - min(value, high)) <= 0.5 / BINS + 5e-4
 
 
-@pytest.mark.parametrize("numbers", [[1.25, -0.8, 0.45], [-2.1, 0.3, 0.9, 1.9, 0.6, 0.8]])
-def test_points_and_boxes_come_back_as_tuples(text, numbers):
+def test_points_and_boxes_come_back_as_tuples(text):
     """A token per axis and size, to 1/32 m."""
-    tokens = text.encode(f"[{', '.join(map(str, numbers))}]")
-    assert "".join(text.number[t][0] for t in tokens) == "xyzwdh"[: len(numbers)]
-    (back,) = tuples(text.decode(tokens), len(numbers))
-    assert np.allclose(back, numbers, atol=0.5 / BINS + 0.005)
+    for numbers in ([1.25, -0.8, 0.45], [-2.1, 0.3, 0.9, 1.9, 0.6, 0.8]):
+        tokens = text.encode(str(numbers))
+        assert len(tokens) == len(numbers)
+        (back,) = tuples(text.decode(tokens), len(numbers))
+        assert np.allclose(back, numbers, atol=0.5 / BINS + 0.005)
 
 
-def test_numbers_of_single_axes_and_lengths_come_back_without_brackets(text):
-    """Steps of a calculation name their axes: "x1.25" is not a point."""
-    for written in ("x1.25 y-0.50 = x1.75, 2.50 meters", "[1.00, 2.00, 0.50] [0.00, 1.00, 0.50]"):
+def test_what_is_read_back_is_what_was_written(text):
+    """Identifiers in the capitals that scoring looks for; steps of a calculation name their axes: "x1.25" is not a
+    point."""
+    identifiers = " ".join(f"<OBJ{i:03d}>" for i in range(100))
+    assert len(text.encode(identifiers)) == 100
+    for written in (
+        identifiers,
+        "x1.25 y-0.50 = x1.75, 2.50 meters",
+        "[1.00, 2.00, 0.50] [0.00, 1.00, 0.50]",
+    ):
         assert text.decode(text.encode(written)) == written
-
-
-def test_all_identifiers_are_single_tokens_that_come_back(text):
-    """In the capitals that scoring looks for."""
-    for i in range(100):
-        tokens = text.encode(f"<OBJ{i:03d}>")
-        assert len(tokens) == 1 and text.decode(tokens) == f"<OBJ{i:03d}>"
 
 
 def test_reading_ends_at_eos_and_skips_padding(text):
@@ -117,16 +113,11 @@ def test_reading_ends_at_eos_and_skips_padding(text):
 
 
 def test_unknown_words_are_unk_and_are_listed(text):
-    """So that a data set with other words says so instead of training on <unk>."""
+    """So that a data set with other words says so; a vocabulary may hold the words of more texts."""
     assert text.encode("zebra") == text.encode("301") == [text.unk] != text.encode("300")
     assert text.unknown("the Zebra on 3 chairs.") == ["zebra"]
-
-
-def test_a_vocabulary_holds_the_words_of_more_texts():
-    """Numbers, identifiers and marks are always there; capitals do not matter."""
     own = TinyText(vocabulary(more=["A Zebra's stripes", "near <OBJ003> at [0.10, 0.20, 0.30]"]))
     assert own.unknown("zebra's stripes NEAR a at otter") == ["otter"]
-    assert own.unk not in own.encode("zebra's <obj003> 0.25")
 
 
 def test_a_vocabulary_has_no_piece_twice_and_survives_its_state(text):
@@ -134,7 +125,6 @@ def test_a_vocabulary_has_no_piece_twice_and_survives_its_state(text):
     assert len(text) == len(set(text.pieces))
     for other in (load_text(text.state()), TinyText(reversed(text.state()["words"]))):
         assert other.pieces == text.pieces
-    assert [text.pieces[i] for i in (text.pad, text.eos, text.unk)] == ["<pad>", "<eos>", "<unk>"]
 
 
 def test_tuples_are_lists_of_finite_numbers_of_the_wanted_length():
@@ -160,14 +150,6 @@ def test_numbers_stay_text_for_a_loaded_tokenizer(hub):
     assert again.encode(written) == hub.encode(written) and len(again) == len(hub)
 
 
-def test_scene_and_question_go_into_the_models_own_chat(hub):
-    """Scene tokens where an image would stand, the question behind them, then the assistant's turn."""
-    before, between, after = hub.template
-    assert before == "<|im_start|>user\n<|vision_start|>" and between == "<|vision_end|>\n"
-    assert after == "<|im_end|>\n<|im_start|>assistant\n"
-    assert [len(hub.encode(t)) for t in ("<|im_start|>", "<|vision_start|>", "<|im_end|>")] == [1, 1, 1]
-
-
 def test_a_model_without_chat_vision_tokens_or_padding_still_gets_a_prompt(tmp_path):
     """Plain language models: the literature's "### human" form, and <eos> in the place of padding."""
     plain = HubText(save_tokenizer(tmp_path, chat=None, special=(), pad=None))
@@ -178,7 +160,7 @@ def test_a_model_without_chat_vision_tokens_or_padding_still_gets_a_prompt(tmp_p
 def test_a_prompt_begins_as_the_tokenizer_itself_begins_a_text(tmp_path):
     """Llama was never trained on a text without <s>; Vicuna answers behind its own words."""
     folder = tmp_path / "vicuna-7b"
-    vicuna = HubText(save_tokenizer(folder, chat=None, special=(), start=("<s>",)))
+    vicuna = HubText(save_tokenizer(folder, chat=None, special=(), start="<s>"))
     assert vicuna.template == ("<s>USER: ", "\n", " ASSISTANT: ")
     own = vicuna.tokenizer("USER: chair ASSISTANT: ").input_ids
     before, _, after = map(vicuna.encode, vicuna.template)
@@ -205,19 +187,15 @@ def groups():
     ]
 
 
-@pytest.fixture(scope="module")
-def batch(groups, text):
-    return collate(groups, text, [3, 2, 1])
-
-
 def spell(text, ids):
     """Ids as readable pieces."""
     special = {SCENE: "S", PROMPT: "P"}
     return " ".join(special.get(i) or text.pieces[i] for i in ids.tolist() if i != text.pad)
 
 
-def test_a_row_is_the_scene_once_and_then_every_question_with_its_answer(text, groups, batch):
+def test_a_row_is_the_scene_once_and_then_every_question_with_its_answer(text, groups):
     """A question's own click or box gets a placeholder in front; steps are written where asked for."""
+    batch = collate(groups, text, [3, 2, 1])
     assert [spell(text, row) for row in batch["ids"]] == [
         "S S S find the red chair . <obj007> P where is <obj050> ? x#144 y#160 z#24",
         "S S how many chairs are there ? 2 P what is <obj099> ? a table . is there a bed ? no",
@@ -230,54 +208,30 @@ def test_a_row_is_the_scene_once_and_then_every_question_with_its_answer(text, g
     assert spell(text, steps).startswith("S S how many chairs are there ? <obj099> 2 = 2 P")
 
 
-def test_labels_are_the_answers_and_their_eos_and_nothing_else(text, groups, batch):
-    """label[t] is what position t must predict: the next token, up to <eos>, which is itself no input."""
-    for row, (_, samples) in enumerate(groups):
-        labels, block, ids = (batch[k][row] for k in ("labels", "block", "ids"))
-        for q, sample in enumerate(samples, start=1):
-            answer = [*text.encode(sample.answer), text.eos]
-            places = (block == q).nonzero()[:, 0]
-            assert (labels[places[: -len(answer)]] == IGNORE).all()
-            assert labels[places[-len(answer) :]].tolist() == answer
-            assert ids[places[1 - len(answer) :]].tolist()[: len(answer) - 1] == answer[:-1]
-        assert (labels[block <= 0] == IGNORE).all()
-
-
-def test_the_chat_template_surrounds_scene_and_question(hub, groups):
-    """Shared: all up to the scene's end. Own: the question and the turn to the assistant, none of it scored."""
+def test_the_models_own_chat_surrounds_scene_and_question(hub, groups):
+    """Shared: all up to the scene's end, tokens where an image would stand. Own: the question and the turn to the
+    assistant, none of it scored."""
+    before, between, after = hub.template
+    assert before == "<|im_start|>user\n<|vision_start|>" and between == "<|vision_end|>\n"
+    assert after == "<|im_end|>\n<|im_start|>assistant\n"
     batch = collate(groups[:1], hub, [3])
     ids, block, labels = (batch[k][0] for k in ("ids", "block", "labels"))
-    before, between, after = map(hub.encode, hub.template)
-    assert ids[block == 0].tolist() == [*before, SCENE, SCENE, SCENE, *between]
+    shared = [*hub.encode(before), SCENE, SCENE, SCENE, *hub.encode(between)]
+    assert ids[block == 0].tolist() == shared
     # the answer is predicted from the template's last token on
-    unscored = ids[(block == 1) & (labels == IGNORE)].tolist()
-    assert unscored == [*hub.encode("find the red chair."), *after][:-1]
-    assert hub.decode(labels[(block == 1) & (labels != IGNORE)].tolist()) == "<OBJ007>"
+    scored = (block == 1) & (labels != IGNORE)
+    asked = hub.encode("find the red chair." + after)
+    assert ids[(block == 1) & ~scored].tolist() == asked[:-1]
+    assert hub.decode(labels[scored].tolist()) == "<OBJ007>"
 
 
-def test_the_packed_mask_equals_a_loop_over_pairs(batch):
-    """A question sees the scene and its own past, the scene sees its past, padding sees itself (else its row of the
-    softmax is 0 / 0)."""
-    block = batch["block"]
-    mask = packed_mask(block)
-    S, T = block.shape
-    assert mask.shape == (S, 1, T, T) and mask.dtype == torch.bool
-    for s, t, u in itertools.product(range(S), range(T), range(T)):
-        a, b = int(block[s, t]), int(block[s, u])
-        assert bool(mask[s, 0, t, u]) == (t == u or (u < t and b >= 0 and b in (0, a)))
-
-
-def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
+def test_a_file_is_whole_or_absent(tmp_path):
     """Ranks share a cache folder: half a file under the final name would be read by another."""
-    path = tmp_path / "new" / "a.npz"
-    write_npz(path, x=np.arange(3))
-
-    def breaks(file, **arrays):
-        file.write(b"half")
-        raise OSError("no space")
-
-    monkeypatch.setattr(np, "savez", breaks)
-    for name in ("a.npz", "b.npz"):
-        with pytest.raises(OSError, match="no space"):
-            write_npz(path.with_name(name), x=np.zeros(1))
-    assert np.load(path)["x"].tolist() == [0, 1, 2] and not path.with_name("b.npz").exists()
+    old, new = tmp_path / "folder/old.npz", tmp_path / "folder/new.npz"
+    write_npz(old, x=np.arange(3))
+    unwritable = np.array([None])
+    unwritable[0] = (letter for letter in "x")
+    for path in (old, new):
+        with pytest.raises(TypeError, match="pickle"):
+            write_npz(path, x=np.zeros(1), y=unwritable)
+    assert np.load(old)["x"].tolist() == [0, 1, 2] and not new.exists()
