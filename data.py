@@ -3656,7 +3656,7 @@ def up_of_cameras(normals, poses):
 
     # a phone held upright writes frames turned by a quarter; floor and tops, seen from above,
     # tell which side is up
-    if np.linalg.norm(right) > 1.5 * np.linalg.norm(up):
+    if np.linalg.norm(right) > 1.25 * np.linalg.norm(up):
         tilt = normals @ unit(right)
         up = right * np.sign(tilt[np.abs(tilt) > 0.8].sum())
 

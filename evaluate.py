@@ -1527,7 +1527,7 @@ def load_run(folder: Path) -> tuple[Model, dict]:
     data.load_weights(model, folder)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     model.configure_stage(stages[-1])
-    return model, record
+    return model.eval(), record
 
 
 def evaluate_questions(model: Model, asked: list[Questions], out: Path, record: dict) -> dict[str, dict]:

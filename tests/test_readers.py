@@ -342,9 +342,9 @@ def test_an_axis_that_fits_worse_is_taken_as_given_and_doubted(small, tmp_path):
 # ---- clouds and meshes
 
 
-def ply(rows, colors="", more="", tail=""):
-    """A PLY of points as text; `colors`: the type of red, green and blue, if there are any."""
-    names = [f"{colors} {name}" for name in ("red", "green", "blue")] if colors else []
+def ply(rows, colors="", more="", tail="", names=("red", "green", "blue")):
+    """A PLY of points as text; `colors`: the type of the fields `names`, if there are any."""
+    names = [f"{colors} {name}" for name in names] if colors else []
     lines = ["ply", "format ascii 1.0", "comment", f"element vertex {len(rows)}"]
     lines += [f"property {field}" for field in ("float x", "float y", "float z", *names)]
     lines.append(f"{more}end_header")
@@ -376,6 +376,17 @@ def test_colors_are_read_whatever_their_numbers_and_beside_faces_of_any_kind(
     points, colors, *_ = data.load_mesh(tmp_path / "a.ply")
     assert_allclose(points, small.points, atol=1e-5)
     assert np.abs(colors.astype(int) - small.colors).max() <= 1
+
+
+@pytest.mark.parametrize("names", data.PLY_FIELDS[2:], ids=lambda names: names[0])
+def test_colors_have_other_names_in_other_programs(small, tmp_path, names):
+    """The last are a Gaussian splat's: harmonics of degree 0 around one half."""
+    colors = small.colors / 255
+    if names[0] == "f_dc_0":
+        colors = (colors - 0.5) / 0.2821
+    rows = np.concatenate([small.points, colors], axis=1)
+    (tmp_path / "a.ply").write_text(ply(rows, "float", names=names))
+    assert np.abs(data.load_mesh(tmp_path / "a.ply")[1].astype(int) - small.colors).max() <= 1
 
 
 @pytest.mark.parametrize(("suffix", "up"), [(".ply", "+z"), (".glb", "+y"), (".obj", "+z"), (".stl", "+z")])
