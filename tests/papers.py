@@ -105,8 +105,7 @@ def plain_weights(module: torch.nn.Module) -> dict:
     found = {}
     for name, tensor in module.state_dict().items():
         if "lora" not in name and not name.endswith(".gain"):
-            for inside in (".base_layer.", ".base."):
-                name = name.replace(inside, ".")
+            name = name.replace(".base_layer.", ".").replace(".base.", ".")
             found[name.replace(".mlp.1.", ".mlp.")] = tensor
     return found
 

@@ -280,7 +280,7 @@ def test_features_are_those_of_the_unturned_scene_and_places_turn_with_it(model)
     ("name", "change"),
     [
         ("spatial3dllm", {}),
-        ("fase3d", {}),
+        ("fase3d", dict(tokens=30)),  # equally large superpoints among them
         ("fase3d", dict(points=300)),
         ("fase3d", dict(superpoint=False, points=300)),
         ("fase3d", dict(selector="fps")),
@@ -292,18 +292,20 @@ def test_features_are_those_of_the_unturned_scene_and_places_turn_with_it(model)
 def test_the_order_of_points_and_the_names_of_superpoints_change_no_token(name, change, scenes):
     """By more than 1e-5, clicks included; also where only some points are drawn."""
     model = make(name, **change).eval()
-    ((scene, samples),) = questions_of(scenes[:1], {"id_category": 1}, 4)
-    rng = np.random.default_rng(0)
-    order, names = rng.permutation(len(scene.points)), rng.permutation(1000)
-    arrays = {key: getattr(scene, key)[order] for key in ("points", "colors", "normals", "instances")}
-    superpoints = names[scene.superpoints[order]]
-    shuffled = replace(scene, name="shuffled", superpoints=superpoints, **arrays)
+    groups, shuffled = questions_of(scenes, {"id_category": 1}, 4), []
+    for scene, samples in groups:
+        rng = np.random.default_rng(0)
+        order = rng.permutation(len(scene.points))
+        names = rng.permutation(1000)
+        arrays = {key: getattr(scene, key)[order] for key in ("points", "colors", "normals", "instances")}
+        arrays["superpoints"] = names[scene.superpoints[order]]
+        shuffled.append((replace(scene, name=f"{scene.name} shuffled", **arrays), samples))
 
     tokens, prompts = [], []
-    for each in (scene, shuffled):
-        seen = model.encode([each])
+    for asked in (groups, shuffled):
+        seen = model.encode([scene for scene, _ in asked])
         tokens.append(seen["tokens"])
-        prompts.append(model.prompt_tokens(model.batch([(each, samples)]), seen))
+        prompts.append(model.prompt_tokens(model.batch(asked), seen))
     assert tokens[0].std() > 0.1
     assert torch.allclose(*tokens, rtol=0, atol=1e-5)
     assert torch.allclose(*prompts, rtol=0, atol=1e-5)
