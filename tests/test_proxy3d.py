@@ -182,8 +182,7 @@ def test_coinciding_patches_make_no_empty_proxy(method):
 
 
 def test_no_patches_is_one_line():
-    message = r"^cluster: no patches with a measured point; check the scene's depth"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"^cluster: no patches with a measured point; check the scene's"):
         cluster(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long), 10)
 
 
@@ -290,6 +289,14 @@ def test_the_sequence_depends_on_neither_input_order_nor_names_of_groups_nor_mir
         turned = c[shuffle] @ torch.from_numpy(turn).float().T
         order = shuffle[bfs_order(turned, names[g[shuffle]])]
         assert torch.equal(c[order], first)
+
+
+def test_the_examples_in_the_docstrings_are_true():
+    assert allocate([3, 3, 94], 20, 2) == [3, 2, 15]
+    x = torch.tensor([4.0, 4.4, 0.9, 0.1, 4.3])
+    centers = torch.stack([x, 0 * x, 0 * x], 1)
+    order = bfs_order(centers, torch.tensor([5, 5, 2, 2, 9]), 1)
+    assert x[order].tolist() == pytest.approx([0.1, 0.9, 4.0, 4.4, 4.3])
 
 
 # ---- 4 hybrid positional encoding ----------------------------------------------------------------
