@@ -15,7 +15,7 @@ import data
 import evaluate
 import spatial3dllm as modle
 from data import Sample, Scene, Thing
-from spatial3dllm import BENCHMARKS, TEMPLATES
+from spatial3dllm import TEMPLATES
 
 ASKED = ("modle_distance", "modle_move", "modle_place")
 
@@ -171,29 +171,6 @@ def test_all_kinds_of_edits_are_asked(asked):
 
 
 # ---- which edits are asked -----------------------------------------------------------------------
-
-
-def test_no_edit_leads_out_of_the_room_into_a_thing_into_the_air_or_back():
-    scene = hand(
-        thing(1, "chair", "red", 0, 0),
-        thing(2, "table", "blue", 2, 0, 0.4, 1, 1, 0.8),
-        thing(3, "rug", "gray", 0, 2, 0.01, 1, 1, 0.02),
-    )
-    good = [(-2, -2, 0.5), (0, 2, 0.5), (2, 0, 1.3)]  # free floor, a rug, the table's top
-    bad = [(-2.9, 0, 0.5), (1.7, 0, 0.5), (-2, -2, 0.8), (0.1, 0, 0.5), (2, 0, 1.9)]
-    boxes = np.array([[*place, 0.5, 0.5, 1.0] for place in good + bad])
-    found = modle.allowed(data.scene_graph(scene), 0, boxes)
-    assert found.tolist() == [True] * 3 + [False] * 5
-
-
-def test_what_carries_a_thing_a_door_and_a_rug_stay_where_they_are():
-    scene = hand(
-        thing(1, "table", "red", 0, 0, 0.4, 1, 1, 0.8),
-        thing(2, "vase", "blue", 0, 0, 1.0, 0.2, 0.2, 0.4),
-        thing(3, "rug", "gray", 0, 2, 0.01, 1, 1, 0.02),
-        thing(4, "door", "", 2.97, 0, 1, 0.06, 0.9, 2),
-    )
-    assert modle.movable(data.scene_graph(scene)) == [1]
 
 
 def test_a_room_that_is_full_bare_or_of_unknown_scale_is_asked_nothing():
@@ -368,15 +345,6 @@ def test_what_is_no_answer_scores_nothing_and_raises_nothing():
         assert scored(FAR_OFF, text) == [0, 10, 0]
 
 
-def test_the_true_answer_scores_best_and_staying_does_not(asked):
-    for task in ("modle_move", "modle_place"):
-        fits, *_, collides = BENCHMARKS[f"rooms/{task}"]["metrics"].values()
-        for s, scene in asked[task][:60]:
-            assert fits(s.answer, s, scene) == 1
-            assert collides(s.answer, s, scene) == 0
-            assert fits(data.listed(scene.thing(s.about[0]).box), s, scene) == 0
-
-
 # ---- written down --------------------------------------------------------------------------------
 
 
@@ -423,15 +391,16 @@ def test_the_command_writes_true_questions_in_the_scans_own_numbers(root, folder
 
 
 @pytest.mark.parametrize("task", FEW)
-def test_the_right_answers_to_what_the_command_writes_score_1(root, folder, task):
+def test_the_right_answers_to_what_the_command_writes_score_best(root, folder, task):
     evaluate.adopt(modle)
+    best = [1, 0, 1] if task == "modle_distance" else [1, 1, 0, 0]
     name = task.replace("_", "/")
     samples = evaluate.read_official(name, folder)
     assert samples
     for s in samples:
         scene = data.read_scannet(root / s.scene, max_frames=0)
-        first, *_ = evaluate.BENCHMARKS[name].score(s.answer, s, scene).values()
-        assert first == 1
+        scores = evaluate.BENCHMARKS[name].score(s.answer, s, scene).values()
+        assert list(scores) == pytest.approx(best, abs=0.01)
 
 
 def test_what_the_command_writes_is_trained_on(root, folder):
