@@ -40,10 +40,8 @@ def save_tokenizer(folder, chat=CHAT, special=("<|vision_start|>", "<|vision_end
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     model = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
-    model.pre_tokenizer, model.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
     chosen = {"pad_token": pad} if pad else {}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<|im_end|>", **chosen,
                                         additional_special_tokens=["<|im_start|>", *special])  # fmt: skip
@@ -59,26 +57,57 @@ def paper_of(name: str):
     return paper
 
 
-def make(name: str, folder: Path | None = None, **changes):
-    """Build a small model from nothing, or around the language model in a folder."""
+def stages_of(name: str, kind: str = "tiny") -> list[data.Stage]:
+    """Give the stages of a preset: of "tiny" from nothing, of "loaded" the paper's."""
+    paper = paper_of(name)
+    preset = "tiny" if kind == "tiny" else "paper"
+    config = getattr(paper.Config, preset)()
+    return paper.recipe(config, paper.STAGES[preset])
+
+
+def make(name: str, folder: Path | None = None, stage: data.Stage | None = None, **changes):
+    """Build a small model from nothing, or around the language model in a folder; at its last stage or another."""
     paper = paper_of(name)
     torch.manual_seed(0)
     if folder is None:
         config = paper.Config.tiny(**{**SIZES[name], **FROM_NOTHING[name], **changes})
         model = paper.build(config, data.TinyText(data.vocabulary()))
+        vary(model.llm)
     else:
         config = paper.Config(llm=str(folder), **{**SIZES[name], **LOADED[name], **changes})
         model = paper.build(config, data.HubText(str(folder)))
-    vary(model)
+    model.configure_stage(stage or stages_of(name, "tiny" if folder is None else "loaded")[-1])
     return model
 
 
-def vary(model: torch.nn.Module) -> None:
+def vary(llm: torch.nn.Module) -> None:
     """Draw a decoder's matrices anew: a tiny model that nobody trained repeats one word, this one's answers differ."""
     generator = torch.Generator().manual_seed(3)
-    for name, p in model.llm.get_decoder().named_parameters():
-        if p.dim() == 2 and "embed" not in name and "lora" not in name.lower():
-            p.data = (torch.randn(p.shape, generator=generator) * 2 * p.shape[1] ** -0.5).to(p.dtype)
+    for name, p in llm.get_decoder().named_parameters():
+        if p.dim() == 2 and "embed" not in name and "lora" not in name:
+            p.data = torch.randn(p.shape, generator=generator) * 2 * p.shape[1] ** -0.5
+
+
+@torch.no_grad()
+def wake(model):
+    """Move adapters and filters as training does: they start at B = 0 and at the identity."""
+    generator = torch.Generator().manual_seed(1)
+    for name, p in model.named_parameters():
+        if ".lora." in name and name.endswith(".1.weight"):
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+        if name.endswith(".gain"):
+            p.copy_(1 + torch.randn(p.shape, generator=generator))
+    return model
+
+
+def plain_weights(module: torch.nn.Module) -> dict:
+    """Give the weights that a language model has without adapters and filters, under the names they have then."""
+    found = {}
+    for name, tensor in module.state_dict().items():
+        if "lora" not in name and not name.endswith(".gain"):
+            name = name.replace(".base_layer.", ".").replace(".base.", ".")
+            found[name.replace(".mlp.1.", ".mlp.")] = tensor
+    return found
 
 
 def qwen_vl(window_size: int = 48, depth: int = 1, **language) -> torch.nn.Module:
@@ -97,7 +126,7 @@ def qwen_vl(window_size: int = 48, depth: int = 1, **language) -> torch.nn.Modul
 
 
 def save_llm(name: str, folder: Path) -> Path:
-    """Save a small language model with its tokenizer, as the pre-trained one of that paper lies on disk."""
+    """Save a small language model with its tokenizer, as the pre-trained one of that paper lies on disk; or an OPT."""
     import transformers as hf
 
     size = len(data.HubText(save_tokenizer(folder)))
@@ -108,11 +137,24 @@ def save_llm(name: str, folder: Path) -> Path:
         llm = qwen_vl(**same)
     elif name == "fase3d":
         llm = hf.Qwen2ForCausalLM(hf.Qwen2Config(tie_word_embeddings=True, **same))
+    elif name == "opt":
+        sizes = dict(ffn_dim=40, word_embed_proj_dim=32)
+        llm = hf.OPTForCausalLM(hf.OPTConfig(**sizes, **same))
     else:
         llm = hf.LlamaForCausalLM(hf.LlamaConfig(tie_word_embeddings=False, **same))
+    vary(llm)
     llm.generation_config.repetition_penalty, llm.generation_config.do_sample = 1.5, True  # as real ones come
     llm.save_pretrained(folder)
     return folder
+
+
+def rooms() -> list[data.Scene]:
+    """Three rooms with frames and points, of different numbers of objects, mirrored or transposed."""
+    rng = np.random.default_rng(0)
+    made = [data.room(seed, objects=n, views=4, size=48, points=700) for seed, n in ((0, 9), (1, 12), (4, 7))]
+    turned = [data.augment(scene, rng) for scene in made]
+    assert len({scene.turn.tobytes() for scene in turned}) > 1
+    return turned
 
 
 def questions_of(scenes: list, mix: dict, count: int = 3) -> list:

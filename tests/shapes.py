@@ -27,8 +27,9 @@ def shape_comments(module):
                 continue
             shapes = re.findall(r"\[[^\[\]]+\]", lines[node.end_lineno - 1].partition("  # ")[2])
             target = node.targets[0] if isinstance(node, ast.Assign) else None
-            names = ["return"] if target is None else [n.id for n in getattr(target, "elts", [target])
-                                                       if isinstance(n, ast.Name)]  # fmt: skip
+            names = [n.id for n in getattr(target, "elts", [target]) if isinstance(n, ast.Name)]
+            if target is None:
+                names = ["return"]
             if names and shapes:
                 found[function.name].append((node.lineno, node.end_lineno, names, shapes))
     return dict(found)
@@ -37,17 +38,15 @@ def shape_comments(module):
 class Shapes:
     """Compares tensors with the shapes in comments, for one call of a function: a letter is one size throughout."""
 
-    def __init__(self, alike, **known):
-        self.alike, self.size, self.bound_at = alike, known, {}
+    def __init__(self, alike):
+        self.alike, self.size, self.bound_at = alike, {}, {}
 
     def check(self, line, shape, true, ints):
         """What is wrong with a tensor of sizes `true` under "[R, W, L/2 + 1]", or None. ints: the function's own."""
-        self.size = {
-            k: v for k, v in self.size.items() if self.bound_at.get(k) != line
-        }  # again: a loop's next round
-        parts = [
-            re.sub(r"(\d)([A-Za-z])", r"\1*\2", p.strip()).replace("/", "//") for p in shape[1:-1].split(",")
-        ]
+        # again: a loop's next round
+        self.size = {k: v for k, v in self.size.items() if self.bound_at.get(k) != line}
+        written = re.sub(r"(\d)([A-Za-z])", r"\1*\2", shape[1:-1]).replace("/", "//")
+        parts = written.replace(" ", "").split(",")
         if parts[0] == "...":
             parts = [str(n) for n in true[: len(true) - len(parts) + 1]] + parts[1:]
         if len(parts) != len(true):
@@ -58,17 +57,14 @@ class Shapes:
         all_ = {**ints, **self.size}
         sizes = [eval(p, {"__builtins__": {}}, all_) for p in parts]
         letters = [k for k in all_ if re.search(rf"\b{k}\b", shape)]
-        same = [
-            p
-            for p in itertools.combinations(letters, 2)
-            if all_[p[0]] == all_[p[1]] and {*p} not in self.alike
-        ]
+        pairs = itertools.combinations(letters, 2)
+        same = [(a, b) for a, b in pairs if all_[a] == all_[b] and {a, b} not in self.alike]
         return f"{shape} but {true} {same or ''}" if sizes != list(true) or same else None
 
 
-def wrong_shapes(module, run, alike=(), known=lambda function: {}):
+def wrong_shapes(module, run, alike=()):
     """What is wrong with the module's comments while `run()` runs, a line each; comments that it never reached too.
-    alike: pairs of letters that may be the same size; known(function): sizes of letters that a function must have."""
+    alike: pairs of letters that may be the same size."""
     comments, seen, wrong, calls, pending = shape_comments(module), set(), {}, {}, {}
 
     def check(frame, statement, value):
@@ -86,9 +82,12 @@ def wrong_shapes(module, run, alike=(), known=lambda function: {}):
         name = frame.f_code.co_name
         if frame.f_code.co_filename != module.__file__ or name not in comments:
             return None
-        inside = lambda s: s[0] <= frame.f_lineno <= s[1]  # noqa: E731
+
+        def inside(statement):
+            return statement[0] <= frame.f_lineno <= statement[1]
+
         if event == "call":
-            calls[id(frame)], pending[id(frame)] = Shapes(alike, **known(name)), None
+            calls[id(frame)], pending[id(frame)] = Shapes(alike), None
         if event in ("line", "return"):
             last = pending[id(frame)]
             if last and last[2] == ["return"] and event == "line":  # leaving a `with` on the way out
@@ -106,7 +105,4 @@ def wrong_shapes(module, run, alike=(), known=lambda function: {}):
     finally:
         sys.settrace(None)
     missed = {last for rows in comments.values() for _, last, _, _ in rows} - seen
-    return [
-        *wrong,
-        *(f"{module.__name__}.py:{last}: no call reached this comment" for last in sorted(missed)),
-    ]
+    return [*wrong, *(f"{module.__name__}.py:{n}: no call reached this comment" for n in sorted(missed))]

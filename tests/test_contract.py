@@ -1,27 +1,23 @@
 """What every paper promises to trainer and evaluator: one test per claim, for three papers, from nothing and loaded."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
 import papers
 import pytest
 import torch
-from papers import PAPERS, answer_logits, make, questions_of
+from papers import PAPERS, answer_logits, make, questions_of, stages_of
 
 import data
-from data import IGNORE
+from data import IGNORE, DataError
 
 MIX = {"id_category": 2, "id_color": 1, "count": 1, "what": 1}  # questions with and without a marked object
 
 
 @pytest.fixture(scope="module")
 def scenes():
-    """Three rooms with frames and points, of different numbers of objects, mirrored or transposed."""
-    rng = np.random.default_rng(0)
-    made = [data.room(seed, objects=n, views=4, size=48, points=700) for seed, n in ((0, 9), (1, 12), (4, 7))]
-    turned = [data.augment(scene, rng) for scene in made]
-    assert len({scene.turn.tobytes() for scene in turned}) > 1
-    return turned
+    return papers.rooms()
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +30,7 @@ def folders(tmp_path_factory):
 def model(request, folders):
     """One model of each paper and kind, at its last stage."""
     name, kind = request.param
-    found = make(name, folders[name] if kind == "loaded" else None)
-    found.configure_stage(stages_of(name, kind)[-1])
-    return found.eval()
-
-
-def stages_of(name: str, kind: str) -> list[data.Stage]:
-    paper = papers.paper_of(name)
-    if kind == "tiny":
-        return paper.recipe(paper.Config.tiny(), paper.STAGES["tiny"])
-    return paper.recipe(paper.Config.paper(), paper.STAGES["paper"])
+    return make(name, folders[name] if kind == "loaded" else None).eval()
 
 
 # ---- questions -------------------------------------------------------------------------------------------------------
@@ -54,7 +41,8 @@ def test_a_packed_question_gets_the_logits_it_has_alone(model, scenes):
     groups = questions_of(scenes, MIX)
     packed, out = answer_logits(model, groups)
     alone = [answer_logits(model, [(scene, [q])]) for scene, samples in groups for q in samples]
-    assert len(alone) == 9 and packed.std() > 0.01
+    assert len(alone) == 9
+    assert packed.std() > 0.01
     expected = torch.cat([logits for logits, _ in alone])
     assert torch.allclose(packed, expected, atol=2e-5 * float(packed.abs().max()))
     assert float(out["loss"]) == pytest.approx(sum(float(o["loss"]) for _, o in alone), rel=1e-5)
@@ -65,11 +53,18 @@ def test_the_loss_is_the_summed_cross_entropy_of_the_answers(model, scenes):
     """With the number of its terms and of its hits: the trainer divides by the global number."""
     groups = questions_of(scenes, MIX)
     logits, out = answer_logits(model, groups)
-    answers = [model.write_marks(scene, q).answer for scene, samples in groups for q in samples]
-    target = [t for answer in answers for t in [*model.text.encode(answer), model.text.eos]]
-    each = [-float(row.log_softmax(-1)[t]) for row, t in zip(logits, target, strict=True)]
-    assert float(out["loss"]) == pytest.approx(sum(each), rel=1e-5) and int(out["weight"]) == len(target)
-    assert int(out["correct"]) == sum(int(row.argmax()) == t for row, t in zip(logits, target, strict=True))
+    target = []
+    for scene, samples in groups:
+        for q in samples:
+            answer = model.write_marks(scene, q).answer
+            target += [*model.text.encode(answer), model.text.eos]
+    loss, correct = 0.0, 0
+    for row, t in zip(logits, target, strict=True):
+        loss -= float(row.log_softmax(-1)[t])
+        correct += int(row.argmax()) == t
+    assert float(out["loss"]) == pytest.approx(loss, rel=1e-5)
+    assert int(out["weight"]) == len(target)
+    assert int(out["correct"]) == correct
 
 
 @torch.no_grad()
@@ -112,11 +107,15 @@ def test_a_scene_is_read_once_for_all_of_its_questions(model, scenes, monkeypatc
     assert sum(read) == model.scene_length(scenes[0]) and read[0] == sum(read)
 
 
-def test_answers_depend_on_the_scene(model, scenes):
-    """Guards the tests above: the same words about another scene have other logits."""
-    sample = data.Sample("q", "s", "count", "how many chairs are there?", "2")
-    here, there = (answer_logits(model, [(scene, [sample])])[0] for scene in scenes[:2])
-    assert not torch.allclose(here, there, atol=1e-3)
+def test_answers_depend_on_the_scene_and_on_what_is_marked(model, scenes):
+    """Guards the tests above: the same words about another scene or another thing have other logits."""
+    first, second = (f"what is {data.mark(o)}?" for o in scenes[0].objects[:2])
+    logits = []
+    for scene, question in ((scenes[0], first), (scenes[0], second), (scenes[1], first)):
+        sample = data.Sample("q", "s", "id_category", question, "chair")
+        logits.append(answer_logits(model, [(scene, [sample])])[0])
+    assert not torch.allclose(logits[0], logits[1], atol=1e-3)
+    assert not torch.allclose(logits[0], logits[2], atol=1e-3)
 
 
 # ---- stages ----------------------------------------------------------------------------------------------------------
@@ -129,7 +128,7 @@ def test_scenes_add_up_in_every_stage_so_processes_may_share_them(name, scenes):
     for stage in stages_of(name, "tiny"):
         model.configure_stage(stage)
         model.cache_features(scenes)
-        groups = [(scene, samples) for scene, samples in questions_of(scenes, MIX)]
+        groups = questions_of(scenes, MIX)
         together = model(model.batch(groups))
         alone = [model(model.batch([group])) for group in groups]
         for key in ("loss", "weight", "correct"):
@@ -170,14 +169,15 @@ def test_gradients_reach_all_that_a_stage_trains_and_nothing_frozen(name, kind, 
 def test_half_precision_changes_the_loss_by_a_rounding(name, folders, scenes):
     """Weights in bfloat16, as a paper run loads them, and autocast, as the trainer runs them."""
     losses = []
-    for dtype, auto in (("float32", False), ("float32", True), ("bfloat16", False), ("bfloat16", True)):
-        model = make(name, folders[name], dtype=dtype).eval()
-        model.configure_stage(stages_of(name, "loaded")[-1])
-        with torch.autocast("cpu", torch.bfloat16, enabled=auto), torch.no_grad():
-            batch = model.batch(questions_of(scenes, MIX))
-            losses.append(float(model(batch)["loss"]))
-            assert len(model.generate(batch, 1)) == 9
-    assert losses[1:] == pytest.approx(losses[:1] * 3, rel=0.03) and len(set(losses)) > 1
+    for dtype in ("float32", "bfloat16"):
+        for auto in (False, True):
+            model = make(name, folders[name], dtype=dtype).eval()
+            with torch.autocast("cpu", torch.bfloat16, enabled=auto), torch.no_grad():
+                batch = model.batch(questions_of(scenes, MIX))
+                losses.append(float(model(batch)["loss"]))
+                assert len(model.generate(batch, 1)) == 9
+    assert losses == pytest.approx([losses[0]] * 4, rel=0.03)
+    assert len(set(losses)) > 1
 
 
 @pytest.mark.parametrize("name", PAPERS)
@@ -186,15 +186,176 @@ def test_recomputed_activations_give_the_same_gradients(name, folders, scenes):
     gradients = []
     for recompute in (False, True):
         model = make(name, folders[name]).train()
-        model.configure_stage(stages_of(name, "loaded")[-1])
         if recompute:
             model.gradient_checkpointing_enable()
         model.cache_features(scenes)
         model(model.batch(questions_of(scenes, MIX)))["loss"].backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
+    assert gradients[0]
+    assert gradients[0].keys() == gradients[1].keys()
     for key, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][key], rtol=1e-4, atol=1e-6), key
+
+
+# settings of the papers' ablations, each beside the default
+SWITCHES = {
+    "proxy3d": [
+        dict(semantic_grouping=False),
+        dict(clustering="dpc_knn"),
+        dict(clustering="kmeans"),
+        dict(budget=9),
+        dict(floor=5),
+        dict(grid=(3, 4)),
+        dict(frames=2),
+    ],
+    "fase3d": [
+        dict(selector="fps"),
+        dict(selector="qformer"),
+        dict(adapters="none"),
+        dict(adapters="vision"),
+        dict(adapters="text"),
+        dict(adapters="shared"),
+        dict(adapters="full"),
+        dict(filter="none"),
+        dict(filter="both"),
+        dict(curves=1),
+        dict(superpoint=False),
+        dict(enhancer=False),
+        dict(superpoint=False, enhancer=False),
+        dict(adapted_layers=0),
+        dict(adapted_layers=3),  # all: what serves the scene's tokens alone is not behind the last
+        dict(tokens=5),
+        dict(color=False),
+        dict(normals=False),
+    ],
+    "spatial3dllm": [
+        dict(intra=False),
+        dict(inter="off"),
+        dict(inter="concat"),
+        dict(context=False),
+        dict(positions=False),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"), [(name, change) for name in PAPERS for change in SWITCHES[name]], ids=str
+)
+def test_every_switch_of_the_ablations_changes_the_answers_and_trains(name, change, scenes):
+    """Or an ablation would compare a model with itself; and all that it says it trains gets a gradient."""
+    default = papers.wake(make(name)).eval()
+    model = papers.wake(make(name, **change)).eval()
+    weights = default.state_dict()
+    for key, own in model.state_dict().items():
+        if key in weights and weights[key].shape == own.shape:
+            own.copy_(weights[key])
+    groups = questions_of(scenes, MIX)
+    logits, changed = (answer_logits(m, groups)[0] for m in (default, model))
+    assert not torch.allclose(logits, changed, atol=1e-4)
+
+    model.train().cache_features(scenes)
+    model(model.batch(groups))["loss"].backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    idle = {n for n, p in trained.items() if p.grad is None or not p.grad.any()}
+    assert idle == ({"context.place.weight"} if change == {"positions": False} else set())  # it maps zeros
+
+
+# ---- scenes ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_features_are_those_of_the_unturned_scene_and_places_turn_with_it(model):
+    """So that they are worked out once and serve the scene however it is mirrored."""
+    plain = data.room(3, objects=8, views=4, size=48, points=700)
+    first = model.compute_features(plain)
+    centers = model.token_centers(plain)
+    for seed in range(4):
+        turned = data.augment(plain, np.random.default_rng(seed))
+        found = model.compute_features(turned)
+        assert all(torch.equal(found[key], first[key]) for key in first)
+        assert np.allclose(model.token_centers(turned), centers @ turned.turn.T, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("spatial3dllm", {}),
+        ("fase3d", dict(tokens=30)),  # equally large superpoints among them
+        ("fase3d", dict(points=300)),
+        ("fase3d", dict(superpoint=False, points=300)),
+        ("fase3d", dict(selector="fps")),
+        ("fase3d", dict(selector="qformer")),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_the_order_of_points_and_the_names_of_superpoints_change_no_token(name, change, scenes):
+    """By more than 1e-5, clicks included; also where only some points are drawn."""
+    model = make(name, **change).eval()
+    groups, shuffled = questions_of(scenes, {"id_category": 1}, 4), []
+    for scene, samples in groups:
+        rng = np.random.default_rng(0)
+        order = rng.permutation(len(scene.points))
+        names = rng.permutation(1000)
+        arrays = {key: getattr(scene, key)[order] for key in ("points", "colors", "normals", "instances")}
+        arrays["superpoints"] = names[scene.superpoints[order]]
+        shuffled.append((replace(scene, name=f"{scene.name} shuffled", **arrays), samples))
+
+    tokens, prompts = [], []
+    for asked in (groups, shuffled):
+        seen = model.encode([scene for scene, _ in asked])
+        tokens.append(seen["tokens"])
+        prompts.append(model.prompt_tokens(model.batch(asked), seen))
+    assert tokens[0].std() > 0.1
+    assert torch.allclose(*tokens, rtol=0, atol=1e-5)
+    assert torch.allclose(*prompts, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fase3d", "spatial3dllm"])
+@pytest.mark.parametrize("count", [1, 40])
+@torch.no_grad()
+def test_a_point_or_a_bare_wall_is_a_scene(name, count):
+    """Gray, without objects: it is read, and answered about."""
+    zeros = np.zeros((count, 3), np.float32)
+    arrays = dict(colors=zeros.astype(np.uint8), normals=zeros, superpoints=np.zeros(count, int))
+    points = np.random.default_rng(0).random((count, 3)).astype(np.float32)
+    scene = data.Scene("wall", "ply", [], points=points, **arrays)
+    model = make(name).eval()
+    assert torch.isfinite(model.encode([scene])["tokens"]).all()
+    sample = data.Sample("q", "wall", "count", "what is the number of doors?", "0")
+    assert len(model.generate(model.batch([(scene, [sample])]), 2)) == 1
+    for propose in model.proposals().values():
+        assert len(propose(scene).objects) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "message"),
+    [
+        ("proxy3d", "frames", "Proxy3D needs posed frames, here are points only"),
+        ("fase3d", "points", "Fase3D needs points; this source has none"),
+        ("fase3d", "superpoints", "no superpoints; make them with data.over_segment"),
+        ("fase3d", "colors", "the cloud has no color and this model never saw such; train with"),
+        ("fase3d", "normals", "the cloud has no normals; make them with data.estimate_normals, or train"),
+        ("spatial3dllm", "points", "no points, and Spatial 3D-LLM reads a cloud"),
+    ],
+)
+def test_a_scene_that_lacks_what_a_paper_reads_is_refused_in_one_line(name, missing, message, scenes):
+    bare = replace(scenes[0], name="scan7", **{missing: None})
+    with pytest.raises(DataError, match=rf"^scan7: {message}[^\n]*$"):
+        make(name).encode([bare])
+
+
+@pytest.mark.parametrize(
+    ("name", "endings"),
+    [("proxy3d", ["", "_attention"]), ("fase3d", ["", "_curves", "_graph"]), ("spatial3dllm", [""])],
+)
+def test_pictures_of_a_scene_are_not_blank(name, endings, scenes, tmp_path):
+    from PIL import Image
+
+    paths = make(name).pictures(scenes[:1], tmp_path)
+    assert [path.name for path in paths] == [f"{scenes[0].name}{end}.png" for end in endings]
+    for path in paths:
+        assert len(Image.open(path).convert("RGB").getcolors(1 << 24)) > 1000
 
 
 # ---- frozen work -----------------------------------------------------------------------------------------------------
@@ -215,32 +376,41 @@ def test_cached_features_are_read_back_equal_and_shared_by_ranks(model, scenes, 
 
 def test_another_scene_of_the_same_name_gets_features_of_its_own(model, scenes, tmp_path):
     """A folder of features that outlives its scenes must not answer for others."""
-    with torch.no_grad():
-        model.cache_features(scenes[:1], tmp_path)
-        other = replace(scenes[1], name=scenes[0].name)
+    for scene in scenes[:2]:
         model.feature_cache = {}
-        model.cache_features([other], tmp_path)
-        assert len(list(tmp_path.glob("*/*.npz"))) == 2
+        model.cache_features([replace(scene, name="room")], tmp_path)
+    assert len(list(tmp_path.glob("*/*.npz"))) == 2
 
 
 def test_a_name_never_leads_out_of_the_cache_folder(model, scenes, tmp_path):
     """Names of scenes come from files of strangers."""
-    with torch.no_grad():
-        model.cache_features([replace(scenes[0], name="../../outside")], tmp_path / "inside" / "cache")
-    assert not list(tmp_path.glob("*.npz")) and len(list((tmp_path / "inside" / "cache").rglob("*.npz"))) == 1
+    folder = tmp_path / "inside" / "cache"
+    model.cache_features([replace(scenes[0], name="../../outside")], folder)
+    assert not list(tmp_path.glob("*.npz"))
+    assert len(list(folder.rglob("*.npz"))) == 1
 
 
-def test_a_checkpoint_holds_no_weight_that_was_loaded_and_stayed_frozen(folders):
-    """Fase3D and Spatial 3D-LLM keep theirs frozen: the run's checkpoint names them only."""
-    for name in ("fase3d", "spatial3dllm"):
-        model = make(name, folders[name])
-        held = set(data.named_weights(model))
-        assert held and not held & set(model.frozen_pretrained_names)
-        trained = set()
-        for stage in stages_of(name, "loaded"):
-            model.configure_stage(stage)
-            trained |= {n for n, p in model.named_parameters() if p.requires_grad}
-        assert trained <= held
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_loaded_language_model_keeps_every_weight(name, folders):
+    """Under whatever names adapters give them."""
+    model = make(name, folders[name])
+    saved = type(model.llm).from_pretrained(folders[name]).state_dict()
+    loaded = papers.plain_weights(model.llm)
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(loaded[key], saved[key]) for key in saved)
+
+
+@pytest.mark.parametrize("name", ["fase3d", "spatial3dllm"])
+def test_a_checkpoint_holds_what_trains_and_no_weight_that_stays_as_it_was_loaded(name, folders):
+    """Fase3D and Spatial 3D-LLM train adapters: the run's checkpoint names the loaded weights only."""
+    model = make(name, folders[name])
+    held = set(data.named_weights(model))
+    inside = {n for n in held if n.startswith("llm.")}
+    assert inside
+    assert all("lora" in n or n.endswith(".gain") for n in inside)
+    for stage in stages_of(name, "loaded"):
+        model.configure_stage(stage)
+        assert {n for n, p in model.named_parameters() if p.requires_grad} <= held
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------
@@ -250,22 +420,44 @@ def test_a_checkpoint_holds_no_weight_that_was_loaded_and_stayed_frozen(folders)
 @pytest.mark.parametrize("unknown", ["category", "color"])
 def test_things_of_unknown_category_or_color_pass_every_stage(name, unknown, scenes):
     """A scan's objects may lack a name, and nobody names every color."""
-    model = make(name).eval()
-    bare = [replace(s, objects=[replace(o, **{unknown: ""}) for o in s.objects]) for s in scenes]
+    model, groups = make(name).eval(), []
+    for scene in scenes:
+        bare = replace(scene, objects=[replace(o, **{unknown: ""}) for o in scene.objects])
+        groups.append((bare, [data.Sample("q", "s", "count", "how many?", "1")]))
     for stage in stages_of(name, "tiny"):
         model.configure_stage(stage)
         with torch.no_grad():
-            model.cache_features(bare)
-            groups = [(scene, [data.Sample("q", "s", "count", "how many?", "1")]) for scene in bare]
+            model.cache_features([scene for scene, _ in groups])
             assert torch.isfinite(model(model.batch(groups))["loss"]), stage.name
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "fase3d",
+            dict(selector="kmeans"),
+            "selector 'kmeans' is unknown: choose one of graph, fps, qformer",
+        ),
+        ("fase3d", dict(filter="all"), "filter 'all' is unknown: choose one of none, vision, both"),
+        ("fase3d", dict(task="x"), "task 'x' is unknown: choose one of qa, scanqa, sqa3d, caption, all"),
+        ("fase3d", dict(curves=7), "curves = 7; give 1 to 6"),
+        ("fase3d", dict(dim=32), "dim = 32; give a multiple of 6 and of heads = 4"),
+        ("fase3d", dict(filter_heads=5), "filter_heads = 5 does not divide the llm's width 32"),
+        ("fase3d", dict(adapted_layers=4), "adapted_layers = 4; the llm has 3"),
+        ("spatial3dllm", dict(inter="gcn"), "inter = gcn: choose one of off, graph, concat"),
+    ],
+)
+def test_settings_that_do_not_exist_are_refused_with_the_known_ones(name, change, message):
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        make(name, **change)
 
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_unknown_inputs_and_parts_of_a_stage_are_refused_with_the_known_ones(name):
     model = make(name)
-    for wrong in (
-        data.Stage("x", {}, ("lm",), "nothing"),
-        data.Stage("x", {}, ("bev",), model.scene_inputs[0]),
-    ):
+    unknown_input = data.Stage("x", {}, ("lm",), "nothing")
+    unknown_part = data.Stage("x", {}, ("bev",), model.scene_inputs[0])
+    for wrong in (unknown_input, unknown_part):
         with pytest.raises(ValueError, match=r"^stage x: scene_input is one of .*, trains of .*lm"):
             model.configure_stage(wrong)
