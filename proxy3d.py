@@ -226,11 +226,12 @@ def cluster(points: Tensor, labels: Tensor, budget: int, floor: int = 2, method:
     xyz = points.float().cpu().numpy()
 
     # proxies are numbered group by group
+    split = data.choose(CLUSTERING, method, "clustering")
     proxy, K = np.full(len(xyz), -1), 0
     for g, count in enumerate(allocate(sizes, budget, floor)):
         if count:
             mine = group == g
-            owner = CLUSTERING[method](xyz[mine], count)
+            owner = split(xyz[mine], count)
 
             # a cluster that nobody joined is no proxy
             filled, owner = np.unique(owner, return_inverse=True)
