@@ -97,5 +97,6 @@ def test_a_sharded_run_of_two_processes_ends_with_scores_and_pictures(run, tmp_p
     assert (tmp_path / "run/report.html").exists() and len([*(tmp_path / "run/pictures").glob("*.png")]) >= 2
     alone, shared = data.read_tensors(run, "weights"), data.read_tensors(tmp_path / "run", "weights")
     for name, tensor in alone.items():  # one process that trained in the same rooms
-        # Adam turns a gradient of rounding size into a full step: single entries may differ, weights as a whole not
-        assert (shared[name] - tensor).norm() <= 0.01 * tensor.norm() + 1e-4, name
+        # Adam turns a gradient of rounding size into a full step: single entries may differ
+        off = (shared[name] - tensor).abs() > 1e-4 + 0.01 * tensor.abs()
+        assert off.sum() <= 2 + 0.01 * tensor.numel(), name
