@@ -52,9 +52,9 @@ What the paper leaves open, and what we chose
 - Graph: a window is 32 points before and 32 after its center, a new center every 16 points.
   Votes propose neighbors and weigh edges, but distance chooses: the k = 8 nearest of those proposed, of
   equals those with more votes; an edge stays if either end keeps it, with the larger vote.
-- Seeds: farthest points, the first one farthest from the centroid, one per superpoint. The paper then
-  removes duplicate seeds and those next to a kept one; we also fill the places that are free with the
-  largest superpoints that no seed covers. In a room of 50,000 points that is every second token.
+- Seeds: farthest points, the first one farthest from the centroid, one per superpoint. The paper removes
+  duplicate and invalid seeds only. Here a seed next to a kept one steps back as well, and its place goes to
+  the largest superpoint that no kept seed covers: in a room of 50,000 points about every second token.
 - Edge weight: max(0, cos(S_i, S_j)) * log(1 + v_ij) / log(1 + largest vote of the scene).
 - A token is LayerNorm(MLP(z')) + `Model.place` of its position in meters, a linear map that also encodes
   clicks and boxes, so that a place can be found by what it shares with a token. The LayerNorm starts at

@@ -64,7 +64,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 # OpenMP threads wait for each other at every barrier, by default spinning for long. Beside a busy core a
-# short spin is 15 times faster, on a quiet machine no slower; it must be set before torch is loaded.
+# short spin is several times faster, on a quiet machine it may be slower (`tests/bench.py load` measures both;
+# a value of one's own in the environment is kept). It must be set before torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
