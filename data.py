@@ -163,7 +163,7 @@ class Sample:
     answer: str  # the text to write, marks included
     answers: list[str] = field(default_factory=list)  # every accepted answer; empty = [answer]
     tokens: list[str] = field(default_factory=list)  # `answers` in words, where a benchmark splits them
-    steps: str = ""  # written before the answer where a model reasons aloud; never scored
+    reasoning: str = ""  # written before the answer where a model reasons aloud; never scored
     targets: list[int] | None = None  # object ids (grounding), [] = nothing fits
     value: float | None = None  # numeric truth: meters, square meters, count
     point: Array = None  # [3] truth of a coordinate question
@@ -1503,7 +1503,7 @@ def differences(p, q):
 def distance(g, rng, task):
     """Ask for the meters between the centers of two things, by their descriptions or (distance_ids) by marks.
 
-    The steps write both places before they compare them: "<obj 3> [1.25, -0.80, 0.45] <obj 7> [..] x1.25 ...".
+    The reasoning writes both places before it compares them: "<obj 3> [1.25, -0.80, 0.45] <obj 7> [..] x1.25 ...".
     """
     names = g.described
     if task == "distance_ids":
@@ -1519,7 +1519,7 @@ def distance(g, rng, task):
     return dict(
         answer=meters(length),
         text={"what": what, "other": other},
-        steps=f"{what} {listed(p)} {other} {listed(q)} {differences(p, q)[0]} =",
+        reasoning=f"{what} {listed(p)} {other} {listed(q)} {differences(p, q)[0]} =",
         value=length,
         about=[g.things[i].id for i in chosen],
     )
@@ -1709,7 +1709,7 @@ def adopt(paper):
 
 
 def vocabulary(categories=CATEGORIES, more=()):
-    """List every word that a question, its steps or its answer may hold, or one of `more` texts does."""
+    """List every word that a question, its reasoning or its answer may hold, or one of `more` texts does."""
     texts = [WORDS, *more, *COLORS, *SELECT, *itertools.chain(*SIDES, *TEMPLATES.values())]
     for sectors in HEADINGS.values():
         texts += [answer for answer, *_ in sectors]
@@ -2009,7 +2009,7 @@ class Stage:
     weight_decay: float = 0.0
     clip: float = 1.0
     accumulate: int = 1  # micro-batches per step: memory only, never the result
-    steps: bool = False  # write Sample.steps before the answer
+    reasoning: bool = False  # write Sample.reasoning before the answer
     score: tuple[
         str, ...
     ] = ()  # benchmarks to ask at the end of this stage, before the next changes the model
@@ -2018,7 +2018,7 @@ class Stage:
     )  # official files asked instead, where a run is given them
 
 
-def collate(groups, text, lengths, steps=False):
+def collate(groups, text, lengths, reasoning=False):
     """Pack every scene's questions behind its scene tokens: one row per scene, scene tokens once, all questions.
 
     A question sees the scene and itself, never its neighbors (`packed_mask`), and its positions
@@ -2031,7 +2031,7 @@ def collate(groups, text, lengths, steps=False):
         block      0  0  1   1    1      1  1  2  2     2 2    2  2
 
     Args: groups, pairs of a scene and its questions, whose marks are already replaced; text, the
-    tokenizer; lengths, scene tokens per scene; steps, write Sample.steps before the answer.
+    tokenizer; lengths, scene tokens per scene; reasoning, write Sample.reasoning before the answer.
     Returns: ids [S, T] with SCENE and PROMPT placeholders, labels [S, T] (what position t must
     predict), positions [S, T], block [S, T] (-1 padding, 0 shared prefix, q >= 1 the question),
     prompts [P, 6], scenes, samples.
@@ -2051,7 +2051,7 @@ def collate(groups, text, lengths, steps=False):
             if sample.prompt is not None:  # a click leaves the box's size at zero
                 question = [PROMPT, *question]
                 prompts.append(np.pad(sample.prompt, (0, 6 - len(sample.prompt))))
-            written = f"{sample.steps} {sample.answer}" if steps and sample.steps else sample.answer
+            written = f"{sample.reasoning} {sample.answer}" if reasoning and sample.reasoning else sample.answer
             answer = [*text.encode(written), text.eos]
 
             # a position is labeled with the next token, so <eos> is never read and the question's
@@ -2304,8 +2304,8 @@ class SceneLanguageModel(nn.Module):
     def write_marks(self, scene, sample):
         """Put the paper's own words for objects in place of the marks in a question's texts."""
         write = partial(self.object_to_text, scene)
-        texts = [substitute(text, write) for text in (sample.question, sample.steps, sample.answer)]
-        return replace(sample, question=texts[0], steps=texts[1], answer=texts[2])
+        texts = [substitute(text, write) for text in (sample.question, sample.reasoning, sample.answer)]
+        return replace(sample, question=texts[0], reasoning=texts[1], answer=texts[2])
 
     def batch(self, groups):
         """Turn scenes with their questions into tensors (`collate`); runs in loader processes, on the CPU."""
@@ -2319,7 +2319,7 @@ class SceneLanguageModel(nn.Module):
             prompted = [self.add_prompt(scene, sample, rng) for sample in samples]
             written.append((scene, [self.write_marks(scene, sample) for sample in prompted]))
         lengths = [self.scene_length(scene) for scene, _ in groups]
-        return collate(written, self.text, lengths, self.stage.steps)
+        return collate(written, self.text, lengths, self.stage.reasoning)
 
     def forward_llm(self, ids, positions, mask, seen, prompts, cache=None):
         """Run the language model over ids [R, N], scene and prompt tokens in place of the placeholders: [R, N, D]."""
@@ -2614,7 +2614,7 @@ METRIC.update(("subtract", "norm"))
 def drill(g, rng, task):
     """Ask for arithmetic, text only, on two random points inside the bounds, or those of the centers.
 
-    subtract: "x1.25 x0.50 =" -> "0.75"; norm: the nine numbers of a distance's steps -> the length.
+    subtract: "x1.25 x0.50 =" -> "0.75"; norm: the nine numbers of a distance's reasoning -> the length.
     """
     span = g.boxes[:, :3] if g.bounds is None else g.bounds
     if not len(span):
@@ -2815,7 +2815,7 @@ class Reader(SceneLanguageModel):
                     s
                     for s in samples
                     if s.box is None
-                    and not MARK.search(s.answer + s.steps)
+                    and not MARK.search(s.answer + s.reasoning)
                     and len(set(MARK.findall(s.question))) < 2
                 ]
             kept.append((scene, samples))
@@ -2853,7 +2853,7 @@ NUMBERS_MIX = {
     "exist": 0.12,
 }
 PIECES_MIX = NUMBERS_MIX | WORDS_MIX | dict.fromkeys(NAMES, 0.1)
-READ = dict(trains=("lm",), lr=2e-3, weight_decay=0.01, schedule="constant", steps=True)
+READ = dict(trains=("lm",), lr=2e-3, weight_decay=0.01, schedule="constant", reasoning=True)
 STAGES = {
     "tiny": [
         Stage("words", WORDS_MIX, scene_input="places", iterations=800, **READ),

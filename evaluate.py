@@ -1099,7 +1099,7 @@ def as_shown(sample: Sample, scene: Scene, shown: Scene) -> Sample:
         iou = box_ious([o.box for o in offered], true_boxes([object_id], scene))
         return f"<obj {offered[iou.argmax()].id}>"
 
-    texts = ("question", "answer", "steps")
+    texts = ("question", "answer", "reasoning")
     return replace(sample, **{key: data.substitute(getattr(sample, key), best) for key in texts})
 
 
@@ -1128,9 +1128,9 @@ def predict(model: Model, questions: Questions, batch: int = 256) -> dict[str, s
             groups.append((shown, [as_shown(s, scene, shown) for s in written]))
         texts = model.generate(model.batch(groups), max_new_tokens=benchmark.tokens)
 
-        # a stage with steps writes its reasoning up to the last "="
+        # a stage with reasoning writes it up to the last "="
         for sample, text in zip(chunk, texts, strict=True):
-            answers[sample.id] = text.rpartition("=")[2].strip() if model.stage.steps else text
+            answers[sample.id] = text.rpartition("=")[2].strip() if model.stage.reasoning else text
 
     # every process gets all answers
     parts = [answers] * world

@@ -17,7 +17,7 @@ tokens and one for text tokens, and a Fourier filter for vision tokens.
   [tokens][coordinate token][question] -> frozen LLM, first 8 FFNs: dLoRA + filter -> answer      (4)
 
 Axes: N points, M superpoints, C curves, W windows, L window length, H heads, T tokens, E edges,
-P prompts, B scenes, d width of the tokenizer, D width of the language model. The tokenizer works
+P prompts, B scenes (in data.py S; their tokens there K), d width of the tokenizer, D width of the language model. It works
 scene by scene and needs no padding.
 
 | paper                                       | here                                         |
@@ -1189,7 +1189,7 @@ class TinyModel(Model):
 
 
 ALL = mixture((0.6, QA), (0.15, CAPTION), (0.25, NAME))
-TINY = dict(lr=2e-3, weight_decay=0.01, batch=256, per_scene=32, steps=True)
+TINY = dict(lr=2e-3, weight_decay=0.01, batch=256, per_scene=32, reasoning=True)
 STAGES["tiny"] = [
     Stage(
         "0 tokenizer",

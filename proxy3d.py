@@ -865,7 +865,7 @@ def attention_map(model: Model, scene: Scene, sample: Sample) -> Tensor:
 
 def draw_attention(model, scene, sample, answer, path):
     """Draw the `attention_map` of an answer: true objects are outlined in green, those it names in red."""
-    looked = attention_map(model, scene, replace(sample, steps="", answer=answer)).cpu()  # [K]
+    looked = attention_map(model, scene, replace(sample, reasoning="", answer=answer)).cpu()  # [K]
     centers = model.token_centers(scene)  # [K, 3]
     written = model.write_marks(scene, sample)
     lines = [f"answer: {answer}", f"true: {written.answer}"]
@@ -1080,7 +1080,7 @@ class TinyModel(Model):
 
 
 # every stage asks a little of what its predecessors taught: what is not asked is forgotten
-HOW = dict(lr=2e-3, weight_decay=0.01, per_scene=16, schedule="constant", steps=True)
+HOW = dict(lr=2e-3, weight_decay=0.01, per_scene=16, schedule="constant", reasoning=True)
 STAGES["tiny"] = [
     Stage("0 tower", {}, ("tower",), "tower", iterations=1600, batch=16, lr=4e-3, warmup=0.03),
     Stage(

@@ -696,7 +696,7 @@ class Model(data.SceneLanguageModel):
 #   place  floor     as beside, but on the floor
 #          top       in the middle on top of another thing
 #
-# `Sample.steps` holds how an answer is worked out, up to "=". Only stages with `steps` write it: those of the
+# `Sample.reasoning` holds how an answer is worked out, up to "=". Only stages with `reasoning` write it: those of the
 # tiny preset, never the paper's.
 
 TEMPLATES = {
@@ -882,7 +882,7 @@ def modle_edit(g, rng, task):
             answer=listed(target),
             text=text,
             template=f"{task}_{kind}",
-            steps=edit_steps(g, i, j, kind, target),
+            reasoning=edit_reasoning(g, i, j, kind, target),
             kind=kind,
             box=target,
             about=[g.things[k].id for k in dict.fromkeys([i, j])],
@@ -900,50 +900,50 @@ def modle_edit(g, rng, task):
 #   top       red vase [box] table [box] z0.37 h0.74 z0.74 h0.36 z0.92 = [box]    (z + h / 2, twice)
 
 
-def shift_steps(axis, start, words, amount):
+def shift_reasoning(axis, start, words, amount):
     """Write a shift along an axis: "x1.25 right 0.80 x2.05"."""
     letter, side = "xy"[axis], words.split()[-1]
     end = start + DIRECTIONS[words][1] * amount
     return f"{letter}{meters(start)} {side} {meters(amount)} {letter}{meters(end)}"
 
 
-def side_steps(axis, here, there):
+def side_reasoning(axis, here, there):
     """Write in which direction another place is: "x1.25 x0.50 left"."""
     letter, sign = "xy"[axis], 1 if there > here else -1
     side = next(words for words, way in DIRECTIONS.items() if way == (axis, sign)).split()[-1]
     return f"{letter}{meters(here)} {letter}{meters(there)} {side}"
 
 
-def stack_steps(z, height):
+def stack_reasoning(z, height):
     """Write half a height: "z0.74 h0.36 z0.92"."""
     return f"z{meters(z)} h{meters(height)} z{meters(z + height / 2)}"
 
 
-def edit_steps(g, i, j, kind, target):
+def edit_reasoning(g, i, j, kind, target):
     """Write how thing i, told from thing j by a kind of edit, gets to its target box [6]."""
     # what is moved, and of the other thing as much as the sums need
     box, other = g.boxes[i], g.boxes[j]
-    steps = [f"{g.described[i]} {listed(box)}"]
+    parts = [f"{g.described[i]} {listed(box)}"]
     if j != i:
-        steps.append(f"{g.described[j]} {listed(other if kind == 'top' else other[:3])}")
+        parts.append(f"{g.described[j]} {listed(other if kind == 'top' else other[:3])}")
 
     # on which side the other thing is
     if kind == "towards":
         axis = np.abs(target - box)[:2].argmax()
-        steps.append(side_steps(axis, box[axis], other[axis]))
+        parts.append(side_reasoning(axis, box[axis], other[axis]))
 
     # along the floor, or up to the top of the other thing
     z = 0.0
     if kind == "top":
         z = other[2] + other[5] / 2
-        steps.append(stack_steps(other[2], other[5]).rpartition(" ")[0])
+        parts.append(stack_reasoning(other[2], other[5]).rpartition(" ")[0])
     else:
         start = edit_start(kind, box, other)
         words, axis, amount = read_move(start, target)
-        steps.append(shift_steps(axis, start[axis], words, amount))
+        parts.append(shift_reasoning(axis, start[axis], words, amount))
     if kind in ("floor", "top"):
-        steps.append(stack_steps(z, box[5]))
-    return " ".join(steps) + " ="
+        parts.append(stack_reasoning(z, box[5]))
+    return " ".join(parts) + " ="
 
 
 # `data.adopt` puts these among the shared tables, which questions are drawn from
@@ -1150,7 +1150,7 @@ def demo():
     scene = data.room(1, views=0)
     model = build(Config.tiny(), data.TinyText(data.vocabulary()))
     tasks = {"modle_distance": 1.0, "modle_move": 1.0}
-    model.configure_stage(Stage("demo", tasks, ("scene", "code", "lm"), "referents", steps=True))
+    model.configure_stage(Stage("demo", tasks, ("scene", "code", "lm"), "referents", reasoning=True))
     model.cache_features([scene])
     samples = data.questions(scene, tasks, 8, np.random.default_rng(1))
 
@@ -1180,7 +1180,7 @@ def main(arguments):
 
 # ==== tiny preset: trains from nothing on a CPU; not in the paper, skip on a first reading ========
 #
-# Its language model has read rooms in words (data.Reader), knows numbers, and writes the steps of MODLE. Seeds
+# Its language model has read rooms in words (data.Reader), knows numbers, and writes the reasoning of MODLE. Seeds
 # are spread by color and normal too, so that small things own some.
 
 
@@ -1214,14 +1214,14 @@ def modle_drill(g, rng, task):
     axis = DIRECTIONS[words][0]
     a, b = rng.uniform(low[axis], high[axis], 2)
     if task == "modle_add":
-        steps = shift_steps(axis, a, words, float(pick(rng, AMOUNTS)))
+        written = shift_reasoning(axis, a, words, float(pick(rng, AMOUNTS)))
     elif task == "modle_side":
-        steps = side_steps(axis, a, b)
+        written = side_reasoning(axis, a, b)
     else:
         # things are put on floors, and on tops
         z = 0.0 if rng.random() < 0.3 else rng.uniform(0, high[2] / 2)
-        steps = stack_steps(z, rng.uniform(0.05, high[2] - z))
-    numbers, answer = steps.rsplit(" ", 1)
+        written = stack_reasoning(z, rng.uniform(0.05, high[2] - z))
+    numbers, answer = written.rsplit(" ", 1)
     return dict(answer=answer, text={"numbers": numbers})
 
 
@@ -1240,7 +1240,7 @@ STAGES["tiny"] = [
         "II referents",
         {"ground": 0.08, "subtract": 0.06, **SUMS, **USUAL, **MODLE},
         ("scene", "code", "lm"), "referents", iterations=1000, batch=128, per_scene=8, lr=2e-3,
-        schedule="trapezoid", weight_decay=0.01, steps=True,
+        schedule="trapezoid", weight_decay=0.01, reasoning=True,
     ),
 ]  # fmt: skip
 

@@ -49,7 +49,7 @@ def sample(id: str, task: str, question: str, answer: str, **more) -> Sample:
 CHOICE = ["A. table", "B. lamp", "C. bed"]
 BED = sample("m0", "multi", "find all beds.", "no.", targets=[], kind="zt_wo_d")
 POINT = sample("c1", "coordinate", "where is <obj 2>?", "[3.00, 0.00, 0.00]", point=np.array([3, 0, 0.0]))
-LENGTH = sample("d1", "distance", "how far is it?", "3.00", value=3.0, steps="<obj 3> x6.00 =")
+LENGTH = sample("d1", "distance", "how far is it?", "3.00", value=3.0, reasoning="<obj 3> x6.00 =")
 SAMPLES = [
     sample("g1", "ground", "find the red chair.", "<obj 1>", targets=[1], kind="multiple"),
     sample("g2", "ground", "find the lamp.", "<obj 4>", targets=[4], kind="unique"),
@@ -108,8 +108,8 @@ class Echo(data.SceneLanguageModel):
         said = []
         for place, samples in groups:
             for s in samples:
-                steps = f"{s.steps} " if self.stage.steps and s.steps else ""
-                said.append(steps + self.answer(s, place))
+                before = f"{s.reasoning} " if self.stage.reasoning and s.reasoning else ""
+                said.append(before + self.answer(s, place))
         return said
 
     def token_centers(self, place):
@@ -298,7 +298,7 @@ def many() -> list[Sample]:
 def test_steps_are_cut_off():
     """ "x6.00 x9.00 3.00 = 3.00" is scored as "3.00"."""
     model = Echo()
-    model.stage = replace(STAGE, steps=True)
+    model.stage = replace(STAGE, reasoning=True)
     assert evaluate.predict(model, questions("rooms/distance"))["d1"] == "3.00"
 
 
@@ -346,7 +346,7 @@ def test_with_other_proposals_marks_are_asked_about_the_best_fitting_one(tmp_pat
     assert (asked.name, shown.name) == ("rooms/grounding@found", "a@found")
     assert shown.identifiers == {1: 0, 2: 1, 3: 2}
     assert evaluate.as_shown(POINT, scene(), shown).question == "where is <obj 2>?"
-    assert evaluate.as_shown(LENGTH, scene(), shown).steps == "<obj 1> x6.00 ="
+    assert evaluate.as_shown(LENGTH, scene(), shown).reasoning == "<obj 1> x6.00 ="
     entry = evaluate.score(asked, evaluate.predict(Echo(), asked), {})
     recall = [value for key, value in entry["remarks"].items() if key.startswith("recall")]
     assert entry["acc@0.5/scanrefer"] == 0.5 and recall == [1, 0.5]

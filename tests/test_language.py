@@ -35,7 +35,7 @@ def scenes():
 def reader(text, scene_input):
     torch.manual_seed(0)
     model = Reader(data.Config(reader=SIZES), text)
-    model.configure_stage(Stage("a", {"what": 1.0}, ("lm",), scene_input, steps=True))
+    model.configure_stage(Stage("a", {"what": 1.0}, ("lm",), scene_input, reasoning=True))
     return model.eval()
 
 

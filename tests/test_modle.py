@@ -230,14 +230,14 @@ def test_steps_begin_with_the_boxes_they_are_about(asked):
         words = slots(s)
         for i, slot in zip(s.about, ("what", "other"), strict=False):
             pattern = rf"(?:^|\] ){re.escape(words[slot])} \[([^]]*)\]"
-            shown = [float(v) for v in re.search(pattern, s.steps)[1].split(",")]
+            shown = [float(v) for v in re.search(pattern, s.reasoning)[1].split(",")]
             assert shown == pytest.approx(scene.thing(i).box[: len(shown)], abs=0.0051)
 
 
 def test_steps_of_a_distance_are_three_differences(asked):
     """x x difference, y y difference, z z difference =."""
     for s, _ in asked["modle_distance"]:
-        *tail, end = s.steps.rpartition("]")[2].split()
+        *tail, end = s.reasoning.rpartition("]")[2].split()
         assert end == "="
         assert len(tail) == 9
         for p, q, difference in zip(tail[::3], tail[1::3], tail[2::3], strict=True):
@@ -249,7 +249,7 @@ def test_steps_of_a_distance_are_three_differences(asked):
 def test_steps_of_an_edit_add_neighbors_and_end_at_the_truth_to_centimeters(asked):
     least = {"axis": 1, "towards": 2, "beside": 1, "floor": 1, "top": 2}
     for s, _ in asked["modle_move"] + asked["modle_place"]:
-        *words, end = s.steps.rpartition("]")[2].split()
+        *words, end = s.reasoning.rpartition("]")[2].split()
         assert end == "="
         assert check_steps(words) >= least[s.kind]
         said = data.tuples(s.answer, 6)[0]
@@ -273,7 +273,7 @@ def test_drills_are_the_single_steps_of_edits(scenes, task):
 def test_the_tiny_tokenizer_knows_every_word_and_number(asked):
     text = data.TinyText(data.vocabulary())
     for s, _ in itertools.chain(*asked.values()):
-        ids = text.encode(f"{s.steps} {s.answer}")
+        ids = text.encode(f"{s.reasoning} {s.answer}")
         assert text.unk not in ids
         assert text.unk not in text.encode(s.question)
         assert len(ids) <= 41

@@ -237,18 +237,18 @@ def check_number(s, scene):
     assert s.value == pytest.approx(truth)
     decimals = len(s.answer.partition(".")[2])
     within = 0.501 * 10**-decimals
-    if s.steps:  # their numbers are the centers', and the answer follows from them
+    if s.reasoning:  # their numbers are the centers', and the answer follows from them
         within = 0.0151
         centers = np.stack([o.box[:3] for o in named(s, scene)])
-        assert np.allclose(data.tuples(s.steps, 3), centers, atol=0.00501)
-        assert np.allclose(check_steps(s.steps, s.answer, within), centers.T, atol=0.00501)
+        assert np.allclose(data.tuples(s.reasoning, 3), centers, atol=0.00501)
+        assert np.allclose(check_reasoning(s.reasoning, s.answer, within), centers.T, atol=0.00501)
     assert abs(float(s.answer) - truth) <= within
 
 
-def check_steps(steps, answer, within=0.00501):
+def check_reasoning(reasoning, answer, within=0.00501):
     """Differences and length follow from the printed numbers; returns the coordinates, [3, 2]."""
-    rows = re.findall(r"([xyz])(-?\d+\.\d\d) \1(-?\d+\.\d\d) (\d+\.\d\d)", steps)
-    assert [axis for axis, *_ in rows] == ["x", "y", "z"] and steps.endswith(" =")
+    rows = re.findall(r"([xyz])(-?\d+\.\d\d) \1(-?\d+\.\d\d) (\d+\.\d\d)", reasoning)
+    assert [axis for axis, *_ in rows] == ["x", "y", "z"] and reasoning.endswith(" =")
     p, q, apart = np.array([numbers for _, *numbers in rows], float).T
     assert np.allclose(abs(p - q), apart, atol=1e-9)
     assert float(answer) == pytest.approx(math.hypot(*apart), abs=within)
@@ -256,7 +256,7 @@ def check_steps(steps, answer, within=0.00501):
 
 
 def check_norm(s, scene):
-    check_steps(s.question, s.answer)
+    check_reasoning(s.question, s.answer)
 
 
 def check_subtract(s, scene):
@@ -392,7 +392,7 @@ def test_marks_name_numbered_objects_only():
     assert len(scene.identifiers) == 100
     named = set()
     for s in question_set([scene], TASKS, 12, seed=0):
-        named |= {*ids(s.question + s.steps + s.answer), *(s.targets or [])}
+        named |= {*ids(s.question + s.reasoning + s.answer), *(s.targets or [])}
     assert len(named) > 60 and named <= set(scene.identifiers)
 
 
@@ -532,7 +532,7 @@ def test_every_word_is_in_the_vocabulary(asked):
     known = set(data.vocabulary())
     for pairs in asked.values():
         for s, _ in pairs:
-            text = " ".join([s.question, s.steps, s.answer, *s.answers]).lower()
+            text = " ".join([s.question, s.reasoning, s.answer, *s.answers]).lower()
             text = re.sub(r"<obj \d+>|\b[xyz]-?\d\S+", " ", text)
             assert set(re.findall("[a-z]+", text)) <= known
 

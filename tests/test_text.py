@@ -92,7 +92,7 @@ def test_points_and_boxes_come_back_as_tuples(text):
 
 
 def test_what_is_read_back_is_what_was_written(text):
-    """Identifiers in the capitals that scoring looks for; steps of a calculation name their axes: "x1.25" is not a
+    """Identifiers in the capitals that scoring looks for; numbers of a calculation name their axes: "x1.25" is not a
     point."""
     identifiers = " ".join(f"<OBJ{i:03d}>" for i in range(100))
     assert len(text.encode(identifiers)) == 100
@@ -179,7 +179,7 @@ def groups():
     a, b = Scene("a", "rooms", []), Scene("b", "rooms", [])
     where = question("where is <OBJ050>?", "[1.00, 2.00, 0.50]", prompt=np.ones(3))
     what = question("what is <OBJ099>?", "a table.", prompt=np.arange(6.0))
-    many = question("how many chairs are there?", "2", steps="<OBJ099> 2 =")
+    many = question("how many chairs are there?", "2", reasoning="<OBJ099> 2 =")
     return [
         (a, [question("find the red chair.", "<OBJ007>"), where]),
         (b, [many, what, question("is there a bed?", "no")]),
@@ -194,7 +194,7 @@ def spell(text, ids):
 
 
 def test_a_row_is_the_scene_once_and_then_every_question_with_its_answer(text, groups):
-    """A question's own click or box gets a placeholder in front; steps are written where asked for."""
+    """A question's own click or box gets a placeholder in front; reasoning is written where asked for."""
     batch = collate(groups, text, [3, 2, 1])
     assert [spell(text, row) for row in batch["ids"]] == [
         "S S S find the red chair . <obj007> P where is <obj050> ? x#144 y#160 z#24",
@@ -204,7 +204,7 @@ def test_a_row_is_the_scene_once_and_then_every_question_with_its_answer(text, g
     assert batch["prompts"].tolist() == [[1, 1, 1, 0, 0, 0], [0, 1, 2, 3, 4, 5]]
     assert [s.name for s in batch["scenes"]] == ["a", "b", "a"]
     assert [len(s) for s in batch["samples"]] == [2, 3, 0]
-    steps = collate(groups[1:2], text, [2], steps=True)["ids"][0]
+    steps = collate(groups[1:2], text, [2], reasoning=True)["ids"][0]
     assert spell(text, steps).startswith("S S how many chairs are there ? <obj099> 2 = 2 P")
 
 
