@@ -17,8 +17,8 @@ tokens and one for text tokens, and a Fourier filter for vision tokens.
   [tokens][coordinate token][question] -> frozen LLM, first 8 FFNs: dLoRA + filter -> answer      (4)
 
 Axes: N points, M superpoints, C curves, W windows, L window length, H heads, T tokens, E edges,
-P prompts, B scenes (in data.py S; their tokens there K), d width of the tokenizer, D width of the language model. It works
-scene by scene and needs no padding.
+P prompts, B scenes (in data.py S, their tokens there K), d width of the tokenizer, D width of the
+language model. The tokenizer works scene by scene and needs no padding.
 
 | paper                                       | here                                         |
 | sec. 3.1 token initialization, (1)          | fourier_code, superpoint_mean, Initial       |
