@@ -2051,7 +2051,9 @@ def collate(groups, text, lengths, reasoning=False):
             if sample.prompt is not None:  # a click leaves the box's size at zero
                 question = [PROMPT, *question]
                 prompts.append(np.pad(sample.prompt, (0, 6 - len(sample.prompt))))
-            written = f"{sample.reasoning} {sample.answer}" if reasoning and sample.reasoning else sample.answer
+            written = sample.answer
+            if reasoning and sample.reasoning:
+                written = f"{sample.reasoning} {written}"
             answer = [*text.encode(written), text.eos]
 
             # a position is labeled with the next token, so <eos> is never read and the question's
@@ -2858,7 +2860,14 @@ STAGES = {
     "tiny": [
         Stage("words", WORDS_MIX, scene_input="places", iterations=800, **READ),
         Stage("numbers", NUMBERS_MIX, scene_input="boxes", iterations=500, **READ),
-        Stage("pieces", PIECES_MIX, scene_input="pieces", iterations=300, per_scene=32, **READ),
+        Stage(
+            "pieces",
+            PIECES_MIX,
+            scene_input="pieces",
+            iterations=300,
+            per_scene=32,
+            **{**READ, "schedule": "trapezoid"},
+        ),
     ]
 }
 

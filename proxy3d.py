@@ -105,7 +105,7 @@ class Config:
     # the tiny model, used only where llm is None: its language model, and its tower
     reader: tuple[int, ...] = data.READER
     vision_width: int = 64
-    vision_layers: int = 3
+    vision_layers: int = 5
 
     @classmethod
     def paper(cls, **changes) -> Config:
@@ -1064,25 +1064,25 @@ class TinyModel(Model):
 
         # a piece is a label in a sixteenth of a frame
         label = torch.cat(labels)
-        place = torch.stack([patch_index(label, 4, 4), label.flatten()], 1)
-        pieces, which = place.unique(dim=0, return_inverse=True)
+        n = int(label.max()) + 1
+        pieces, which = (patch_index(label, 4, 4) * n + label.flatten()).unique(return_inverse=True)
         nothing, shown = data.name_pair(self.text), []
-        for cell, i in pieces.tolist():
-            shown.append(names[cell // (16 * views)].get(i, nothing))
+        for piece in pieces.tolist():
+            shown.append(names[piece // n // (16 * views)].get(piece % n, nothing))
 
         # average the patches of each piece, then all that must be named; walls and floor are everywhere
         patches = self.encode_images(torch.cat(images)).flatten(0, 2)  # [patches, D]
         z, _ = data.group_mean(patches, which.to(patches.device), len(pieces))
         features = torch.cat([self.norm(z), self.encode_symbols(keys)])  # [R, D]
-        weight = torch.cat([torch.where(pieces[:, 1] > 0, 1.0, 0.3), torch.full([len(keys)], 2.0)])
+        weight = torch.cat([torch.where(pieces % n > 0, 1.0, 0.3), torch.full([len(keys)], 2.0)])
         pairs = torch.tensor(shown + pairs, device=self.device)  # [R, 2]
         return self.naming_loss(features, pairs, weight.to(self.device))
 
 
 # every stage asks a little of what its predecessors taught: what is not asked is forgotten
-HOW = dict(lr=2e-3, weight_decay=0.01, per_scene=16, schedule="constant", reasoning=True)
+HOW = dict(batch=160, lr=2e-3, weight_decay=0.01, per_scene=16, schedule="constant", reasoning=True)
 STAGES["tiny"] = [
-    Stage("0 tower", {}, ("tower",), "tower", iterations=1600, batch=16, lr=4e-3, warmup=0.03),
+    Stage("0 tower", {}, ("tower",), "tower", iterations=1300, batch=16, lr=4e-3, warmup=0.03),
     Stage(
         "I identifiers",
         {
@@ -1098,7 +1098,7 @@ STAGES["tiny"] = [
         },
         ("lm",),
         "symbols",
-        iterations=400,
+        iterations=300,
         **HOW,
     ),
     Stage(
@@ -1117,7 +1117,7 @@ STAGES["tiny"] = [
         },
         ("3d", "lm"),
         "symbols+3d",
-        iterations=400,
+        iterations=300,
         score=("rooms/coordinate",),
         **HOW,
     ),
@@ -1138,7 +1138,7 @@ STAGES["tiny"] = [
         },
         ("lm",),
         "symbols+3d",
-        iterations=500,
+        iterations=400,
         **HOW,
     ),
     Stage(
@@ -1162,7 +1162,7 @@ STAGES["tiny"] = [
         },
         ("lm",),
         "proxies",
-        iterations=1600,
+        iterations=1400,
         files=SPACESPAN,
         **{**HOW, "schedule": "trapezoid"},
     ),

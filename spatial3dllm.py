@@ -894,7 +894,7 @@ def modle_edit(g, rng, task):
 # one sum of two neighbors:
 #   distance  red chair [x, y, z] bed [x, y, z] xa xb dx ya yb dy za zb dz = d
 #   axis      red chair [box] x1.25 right 0.80 x2.05 = [box]
-#   towards   red chair [box] bed [x, y, z] x1.25 left 0.80 x0.45 = [box]
+#   towards   bed [x, y, z] red chair [box] x0.20 x1.25 left 0.80 x0.45 = [box]    (the bed's x says which side)
 #   beside    red chair [box] bed [x, y, z] x0.20 right 1.30 x1.50 = [box]    (from the bed's x, at its y)
 #   floor     red vase [box] bed [x, y, z] x0.20 right 1.30 x1.50 z0.00 h0.36 z0.18 = [box]
 #   top       red vase [box] table [box] z0.37 h0.74 z0.74 h0.36 z0.92 = [box]    (z + h / 2, twice)
@@ -905,13 +905,6 @@ def shift_reasoning(axis, start, words, amount):
     letter, side = "xy"[axis], words.split()[-1]
     end = start + DIRECTIONS[words][1] * amount
     return f"{letter}{meters(start)} {side} {meters(amount)} {letter}{meters(end)}"
-
-
-def side_reasoning(axis, here, there):
-    """Write in which direction another place is: "x1.25 x0.50 left"."""
-    letter, sign = "xy"[axis], 1 if there > here else -1
-    side = next(words for words, way in DIRECTIONS.items() if way == (axis, sign)).split()[-1]
-    return f"{letter}{meters(here)} {letter}{meters(there)} {side}"
 
 
 def stack_reasoning(z, height):
@@ -927,11 +920,6 @@ def edit_reasoning(g, i, j, kind, target):
     if j != i:
         parts.append(f"{g.described[j]} {listed(other if kind == 'top' else other[:3])}")
 
-    # on which side the other thing is
-    if kind == "towards":
-        axis = np.abs(target - box)[:2].argmax()
-        parts.append(side_reasoning(axis, box[axis], other[axis]))
-
     # along the floor, or up to the top of the other thing
     z = 0.0
     if kind == "top":
@@ -940,6 +928,8 @@ def edit_reasoning(g, i, j, kind, target):
     else:
         start = edit_start(kind, box, other)
         words, axis, amount = read_move(start, target)
+        if kind == "towards":  # the box that a sum starts from comes last
+            parts = [*reversed(parts), f"{'xy'[axis]}{meters(other[axis])}"]
         parts.append(shift_reasoning(axis, start[axis], words, amount))
     if kind in ("floor", "top"):
         parts.append(stack_reasoning(z, box[5]))
@@ -1205,18 +1195,21 @@ class TinyModel(Model):
 def modle_drill(g, rng, task):
     """Ask for one step of an edit.
 
-    modle_add "x1.25 right 0.80 =", modle_side "x1.25 x0.50 =", modle_stack "z0.74 h0.36 =".
+    modle_add "x1.25 right 0.80 =", modle_side "x0.50 x1.25 =", modle_stack "z0.74 h0.36 =".
     """
     if not len(g.boxes):
         return None
     low, high = room_ends(g)
     words = pick(rng, list(DIRECTIONS))
-    axis = DIRECTIONS[words][0]
+    axis, sign = DIRECTIONS[words]
     a, b = rng.uniform(low[axis], high[axis], 2)
     if task == "modle_add":
         written = shift_reasoning(axis, a, words, float(pick(rng, AMOUNTS)))
     elif task == "modle_side":
-        written = side_reasoning(axis, a, b)
+        # which way from the second place the first is
+        here, there = sorted((a, b), key=lambda place: sign * place)
+        letter, side = "xy"[axis], words.split()[-1]
+        written = f"{letter}{meters(there)} {letter}{meters(here)} {side}"
     else:
         # things are put on floors, and on tops
         z = 0.0 if rng.random() < 0.3 else rng.uniform(0, high[2] / 2)

@@ -732,7 +732,8 @@ def rooms_to_read(args: argparse.Namespace, count: int, scenes: list[Scene]) -> 
 def read_rooms(args: argparse.Namespace, config, text: data.TinyText, scenes: list[Scene]) -> Path:
     """Find the run of the language model that has read rooms in words; train it where there is none yet.
 
-    Its folder lies beside that of this run and is named by what it depends on: data.py, the vocabulary, sizes.
+    Its folder lies beside that of this run and is named by what it depends on: data.py, the vocabulary, sizes,
+    and what is asked about a room, since papers write some of its questions.
     """
     # a short run reads shortly
     stages, steps = data.STAGES["tiny"], args.steps
@@ -740,7 +741,9 @@ def read_rooms(args: argparse.Namespace, config, text: data.TinyText, scenes: li
         steps = min(max(steps, len(stages)), sum(stage.iterations for stage in stages))
     count = min(4000, 5 * args.train_scenes)
     code = Path(data.__file__).read_bytes()
-    made_of = repr((text.state(), config.reader, steps, count)).encode()
+    room = data.room(0, views=0, points=0)
+    asked = [data.questions(room, stage.tasks, 100, np.random.default_rng(0)) for stage in stages]
+    made_of = repr((text.state(), config.reader, steps, count, asked)).encode()
     out = args.out.parent / f"language-{hashlib.sha256(code + made_of).hexdigest()[:12]}"
 
     # a run that was stopped goes on, one that has ended is read
