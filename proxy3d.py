@@ -1080,9 +1080,9 @@ class TinyModel(Model):
 
 
 # every stage asks a little of what its predecessors taught: what is not asked is forgotten
-HOW = dict(batch=160, lr=2e-3, weight_decay=0.01, per_scene=16, schedule="constant", reasoning=True)
+HOW = dict(batch=192, lr=2e-3, weight_decay=0.01, per_scene=16, schedule="constant", reasoning=True)
 STAGES["tiny"] = [
-    Stage("0 tower", {}, ("tower",), "tower", iterations=1300, batch=16, lr=4e-3, warmup=0.03),
+    Stage("0 tower", {}, ("tower",), "tower", iterations=1600, batch=16, lr=4e-3, warmup=0.03),
     Stage(
         "I identifiers",
         {
@@ -1098,7 +1098,7 @@ STAGES["tiny"] = [
         },
         ("lm",),
         "symbols",
-        iterations=300,
+        iterations=400,
         **HOW,
     ),
     Stage(
@@ -1117,7 +1117,7 @@ STAGES["tiny"] = [
         },
         ("3d", "lm"),
         "symbols+3d",
-        iterations=300,
+        iterations=400,
         score=("rooms/coordinate",),
         **HOW,
     ),
@@ -1138,7 +1138,7 @@ STAGES["tiny"] = [
         },
         ("lm",),
         "symbols+3d",
-        iterations=400,
+        iterations=500,
         **HOW,
     ),
     Stage(
@@ -1162,7 +1162,7 @@ STAGES["tiny"] = [
         },
         ("lm",),
         "proxies",
-        iterations=1400,
+        iterations=1600,
         files=SPACESPAN,
         **{**HOW, "schedule": "trapezoid"},
     ),
