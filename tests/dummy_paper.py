@@ -37,6 +37,11 @@ def fake_scenes(count: int, start: int = 0) -> list[data.Scene]:
     return scenes
 
 
+def boxes_of(scene: data.Scene) -> torch.Tensor:
+    """All boxes of a scene, or one of zeros: [n, 6]."""
+    return torch.tensor(np.stack([o.box for o in scene.objects] or [np.zeros(6)])).float()
+
+
 SCENES = {"train": fake_scenes(11), "test": fake_scenes(3, 50)}
 
 
@@ -66,10 +71,6 @@ class Config:
     def tiny(cls):
         return cls()
 
-    @classmethod
-    def paper(cls):
-        return cls(width=16)
-
 
 STAGES = {
     "tiny": [
@@ -77,7 +78,6 @@ STAGES = {
         data.Stage("answers", {"width": 1.0}, ("lm",), "boxes", iterations=7, batch=26, per_scene=4, lr=1e-2,
                    weight_decay=0.1, clip=4.0),
     ],
-    "paper": [data.Stage("answers", {"width": 1.0}, ("lm",), "boxes", epochs=2, batch=32)],
 }  # fmt: skip
 
 
@@ -119,31 +119,28 @@ class Model(data.SceneLanguageModel):
         return self.encoder
 
     def compute_features(self, scene):
-        boxes = np.stack([o.box for o in scene.objects] or [np.zeros(6)])
-        return {"mean": self.encoder(torch.tensor(boxes, dtype=torch.float32)).mean(0)}
+        return {"mean": self.encoder(boxes_of(scene)).mean(0)}
 
     def batch(self, groups):
         found = {"scenes": [scene for scene, _ in groups], "samples": [samples for _, samples in groups]}
         if not self.stage.tasks:
             return found
-        rows = [
-            (self.text.encode(q.question), self.text.encode(q.answer))
-            for _, samples in groups
-            for q in samples
-        ]
-        labels = torch.tensor([a + [data.IGNORE] * (3 - len(a)) for _, a in rows])
-        features = torch.stack([self.load_features(s)["mean"] for s, samples in groups for _ in samples])
-        ids = torch.tensor([q for q, _ in rows])
-        return found | {"ids": ids, "labels": labels, "features": features, "ballast": BALLAST}
+        asked = [(scene, q) for scene, samples in groups for q in samples]
+        answers = [self.text.encode(q.answer) for _, q in asked]
+        return found | {
+            "ids": torch.tensor([self.text.encode(q.question) for _, q in asked]),
+            "labels": torch.tensor([a + [data.IGNORE] * (3 - len(a)) for a in answers]),
+            "features": torch.stack([self.load_features(scene)["mean"] for scene, _ in asked]),
+            "ballast": BALLAST,
+        }
 
     def encoder_loss(self, scenes):
-        boxes = [o.box for scene in scenes for o in scene.objects] or [np.zeros(6)]
-        boxes = torch.tensor(np.stack(boxes), dtype=torch.float32)
+        boxes = torch.cat([boxes_of(scene) for scene in scenes])
         out = self.encoder(boxes)
         return {"loss": (out.sum(1) - boxes.sum(1)).square().sum(), "weight": len(out), "correct": 0}
 
     def forward(self, batch):
-        if self.left == 0 and int(os.environ.get("RANK", 0)) + 1 == int(os.environ.get("WORLD_SIZE", 1)):
+        if self.left == 0 and os.environ.get("RANK") != "0":
             os.kill(os.getpid(), self.signal)
         self.left -= 1
         if not self.stage.tasks:
@@ -170,10 +167,13 @@ def load_scenes(source: str, split: str, *_, **options) -> list[data.Scene]:
 
 def command(*flags: str) -> Model:
     """Train on the scenes above."""
-    plan = [f for f in flags if f[:5] in ("stop=", "kill=")]
-    Model.left = int(plan[0][5:]) if plan else -1
-    Model.signal = SIGNALS[plan[0][:4]] if plan else None
-    args = ["--model=dummy_paper", "--no-eval", "--workers=0", *[f for f in flags if f not in plan]]
+    args, Model.left = ["--model=dummy_paper", "--no-eval", "--workers=0"], -1
+    for flag in flags:
+        word, _, count = flag.partition("=")
+        if word in SIGNALS:
+            Model.left, Model.signal = int(count), SIGNALS[word]
+        else:
+            args.append(flag)
     return train.train(train.parse_args(args))
 
 

@@ -1,7 +1,5 @@
 """Scenes and geometry that every paper uses, against slow and obvious versions."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,6 @@ from data import (
     augment,
     box_iou,
     farthest_point_sampling,
-    fourier_waves,
     group_mean,
     knn,
     number_objects,
@@ -28,13 +25,17 @@ def scene():
     return room(3, views=2, size=24, points=300)
 
 
+def random_points(count):
+    return torch.rand(count, 3, generator=torch.Generator().manual_seed(0))
+
+
 # ---- neighbors and groups --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [1, 4, 30])
 def test_knn_equals_sorting_all_distances(k):
     """k = 1 is a case of its own: a tree then returns one axis less."""
-    queries, points = torch.rand(37, 3, generator=torch.Generator().manual_seed(k)).split([7, 30])
+    queries, points = random_points(37).split([7, 30])
     distance, index = knn(queries, points, k)
     assert distance.shape == index.shape == (7, k)
     for q in range(7):
@@ -46,7 +47,7 @@ def test_knn_equals_sorting_all_distances(k):
 
 def test_farthest_point_sampling_equals_a_loop():
     """Each point is the farthest from all chosen before it."""
-    points = torch.rand(40, 3, generator=torch.Generator().manual_seed(1))
+    points = random_points(40)
     center = points.mean(0)
     chosen = [max(range(40), key=lambda i: float((points[i] - center).norm()))]
     while len(chosen) < 12:
@@ -56,7 +57,7 @@ def test_farthest_point_sampling_equals_a_loop():
 
 
 def test_a_group_mean_equals_a_loop_and_is_zero_where_a_group_is_empty():
-    values = torch.rand(20, 3, generator=torch.Generator().manual_seed(0))
+    values = random_points(20)
     index = torch.arange(20) % 4
     mean, size = group_mean(values, index, 5)
     for group in range(4):
@@ -134,12 +135,3 @@ def test_augmentation_moves_everything_alike(scene):
         assert np.allclose(other.bounds, np.sort(scene.bounds @ other.turn.T, axis=0))
     assert len(turns) == 8  # every mirroring and transposition of the floor plan
     assert all(np.linalg.det(augment(scene, rng, mirror=False).turn) > 0 for _ in range(9))
-
-
-def test_a_number_in_meters_is_written_in_waves_of_half_a_meter_to_sixteen():
-    """cos and sin of 2 pi x / wavelength, number by number."""
-    numbers, waves = [0.3, -7.1, 15.0], []
-    for x in numbers:
-        phase = [2 * math.pi * x / wavelength for wavelength in (0.5, 1, 2, 4, 8, 16)]
-        waves += [*map(math.cos, phase), *map(math.sin, phase)]
-    assert torch.allclose(fourier_waves(torch.tensor(numbers)), torch.tensor(waves), atol=1e-4)

@@ -3,6 +3,7 @@
 pytest tests/test_official.py
 """
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -10,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import official
 import pytest
 from official import row
@@ -18,94 +18,87 @@ from test_evaluate import RECORD, Echo, needs_java
 
 import data
 import evaluate
-from data import DataError, Scene, Source, Thing
-from evaluate import BENCHMARKS, Questions
+from data import DataError, Source
+from evaluate import BENCHMARKS
 
-SHARED = Path(__file__).parents[2] / "shared"
-needs_shared = pytest.mark.skipif(not (SHARED / "data").exists(), reason=f"no official files at {SHARED}")
-SIX = list(official.TASKS)
+SHARED = Path(__file__).parents[2] / "shared/data"
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Three training and two validation scans, and official files of six benchmarks about both."""
-    root, scenes = tmp_path_factory.mktemp("scannet"), {}
-    files, samples = root / "files", {}
+    root, scenes, samples = tmp_path_factory.mktemp("scannet"), {}, {}
     for split, seeds in (("train", (1, 2, 3)), ("val", (900_011, 900_012))):
-        found = official.scans(root, seeds, views=3, size=96, points=2000, objects=9)
-        scenes[split] = found
-        (root / f"scannetv2_{split}.txt").write_text("\n".join(s.name for s in found))
-        for name in SIX:
-            samples[name] = official.questions(found, name)
+        scenes[split] = official.scans(root, seeds, views=3, size=96, points=2000, objects=9)
+        for name in official.TASKS:
+            samples[name] = official.questions(scenes[split], name)
             part = split if split == "train" else BENCHMARKS[name].split
             if part in BENCHMARKS[name].files:
-                official.write(files / name, name, part, samples[name])
-    return SimpleNamespace(root=root, files=files, scenes=scenes, samples=samples)
+                official.write(root / "files" / name, name, part, samples[name])
+    return SimpleNamespace(root=root, scenes=scenes, samples=samples)
 
 
 @pytest.fixture
 def asked(tmp_path):
     """Questions of rows about one scene with these boxes, by objectId."""
 
-    def ask(name: str, rows: list[dict], boxes=(), dialects=()) -> Questions:
-        (tmp_path / "asked.json").write_text(json.dumps(rows))
-        samples = evaluate.read_official(name, tmp_path / "asked.json")
-        things = [Thing(i, "", "", np.array(box, float)) for i, box in enumerate(boxes, start=1)]
-        scenes = {"s": evaluate.number_objects(Scene("s", "boxes", things))}
-        benchmark = evaluate.choose_dialects(BENCHMARKS[name], dialects)
-        return Questions(name, benchmark, samples, scenes, scenes)
+    def ask(name, rows, boxes=(), dialects=()):
+        questions, scenes = tmp_path / "asked.json", tmp_path / "boxes.json"
+        questions.write_text(json.dumps(rows))
+        scenes.write_text(json.dumps({"s": boxes}))
+        return evaluate.load(name, questions, scenes, True, dialects)
 
     return ask
 
 
 @pytest.fixture
-def scores(asked):
-    """All scores of (a row's fields, the answer to it)."""
+def assert_printed(asked):
+    """Rows of a table, each a question's fields and the answer to it, score what the scripts print."""
 
-    def measure(name: str, cases: list[tuple[dict, str]], boxes=(), dialects=()) -> dict[str, float]:
-        rows = [row(i) | fields for i, (fields, _) in enumerate(cases)]
-        said = {}
-        for found, (_, text) in zip(rows, cases, strict=True):
-            said[BENCHMARKS[name].read(**found).id] = text
-        return evaluate.measure(asked(name, rows, boxes, dialects), said)[0]
+    def check(name, fields, table, metrics, printed, boxes=(), dialects=()):
+        rows, said = [], {}
+        for i, (*values, text) in enumerate(table):
+            same = row(i, id=i, scene_name="s", situation="I sit.")
+            rows.append(same | dict(zip(fields, values, strict=True)))
+            said[BENCHMARKS[name].read(**rows[-1]).id] = text
+        scores = evaluate.measure(asked(name, rows, boxes, dialects), said)[0]
 
-    return measure
+        for part, numbers in printed.items():
+            for metric, number in zip(metrics, numbers, strict=True):
+                if number is not None:
+                    assert scores[metric + part] == pytest.approx(number, abs=1e-6), metric + part
 
-
-def assert_printed(values: dict, metrics: list[str], printed: dict) -> None:
-    """Each part's numbers are those that the scripts print."""
-    for part, numbers in printed.items():
-        assert [values[metric + part] for metric in metrics] == pytest.approx(numbers, abs=1e-6), part
+    return check
 
 
 # ---- the numbers of the benchmarks' and peers' own scripts -----------------------------------------------------------
 
-ANSWERS = [  # an answer, its references
-    ("brown", ["brown", "dark brown"]),
-    ("Brown.", ["brown"]),
-    ("2", ["two"]),
-    ("two chairs", ["2"]),
-    ("a chair", ["brown chair", "chair"]),
-    ("on the letf of the desk", ["left of desk", "to the left of a desk"]),
-    ("", ["white"]),
-    ("Next to the door, by the wall.", ["next to the door"]),
-    ("book shelf", ["bookshelf"]),
-    ("...", ["table"]),
-    ("TV", ["tv"]),
-    ("trash can\nby the bed", ["trash can by the bed", "next to bed"]),
-    ("rectangular brown table", ["table"]),
-    ("", ["in front of the window", "window"]),
+ANSWERS = [  # references, an answer
+    (["brown", "dark brown"], "brown"),
+    (["brown"], "Brown."),
+    (["two"], "2"),
+    (["2"], "two chairs"),
+    (["brown chair", "chair"], "a chair"),
+    (["left of desk", "to the left of a desk"], "on the letf of the desk"),
+    (["white"], ""),
+    (["next to the door"], "Next to the door, by the wall."),
+    (["bookshelf"], "book shelf"),
+    (["table"], "..."),
+    (["tv"], "TV"),
+    (["trash can by the bed", "next to bed"], "trash can\nby the bed"),
+    (["table"], "rectangular brown table"),
+    (["in front of the window", "window"], ""),
 ]
-SITUATED = [
-    ("Yes.", ["yes"]),
-    ("to my left", ["left"]),
-    ("3", ["three"]),
-    ("", ["no"]),
-    ("backwards", ["backward"]),
-    ("The black one", ["black"]),
-    ("two", ["three"]),
-    ("chair", ["chair"]),
-    ("", ["desk"]),
+SITUATED = [  # a reference, an answer
+    ("yes", "Yes."),
+    ("left", "to my left"),
+    ("three", "3"),
+    ("no", ""),
+    ("backward", "backwards"),
+    ("black", "The black one"),
+    ("three", "two"),
+    ("chair", "chair"),
+    ("desk", ""),
 ]
 SCORES = ("em", "em_refined", "cider", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "meteor")
 PEERS = {  # what the scripts print for ANSWERS and for SITUATED; None: not theirs to score
@@ -138,18 +131,12 @@ PEERS = {  # what the scripts print for ANSWERS and for SITUATED; None: not thei
 
 @needs_java
 @pytest.mark.parametrize(("name", "k"), [("scanqa", 0), ("sqa3d", 1)])
-def test_words_are_scored_as_six_groups_of_papers_do(scores, name, k):
+def test_words_are_scored_as_six_groups_of_papers_do(assert_printed, name, k):
     """Also where answers are empty, hold two lines or a capital and a full stop; each script's
     numbers to 1e-6."""
-    cases = []
-    for text, known in (ANSWERS, SITUATED)[k]:
-        answers = known if name == "scanqa" else [{"answer": answer} for answer in known]
-        cases.append(({"situation": "I sit.", "answers": answers}, text))
-    values = scores(name, cases, dialects=["all"])
-    for dialect, numbers in PEERS.items():
-        for metric, number in zip(SCORES, numbers[k], strict=True):
-            if number is not None:
-                assert values[f"{metric}/{dialect}"] == pytest.approx(number, abs=1e-6), (metric, dialect)
+    situated = [([{"answer": known}], text) for known, text in SITUATED]
+    printed = {f"/{dialect}": numbers[k] for dialect, numbers in PEERS.items()}
+    assert_printed(name, ["answers"], (ANSWERS, situated)[k], SCORES, printed, dialects=["all"])
 
 
 CAPTIONS = [  # a caption, its box's IoU, the references
@@ -169,20 +156,22 @@ DENSE = {  # CIDEr, BLEU-4, ROUGE-L and METEOR at 0.5, then at 0.25
 
 
 @needs_java
-def test_dense_captions_are_scored_as_four_groups_of_papers_do(scores, monkeypatch):
+def test_dense_captions_are_scored_as_four_groups_of_papers_do(assert_printed, monkeypatch):
     """A caption whose box does not fit, or that is empty, is "sos eos"; `>` and `>=` differ at IoU
     0.5 and 0.25."""
-    cases = []
+    table = []
     for i, (caption, _, known) in enumerate(CAPTIONS):
         for text in known:
             words = re.findall(r"[a-z]+|[.,]", text.lower())
-            cases.append(({"object_id": i, "description": text, "token": words}, caption))
+            table.append((i, text, words, caption))
     monkeypatch.setattr(evaluate, "proposal_fit", lambda scene, shown, i: CAPTIONS[i - 1][1])
-    values = scores("scan2cap", cases, dialects=["all"])
-    metrics = [f"{metric}@{k}/" for k in (0.5, 0.25) for metric in ("cider", "bleu4", "rouge_l", "meteor")]
-    assert_printed(values, metrics, DENSE)
+    metrics = ["cider@0.5/", "bleu4@0.5/", "rouge_l@0.5/", "meteor@0.5/"]
+    metrics += ["cider@0.25/", "bleu4@0.25/", "rouge_l@0.25/", "meteor@0.25/"]
+    fields = ("object_id", "description", "token")
+    assert_printed("scan2cap", fields, table, metrics, DENSE, dialects=["all"])
 
 
+AB = ["A. x", "B. x"]
 SPATIAL = [  # type, truth, options, answer
     ("object_counting", "4", None, "5"),
     ("object_counting", "2", None, "two chairs"),
@@ -193,13 +182,13 @@ SPATIAL = [  # type, truth, options, answer
     ("object_size_estimation", "60", None, "1,200"),
     ("room_size_estimation", "25.5", None, "24 square meters"),
     ("room_size_estimation", "12.0", None, "-12"),
-    ("object_rel_distance", "B", "AB", "b"),
-    ("object_rel_distance", "A", "AB", "(A)"),
-    ("object_rel_direction_easy", "A", "AB", "A. left"),
-    ("object_rel_direction_medium", "B", "AB", "A"),
-    ("object_rel_direction_hard", "A", "AB", "A"),
-    ("route_planning", "A", "AB", "A."),
-    ("obj_appearance_order", "B", "AB", "The answer is B"),
+    ("object_rel_distance", "B", AB, "b"),
+    ("object_rel_distance", "A", AB, "(A)"),
+    ("object_rel_direction_easy", "A", AB, "A. left"),
+    ("object_rel_direction_medium", "B", AB, "A"),
+    ("object_rel_direction_hard", "A", AB, "A"),
+    ("route_planning", "A", AB, "A."),
+    ("obj_appearance_order", "B", AB, "The answer is B"),
 ]
 SPATIAL_SCORES = {  # part -> by VSI-Bench's own script, by lmms-eval
     "": (0.414583, 0.5625),
@@ -215,14 +204,9 @@ SPATIAL_SCORES = {  # part -> by VSI-Bench's own script, by lmms-eval
 }
 
 
-def test_vsi_bench_is_scored_as_its_script_and_as_lmms_eval_do(scores):
-    cases = []
-    for i, (kind, truth, letters, text) in enumerate(SPATIAL):
-        options = letters and [f"{letter}. x" for letter in letters]
-        known = {"question_type": kind, "ground_truth": truth, "options": options}
-        cases.append(({"id": i, "scene_name": "s"} | known, text))
-    values = scores("vsibench", cases)
-    assert_printed(values, ["score/official", "score/lmms-eval"], SPATIAL_SCORES)
+def test_vsi_bench_is_scored_as_its_script_and_as_lmms_eval_do(assert_printed):
+    fields = ("question_type", "ground_truth", "options")
+    assert_printed("vsibench", fields, SPATIAL, ["score/official", "score/lmms-eval"], SPATIAL_SCORES)
 
 
 BOXES = [
@@ -234,10 +218,10 @@ BOXES = [
 ]
 
 
-def test_multi3drefer_is_scored_as_m3dref_and_chat_scene_do(scores):
+def test_multi3drefer_is_scored_as_m3dref_and_chat_scene_do(assert_printed):
     """Silence is right where nothing is to be found, which stands apart; an identifier of no object is no
     answer; IoU is kept in float32, which lets an exact 0.5 pass."""
-    cases = [
+    table = [
         ("zt_wo_d", [], "No."),
         ("zt_w_d", [], "Yes. <OBJ001>"),
         ("zt_w_d", [], "<OBJ077>"),
@@ -249,8 +233,6 @@ def test_multi3drefer_is_scored_as_m3dref_and_chat_scene_do(scores):
         ("mt", [2, 3], "<OBJ002> <OBJ002>"),
         ("mt", [0, 1, 4], ""),
     ]
-    cases = [({"eval_type": kind, "object_ids": ids}, text) for kind, ids, text in cases]
-    values = scores("multi3drefer", cases, BOXES)
     printed = {
         "": (0.63, 0.78),
         "/zt_wo_d": (1, 1),
@@ -261,65 +243,62 @@ def test_multi3drefer_is_scored_as_m3dref_and_chat_scene_do(scores):
         "/zero_target": (0.75, 0.75),
         "/with_target": (0.55, 0.8),
     }
-    assert_printed(values, ["f1@0.5/multi3drefer", "f1@0.25/multi3drefer"], printed)
+    metrics = ["f1@0.5/multi3drefer", "f1@0.25/multi3drefer"]
+    assert_printed("multi3drefer", ["eval_type", "object_ids"], table, metrics, printed, BOXES)
 
 
-def test_scanrefer_is_scored_as_chat_scene_does(scores):
+def test_scanrefer_is_scored_as_chat_scene_does(assert_printed):
     """The first identifier that exists counts; unique and multiple at both thresholds; 1e-8 in the
     denominator of IoU makes an exact 0.5 fail."""
-    cases = [
-        (0, "<OBJ001>"),
-        (1, "OBJ000 <OBJ001>."),
-        (2, "<OBJ003> <OBJ002>"),
-        (3, "<OBJ003>"),
-        (4, "<OBJ088> it is <OBJ004>"),
-        (4, "<OBJ002>"),
-        (0, "<OBJ000>"),
+    table = [
+        ("multiple", "0", "<OBJ001>"),
+        ("multiple", "1", "OBJ000 <OBJ001>."),
+        ("multiple", "2", "<OBJ003> <OBJ002>"),
+        ("multiple", "3", "<OBJ003>"),
+        ("unique", "4", "<OBJ088> it is <OBJ004>"),
+        ("unique", "4", "<OBJ002>"),
+        ("multiple", "0", "<OBJ000>"),
     ]
-    kinds = ["multiple", "multiple", "multiple", "multiple", "unique"]  # of the five boxes
-    cases = [({"object_id": str(k), "eval_type": kinds[k]}, text) for k, text in cases]
-    values = scores("scanrefer", cases, BOXES)
     printed = {"": (0.571429, 0.857143), "/unique": (0.5, 0.5), "/multiple": (0.6, 1)}
-    assert_printed(values, ["acc@0.5/scanrefer", "acc@0.25/scanrefer"], printed)
+    metrics = ["acc@0.5/scanrefer", "acc@0.25/scanrefer"]
+    assert_printed("scanrefer", ["eval_type", "object_id"], table, metrics, printed, BOXES)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-@needs_shared
+@pytest.mark.skipif(not SHARED.exists(), reason=f"no official files at {SHARED}")
 @pytest.mark.parametrize(
-    ("name", "folder", "scenes", "kinds"),
+    ("name", "scenes", "kinds"),
     [
-        ("scanqa", "scanqa", 71, dict(object=1478, color=838, other=814, number=224)),
+        ("scanqa", 71, dict(object=1478, color=838, other=814, number=224)),
         (
-            "sqa3d",
             "sqa3d",
             67,
             {"what": 1147, "is": 652, "how": 465, "can": 338, "which": 351, "others": 566},
         ),
-        ("openeqa", "open_eqa", 152, {"object localization": 263, "object recognition": 231}),
+        ("openeqa", 152, {"object localization": 263, "object recognition": 231}),
     ],
 )
-def test_official_questions_are_all_read_with_their_types(name, folder, scenes, kinds):
+def test_official_questions_are_all_read_with_their_types(name, scenes, kinds):
     """The types are those of the benchmarks' own scripts; `load` checks the number of questions; a true
     answer scores 1, and can be written with the tokens that the benchmark allows."""
-    questions = evaluate.load(name, SHARED / "data" / folder)
+    questions = evaluate.load(name, SHARED)
     count = Counter(s.kind for s in questions.samples)
-    assert {kind: count[kind] for kind in kinds} == kinds and len(questions.scenes) == scenes
+    assert kinds.items() <= count.items() and len(questions.scenes) == scenes
     for s in questions.samples:
         scores = questions.benchmark.score(s.answers[0], s, None)
         assert all(value == 1 for key, value in scores.items() if key.startswith("em"))
         assert max(len(digits(answer)) for answer in s.answers) < questions.benchmark.tokens
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", official.TASKS)
 def test_rooms_in_a_benchmark_s_files_come_back_as_they_were(world, name):
     """Ids, questions, answers, targets, values and options; every question id once. Captions have no question."""
-    found = evaluate.read_official(name, world.files / name)
+    found = evaluate.read_official(name, world.root / "files" / name)
     for s, true in zip(found, world.samples[name], strict=True):
-        assert (s.id, s.scene) == (true.id, true.scene)
+        assert (s.id, s.scene, s.targets, s.options) == (true.id, true.scene, true.targets, true.options)
         assert s.question == true.question or name == "scan2cap"
-        assert s.targets == true.targets and s.options == true.options
         assert s.value == true.value or name != "vsibench" or s.options
         if name in ("scanqa", "sqa3d", "scan2cap"):
             assert s.answers == (true.answers or [true.answer])
@@ -334,9 +313,8 @@ bed	bed
 piano	otherfurniture
 clock	otherprop"""
     (tmp_path / evaluate.LABELS).write_text(table)
-    rows = []
-    for i, name in enumerate(["armchair", "office_chair", "bed", "piano", "clock", "nameless"]):
-        rows += [row(number, object_id=str(i), object_name=name) for number in range(2)]
+    names = ["armchair", "office_chair", "bed", "piano", "clock", "nameless"]
+    rows = [row(k, object_id=i, object_name=name) for i, name in enumerate(names) for k in range(2)]
     (tmp_path / "ScanRefer_filtered_val.json").write_text(json.dumps(rows))
     samples = evaluate.read_official("scanrefer", tmp_path)
     assert [s.id for s in samples if s.kind == "unique"] == ["s|2|0", "s|2|1"] and len(samples) == 12
@@ -375,16 +353,19 @@ NUMERICAL = dict(problem_type="numerical", problem="how many?", solution="<answe
 def test_a_row_becomes_a_question(name, fields, expected):
     """Scene0217_00 lists its 31 objects twice: both listings are the same objects."""
     sample = BENCHMARKS[name].read(**fields)
-    assert sample is expected or {key: getattr(sample, key) for key in expected} == expected
+    assert sample is expected or expected.items() <= vars(sample).items()
+
+
+RED = row(1, answers=["red"])
 
 
 @pytest.mark.parametrize(
     ("name", "rows", "message"),
     [
         ("scanqa", [row(1, answers="red")], "row 1: .*a list of answers must be text"),
-        ("scanqa", [row(1, answers=["red"], question=" ")], "row 1: .*must be text"),
-        ("scanqa", [row(1, answers=["red"])] * 2, "the question id 1 twice"),
-        ("scanqa", [row(1, answers=["red"]), {"scene_id": "s"}], "row 2: .*missing 3 required .*question_id"),
+        ("scanqa", [RED | {"question": " "}], "row 1: .*must be text"),
+        ("scanqa", [RED, RED], "the question id 1 twice"),
+        ("scanqa", [RED, {"scene_id": "s"}], "row 2: .*missing 3 required .*question_id"),
         ("scanqa", ["x"], "row 1: .*must be a mapping"),
         ("scanqa", [], "no rows of JSON"),
         ("vsibench", [row(1, id=1, scene_name="s", question_type="x", ground_truth="B")], "row 1: could not"),
@@ -392,25 +373,25 @@ def test_a_row_becomes_a_question(name, fields, expected):
     ],
 )
 def test_a_broken_official_file_is_refused_in_one_line(asked, tmp_path, name, rows, message):
-    with pytest.raises(DataError, match=message) as error:
+    with pytest.raises(DataError, match=rf"^{tmp_path}.*{message}.*\Z"):
         asked(name, rows)
-    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_questions_and_scans_that_are_missing_are_an_error_or_left_out(world, capsys):
     """A file has the questions of its split, whatever it is called; nothing accepts no answer at all."""
     samples = world.samples["scanqa"]
-    gone = replace(samples[0], id="x", scene="gone")
-    path = official.write(world.root / "more", "scanqa", "val", [*samples, gone])
-    other = path.with_name("mine.json")
-    other.write_text(path.read_text())
-    for file in (path, other):
+    asked = [*samples, replace(samples[0], id="x", scene="gone")]
+    path = official.write(world.root / "more", "scanqa", "val", asked)
+    for name in (path.name, "mine.json"):
+        path = path.rename(path.with_name(name))
         with pytest.raises(DataError, match="questions, not 4675; complete it, or say --partial"):
-            evaluate.load("scanqa", file, world.root)
-    assert len(evaluate.load("scanqa", other, world.root, partial=True).samples) == len(samples)
+            evaluate.load("scanqa", path, world.root)
+    assert len(evaluate.load("scanqa", path, world.root, partial=True).samples) == len(samples)
+
+    # answers to other questions
     said = world.root / "said.json"
-    said.write_text(json.dumps({"y": "white"}))
-    command = f"--annotations {other} --predictions {said} --partial --benchmark"
+    said.write_text('{"y": "white"}')
+    command = f"--annotations {path} --predictions {said} --partial --benchmark"
     assert evaluate.main([*command.split(), "scanqa"]) == 2
     assert "questions have no answer" in capsys.readouterr().err
     assert evaluate.main([*command.split(), "mmscan/qa"]) == 2
@@ -418,8 +399,7 @@ def test_questions_and_scans_that_are_missing_are_an_error_or_left_out(world, ca
 
 # ---- anybody's predictions -------------------------------------------------------------------------------------------
 
-IDS = ["val-scene0011-0", "val-scene0011-1", "val-scene0011-2"]
-TRUTH = dict(zip(IDS, ["white", "brown", "2"], strict=True))
+TRUTH = {"val-scene11-0": "white", "val-scene11-1": "brown", "val-scene11-2": "2"}
 
 
 def lines(**fields) -> str:
@@ -450,7 +430,7 @@ FORMS = {  # name of a file -> its text
 
 
 @pytest.fixture
-def white(asked) -> Questions:
+def white(asked):
     """The three questions of TRUTH."""
     return asked("scanqa", [row(id, answers=[text]) for id, text in TRUTH.items()])
 
@@ -466,8 +446,8 @@ def test_a_predictions_file_is_read_as_what_it_is(white, tmp_path, capsys, name)
 @pytest.mark.parametrize(
     ("text", "correct", "remark"),
     [
-        (json.dumps({IDS[0]: "white", IDS[1]: None, IDS[2]: {"a": 1}}), 1, "empty answers"),
-        (FORMS["lines.jsonl"] + "\n" + json.dumps({"id": IDS[0], "prediction": "red"}), 3, "answered before"),
+        ('{"val-scene11-0": "white", "val-scene11-1": null, "val-scene11-2": {"a": 1}}', 1, "empty answers"),
+        (FORMS["lines.jsonl"] + '\n{"id": "val-scene11-0", "prediction": "red"}', 3, "answered before"),
         (FORMS["lines.jsonl"] + '\n{"id": "x", "prediction": "y"}\nrubbish', 3, "answer no question"),
     ],
 )
@@ -490,16 +470,15 @@ def test_what_is_wrong_with_answers_is_counted_beside_the_score(
             'wanted are rows like {"id": ".*", "prediction": "text"}, these have key',
         ),
         ('{"x": "y"}', "3 of 3 questions have no answer"),
-        (json.dumps({IDS[0]: "white"}), "2 of 3 questions have no answer"),
+        ('{"val-scene11-0": "white"}', "2 of 3 questions have no answer"),
     ],
 )
 def test_a_predictions_file_that_is_not_understood_is_refused_with_what_is_wanted(
     white, tmp_path, text, message
 ):
     (tmp_path / "said.json").write_text(text)
-    with pytest.raises(DataError, match=message) as error:
+    with pytest.raises(DataError, match=rf"^{tmp_path}/said.json.*{message}.*\Z"):
         evaluate.read_predictions(tmp_path / "said.json", white)
-    assert "\n" not in str(error.value) and "said.json" in str(error.value)
 
 
 @pytest.fixture
@@ -522,26 +501,30 @@ def test_a_run_and_a_file_of_its_answers_get_the_same_scores(
     """With identifiers of the model's own in the run and ScanNet's in the file, and with boxes in
     place of scans."""
     monkeypatch.setattr(evaluate, "load_run", lambda folder: (Echo(oracle), RECORD))
-    files = f"--benchmark {name} --dialect ll3da --annotations {world.files / name} --partial"
-    assert evaluate.main(f"{files} --run {tmp_path} --root {world.root}".split()) == 0
-    ran = json.loads((tmp_path / "metrics.json").read_text())[name]
-    assert ran["blind"] is not None and (tmp_path / "report.html").exists()
+    files = f"--benchmark {name} --dialect ll3da --annotations {world.root / 'files' / name} --partial"
+    out = tmp_path / "metrics.json"
 
-    scans = {s.name: evaluate.number_objects(s) for s in world.scenes["val"]}
-    answers = {s.id: oracle(s, scans[s.scene]) for s in world.samples[name]}
-    boxes = {}
-    for scan in scans.values():
-        boxes[scan.name] = {o.id - 1: o.box.tolist() for o in scan.objects}
-    (tmp_path / "said.json").write_text(json.dumps(answers))
-    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
-    said = f"{files} --predictions {tmp_path / 'said.json'}"
-    for root in (world.root, tmp_path / "boxes.json"):
-        assert evaluate.main(f"{said} --root {root} --out {tmp_path / 'm.json'}".split()) == 0
-        entry = json.loads((tmp_path / "m.json").read_text())[name]
-        keys = [key for key in ran if "/" in key]
-        assert keys and [entry[key] for key in keys] == pytest.approx([ran[key] for key in keys], abs=2e-2)
+    def scored(command):
+        assert evaluate.main(f"{files} {command}".split()) == 0
+        entry = json.loads(out.read_text())[name]
+        return {key: value for key, value in entry.items() if "/" in key or key == "blind"}
+
+    ran = scored(f"--run {tmp_path} --root {world.root}")
+    assert len(ran) > 1 and ran["blind"] is not None and (tmp_path / "report.html").exists()
+
+    # the same answers, and the scans' boxes, as files
+    said = tmp_path / "said.json"
+    boxes = tmp_path / "boxes.json"
+    answers, objects = {}, {}
+    for scan in map(evaluate.number_objects, world.scenes["val"]):
+        answers |= {s.id: oracle(s, scan) for s in world.samples[name] if s.scene == scan.name}
+        objects[scan.name] = {o.id - 1: o.box.tolist() for o in scan.objects}
+    said.write_text(json.dumps(answers))
+    boxes.write_text(json.dumps(objects))
+    for root in (world.root, boxes):
+        assert scored(f"--predictions {said} --root {root} --out {out}") == pytest.approx(ran, abs=2e-2)
     if name in ("scanrefer", "multi3drefer", "scan2cap"):
-        assert evaluate.main(said.split()) == 2
+        assert evaluate.main(f"{files} --predictions {said}".split()) == 2
         assert "needs boxes" in capsys.readouterr().err
 
 
@@ -562,7 +545,7 @@ def test_every_true_answer_survives_the_row_s_limit(name):
         for s in data.question_set([scene], tasks, 5, 0):
             for text in s.answers or [s.answer]:
                 boxed = data.substitute(text, boxes.get)
-                assert len(digits(boxed)) < BENCHMARKS[name].tokens, boxed
+                assert len(digits(boxed)) < BENCHMARKS[name].tokens
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -571,15 +554,15 @@ def test_every_true_answer_survives_the_row_s_limit(name):
 def test_no_room_of_an_evaluation_split_is_trained_in_and_no_target_that_no_proposal_fits(world):
     """Another scan of a validation room is that room; every accepted answer is a question of its
     own, with the prompt."""
-    train, val = world.scenes["train"], world.scenes["val"]
-    again = replace(val[0], name=val[0].name.replace("_00", "_01"))
+    train, held = world.scenes["train"], world.scenes["val"][0]
+    again = replace(held, name=held.name.replace("_00", "_01"))
     leak = [replace(s, scene=again.name, id=f"leak {s.id}") for s in world.samples["scanqa"]]
     folder, rows = world.root / "train files", official.questions(train, "scanqa")
     official.write(folder, "scanqa", "train", [*rows, *leak])
     official.write(folder, "scanrefer", "train", official.questions(train, "scanrefer"))
-    (folder / "scannetv2_val.txt").write_text(val[0].name)
-    boxes = {s.name: [o.box.tolist() for o in s.objects[:4]] for s in train}
-    (folder / "proposals.json").write_text(json.dumps(boxes))
+    (folder / "scannetv2_val.txt").write_text(held.name)
+    boxes = json.dumps({s.name: [o.box.tolist() for o in s.objects[:4]] for s in train})
+    (folder / "proposals.json").write_text(boxes)
     sources = {
         "ScanQA": Source("scanqa", 25_563),
         "ids": Source("scanrefer", 9, "id", fit=0.75, most=2),
@@ -587,13 +570,11 @@ def test_no_room_of_an_evaluation_split_is_trained_in_and_no_target_that_no_prop
     }
     listed, report = evaluate.mixture(sources, folder, folder, [*train, again], [], seed=1)
     assert set(listed) <= {s.name for s in train}
-    own = {name: [] for name in sources}
-    for samples in listed.values():
-        for s in samples:
-            own[s.id.partition("/")[0]].append(s)
-    assert len(own["ScanQA"]) == sum(len(set(s.answers or [s.answer])) for s in rows)
-    assert own["ScanQA"][0].question.endswith("word or phrase.")
-    assert len(own["ids"]) == 2 and all(s.targets[0] <= 4 for s in own["ids"])
+    kept = list(itertools.chain(*listed.values()))
+    scanqa, ids = ([s for s in kept if s.id.startswith(name)] for name in ("ScanQA/", "ids/"))
+    assert len(scanqa) == sum(len(set(s.answers or [s.answer])) for s in rows)
+    assert scanqa[0].question.endswith("word or phrase.")
+    assert len(ids) == 2 and all(s.targets[0] <= 4 for s in ids)
     assert f"{len(leak)} of rooms for evaluation" in report[0]
     assert "without an object that fits" in report[1] and "of another form" in report[2]
 
@@ -609,5 +590,5 @@ def test_a_folder_that_cannot_be_trained_on_is_refused(world, tmp_path):
 def test_chat_scene_cleans_the_references_of_sqa3d_but_not_of_scanqa():
     """Its two scripts differ there."""
     sample = data.Sample("0", "s", "qa", "q", "the Table", ["the Table"])
-    for name, right in (("sqa3d", 1.0), ("scanqa", 0.0)):
-        assert BENCHMARKS[name].score("table.", sample, None)["em/chat-scene"] == right
+    scores = [BENCHMARKS[name].score("table.", sample, None) for name in ("sqa3d", "scanqa")]
+    assert [found["em/chat-scene"] for found in scores] == [1, 0]

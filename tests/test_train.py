@@ -3,6 +3,7 @@
 Three processes are started for the whole file; nearly all else runs in this one, on one thread.
 """
 
+import itertools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.testing import assert_close
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import dummy_paper  # noqa: E402
@@ -27,8 +29,17 @@ from data import DataError, Stage  # noqa: E402
 
 SCENES = dummy_paper.SCENES["train"]
 ENCODER, ANSWERS = dummy_paper.STAGES["tiny"]
-DRAW = train.draw_loss
 DROPOUT = ["--set", "dropout=0.3", "--save-every=2"]
+TWO = """
+    then --out=ddp
+    then --out=parts --set answers.accumulate=2
+    then --out=few --set answers.batch=4 answers.clip=0
+    then --out=shard --shard
+    then --out=half --shard --dtype=bfloat16
+    then --out=cut --shard stop=5
+    then --out=alone --shard stop=5
+    then --out=cut --shard --resume
+"""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -51,19 +62,22 @@ def losses(out: Path, key: str = "loss") -> list[float]:
     return [line[key] for line in log(out)]
 
 
+def saved_steps(out: Path) -> int:
+    return data.read_state(out)["position"]["total"]
+
+
 def weights(out: Path) -> dict[str, torch.Tensor]:
     return data.read_tensors(out, "weights")
 
 
-def same_weights(a: Path, b: Path, tolerance: float = 0.0) -> bool:
-    a, b = weights(a), weights(b)
-    return a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=tolerance, atol=tolerance) for k in a)
+def assert_same_weights(a: Path, b: Path, tolerance: float = 0.0) -> None:
+    assert_close(weights(a), weights(b), rtol=tolerance, atol=tolerance)
 
 
-def program(*flags: str, **env: str) -> subprocess.Popen:
-    command = [sys.executable, str(Path(dummy_paper.__file__)), *flags]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env)
+def program(folder: Path, *flags: str, **env: str) -> subprocess.Popen:
+    command, env = [sys.executable, dummy_paper.__file__, *flags], {"OMP_NUM_THREADS": "1", **env}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, cwd=folder, env=os.environ | env, text=True, **pipes)
 
 
 def refusal(capsys, *flags: str, status: int = 2) -> str:
@@ -80,27 +94,12 @@ def launched(tmp_path_factory) -> tuple[Path, list[subprocess.Popen]]:
     """Two gloo processes that train one run after the other, and one that will be killed. They start before the first
     test and are waited for by the last ones: their imports cost seconds."""
     folder = tmp_path_factory.mktemp("launched")
-    commands = [
-        ["--out=ddp"],
-        ["--out=parts", "--set", "answers.accumulate=2"],
-        ["--out=few", "--set", "answers.batch=4", "answers.clip=0"],
-        ["--out=shard", "--shard"],
-        ["--out=half", "--shard", "--dtype=bfloat16"],
-        ["--out=cut", "--shard", "stop=5"],
-        ["--out=alone", "--shard", "stop=5"],
-        ["--out=cut", "--shard", "--resume"],
-    ]
-    flags = [
-        f.replace("=", f"={folder}/", 1) if f.startswith("--out") else f
-        for c in commands
-        for f in ["then", *c]
-    ]
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [program(*flags, RANK=str(rank), LOCAL_RANK=str(rank), **env) for rank in range(2)]
-    ranks.append(program(f"--out={folder}/killed", *DROPOUT, "--workers=1", "kill=6"))
+    ranks = [program(folder, *TWO.split(), RANK=rank, LOCAL_RANK=rank, **env) for rank in "01"]
+    ranks.append(program(folder, "--out=killed", *DROPOUT, "--workers=1", "kill=6"))
     yield folder, ranks
     for p in ranks:
         p.kill()
@@ -133,23 +132,25 @@ class Killed(BaseException):
     pass
 
 
-def save(out: Path, total: int, weight: float | None = None) -> None:
-    """A checkpoint whose tensors and position are all `total`, but for the weights."""
+def save(out: Path, total: float) -> None:
+    """A checkpoint whose tensors and position are all `total`."""
     model = torch.nn.Linear(2, 2)
     model.frozen_pretrained_names = ()
     optimizer = torch.optim.AdamW(model.parameters())
     for p in model.parameters():
-        moment = torch.full_like(p, total)
-        optimizer.state[p] = {"step": torch.tensor(float(total)), "exp_avg": moment, "exp_avg_sq": moment + 0}
-        p.data.fill_(weight or total)
+        p.data.fill_(total)
+        optimizer.state[p]["exp_avg"] = torch.full_like(p, total)
     (out / "checkpoint").mkdir(exist_ok=True)
     train.save_checkpoint(out, model, optimizer, {"position": {"total": total}, "run": {}, "processes": 1})
 
 
 def held(out: Path) -> set[float]:
     """All numbers of a checkpoint."""
-    tensors = [t for kind in ("weights", "optimizer") for t in data.read_tensors(out, kind).values()]
-    return {data.read_state(out)["position"]["total"], *(float(x) for t in tensors for x in t.flatten())}
+    numbers = {saved_steps(out)}
+    for kind in ("weights", "optimizer"):
+        for tensor in data.read_tensors(out, kind).values():
+            numbers.update(tensor.flatten().tolist())
+    return numbers
 
 
 def test_a_kill_at_any_instant_of_a_save_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
@@ -161,37 +162,34 @@ def test_a_kill_at_any_instant_of_a_save_leaves_a_whole_checkpoint(tmp_path, mon
         def call(*args, **kw):
             calls.append(name)
             if len(calls) == deadly:
-                path = next((a for a in args if isinstance(a, Path)), None)
                 if name in ("save_file", "write_text"):
+                    path = next(a for a in args if isinstance(a, Path))
                     path.write_bytes(b'{"half')
                 raise Killed
-            return (
-                None if name == "fsync" else real(*args, **kw)
-            )  # a real one costs time and shows nothing here
+            if name != "fsync":  # a real one costs time and shows nothing here
+                return real(*args, **kw)
 
         return call
 
     save(tmp_path, 0)
-    monkeypatch.setattr(train, "save_file", deadly_at("save_file", train.save_file))
-    for owner, names in ((os, ("replace", "fsync")), (Path, ("write_text", "unlink"))):
-        for name in names:
-            monkeypatch.setattr(owner, name, deadly_at(name, getattr(owner, name)))
+    disk = [(train, "save_file"), (os, "fsync"), (os, "replace"), (Path, "write_text"), (Path, "unlink")]
+    for owner, name in disk:
+        monkeypatch.setattr(owner, name, deadly_at(name, getattr(owner, name)))
     seen = []  # whether the new one was there already
     for step in range(1, 40):
         calls, deadly = [], step
         try:
             save(tmp_path, step)
+            break
         except Killed:
             deadly = None
-            assert held(tmp_path) in ({step - 1.0}, {float(step)})
-            seen.append(held(tmp_path) == {float(step)})
-            save(tmp_path, step)
-            assert held(tmp_path) == {float(step)}, (
-                "a later save must not stumble over what the kill left behind"
-            )
-        else:
-            break
-    assert seen == sorted(seen) and set(seen) == {False, True} and len(seen) > 8
+        seen.append(held(tmp_path) == {step})
+        assert seen[-1] or held(tmp_path) == {step - 1}
+
+        # a later save must not stumble over what the kill left behind
+        save(tmp_path, step)
+        assert held(tmp_path) == {step}
+    assert seen == sorted(seen) and set(seen) == {False, True}
     expected = "save_file fsync save_file fsync write_text fsync replace fsync unlink unlink"
     assert " ".join(calls) == expected, "what state.json names is on the disk before it is replaced"
     assert len(list((tmp_path / "checkpoint").iterdir())) == 3, "what is not needed is removed"
@@ -200,7 +198,7 @@ def test_a_kill_at_any_instant_of_a_save_leaves_a_whole_checkpoint(tmp_path, mon
 def test_a_failed_save_and_numbers_that_are_not_finite_keep_the_checkpoint_before(tmp_path, monkeypatch):
     save(tmp_path, 1)
     with pytest.raises(DataError, match="weight is not finite"):
-        save(tmp_path, 2, torch.nan)
+        save(tmp_path, torch.nan)
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -266,66 +264,60 @@ def test_a_stage_of_other_code_is_refused():
 # ---- what a step does ------------------------------------------------------------------------------------------------
 
 
-def make_model(stage: Stage, folder: Path | None = None) -> dummy_paper.Model:
-    model = dummy_paper.build(dummy_paper.Config(), data.TinyText([]))
-    model.configure_stage(stage)
-    model.cache_features(SCENES, folder)
-    return model
+class Listener:
+    """In a model's place: its batch tells how each scene is turned and what is asked about it."""
+
+    def batch(self, groups):
+        told = [(scene.name, scene.turn.tolist(), [q.question for q in samples]) for scene, samples in groups]
+        return {"scenes": [scene for scene, _ in groups], "samples": [], "told": told}
 
 
-def questions(seed: int, index: int, step: int, stage: Stage = ANSWERS) -> list:
-    dataset = train.QuestionDataset(None, SCENES, stage, (seed, index))
-    groups = []
-    for slot, chosen in enumerate(dataset.slots(step)):
-        groups.append(dataset.ask(np.random.default_rng([1, seed, index, step, slot]), *chosen))
-    return [(scene.name, scene.turn.tolist(), [q.question for q in samples]) for scene, samples in groups]
+def told(i: int, key: tuple = (0, 1), stage: Stage = ANSWERS, **ranks: int) -> list[tuple]:
+    """What micro-batch i is about: nothing where its weight is zero."""
+    part = train.QuestionDataset(Listener(), SCENES, stage, key, **ranks)[i]
+    return part["batch"]["told"] if part["weight"] else []
 
 
 def test_a_step_is_a_pure_function_of_seed_stage_and_step():
-    assert questions(0, 1, 5) == questions(0, 1, 5)
-    assert len({str(questions(*key)) for key in ((0, 1, 5), (1, 1, 5), (0, 2, 5), (0, 1, 6))}) == 4
+    keys = [(5, (0, 1)), (5, (1, 1)), (5, (0, 2)), (6, (0, 1))]
+    first, again = ([str(told(*key)) for key in keys] for _ in range(2))
+    assert first == again and len(set(first)) == 4
 
 
 def test_an_epoch_visits_every_scene_once_and_a_step_asks_exactly_the_batch():
     dataset = train.QuestionDataset(None, SCENES * 2, replace(ANSWERS, batch=42), (3, 0))
     steps = [dataset.slots(step) for step in range(3)]
-    assert [n for _, n in steps[0]] == [4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 2]
+    assert [n for _, n in steps[0]] == [4] * 10 + [2]
     assert Counter(which for step in steps[:2] for which, _ in step) == Counter(range(22))
     assert steps[2] != steps[0], "the next epoch has an order of its own"
 
 
 def test_official_questions_are_asked_once_an_epoch_few_scenes_at_a_time():
-    listed = {s.name: [data.Sample(f"{s.name}/{i}", s.name, "qa", "?", "") for i in range(9)] for s in SCENES}
+    listed = {s.name: [data.Sample(f"{s.name}/{i}", s.name, "", "", "") for i in range(9)] for s in SCENES}
     dataset = train.OfficialQuestions(None, SCENES, replace(ANSWERS, batch=33), (3, 0), listed=listed)
     steps = [dataset.slots(step) for step in range(6)]
-    asked = [
-        [(SCENES[which].name, sample.id) for which, samples in slots for sample in samples] for slots in steps
-    ]
-    assert {len(step) for step in asked} == {33} and len({*asked[0], *asked[1], *asked[2]}) == 99
+    asked = [[sample.id for _, own in step for sample in own] for step in steps]
+    assert {len(ids) for ids in asked} == {33} and len({*asked[0], *asked[1], *asked[2]}) == 99
     assert asked[0] != asked[3] and max(map(len, steps)) < 16
-    assert all(id.startswith(name + "/") for step in asked for name, id in step)
+    for which, own in itertools.chain(*steps):
+        assert {sample.scene for sample in own} == {SCENES[which].name}
 
 
 @pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (3, 2), (8, 3)])
-def test_the_ranks_and_micro_batches_partition_a_step(world, accumulate, tmp_path):
+def test_the_ranks_and_micro_batches_partition_a_step(world, accumulate):
     """Nothing is asked twice and nothing left out, also where there are more shares than scenes."""
-    model = make_model(ANSWERS, tmp_path)
-    stage, step = replace(ANSWERS, accumulate=accumulate), 4
-    whole = train.QuestionDataset(model, SCENES, ANSWERS, (0, 1))[step]
-    ranks = [train.QuestionDataset(model, SCENES, stage, (0, 1), rank, world) for rank in range(world)]
-    parts = [dataset[accumulate * step + part] for dataset in ranks for part in range(accumulate)]
-    shares = [part for part in parts if part["weight"]]
-    rows = [
-        Counter(str(ids) for p in some for ids in p["batch"]["ids"].tolist()) for some in (shares, [whole])
-    ]
-    assert rows[0] == rows[1] and sum(p["questions"] for p in shares) == whole["questions"]
-    assert (len(shares) < len(parts)) == (world * accumulate > 7)
+    stage, parts = replace(ANSWERS, accumulate=accumulate), []
+    for rank in range(world):
+        for i in range(4 * accumulate, 5 * accumulate):
+            parts.append(told(i, stage=stage, rank=rank, world=world))
+    assert sorted(itertools.chain(*parts)) == sorted(told(4))
+    assert ([] in parts) == (world * accumulate > 7)
 
 
 def test_loader_processes_change_nothing_and_scenes_keep_their_frames():
     """Frames do not travel between processes: they are those of the trainer's own scenes."""
     scenes = [replace(s, frames=object(), points=np.ones((3, 3), np.float32)) for s in SCENES[1:]]
-    dataset = train.QuestionDataset(make_model(ENCODER), scenes, ENCODER, (7, 0))
+    dataset = train.QuestionDataset(Listener(), scenes, ENCODER, (7, 0))
     near, far = (list(train.load_steps(dataset, range(1, 3), workers)) for workers in (0, 1))
     for (a,), (b,) in zip(near, far, strict=True):
         for x, y in zip(a["batch"]["scenes"], b["batch"]["scenes"], strict=True):
@@ -352,10 +344,9 @@ def test_every_schedule_warms_up_to_lr_and_ends_at_or_above_final_lr(schedule):
     stage = Stage("s", {}, (), iterations=100, lr=2.0, final_lr=0.5, schedule=schedule, warmup=0.1)
     rates = [train.learning_rate(stage, step, 100) for step in range(101)]
     assert rates[:11] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.0])
-    assert rates[100] == pytest.approx(2.0 if schedule == "constant" else 0.5)
     assert rates[10:] == sorted(rates[10:], reverse=True)
-    middle = {"constant": 2.0, "linear": 1.25, "cosine": 1.25, "trapezoid": 2.0}
-    assert rates[55] == pytest.approx(middle[schedule])
+    last = {"constant": (2.0, 2.0), "linear": (1.25, 0.5), "cosine": (1.25, 0.5), "trapezoid": (2.0, 0.5)}
+    assert (rates[55], rates[100]) == pytest.approx(last[schedule])
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted_and_five_in_a_row_end_the_run(tmp_path, capsys):
@@ -395,32 +386,35 @@ def test_steps_scales_every_stage_and_the_sum_is_exact():
 
 
 @pytest.mark.parametrize(("flags", "says"), [
-    (["--set", "widht=3"], "Config: field 'widht' is unknown: choose one of llm, width, dropout"),
-    (["--set", "answers.name=../x"], "Stage: field 'name' is unknown"),
-    (["--set", "answer.lr=3"], "stage 'answer' is unknown: choose one of encoder, answers"),
-    (["--set", "width=many"], "--set width=many: expected int, got str"),
-    (["--set", "width"], "--set width=: expected int"),
-    (["--set", "answers.schedule=cosin"], "choose one of constant, linear, cosine, trapezoid"),
-    (["--steps=1"], "each of the 2 stages needs a step"),
-    (["--set", "answers.epochs=2"], "either iterations or epochs"),
-    (["--set", "answers.batch=-4"], "stage answers: batch = -4: give a number from 1"),
-    (["--set", "answers.lr=1e999"], "lr = inf"),
-    (["--set", "answers.warmup=5"], "warmup = 5.0: give a number from 0 to 1"),
-    (["--set", "dropout=-1"], "Config: dropout = -1.0"),
-    (["--train-scenes=-5"], "train_scenes = -5"),
+    ("--set widht=3", "Config: field 'widht' is unknown: choose one of llm, width, dropout"),
+    ("--set answers.name=../x", "Stage: field 'name' is unknown"),
+    ("--set answer.lr=3", "stage 'answer' is unknown: choose one of encoder, answers"),
+    ("--set width=many", "--set width=many: expected int, got str"),
+    ("--set width", "--set width=: expected int"),
+    ("--set answers.schedule=cosin", "choose one of constant, linear, cosine, trapezoid"),
+    ("--steps=1", "each of the 2 stages needs a step"),
+    ("--set answers.epochs=2", "either iterations or epochs"),
+    ("--set answers.batch=-4", "stage answers: batch = -4: give a number from 1"),
+    ("--set answers.lr=1e999", "lr = inf"),
+    ("--set answers.warmup=5", "warmup = 5.0: give a number from 0 to 1"),
+    ("--set dropout=-1", "Config: dropout = -1.0"),
+    ("--train-scenes=-5", "train_scenes = -5"),
 ])  # fmt: skip
 def test_a_wrong_setting_gets_one_line_that_names_what_is_known(flags, says, tmp_path, capsys):
-    assert says in refusal(capsys, f"--out={tmp_path}", *flags)
+    assert says in refusal(capsys, f"--out={tmp_path}", *flags.split())
 
 
-@pytest.mark.parametrize(("flags", "says"), [
-    (["--modle=x"], "unrecognized arguments: --modle=x"),
-    (["--model=proxy"], "proxy3d"),
-    (["--data=room"], "scannet"),
-])  # fmt: skip
-def test_a_wrong_flag_ends_with_status_2_and_the_known_ones(flags, says, capsys):
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--modle=x", "unrecognized arguments: --modle=x"),
+        ("--model=proxy", "proxy3d"),
+        ("--data=room", "scannet"),
+    ],
+)
+def test_a_wrong_flag_ends_with_status_2_and_the_known_ones(flag, says, capsys):
     with pytest.raises(SystemExit, match="2"):
-        train.main(["--model=dummy_paper", *flags])
+        train.main(["--model=dummy_paper", flag])
     assert says in capsys.readouterr().err
 
 
@@ -463,20 +457,12 @@ def test_the_memory_estimate_is_weights_gradients_and_two_moments():
     assert "0.52 M parameters train; 4.5 MB" in line and "(1.5 weights, 1.0 gradients, 2.0 Adam)" in line
 
 
-def test_every_number_in_the_log_is_explained(one, tmp_path):
-    """The glossary is the file's docstring; the picture stands beside the log."""
+def test_every_number_in_the_log_is_explained(one):
+    """In the glossary of the trainer's docstring."""
     glossary = train.__doc__[train.__doc__.index("log.jsonl, a line per step") :]
     for line in log(one / "ddp"):
         assert not [key for key in line if not re.search(rf"\b{key}\b", glossary)]
     assert losses(one / "ddp", "total") == list(range(1, 11))
-    assert json.loads((one / "ddp" / "config.json").read_text())["scenes"]["test"] == [
-        "scene50",
-        "scene51",
-        "scene52",
-    ]
-    (tmp_path / "log.jsonl").write_text((one / "ddp" / "log.jsonl").read_text())
-    DRAW(tmp_path)
-    assert (tmp_path / "loss.png").stat().st_size > 5000
 
 
 def test_the_same_seed_gives_the_same_run(one, tmp_path):
@@ -491,12 +477,12 @@ def test_the_same_seed_gives_the_same_run(one, tmp_path):
 def test_two_processes_with_unequal_shares_give_the_losses_of_one(one, two):
     """Averaging the ranks' mean losses, as DDP alone would, is off by per cents: shares differ by rank and step."""
     for step in range(7):
-        asked = [len(samples) for *_, samples in questions(0, 1, step)]
+        asked = [len(questions) for *_, questions in told(step)]
         assert sum(asked[::2]) != sum(asked[1::2])
     assert len(losses(one / "ddp")) == 10
     for key in ("loss", "norm", "terms", "questions"):
         assert losses(two / "ddp", key) == pytest.approx(losses(one / "ddp", key), rel=1e-5)
-    assert same_weights(two / "ddp", one / "ddp", 1e-4)
+    assert_same_weights(two / "ddp", one / "ddp", 1e-4)
 
 
 def test_accumulation_never_changes_the_result(one, two, tmp_path):
@@ -515,7 +501,7 @@ def test_a_rank_without_questions_takes_part_with_weight_zero(one, two):
 
 def test_sharding_gives_the_losses_of_ddp(two):
     assert losses(two / "shard") == pytest.approx(losses(two / "ddp"), rel=1e-5)
-    assert same_weights(two / "shard", two / "ddp", 1e-4)
+    assert_same_weights(two / "shard", two / "ddp", 1e-4)
     assert losses(two / "half") == pytest.approx(losses(two / "ddp"), rel=0.1)  # bfloat16
 
 
@@ -542,31 +528,26 @@ def test_a_run_killed_or_stopped_and_resumed_equals_an_undisturbed_one_bit_for_b
     folder, (*_, killed) = launched
     killed.communicate(timeout=60)
     assert killed.returncode == -signal.SIGKILL
-    assert (
-        data.read_state(folder / "killed")["position"]["total"] == 5 and len(losses(folder / "killed")) == 6
-    )
+    assert saved_steps(folder / "killed") == 5 and len(losses(folder / "killed")) == 6
     with pytest.raises(KeyboardInterrupt):
         dummy_paper.command(f"--out={tmp_path}/stopped", *DROPOUT, "stop=5")
-    assert (
-        data.read_state(tmp_path / "stopped")["position"]["total"] == len(losses(tmp_path / "stopped")) == 6
-    )
+    assert saved_steps(tmp_path / "stopped") == len(losses(tmp_path / "stopped")) == 6
 
     dummy_paper.command(f"--out={tmp_path}/whole", *DROPOUT)
     for out in (folder / "killed", tmp_path / "stopped"):
         dummy_paper.command(f"--out={out}", *DROPOUT, "--resume")
-        assert losses(out) == losses(tmp_path / "whole") and same_weights(out, tmp_path / "whole")
+        assert losses(out) == losses(tmp_path / "whole")
+        assert_same_weights(out, tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_run_with_a_checkpoint_one_line_and_its_status(
     number, status, tmp_path, capsys, monkeypatch
 ):
-    forward = dummy_paper.Model.forward
-    monkeypatch.setattr(
-        dummy_paper.Model, "forward", lambda *args: os.kill(os.getpid(), number) or forward(*args)
-    )
+    monkeypatch.setattr(dummy_paper.Model, "left", 0)
+    monkeypatch.setattr(dummy_paper.Model, "signal", number)
     assert "--resume" in refusal(capsys, f"--out={tmp_path}", status=status)
-    assert data.read_state(tmp_path)["position"]["total"] == 1
+    assert saved_steps(tmp_path) == 1
 
 
 def test_a_dead_loader_process_is_one_line(tmp_path, capsys, monkeypatch):
@@ -576,9 +557,10 @@ def test_a_dead_loader_process_is_one_line(tmp_path, capsys, monkeypatch):
 
 def test_gradients_of_indexing_repeat_to_the_bit_on_several_threads():
     """Threads add them in any order unless the trainer forbids it: a resumed run would not be the run it resumes."""
-    index = torch.randint(50, (4, 4000), generator=torch.Generator().manual_seed(0))
+    torch.set_num_threads(4)
+    index = torch.arange(16_000) % 50
     x = torch.randn(50, 32, requires_grad=True)
-    scale = torch.randn(4, 4000, 32)
+    scale = torch.randn(16_000, 32)
     train.Distributed()
     found = [torch.autograd.grad((x[index] * scale).sum(), x)[0] for _ in range(20)]
     assert all(torch.equal(found[0], gradient) for gradient in found)
