@@ -2866,7 +2866,7 @@ STAGES = {
             scene_input="pieces",
             iterations=300,
             per_scene=32,
-            **{**READ, "schedule": "trapezoid"},
+            **READ | {"schedule": "trapezoid"},
         ),
     ]
 }

@@ -1164,7 +1164,7 @@ STAGES["tiny"] = [
         "proxies",
         iterations=1600,
         files=SPACESPAN,
-        **{**HOW, "schedule": "trapezoid"},
+        **HOW | {"schedule": "trapezoid"},
     ),
 ]
 

@@ -1207,7 +1207,7 @@ def modle_drill(g, rng, task):
         written = shift_reasoning(axis, a, words, float(pick(rng, AMOUNTS)))
     elif task == "modle_side":
         # which way from the second place the first is
-        here, there = sorted((a, b), key=lambda place: sign * place)
+        here, there = sorted((a, b))[::sign]
         letter, side = "xy"[axis], words.split()[-1]
         written = f"{letter}{meters(there)} {letter}{meters(here)} {side}"
     else:

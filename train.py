@@ -158,7 +158,7 @@ def override(target, key: str, text: str):
     # Python's own words begin with a capital
     python = text.title() if text.lower() in ("true", "false", "none") else text
     try:
-        value = ast.literal_eval(python)
+        value = text if kind == "str" else ast.literal_eval(python)
     except (ValueError, SyntaxError):
         value = text
     if type(value) is int and kind.startswith("float"):

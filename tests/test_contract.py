@@ -218,12 +218,12 @@ SWITCHES = {
     "fase3d": [
         "selector=fps",
         "selector=qformer",
-        "adapters='none'",  # bare, none is read as Python's None
+        "adapters=none",
         "adapters=vision",
         "adapters=text",
         "adapters=shared",
         "adapters=full",
-        "filter='none'",
+        "filter=none",
         "filter=both",
         "curves=1",
         "superpoint=false",

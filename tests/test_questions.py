@@ -556,7 +556,7 @@ def test_blind_gives_the_most_frequent_answer_to_the_same_question_else_to_its_t
     train += [told("coordinate", answer) for answer in ("[0.00, 0.00, 0.00]", "[3.00, 3.00, -3.00]")]
     train.append(told("ground", "<obj 9>", targets=[9]))
     train.append(told("multi", "no.", targets=[]))
-    train.append(told("vsi_rel_direction", "B", options=["A. left", "B. right"]))
+    train.append(told("vsi_rel_direction", "A", options=["A. right", "B. left"]))
     blind = Blind(train)
 
     def guess(task, question="new", **rest):
@@ -569,7 +569,7 @@ def test_blind_gives_the_most_frequent_answer_to_the_same_question_else_to_its_t
     assert guess("coordinate") == "[1.50, 1.50, -1.50]"
     assert int(*ids(guess("ground", targets=[1]))) in range(1, 5)
     assert guess("multi", targets=[1]) == "no."
-    assert guess("vsi_rel_direction", options=["A. right", "B. left"]) == "A", "the text counts"
+    assert guess("vsi_rel_direction", options=["A. left", "B. right"]) == "B", "the text counts"
 
 
 def test_blind_beats_no_question_that_needs_looking(asked, scenes):
