@@ -218,7 +218,15 @@ def morton(cells: Tensor, bits: int) -> Tensor:
 
 
 def hilbert(cells: Tensor, bits: int) -> Tensor:
-    """Number cells [N, 3] of 0..2^bits-1 along the Hilbert curve (Skilling 2004): keys [N]."""
+    """Number cells [N, 3] of 0..2^bits-1 along the Hilbert curve (Skilling 2004): keys [N].
+
+    With one bit it visits the eight cells, written x y z, so that every step changes one axis:
+
+        000  001  011  010  110  111  101  100
+
+    With more bits it does the same inside each of eight cubes, turned or mirrored so that the last cell
+    of a cube touches the first of the next.
+    """
     x = list(cells.unbind(1))
 
     # undo the turns from the coarse level down: where an axis' bit is set the lower bits of the
@@ -276,6 +284,13 @@ def canonical_order(points: Tensor) -> Tensor:
 
 def windowed_filter(x: Tensor, gate: Tensor) -> Tensor:
     """Multiply the spectrum of sequences by a gate inside overlapping windows, Eq. (2).
+
+    Six tokens in windows of L = 4, a new one every L / 2, so that every token lies in two of them:
+
+        . . 1 2
+            1 2 3 4         Hann weights 0, 0.5, 1, 0.5 before the FFT and after it; what two windows
+                3 4 5 6     give to a token is added and divided by the sum of its squared weights:
+                    5 6 . . a gate of one gives the tokens back
 
     Args: x [C, M, d]; gate [H, L/2 + 1] >= 0, one per head of d / H channels. Returns: [C, M, d].
     """
