@@ -149,7 +149,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def override(target, key: str, text: str):
     """Copy a dataclass with one field read from text.
 
-    Values are written as in Python, 3, 1e-4, (16, 21), true, none; what is none of these is a word.
+    Values are written as in Python, 3, 1e-4, (16, 21), true, none; what is none of these is a word, and so is
+    whatever a field of words gets: filter=none.
     """
     # a stage's name is also that of a folder
     kinds = {field.name: field.type for field in fields(target) if field.name != "name"}
