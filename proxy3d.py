@@ -1062,7 +1062,7 @@ class TinyModel(Model):
             pairs += [names[-1][o.id] for o in scene.objects[:4]]
             pairs += [data.name_pair(self.text, f"<OBJ{i:03d}>") for i in numbers[:4]]
 
-        # a piece is a label in a sixteenth of a frame
+        # a piece is a label in a sixteenth of a frame, as one number: sixteenth * n + label
         label = torch.cat(labels)
         n = int(label.max()) + 1
         pieces, which = (patch_index(label, 4, 4) * n + label.flatten()).unique(return_inverse=True)
