@@ -47,7 +47,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -214,6 +214,11 @@ def substitute(text, object_to_text):
     return MARK.sub(lambda found: object_to_text(int(found[1])), text)
 
 
+def marks_of(sample):
+    """List the objects (ids) that a question or its answer marks."""
+    return {int(i) for i in MARK.findall(sample.question + sample.answer)}
+
+
 def number_objects(scene, rng, count=100):
     """Draw identifiers 0..count-1 for the scene's objects; of more than `count` objects the largest get one."""
     by_volume = sorted(scene.objects, key=lambda o: -np.prod(o.box[3:]))
@@ -316,7 +321,7 @@ def group_mean(values: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tenso
     Returns: mean [count, C], 0 where a group is empty, and the groups' sizes [count].
     """
     total = values.new_zeros(count, values.shape[1]).index_add(0, index, values)
-    size = torch.bincount(index, minlength=count)
+    size = index.new_zeros(count).index_add(0, index, torch.ones_like(index))
     return total / size.clamp(min=1)[:, None], size
 
 
@@ -348,14 +353,14 @@ def unproject(depth, intrinsics, poses):
     u, v = np.meshgrid(np.arange(W) + 0.5, np.arange(H) + 0.5)
     pixels = np.stack([u, v, np.ones((H, W))], axis=-1).reshape(-1, 3)  # [H * W, 3]
 
-    # in the camera's frame: the ray of a pixel's center at depth 1, times the depth
-    rays = pixels @ np.linalg.inv(intrinsics).swapaxes(1, 2)  # [V, H * W, 3]
-    measured = np.where(depth > 0, depth, np.nan)
-    camera = rays * measured.reshape(V, -1, 1)
+    # the ray of a pixel's center at depth 1, as the world sees it
+    turn = poses[:, :3, :3] @ np.linalg.inv(intrinsics)
+    points = np.float32(pixels) @ np.float32(turn).swapaxes(1, 2)  # [V, H * W, 3]
 
-    # to the world's
-    world = camera @ poses[:, :3, :3].swapaxes(1, 2) + poses[:, None, :3, 3]
-    return world.reshape(V, H, W, 3).astype(np.float32)
+    # times the depth, from where the camera stands; in place, for there may be millions
+    points *= np.where(depth > 0, depth, np.nan).reshape(V, -1, 1)
+    points += np.float32(poses[:, None, :3, 3])
+    return points.reshape(V, H, W, 3)
 
 
 def project(points, K, pose):
@@ -2288,20 +2293,26 @@ class SceneLanguageModel(nn.Module):
             return self.feature_cache[scene.name]
 
         # a file belongs to what it was made of: another scene of the same name gets another file
-        folder, name = self.feature_folder, f"{safe_name(scene.name)}-{fingerprint(scene)}.npz"
-        if folder and (folder / name).exists():
-            with np.load(folder / name, allow_pickle=False) as stored:
-                found = {key: torch.from_numpy(stored[key]) for key in stored}
-        else:
+        path = self.feature_folder
+        if path:
+            path = path / f"{safe_name(scene.name)}-{fingerprint(scene)}.safetensors"
+        if not path or not path.exists():
             with torch.no_grad():
-                found = {key: value.cpu() for key, value in self.compute_features(scene).items()}
-            if folder:
-                write_npz(folder / name, **{key: value.numpy() for key, value in found.items()})
+                found = {key: value.cpu().contiguous() for key, value in self.compute_features(scene).items()}
+            if path:
+                write_whole(path, lambda file: file.write(save(found)))
 
+        # a mapped file takes memory where it is looked at: a loader process asks for lengths alone
+        if path:
+            found = load_file(path)
         self.feature_cache[scene.name] = found
         return found
 
     # -- questions
+
+    def visible(self, scene):
+        """List the objects (ids) that some token shows; the others are not asked about."""
+        return {o.id for o in scene.objects}
 
     def write_marks(self, scene, sample):
         """Put the paper's own words for objects in place of the marks in a question's texts."""
@@ -2347,10 +2358,12 @@ class SceneLanguageModel(nn.Module):
         prompts = self.prompt_tokens(batch, seen)  # [P, D]
         hidden = self.forward_llm(ids, positions, packed_mask(block), seen, prompts)  # [S, T, D]
 
-        # the vocabulary is large: only positions that carry a label go through the last layer
+        # the vocabulary is large: only positions that carry a label go through the last layer. The batch says
+        # which, since the device would have to be waited for
         answered = labels != IGNORE  # [S, T]
-        logits = self.llm.lm_head(hidden[answered]).float()  # [A, vocabulary]
-        target = labels[answered]  # [A]
+        index = (batch["labels"] != IGNORE).flatten().nonzero()[:, 0].to(self.device)  # [A]
+        logits = self.llm.lm_head(hidden.flatten(0, 1)[index]).float()  # [A, vocabulary]
+        target = labels.flatten()[index]  # [A]
         loss = F.cross_entropy(logits, target, reduction="sum")
         if "auxiliary_loss" in seen:
             loss = loss + (answered.sum(1) * seen["auxiliary_loss"]).sum()
@@ -2414,20 +2427,22 @@ class SceneLanguageModel(nn.Module):
         hidden = self.forward_llm(question, place, mask, seen, prompts, cache)  # [Q, N, D]
 
         # one token a step; a row that has ended leaves the batch
-        index = torch.arange(len(row), device=self.device)  # which question a row answers
-        written = [[] for _ in asked]
+        answers = [[] for _ in asked]  # tokens of every question
+        rows = answers  # those that are still written
         for _ in range(max_new_tokens):
             token = self.llm.lm_head(hidden[:, -1]).argmax(-1)  # [rows]
-            for i, t in zip(index.tolist(), token.tolist(), strict=True):
-                written[i].append(t)
-            alive = (token != self.text.eos).nonzero()[:, 0]
-            if not len(alive):
+            for answer, t in zip(rows, token.tolist(), strict=True):
+                answer.append(t)
+            alive = [i for i, answer in enumerate(rows) if answer[-1] != self.text.eos]
+            if not alive:
                 break
+            rows = [rows[i] for i in alive]
+            alive = torch.tensor(alive, device=self.device)
             cache.batch_select_indices(alive)
-            index, token, place = index[alive], token[alive, None], place[alive, -1:] + 1
+            token, place = token[alive, None], place[alive, -1:] + 1
             valid = F.pad(valid[alive], (0, 1), value=True)
             hidden = self.forward_llm(token, place, valid[:, None, None], seen, nothing, cache)
-        return [self.text.decode(tokens) for tokens in written]
+        return [self.text.decode(tokens) for tokens in answers]
 
 
 def name_pair(text, *names):
@@ -2929,13 +2944,12 @@ def reading(path, what):
         raise DataError(f"{path}: not a whole {what} ({why}); copy or export it again") from None
 
 
-def write_npz(path, **arrays):
-    """Write named arrays as one file, which becomes `path` when it is whole: nobody ever reads
-    half of it."""
+def write_whole(path, write):
+    """Let `write` fill a file, which becomes `path` when it is whole: nobody ever reads half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with open(part, "wb") as file:
-        np.savez(file, **arrays)
+        write(file)
     os.replace(part, path)
 
 
@@ -3550,21 +3564,17 @@ def estimate_normals(points):
     return np.where(inward, normals, -normals).astype(np.float32)
 
 
-PLY_FIELDS = (  # normals, and the three colors by their names; the last are Gaussian splats' harmonics
+PLY_FIELDS = (  # normals, and the three colors by their names
     ("nx", "ny", "nz"),
     ("red", "green", "blue"),
     ("diffuse_red", "diffuse_green", "diffuse_blue"),
     ("r", "g", "b"),
-    ("f_dc_0", "f_dc_1", "f_dc_2"),
 )
 
 
 def eight_bit(values):
-    """Bring colors [N, 3] up to 1, 255 or 65535, whichever they reach, to uint8."""
-    highest = values.max()
-    full = 65535 if highest > 255 else 255
-    if highest <= 4:
-        full = 1
+    """Bring colors [N, 3] up to 1 or 255, whichever they reach, to uint8."""
+    full = 255 if values.max() > 4 else 1
     return np.nan_to_num(values * (255.0 / full)).round().clip(0, 255).astype(np.uint8)
 
 
@@ -3600,8 +3610,6 @@ def load_mesh(path):
                 values = np.stack([np.ravel(held["data"][name]) for name in names], axis=1)
                 if names[0] == "nx":
                     normals = values
-                elif names[0] == "f_dc_0":
-                    colors = eight_bit(0.5 + 0.2821 * values)
                 else:
                     colors = eight_bit(values)
     return points, colors, normals, faces
@@ -3776,7 +3784,7 @@ def read_scannet(folder, max_frames=32, longest=math.inf):
         add_objects(scene, segs, aggregation)
     else:
         scene.notes.append("a test scan without labels: superpoints are our own, objects unknown")
-        scene.superpoints = over_segment(points, normals)
+        scene.superpoints = over_segment(points, normals, faces)
 
     # a thousand scans do not fit in memory, so frames stay on disk
     elsewhere = [root / "posed_images" / folder.name for root in folder.parents[:2]]
@@ -3784,7 +3792,8 @@ def read_scannet(folder, max_frames=32, longest=math.inf):
         layout, views = find_frames(place)
         if max_frames and any(view.depth for view in views):
             load = partial(scan_frames, scene, world, layout, views, max_frames, longest)
-            scene.frames = LazyFrames(load, file_key([mesh, *(view.image for view in views if view.image)]))
+            files = [file for view in views for file in view if isinstance(file, Path)]
+            scene.frames = LazyFrames(load, f"{file_key([mesh, *files])} {max_frames} {longest}")
             break
     return check_scene(scene, trusted=True)
 
@@ -4016,8 +4025,8 @@ def over_segment(points, normals=None, faces=None, threshold=0.01, min_size=20):
     """Segment a cloud or mesh into superpoints: labels [N] int64, contiguous from 0.
 
     The weight of an edge from a to b is 1 - n_a . n_b, squared where the surface is convex (n_b
-    points along b - a), so that round things hold together. The edges are a mesh's (default normals:
-    `vertex_normals`), or join the 10 nearest neighbors of a bare cloud, there with the mean weight of
+    points along b - a), so that round things hold together. The edges are a mesh's, whose normals are
+    `vertex_normals`, or join the 10 nearest neighbors of a bare cloud, there with the mean weight of
     both directions.
     Args: points [N, 3]; normals [N, 3]; faces [F, 3]; threshold and min_size, the smallest number of
     points, which ScanNet calls kThresh and segMinVerts.
@@ -4027,8 +4036,8 @@ def over_segment(points, normals=None, faces=None, threshold=0.01, min_size=20):
     if N < 2:
         return np.zeros(N, np.int64)
     points = np.asarray(points, np.float32)
-    if normals is None:
-        normals = estimate_normals(points) if faces is None else vertex_normals(points, faces)
+    if faces is not None:
+        normals = vertex_normals(points, faces)
 
     # edges, and how much the surface bends along them
     def weigh(a, b):
@@ -4385,12 +4394,8 @@ def with_tracks(scene, tracks):
     """Make merged tracks [V, H, W] of a scene's frames its masks and objects.
 
     A track on the room's shell, or of fewer than 8 points, is dropped. Boxes span the 2nd to 98th
-    percentile of a track's points, since masks bleed at edges. Raises DataError without frames of
-    that size.
+    percentile of a track's points, since masks bleed at edges.
     """
-    if scene.frames.depth.shape != tracks.shape:
-        wrong = f"tracks are {tracks.shape}, frames {scene.frames.depth.shape}"
-        raise DataError(f"{scene.name}: {wrong}; make the tracks from these frames")
     scene = visible_cloud(scene)
     colors = opponent_colors(shown_colors(scene))
     shell = find_shell(scene.points, scene.normals, colors, scene.superpoints)
@@ -4648,7 +4653,7 @@ def save_scene(scene, path):
     # what is no array goes as JSON
     about = {name: getattr(scene, name) for name in ("name", "source", "metric", "notes")}
     about["objects"] = [[o.id, o.category, o.color, *o.box.tolist()] for o in scene.objects]
-    write_npz(path, about=np.array(json.dumps(about)), **arrays)
+    write_whole(path, partial(np.savez, about=np.array(json.dumps(about)), **arrays))
 
 
 def load_scene(path):

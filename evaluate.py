@@ -435,6 +435,7 @@ class Benchmark:
 
     files = {}
     split = "val"  # the one that papers report
+    boxes = ""  # a file of boxes, beside it, where objects are not numbered as in the scans
     tasks = ()  # generated questions that belong here
     prompt = "{question}"  # around the question; a part of the result
     choice_prompt = "{question}"  # the same where a question has {options}
@@ -889,12 +890,17 @@ class MMScanQA(Benchmark):
 
 class MMScanVG(Multi3DRefer):
     """A training source, {"train": [..], ..} of {"ID": "VG_1", "sub_class": "..", "scan_id":
-    "scannet/scene0011_00", "text": "..", "target_id": [3]}; objects are numbered from 1."""
+    "scannet/scene0011_00", "text": "..", "target_id": [3]}.
+
+    MMScan numbers objects its own way. MMScan_boxes.json beside the file, as `read_boxes` takes it with these
+    numbers for objectIds, says which of a scan's objects each one is: that which its box fits best.
+    """
 
     files = splits("MMScan_VG.json", train=None)
+    boxes = "MMScan_boxes.json"
 
     def read(self, ID, scan_id, text, target_id, **others):
-        sample = super().read(scan_id.split("/")[-1], [i - 1 for i in target_id], ID, "", text)
+        sample = super().read(scan_id.split("/")[-1], target_id, ID, "", text)
         return replace(sample, id=ID)
 
 
@@ -1014,12 +1020,13 @@ def load(
     partial: bool = False,
     dialects: Iterable[str] = (),
     paper: str = "",
+    **options,
 ) -> Questions:
     """Read an official file and the scenes that it asks about.
 
     root: the folder of the scans, or a file of true boxes (`read_boxes`); None: no scene is needed.
     partial: accept another number of questions than the split has, and leave out those whose scan
-    is missing. dialects, paper: as for `choose_dialects`.
+    is missing. dialects, paper: as for `choose_dialects`. options: of the scenes' readers.
     """
     # the questions, in the dialects that are to be scored
     benchmark = choose_dialects(find_benchmark(name), dialects, paper)
@@ -1041,8 +1048,13 @@ def load(
     elif root.is_file():
         scenes = read_boxes(root)
     else:
-        there = {scan.name: scan for scan in data.find_scans(root)}
-        scenes = {scene: data.read_scannet(there[scene]) for scene in wanted & there.keys()}
+        # scans, or scenes that `data.py cache` has kept, of videos too
+        found = data.find_scans(root) or data.find_scenes(root)
+        there, scenes = {path.stem.partition(".")[0]: path for path in found}, {}
+        for scene in wanted & there.keys():
+            takes = data.choose_reader(there[scene])[1]
+            own = {key: value for key, value in options.items() if key in takes}
+            scenes[scene] = data.open_scene(there[scene], "none", **own)
     missing = wanted - scenes.keys()
     if missing and not (partial and wanted & scenes.keys()):
         raise DataError(
@@ -1448,9 +1460,9 @@ def mixture(
     """Give questions by scene, and a line per source that says what was kept and dropped.
 
     Every accepted answer is a question, with its benchmark's prompt. Dropped are answers of another
-    form, leaks, questions without a scan, those whose target no numbered object fits with the
-    source's IoU (boxes: proposals.json in the folder, else the scans' own), and more than the
-    source takes.
+    form, leaks, questions without a scan (or, where the benchmark has a file of boxes of its own, without
+    these), those whose target no numbered object fits with the source's IoU (boxes: proposals.json in the
+    folder, else the scans' own), and more than the source takes.
     """
     # the rooms that may be trained in, and the proposals a model will be shown
     rooms = evaluation_rooms({source.benchmark for source in sources.values()}, folder, root, held)
@@ -1458,8 +1470,8 @@ def mixture(
     file = min(folder.rglob("proposals.json"), default=None)
     shown = read_boxes(file) if file else there
 
-    # why a question is dropped
-    def fault(s: Sample, source: data.Source) -> str:
+    # why a question is dropped; truth: the boxes that its numbers mean
+    def fault(s: Sample, source: data.Source, truth: dict[str, Scene]) -> str:
         grounded = s.targets is not None
         forms = {
             "text": s.task == "caption" or not grounded,
@@ -1471,18 +1483,23 @@ def mixture(
             return "of another form"
         if s.scene.split("_")[0] in rooms:
             return "of rooms for evaluation"
-        if s.scene not in there or s.scene not in shown:
+        if s.scene not in there.keys() & shown.keys() & truth.keys():
             return "without a scan"
-        fits = [proposal_fit(there[s.scene], shown[s.scene], i) for i in s.targets or ()]
+        fits = [proposal_fit(truth[s.scene], shown[s.scene], i) for i in s.targets or ()]
         return "without an object that fits" if min(fits, default=1.0) < max(source.fit, 1e-9) else ""
 
     listed, report = defaultdict(list), []
     for name, source in sources.items():
-        benchmark, samples, dropped = find_benchmark(source.benchmark), [], Counter()
+        benchmark, samples, dropped, truth = find_benchmark(source.benchmark), [], Counter(), there
+        if benchmark.boxes:
+            file = min(folder.rglob(benchmark.boxes), default=None)
+            truth = read_boxes(file) if file else {}
         for split in source.splits:
             for s in read_official(source.benchmark, folder, root, split):
-                why, question = fault(s, source), benchmark.write_prompt(s)
+                why, question = fault(s, source, truth), benchmark.write_prompt(s)
                 dropped[why] += 1
+                if benchmark.boxes and not why:
+                    s = as_shown(s, truth[s.scene], there[s.scene])
                 # every accepted answer is a question of its own
                 for text in () if why else dict.fromkeys(s.answers):
                     id = f"{name}/{s.id}/{text}"
@@ -1530,6 +1547,12 @@ def load_run(folder: Path) -> tuple[Model, dict]:
     return model.eval(), record
 
 
+def in_training_arithmetic(model: Model, record: dict) -> torch.autocast:
+    """Compute as the run's training did."""
+    dtype = getattr(torch, record["dtype"])
+    return torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
+
+
 def evaluate_questions(model: Model, asked: list[Questions], out: Path, record: dict) -> dict[str, dict]:
     """Ask, score, write OUT/metrics.json and OUT/predictions, and print the table.
 
@@ -1546,8 +1569,8 @@ def evaluate_questions(model: Model, asked: list[Questions], out: Path, record: 
         dist.barrier()  # a rank reads what the others have cached
 
     # the answers, also without what the paper's baselines take away
-    dtype, others = getattr(torch, record["dtype"]), defaultdict(dict)
-    with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+    others = defaultdict(dict)
+    with in_training_arithmetic(model, record):
         answers = {questions.name: predict(model, questions) for questions in asked}
         for column, without in model.baselines().items():
             with without:
@@ -1620,7 +1643,8 @@ def evaluate_run(args: argparse.Namespace):
     out, asked = args.out or args.run, []
     for name in args.benchmark if args.annotations else ():
         root = Path(args.root or record["root"] or "scans")
-        questions = load(name, args.annotations, root, args.partial, args.dialect, record["model"])
+        options = record["scene_options"]  # frames as the model has seen them
+        questions = load(name, args.annotations, root, args.partial, args.dialect, record["model"], **options)
         asked.append(with_proposals(questions, args.proposals, model, record["seed"]))
     if asked:
         evaluate_questions(model, asked, out, record)
@@ -1694,7 +1718,8 @@ def ask_scene(args: argparse.Namespace):
         for word in model.text.unknown(question):
             print(f"note: the model has never read the word {word!r}")
         samples.append(Sample(str(len(samples)), scene.name, "ask", question, "", prompt=args.at))
-        (text,) = model.generate(model.batch([(scene, samples[-1:])]), max_new_tokens=96)
+        with in_training_arithmetic(model, record):
+            (text,) = model.generate(model.batch([(scene, samples[-1:])]), max_new_tokens=96)
 
         # what cannot be known is refused, whatever the model wrote
         refused = model.refusal(scene, question)

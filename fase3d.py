@@ -52,9 +52,9 @@ What the paper leaves open, and what we chose
 - Graph: a window is 32 points before and 32 after its center, a new center every 16 points.
   Votes propose neighbors and weigh edges, but distance chooses: the k = 8 nearest of those proposed, of
   equals those with more votes; an edge stays if either end keeps it, with the larger vote.
-- Seeds: farthest points, the first one farthest from the centroid, one per superpoint. The paper removes
-  duplicate and invalid seeds only. Here a seed next to a kept one steps back as well, and its place goes to
-  the largest superpoint that no kept seed covers: in a room of 50,000 points about every second token.
+- Seeds: farthest points, the first one farthest from the centroid. The second in one superpoint gives its
+  place to the largest superpoint next to no seed: the paper says "uncovered", not in which order. In a room
+  of 50,000 points that is about every second token.
 - Edge weight: max(0, cos(S_i, S_j)) * log(1 + v_ij) / log(1 + largest vote of the scene).
 - A token is LayerNorm(MLP(z')) + `Model.place` of its position in meters, a linear map that also encodes
   clicks and boxes, so that a place can be found by what it shares with a token. The LayerNorm starts at
@@ -175,12 +175,13 @@ class Initial(nn.Module):
         self.lift = nn.Sequential(nn.Linear(channels, hidden), nn.LayerNorm(hidden), nn.GELU())
         self.out = nn.Linear(hidden, dim)
 
-    def forward(self, features: Tensor, places: Tensor, owner: Tensor) -> Tensor:
-        """Pool points: features [N, channels], places [N, 3] in 0..1, owner [N] -> S [M, d]."""
+    def forward(self, features: Tensor, places: Tensor, owner: Tensor, count: int) -> Tensor:
+        """Pool points: features [N, channels], places [N, 3] in 0..1, owner [N] of 0..count-1 -> S [M, d]."""
         # averaging before the second linear map gives the same, and that map then reads M rows
-        x = superpoint_mean(self.lift(features), owner)  # [M, hidden]
+        x, _ = data.group_mean(self.lift(features), owner, count)  # [M, hidden]
         S = self.out(x)  # [M, d]
-        return S + superpoint_mean(fourier_code(places, S.shape[1]), owner)  # [M, d]
+        code, _ = data.group_mean(fourier_code(places, S.shape[1]), owner, count)  # [M, d]
+        return S + code  # [M, d]
 
 
 # ---- 2 serialization, Eq. (6) --------------------------------------------------------------------
@@ -420,26 +421,20 @@ def choose_seeds(points: Tensor, superpoints: Tensor, edges: Tensor, count: int)
     Args: points [N, 3]; superpoints [N] of 0..M-1; edges [E, 2] both ways.
     Returns: seeds [T] and their positions [T, 3], T = min(count, M).
     """
-    # candidates: farthest points first, then all superpoints at their middle, the largest first
     anchor = data.farthest_point_sampling(points, count)
-    by_size = torch.argsort(torch.bincount(superpoints), descending=True, stable=True)
-    candidates = torch.cat([superpoints[anchor], by_size]).tolist()
-    positions = torch.cat([anchor, nearest_to_center(points, superpoints)[by_size]]).tolist()
+    seed = superpoints[anchor]
 
-    # a candidate that a kept one covers (itself or a neighbor) steps back
-    kept, spare, covered = {}, {}, set()
-    for s, position in zip(candidates, positions, strict=True):
-        if s in covered:
-            spare.setdefault(s, position)
-        elif len(kept) < count:
-            kept[s] = position
-            covered.update([s, *edges[edges[:, 0] == s, 1].tolist()])
+    # of two points in one superpoint the later gives its place to a superpoint next to no seed, the largest
+    # first; when there is none left, to a neighbor of seeds
+    size = torch.bincount(superpoints)
+    size[edges[torch.isin(edges[:, 0], seed), 1]] -= len(points)
+    rest = size.argsort(descending=True, stable=True)
 
-    # when all are covered, the places left go to those that stepped back
-    for s, position in spare.items():
-        if len(kept) < count:
-            kept.setdefault(s, position)
-    return torch.tensor(list(kept)), points[list(kept.values())]
+    # so each superpoint counts where it comes first
+    seed = torch.cat([seed, rest])
+    position = torch.cat([anchor, nearest_to_center(points, superpoints)[rest]])
+    first = np.sort(np.unique(seed, return_index=True)[1])[:count]
+    return seed[first], points[position[first]]
 
 
 def nearest_to_center(points: Tensor, owner: Tensor) -> Tensor:
@@ -800,12 +795,7 @@ class Model(SceneLanguageModel):
             parts.append(np.zeros((len(index), 3)) if hidden else scene.colors[index] / 127.5 - 1)
 
         if config.normals:
-            if scene.normals is None:
-                raise DataError(
-                    f"{scene.name}: the cloud has no normals; make them with "
-                    "data.estimate_normals, or train with --set normals=false"
-                )
-            parts.append(scene.normals[index])
+            parts.append(scene.normals[index])  # every reader of clouds finds them
         return torch.from_numpy(np.concatenate(parts, 1)).float()
 
     def superpoints(self, scene: Scene) -> tuple[Tensor, Tensor]:
@@ -816,7 +806,7 @@ class Model(SceneLanguageModel):
         box = torch.stack([points.amin(0), points.amax(0)])  # [2, 3]
         features = self.point_features(scene, index).to(self.device)  # [N, channels]
         owner = found["owner"].to(self.device)  # [N]
-        S = self.initial(features, unit_box(points, box), owner)  # [M, d]
+        S = self.initial(features, unit_box(points, box), owner, found["orders"].shape[1])  # [M, d]
         if self.config.enhancer:
             S = self.enhancer(S, found["orders"].to(self.device))  # [M, d]
         return S, box
@@ -897,8 +887,11 @@ class Model(SceneLanguageModel):
     def run_decoder(self, embeds, is_scene, positions, mask, cache=None):
         """Run the language model; scene and coordinate tokens are vision, all others text."""
         vision = is_scene.flatten()
-        self.token_index["vision"] = vision.nonzero()[:, 0]
-        self.token_index["text"] = (~vision).nonzero()[:, 0]
+        if is_scene.shape[1] == 1:  # the next token of every answer is text: nothing to look up
+            text = torch.arange(len(vision), device=self.device)
+            self.token_index.update(vision=text[:0], text=text)
+        else:
+            self.token_index.update(vision=vision.nonzero()[:, 0], text=(~vision).nonzero()[:, 0])
         return super().run_decoder(embeds, is_scene, positions, mask, cache)
 
     # -- dense captioning without given boxes, and pictures

@@ -25,7 +25,7 @@ c^WxL are a proxy's height and its place on the floor, not pixels.
 | paper                                  | here                                          |
 | sec. 3.1 patch triplets                | patch_triplets                                |
 | (1) groups of patches by object        | cluster                                       |
-| (2) clusters and their centers         | farthest_seeds, CLUSTERING; means: c          |
+| (2) clusters and their centers         | farthest_seeds; means: c                      |
 | (3) proxies, the means of clusters     | make_proxies                                  |
 | allocation K_g ~ |G_g| / L             | allocate                                      |
 | (5) BFS serialization                  | bfs_order                                     |
@@ -35,11 +35,11 @@ c^WxL are a proxy's height and its place on the floor, not pixels.
 | supp. Table 1, four stages             | STAGES                                        |
 | supp. Table 2, SpaceSpan-318K          | SPACESPAN                                     |
 | supp. Fig. 3, proxy attention map      | attention_map, draw_attention                 |
-| main Tables 4-5, ablations             | Config, CLUSTERING, recipe                    |
+| main Tables 4-5, ablations             | Config, recipe                                |
 
 What the paper leaves open, and what we chose
 - "KNN" clustering: farthest-point seeds inside the group (first: the patch nearest its centroid), every patch
-  to its nearest seed, mean of features and of coordinates. k-means and DPC-kNN are alternatives.
+  to its nearest seed, mean of features and of coordinates. Lloyd's steps would make it k-means (`lloyd`).
 - Patches without a mask form one more group (label 0): floor and walls keep tokens, but get no identifier.
 - Allocation is exact: a floor for every group (lower where the floors alone exceed the budget), the rest in
   proportion by largest remainders, never more than a group has.
@@ -96,7 +96,7 @@ class Config:
     semantic_grouping: bool = True  # False: Table 4, "no semantic grouping"
     coordinate_stage: bool = True  # False: Table 4, stage II skipped, F trains in stage IV
     inter_frame: bool = True  # Table 4, full-attention blocks see all frames
-    clustering: str = "fps"  # a key of CLUSTERING
+    lloyd: int = 0  # steps of k-means from the farthest seeds
     fourier: int = 256  # features of F, cosines and sines; half as many as its hidden width
     position_share: float = 0.3  # RMS of F at the start, as a share of that of the tower's features
     symbol: int = 112  # pixels of a symbol image; 112 = 4 x 4 merged tokens of Qwen2.5-VL, averaged
@@ -140,7 +140,7 @@ def patch_triplets(features: Tensor, points: Tensor, masks: Tensor) -> tuple[Ten
     Args: features [V, h, w, C]; points [V, H, W, 3] in meters, NaN = missing; masks [V, H, W] >= 0, 0 = no
     object. H and W need not be multiples of h and w. Returns: f [L, C], p [L, 3], m [L].
     """
-    V, h, w, C = features.shape
+    h, w = features.shape[1:3]
     patch = patch_index(masks, h, w)  # [pixels]
 
     # a patch belongs to the object that covers most of it
@@ -148,12 +148,13 @@ def patch_triplets(features: Tensor, points: Tensor, masks: Tensor) -> tuple[Ten
 
     # its point averages that object's pixels only: a chair's edge must not be pulled to the wall behind it
     counted = torch.isfinite(points).all(-1).flatten() & (masks.flatten() == label[patch])
-    measured = points.reshape(-1, 3)[counted].float()
-    p, count = data.group_mean(measured, patch[counted], V * h * w)  # [patches, 3], [patches]
+    n = len(label)
+    patch = torch.where(counted, patch, n)  # [pixels] n = none
+    p, count = data.group_mean(points.reshape(-1, 3).float(), patch, n + 1)  # [patches + 1, 3], [patches + 1]
 
     # patches whose object has no measured pixel have no place in 3D
-    keep = count > 0
-    return features.reshape(-1, C)[keep], p[keep], label[keep]
+    keep = count[:n] > 0
+    return features.flatten(0, 2)[keep], p[:n][keep], label[keep]
 
 
 def patch_index(pixels: Tensor, h: int, w: int) -> Tensor:
@@ -165,9 +166,13 @@ def patch_index(pixels: Tensor, h: int, w: int) -> Tensor:
 
 
 def patch_labels(masks: Tensor, h: int, w: int) -> Tensor:
-    """Find the label that covers most of every patch: masks [V, H, W] >= 0 -> [V, h, w]."""
-    V = len(masks)
-    return data.most_frequent(masks.flatten(), patch_index(masks, h, w), V * h * w).view(V, h, w)
+    """Find the label that covers most of every patch: masks [V, H, W] >= 0 -> [V, h, w].
+
+    Of labels that cover the same, the highest wins: an object before 0, "none". So it does where no pixel is.
+    """
+    V, most = len(masks), masks.max()
+    lowest = data.most_frequent((most - masks).flatten(), patch_index(masks, h, w), V * h * w)
+    return (most - lowest).view(V, h, w)
 
 
 # ---- 2 allocation and clustering, sec. 3.2 -------------------------------------------------------
@@ -212,10 +217,10 @@ def allocate(sizes: Sequence[int], budget: int, floor: int = 2) -> list[int]:
     return given.tolist()
 
 
-def cluster(points: Tensor, labels: Tensor, budget: int, floor: int = 2, method: str = "fps") -> Tensor:
+def cluster(points: Tensor, labels: Tensor, budget: int, floor: int = 2, lloyd: int = 0) -> Tensor:
     """Group patches by label and cluster each group on coordinates alone, Eq. (1) and (2).
 
-    Args: points [L, 3] meters; labels [L] any integers; method: a key of CLUSTERING.
+    Args: points [L, 3] meters; labels [L] any integers; lloyd: see `farthest_seeds`.
     Returns: the proxy 0..K-1 of every patch [L], in the order of labels; -1 in a group that got no proxy, as
     happens where there are more groups than tokens. K = min(budget, L) unless patches coincide.
     Raises ValueError without patches.
@@ -226,12 +231,11 @@ def cluster(points: Tensor, labels: Tensor, budget: int, floor: int = 2, method:
     xyz = points.float().cpu().numpy()
 
     # proxies are numbered group by group
-    split = data.choose(CLUSTERING, method, "clustering")
     proxy, K = np.full(len(xyz), -1), 0
     for g, count in enumerate(allocate(sizes, budget, floor)):
         if count:
             mine = group == g
-            owner = split(xyz[mine], count)
+            owner = farthest_seeds(xyz[mine], count, lloyd)
 
             # a cluster that nobody joined is no proxy
             filled, owner = np.unique(owner, return_inverse=True)
@@ -240,13 +244,13 @@ def cluster(points: Tensor, labels: Tensor, budget: int, floor: int = 2, method:
     return torch.from_numpy(proxy).to(points.device)
 
 
-def farthest_seeds(points: np.ndarray, count: int) -> np.ndarray:
+def farthest_seeds(points: np.ndarray, count: int, lloyd: int = 0) -> np.ndarray:
     """Choose seeds one by one, each farthest from those before; give every point its nearest seed.
 
     The first seed is the point nearest the centroid. The nearest seed comes for free: a point changes hands
-    when a new seed is nearer. Steps this small are faster on the CPU than launched on a GPU.
+    when a new seed is nearer. With Lloyd's steps the points' means then take the seeds' place, again and again.
 
-    Args: points [n, 3], count <= n. Returns: seed 0..count-1 of every point [n].
+    Args: points [n, 3], count <= n; lloyd: how many steps. Returns: seed 0..count-1 of every point [n].
     """
     axes = np.ascontiguousarray(points.T)  # [3, n] contiguous reads
     seed = np.square(points - points.mean(0)).sum(1).argmin()
@@ -260,6 +264,10 @@ def farthest_seeds(points: np.ndarray, count: int) -> np.ndarray:
 
         # next: the point that all seeds are far from
         seed = nearest.argmax()
+
+    for _ in range(lloyd):
+        means, _ = data.group_mean(torch.from_numpy(points), torch.from_numpy(owner), count)  # [count, 3]
+        owner = np.square(points[:, None] - means.numpy()).sum(-1).argmin(1)
     return owner
 
 
@@ -269,19 +277,19 @@ def make_proxies(
     masks: Tensor,
     budget: int = 700,
     floor: int = 2,
-    method: str = "fps",
+    lloyd: int = 0,
     semantic_grouping: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turn the patches of a scene into a sequence of proxies: sections 3.1 to 3.3 but for the positions.
 
     Args: features [V, h, w, C]; points [V, H, W, 3] meters, NaN = missing; masks [V, H, W] object ids,
-    0 = none; budget, floor: see `allocate`; method: a key of CLUSTERING; semantic_grouping: False takes all for
+    0 = none; budget, floor: see `allocate`; lloyd: see `farthest_seeds`; semantic_grouping: False takes all for
     one group. Returns: z [K, C] mean features, c [K, 3] mean points, group [K] object ids, in BFS order.
     """
     # patches with a feature, a point and a label, and the proxy that each belongs to
     f, p, m = patch_triplets(features, points, masks)
     one = torch.zeros_like(m)
-    proxy = cluster(p, m if semantic_grouping else one, budget, floor, method)  # [L]
+    proxy = cluster(p, m if semantic_grouping else one, budget, floor, lloyd)  # [L]
 
     # Eq. (3): a proxy is the mean of its patches
     kept = proxy >= 0
@@ -588,7 +596,7 @@ class Model(data.SceneLanguageModel):
 
     def feature_settings(self):
         c = self.config
-        return c.budget, c.floor, c.clustering, c.semantic_grouping, c.grid, c.frames, c.inter_frame
+        return c.budget, c.floor, c.lloyd, c.semantic_grouping, c.grid, c.frames, c.inter_frame
 
     def feature_weights(self):
         return self.visual
@@ -609,7 +617,7 @@ class Model(data.SceneLanguageModel):
         points = torch.from_numpy(points).to(self.device)
         masks = torch.from_numpy(f.masks[pick]).long().to(self.device)
         z, c, group = make_proxies(
-            features, points, masks, cfg.budget, cfg.floor, cfg.clustering, cfg.semantic_grouping
+            features, points, masks, cfg.budget, cfg.floor, cfg.lloyd, cfg.semantic_grouping
         )
         return {"z": z.half(), "c": c, "group": group}
 
@@ -621,6 +629,11 @@ class Model(data.SceneLanguageModel):
         super().cache_features(scenes, folder, rank, world)
 
     # -- scenes to tokens
+
+    def visible(self, scene):
+        if self.uses_features():
+            return set(self.load_features(scene)["group"].tolist())
+        return super().visible(scene)
 
     def scene_length(self, scene):
         if self.uses_features():
@@ -734,7 +747,7 @@ SPACESPAN = {
     "ScanRefer": Source("scanrefer", 32_000, "id", fit=0.75),
     "Multi3DRefer": Source("multi3drefer", 39_000, "id", fit=0.75),
     "MMScan QA": Source("mmscan/qa", 57_000, most=57_000),
-    "MMScan VG": Source("mmscan/vg", 57_000, "id", most=57_000),
+    "MMScan VG": Source("mmscan/vg", 57_000, "id", most=57_000, fit=0.5),
     "SR-91K numbers": Source("sr91k", 30_000, "number", most=30_000),
     "SR-91K choices": Source("sr91k", 20_000, "choice", most=20_000),
 }
@@ -793,6 +806,7 @@ PAPER_STAGES = [
         epochs=1,
         samples=318_000,
         batch=128,
+        per_scene=8,  # eight scenes for each of eight GPUs, in two micro-batches
         accumulate=2,
         files=SPACESPAN,
     ),
@@ -808,34 +822,7 @@ def recipe(config: Config, stages: list[Stage]) -> list[Stage]:
     return stages
 
 
-# ---- 8 alternatives: how points [n, 3] of a group fall into `count` clusters, owner [n] ----------
-
-
-def kmeans(points: np.ndarray, count: int) -> np.ndarray:
-    """Take ten Lloyd steps from farthest seeds."""
-    p, owner = torch.from_numpy(points), torch.from_numpy(farthest_seeds(points, count))
-    for _ in range(10):
-        means, _ = data.group_mean(p, owner, count)
-        owner = torch.cdist(p, means).argmin(1)
-    return owner.numpy()
-
-
-def dpc_knn(points: np.ndarray, count: int) -> np.ndarray:
-    """Cluster by density peaks: centers are dense and far from denser points; points go to the nearest."""
-    distance = np.sqrt(np.square(points[:, None] - points[None]).sum(-1))  # [n, n]
-    nearest = np.sort(distance, axis=1)[:, 1:6]
-    density = np.exp(-np.square(nearest).sum(1) / 5)
-
-    # how far the nearest denser point is
-    denser = density[None] > density[:, None]  # [n, n]
-    gap = np.where(denser, distance, distance.max()).min(1)
-    centers = np.argsort(-density * gap)[:count]
-    return distance[:, centers].argmin(1)
-
-
-CLUSTERING = {"fps": farthest_seeds, "kmeans": kmeans, "dpc_knn": dpc_knn}
-
-# ---- 9 where an answer looked: supp. Fig. 3 ------------------------------------------------------
+# ---- 8 where an answer looked: supp. Fig. 3 ------------------------------------------------------
 
 
 @torch.no_grad()
@@ -881,7 +868,7 @@ def draw_attention(model, scene, sample, answer, path):
     data.save_figure(figure, path)
 
 
-# ---- 10 demo -------------------------------------------------------------------------------------
+# ---- 9 demo -------------------------------------------------------------------------------------
 
 
 def demo():

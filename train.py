@@ -783,6 +783,8 @@ def train(args: argparse.Namespace, scenes: dict | None = None, text=None) -> nn
 
     # scenes to train in, and scenes to score in
     options = data.scene_options(args)
+    if args.data == "scannet":
+        options.setdefault("max_frames", vars(config).get("frames", 32))
     counts = {"train": args.train_scenes, "test": args.test_scenes}
     load = partial(data.load_scenes, args.data, root=args.root, workers=args.workers, **options)
     scenes = scenes or {split: load(split, count=count) for split, count in counts.items()}
@@ -879,6 +881,16 @@ def train(args: argparse.Namespace, scenes: dict | None = None, text=None) -> nn
             model.cache_features(train_scenes, args.out / "cache", rank, world)
         distributed.barrier()
 
+        # what no token shows is not asked about
+        shown = {scene.name: model.visible(scene) for scene in train_scenes}
+        asked = [replace(s, objects=[o for o in s.objects if o.id in shown[s.name]]) for s in train_scenes]
+        hidden = sum(len(s.objects) - len(left.objects) for s, left in zip(train_scenes, asked, strict=True))
+        if hidden:
+            print0(f"stage {stage.name}: {hidden} objects that no token shows are not asked about")
+        own = {}
+        for name, samples in listed.get(stage.name, {}).items():
+            own[name] = [s for s in samples if data.marks_of(s) <= shown[name]]
+
         # the optimizer, and what it was when the run stopped
         optimizer = make_optimizer(model, stage)
         if position["step"] > 0:
@@ -889,8 +901,7 @@ def train(args: argparse.Namespace, scenes: dict | None = None, text=None) -> nn
 
         # the questions, drawn ahead by loader processes
         kind = OfficialQuestions if stage.name in listed else QuestionDataset
-        key, own = (args.seed, index), listed.get(stage.name)
-        dataset = kind(model, train_scenes, stage, key, rank, world, own)
+        dataset = kind(model, asked, stage, (args.seed, index), rank, world, own)
         todo = range(position["step"], steps[index])
         name = f"{stage.name} ({index + 1} of {len(stages)})"
         bar = tqdm(total=todo.stop, initial=todo.start, desc=name, disable=rank > 0, mininterval=2)

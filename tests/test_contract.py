@@ -208,8 +208,7 @@ def make_with(name, settings):
 SWITCHES = {
     "proxy3d": [
         "semantic_grouping=false",
-        "clustering=dpc_knn",
-        "clustering=kmeans",
+        "lloyd=2",
         "budget=9",
         "floor=5",
         "grid=(3,4)",
@@ -333,7 +332,6 @@ def test_a_point_or_a_bare_wall_is_a_scene(name, count):
         ("fase3d", "points", "Fase3D needs points; this source has none"),
         ("fase3d", "superpoints", "no superpoints; make them with data.over_segment"),
         ("fase3d", "colors", "the cloud has no color and this model never saw such; train with"),
-        ("fase3d", "normals", "the cloud has no normals; make them with data.estimate_normals, or train"),
         ("spatial3dllm", "points", "no points, and Spatial 3D-LLM reads a cloud"),
     ],
 )
@@ -366,7 +364,7 @@ def test_cached_features_are_read_back_equal_and_shared_by_ranks(model, scenes, 
         for rank in (0, 1):
             model.feature_cache = {}
             model.cache_features(scenes, tmp_path, rank, world=2)
-        assert len(list(tmp_path.glob("*/*.npz"))) == len(scenes)
+        assert len(list(tmp_path.glob("*/*.safetensors"))) == len(scenes)
         model.feature_cache = {}
         monkeypatch.setattr(model, "compute_features", lambda scene: pytest.fail("computed again"))
         assert torch.equal(model.encode(scenes)["tokens"], expected)
@@ -378,7 +376,7 @@ def test_scenes_of_one_name_get_files_of_their_own_and_none_outside_the_folder(m
     for scene in scenes[:2]:
         model.feature_cache = {}
         model.cache_features([replace(scene, name="../../outside")], folder)
-    assert len(list(folder.rglob("*.npz"))) == 2
+    assert len(list(folder.rglob("*.safetensors"))) == 2
 
 
 @pytest.mark.parametrize("name", PAPERS)

@@ -57,7 +57,7 @@ def test_superpoint_features_equal_equation_1_point_by_point():
     f = torch.randn(50, 6)
     p = torch.rand(50, 3)
     owner = torch.arange(50) * 5 % 7
-    S = initial(f, p, owner)
+    S = initial(f, p, owner, int(owner.max()) + 1)
     x = initial.out(initial.lift(f)) + fase3d.fourier_code(p, 12)  # [N, d] of every point
     for m in range(7):
         assert torch.allclose(S[m], x[owner == m].mean(0), atol=1e-5)
@@ -235,40 +235,24 @@ def test_the_edges_kept_are_the_nearest_then_most_voted_and_symmetric(k):
 # ---- 5 token merging -----------------------------------------------------------------------------
 
 
-def test_free_places_go_to_what_no_seed_covers_and_the_largest_first():
-    """A wall of 31 m and five small things behind it: of four farthest points three are the wall's.
-
-    0 and 5 cover 1 and 4; of 2 and 3 the larger is taken and covers the other; then the largest.
-    """
-    sizes = torch.tensor([31, 3, 1, 2, 1, 1])
-    owner = torch.arange(6).repeat_interleave(sizes)
-    points = torch.zeros(39, 3)
-    points[:31, 0] = torch.arange(31)
-    points[31:, 0] = 30 + owner[31:] + 0.01 * torch.arange(8)
-    chain = torch.arange(6).unfold(0, 2, 1)
-    edges = torch.cat([chain, chain.flip(1)])
-    seeds, places = fase3d.choose_seeds(points, owner, edges, 4)
-    assert set(seeds[:2].tolist()) == {0, 5}
-    assert seeds[2:].tolist() == [3, 1]
-    assert places[3].tolist() == points[32].tolist(), "the point nearest the middle of 1"
-
-
 @pytest.mark.parametrize("count", [1, 6, 500])
-def test_seeds_are_spread_before_they_are_neighbors(count):
-    """T = min(count, M), each once, at a point of its own; neighbors only when all is covered."""
+def test_seeds_are_farthest_points_and_free_places_go_to_what_none_of_them_covers(count):
+    """Of farthest points in one superpoint the first counts; then the largest next to no seed; then neighbors."""
     for _ in range(4):
         points, owner = random_cloud()
-        M = int(owner.max()) + 1
-        near = torch.rand(M, M) < 0.1
+        near = torch.rand(2 * [int(owner.max()) + 1]) < 0.1
         near = near | near.T
+        anchors = data.farthest_point_sampling(points, count).tolist()
+        expected = list(dict.fromkeys(owner[anchors].tolist()))
+        covered, size = near[expected].any(0), owner.bincount()
+        rest = sorted(range(len(size)), key=lambda s: (bool(covered[s]), -int(size[s]), s))
+        expected += [s for s in rest if s not in expected]
+
         seeds, places = fase3d.choose_seeds(points, owner, near.nonzero(), count)
-        assert len(seeds.unique()) == len(places) == min(count, M)
-        covered = torch.zeros(M, dtype=torch.bool)
+        assert seeds.tolist() == expected[:count]
+        assert places[0].tolist() == points[anchors[0]].tolist()
         for s, place in zip(seeds, places, strict=True):
-            assert (points[owner == s] == place).all(1).any()
-            assert not covered[s] or covered.all()
-            covered |= near[s]
-            covered[s] = True
+            assert (points[owner == s] == place).all(1).any(), "a point of its own"
 
 
 def test_pooled_tokens_equal_the_formula_written_as_a_loop():

@@ -334,7 +334,7 @@ NUMERICAL = dict(problem_type="numerical", problem="how many?", solution="<answe
             dict(ID="QA_1", scan_id="x/s", question="?", answers=["a"]),
             dict(id="QA_1", scene="s"),
         ),
-        ("mmscan/vg", dict(ID="VG_1", scan_id="x/s", text="it", target_id=[3]), dict(targets=[3], id="VG_1")),
+        ("mmscan/vg", dict(ID="VG_1", scan_id="x/s", text="it", target_id=[3]), dict(targets=[4], id="VG_1")),
         (
             "3dllm/planning",
             dict(scene_id="s", question="### human: clean up. ### assistant:", answers=["1. go"]),
