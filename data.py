@@ -1946,7 +1946,8 @@ class HubText:
             ("USER", "ASSISTANT") if "vicuna" in name.lower() else ("### human", "### assistant")
         )
         start = self.tokenizer.decode(self.tokenizer.encode(""))
-        chat = f"{start}{person}: \0scene\0question\0 {assistant}: "
+        space = " " if self.tokenizer.tokenize("x") == ["x"] else ""  # Llama's puts one before every text
+        chat = f"{start}{person}:{space}\0scene\0question\0{space}{assistant}:{space}"
         if self.tokenizer.chat_template:
             message = [{"role": "user", "content": "\0scene\0question\0"}]
             chat = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)

@@ -1459,10 +1459,10 @@ def mixture(
 ) -> tuple[dict[str, list[Sample]], list[str]]:
     """Give questions by scene, and a line per source that says what was kept and dropped.
 
-    Every accepted answer is a question, with its benchmark's prompt. Dropped are answers of another
-    form, leaks, questions without a scan (or, where the benchmark has a file of boxes of its own, without
-    these), those whose target no numbered object fits with the source's IoU (boxes: proposals.json in the
-    folder, else the scans' own), and more than the source takes.
+    MODLE's are made where no file holds them. Every accepted answer is a question, with its benchmark's
+    prompt. Dropped are answers of another form, leaks, questions without a scan (or, where the benchmark
+    has a file of boxes of its own, without these), those whose target no numbered object fits with the
+    source's IoU (boxes: proposals.json in the folder, else the scans' own), and more than the source takes.
     """
     # the rooms that may be trained in, and the proposals a model will be shown
     rooms = evaluation_rooms({source.benchmark for source in sources.values()}, folder, root, held)
@@ -1494,16 +1494,19 @@ def mixture(
         if benchmark.boxes:
             file = min(folder.rglob(benchmark.boxes), default=None)
             truth = read_boxes(file) if file else {}
-        for split in source.splits:
-            for s in read_official(source.benchmark, folder, root, split):
-                why, question = fault(s, source, truth), benchmark.write_prompt(s)
-                dropped[why] += 1
-                if benchmark.boxes and not why:
-                    s = as_shown(s, truth[s.scene], there[s.scene])
-                # every accepted answer is a question of its own
-                for text in () if why else dict.fromkeys(s.answers):
-                    id = f"{name}/{s.id}/{text}"
-                    samples.append(replace(s, id=id, question=question, answer=text, answers=[]))
+        rows = [s for split in source.splits for s in read_official(source.benchmark, folder, root, split)]
+        task = source.benchmark.replace("/", "_")
+        if not rows and task in data.TASKS:
+            rows = data.question_set(there.values(), [task], source.printed // 1201, seed)
+        for s in rows:
+            why, question = fault(s, source, truth), benchmark.write_prompt(s)
+            dropped[why] += 1
+            if benchmark.boxes and not why:
+                s = as_shown(s, truth[s.scene], there[s.scene])
+            # every accepted answer is a question of its own
+            for text in () if why else dict.fromkeys(s.answers or [s.answer]):
+                id = f"{name}/{s.id}/{text}"
+                samples.append(replace(s, id=id, question=question, answer=text, answers=[]))
 
         # of more than the source takes, a random draw
         order = np.random.default_rng([seed, len(report)]).permutation(len(samples))[: source.most]

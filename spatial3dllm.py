@@ -685,13 +685,13 @@ class Model(data.SceneLanguageModel):
 # The composition, splits, wordings and scores of MODLE's 263K annotations are not public: all of
 # this section is our choice. Objects are named by descriptions that fit them alone
 # (`SceneGraph.described`). Distances run from center to center of the boxes. Directions are the axes of
-# the scene, and a question says so: "along x to the right" = +x, "along y to the back" = +y. What
-# is moved keeps its size and its orientation. A thing that is placed is taken away in thought only:
-# the scene still shows it, but its old place counts as free, and an edit is asked only where source
-# and target overlap by less than 0.25 IoU, so that its old place is never an answer. Kinds of
-# edits:
+# the scene, as FRAME says before a question of a file: to the right = +x, to the back = +y. What
+# is moved keeps its size and its orientation, stands on the floor or with three quarters of its base on one
+# thing, and hangs only where it hung before. The scene still shows it at its old place, which counts as
+# free; an edit is asked only where source and target overlap by less than 0.25 IoU, so that the old place
+# is never an answer. Kinds of edits:
 #   move   axis      along an axis by an amount
-#          towards   along an axis towards another thing by an amount, not past it
+#          towards   along the axis on which another thing is farther away, towards it, not past it
 #          beside    to an amount along an axis from another thing's center, next to it
 #   place  floor     as beside, but on the floor
 #          top       in the middle on top of another thing
@@ -701,45 +701,46 @@ class Model(data.SceneLanguageModel):
 
 TEMPLATES = {
     "modle_distance": (
-        "from center to center, how far is the {what} from the {other}?",
-        "in meters between centers, how far is the {what} from the {other}?",
-        "what is the distance from the center of the {what} to the center of the {other}?",
-        "measure from the center of the {what} to the center of the {other}.",
+        "how far apart are the {what} and the {other}, center to center?",
+        "how far is it from the center of the {what} to the center of the {other}?",
+        "what is the distance between the centers of the {what} and the {other}?",
+        "how many meters are between the centers of the {what} and the {other}?",
     ),
     "modle_move_axis": (
-        "move the {what} {direction} by {amount} meters.",
-        "move the {what} by {amount} meters {direction}.",
+        "move the {what} {amount} meters {direction}.",
         "shift the {what} {direction} by {amount} meters.",
-        "shift the {what} {amount} meters {direction}.",
+        "please push the {what} {amount} meters {direction}.",
+        "can you slide the {what} {direction} by {amount} meters?",
     ),
     "modle_move_towards": (
-        "move the {what} along {axis} towards the {other} by {amount} meters.",
-        "move the {what} by {amount} meters along {axis} towards the {other}.",
-        "shift the {what} along {axis} towards the {other} by {amount} meters.",
+        "move the {what} {amount} meters {axis}, towards the {other}.",
+        "shift the {what} {axis} towards the {other} by {amount} meters.",
+        "please push the {what} {amount} meters {axis}, closer to the {other}.",
     ),
     "modle_move_beside": (
-        "move the {what} next to the {other}, {direction} of its center by {amount} meters.",
-        "move the {what} next to the {other}: {amount} meters {direction} of its center.",
-        "shift the {what} next to the {other}, {amount} meters {direction} of its center.",
+        "move the {what} next to the {other}, {amount} meters {direction} of its center.",
+        "bring the {what} next to the {other}: {amount} meters {direction} of its center.",
+        "please push the {what} next to the {other}, {direction} of its center by {amount} meters.",
     ),
     "modle_place_floor": (
-        "take the {what} away and put it on the floor, "
-        "{direction} of the center of the {other} by {amount} meters.",
-        "remove the {what}, then set it on the floor: "
-        "{amount} meters {direction} of the center of the {other}.",
+        "put the {what} on the floor, {amount} meters {direction} of the center of the {other}.",
+        "set the {what} down on the floor: {direction} of the center of the {other} by {amount} meters.",
+        "can you put the {what} on the floor {amount} meters {direction} of the center of the {other}?",
     ),
     "modle_place_top": (
-        "take the {what} away and put it in the middle on top of the {other}.",
-        "remove the {what}, then set it on top of the {other}, in the middle.",
+        "put the {what} on top of the {other}, in the middle.",
+        "set the {what} down in the middle on top of the {other}.",
+        "can you put the {what} on the middle of the {other}?",
     ),
 }
 DIRECTIONS = {  # words -> axis, sign
-    "along x to the left": (0, -1),
-    "along x to the right": (0, 1),
-    "along y to the front": (1, -1),
-    "along y to the back": (1, 1),
+    "to the left": (0, -1),
+    "to the right": (0, 1),
+    "to the front": (1, -1),
+    "to the back": (1, 1),
 }
-TEMPLATES["modle_direction"] = tuple(DIRECTIONS)  # no question, but words that questions hold
+AXES = ("sideways", "lengthways")  # words for x and y
+TEMPLATES["modle_words"] = (*DIRECTIONS, *AXES)  # no question, but words that questions hold
 EDITS = {"modle_move": ("axis", "towards", "beside"), "modle_place": ("floor", "top")}
 AMOUNTS = np.arange(2, 31) / 10  # meters of a move
 AXIS = np.repeat([axis for axis, _ in DIRECTIONS.values()], len(AMOUNTS))  # of every possible move
@@ -757,16 +758,20 @@ TOPS = {
 # In these functions g is a scene graph, i and j are places in g.things, boxes are [m, 6].
 
 
+def shared(boxes, others):
+    """Measure how much boxes share with others [n, 6] along each axis: [m, n, 3] meters, negative where apart."""
+    low, high = box_ends(boxes[:, None])
+    other_low, other_high = box_ends(others)
+    return np.minimum(high, other_high) - np.maximum(low, other_low)
+
+
 def collide(boxes, others, slack):
     """Say which boxes stand in which of others [n, 6]: [m, n] bool.
 
     They do if along every axis they share more than `slack` meters or than half of the thinner one.
     """
-    low, high = box_ends(boxes[:, None])
-    other_low, other_high = box_ends(others)
-    shared = np.minimum(high, other_high) - np.maximum(low, other_low)  # [m, n, 3]
     thin = np.minimum(boxes[:, None, 3:], others[:, 3:]) / 2  # [m, n, 3]
-    return (shared > np.minimum(thin, slack)).all(-1) & (others[:, 5] >= FLAT)
+    return (shared(boxes, others) > np.minimum(thin, slack)).all(-1) & (others[:, 5] >= FLAT)
 
 
 def room_ends(g):
@@ -787,8 +792,12 @@ def allowed(g, i, boxes):
     What stands on unknown ground may stay so.
     """
     others = np.delete(g.boxes, i, axis=0)
-    held = data.support_of(boxes, others, g.bounds) != data.NOTHING
-    held |= g.support[i] == data.NOTHING
+    support = data.support_of(boxes, others, g.bounds)
+
+    # three quarters of its base stand on one thing, or it is held as before
+    base = shared(boxes, others)[..., :2].clip(0).prod(-1) >= 0.75 * boxes[:, None, 3:5].prod(-1)  # [m, n]
+    held = (base & (support[:, None] == np.arange(len(others)))).any(1)
+    held |= (support == data.FLOOR) | (support < 0) & (support == g.support[i])
     free = in_room(g, boxes, 0.02) & ~collide(boxes, others, TOUCH).any(1)
     moved = data.box_iou(boxes, g.boxes[[i]])[:, 0] < SAME_PLACE
     return free & moved & held
@@ -808,6 +817,8 @@ def anchors(g, i, kind):
     if kind == "top":
         wide = (g.boxes[:, 3:5] >= g.boxes[i, 3:5]).all(1)
         return [j for j in others if g.category(j) in TOPS and wide[j]]
+    if kind == "beside":
+        return [j for j in others if g.support[j] != data.WALL]
     return others
 
 
@@ -832,9 +843,10 @@ def edit_targets(kind, box, other):
     # every direction and amount, of which a kind may fit some only
     boxes = np.repeat(start[None], len(STEP), axis=0)
     boxes[np.arange(len(STEP)), AXIS] += STEP
-    if kind == "towards":  # and not past it
-        way = (other - box)[AXIS] * np.sign(STEP)
-        return boxes[(way >= APART) & (np.abs(STEP) <= way)]
+    if kind == "towards":  # the longer way, and not past it
+        way = (other - box)[:2]
+        ahead = way[AXIS] * np.sign(STEP)
+        return boxes[(ahead >= APART) & (np.abs(STEP) <= ahead) & (ahead >= np.abs(way).max())]
     if kind in ("beside", "floor"):
         return boxes[np.abs(STEP) <= (other + box)[AXIS + 3] / 2 + NEXT_TO]
     return boxes
@@ -875,7 +887,7 @@ def modle_edit(g, rng, task):
             "what": g.described[i],
             "other": g.described[j],
             "direction": words,
-            "axis": "xy"[axis],
+            "axis": AXES[axis],
             "amount": meters(amount),
         }
         return dict(
@@ -984,7 +996,10 @@ for task in EDITS:
 # Writing it down. 219 questions for each of ScanNet's 1,201 training scans are the paper's 263K.
 
 PER_SCENE = {"modle_distance": 88, "modle_move": 77, "modle_place": 54}
-FRAME = "meters in the scan's aligned axes: x to the right, y to the back, z up; boxes [cx, cy, cz, w, d, h]"
+FRAME = (
+    "In meters, in the scan's aligned axes: x to the right, y to the back, z up; sideways is along x, lengthways "
+    "along y. Boxes are [cx, cy, cz, w, d, h]."
+)
 
 
 def annotation(sample):
@@ -1051,6 +1066,7 @@ def read_annotation(wanted, id, scene_id, task, kind, question, answers, object_
 for task in GENERATORS:
     BENCHMARKS[task.replace("_", "/")] = BENCHMARKS[f"rooms/{task}"] | dict(
         tasks=(),
+        prompt=FRAME + "\n{question}",
         files={split: (f"modle_{split}.json", None) for split in ("train", "test")},
         split="test",
         rows=annotations,

@@ -427,8 +427,12 @@ class OfficialQuestions(QuestionDataset):
         return [(which, [sample for _, sample in pairs]) for which, pairs in by_scene]
 
     def ask(self, rng: np.random.Generator, which: int, samples: list[Sample]) -> tuple:
-        """Turn a scene; it is not mirrored, since people wrote left and right."""
-        return data.augment(self.scenes[which], rng, mirror=False), samples
+        """Turn a scene, but never mirror it, since people wrote left and right; boxes in an answer stay."""
+        scene = self.scenes[which]
+        turned = data.augment(scene, rng, mirror=False)
+        if any(sample.box is not None for sample in samples):
+            turned = replace(scene, identifiers=turned.identifiers)
+        return turned, samples
 
 
 def start_worker(worker: int):

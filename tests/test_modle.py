@@ -14,6 +14,7 @@ from test_questions import apart, check_number, draws, ends, hand, named, only, 
 import data
 import evaluate
 import spatial3dllm as modle
+import train
 from data import Sample
 
 ASKED = ("modle_distance", "modle_move", "modle_place")
@@ -38,21 +39,22 @@ def asked(scenes):
 # ---- the slow check: its own parser, its own geometry --------------------------------------------
 
 SIDES = {
-    "along x to the left": (0, -1),
-    "along x to the right": (0, 1),
-    "along y to the front": (1, -1),
-    "along y to the back": (1, 1),
+    "to the left": (0, -1),
+    "to the right": (0, 1),
+    "to the front": (1, -1),
+    "to the back": (1, 1),
 }
+AXES = ["sideways", "lengthways"]
 
 # what fills slots of a wording that lie beside each other
-FORMS = {"amount": r"\d\.\d\d", "direction": "|".join(SIDES)}
+FORMS = {"amount": r"\d\.\d\d", "direction": "|".join(SIDES), "axis": "|".join(AXES)}
 
 
 def new_box(kind, words, thing, anchor):
     """Where the thing is meant to be, from the words alone."""
     x = list(thing.box)
     if kind == "towards":
-        k = "xy".index(words["axis"])
+        k = AXES.index(words["axis"])
         x[k] += math.copysign(float(words["amount"]), anchor.box[k] - x[k])
         return x
     if anchor:
@@ -78,9 +80,12 @@ def check_place(scene, thing, put):
         free = -apart(put, o) <= np.minimum(0.01, thin) + 1e-9
         assert free.any() or o.box[5] < 0.05
 
-    # what stood or hung does so again
-    after = replace(scene, objects=[*rest, put])
-    assert support(thing, scene) is None or support(put, after) is not None
+    # it stands on the floor or with three quarters of its base on one thing, or is held as it was before
+    held = support(put, replace(scene, objects=[*rest, put]))
+    if isinstance(held, data.Thing):
+        assert (-apart(put, held)).clip(0)[:2].prod() >= 0.749 * put.box[3:5].prod()
+    else:
+        assert held == "floor" or held == support(thing, scene)
 
     # IoU with the old place
     both = (-apart(thing, put)).clip(0).prod()
@@ -126,10 +131,12 @@ def test_edits_end_where_their_words_say_and_only_where_there_is_room_and_suppor
 
         # what is special about its kind
         if s.kind == "towards":  # and not past it
-            k = "xy".index(words["axis"])
+            k = AXES.index(words["axis"])
             between = abs(anchor.box[k] - thing.box[k])
-            assert between >= 0.3
+            assert between >= 0.3 and between >= abs(anchor.box[1 - k] - thing.box[1 - k])
             assert between >= float(words["amount"])
+        if s.kind == "beside":
+            assert support(anchor, scene) != "wall"
         if s.kind in ("beside", "floor"):
             k = SIDES[words["direction"]][0]
             assert apart(put, anchor)[k] <= 0.6 + 1e-9
@@ -364,12 +371,30 @@ def test_the_right_answers_to_what_the_command_writes_score_best(root, folder, t
 def test_what_the_command_writes_is_trained_on(root, folder):
     """Training takes the other scans, as the paper's mixture names them."""
     evaluate.adopt(modle)
-    train, test = (data.load_scenes("scannet", split, root) for split in ("train", "test"))
+    known, held = (data.load_scenes("scannet", split, root) for split in ("train", "test"))
     sources = {k: v for k, v in modle.INSTRUCTIONS.items() if v.benchmark.startswith("modle/")}
-    listed, report = evaluate.mixture(sources, folder, root, train, test)
+    listed, report = evaluate.mixture(sources, folder, root, known, held)
     assert len(report) == 3
-    assert listed.keys() == {scene.name for scene in train}
+    assert listed.keys() == {scene.name for scene in known}
     assert {s.task for own in listed.values() for s in own} == FEW.keys()
+
+
+def test_without_files_the_questions_are_made(root, folder, tmp_path):
+    evaluate.adopt(modle)
+    known, held = (data.load_scenes("scannet", split, root) for split in ("train", "test"))
+    sources = {task: data.Source(task.replace("_", "/"), 1201 * count) for task, count in FEW.items()}
+    listed, _ = evaluate.mixture(sources, tmp_path, root, known, held)
+    assert listed.keys() == {scene.name for scene in known}
+    assert Counter(s.task for s in listed[known[0].name])["modle_distance"] == 8
+
+
+def test_an_answer_s_box_lies_in_the_scene_as_it_is_shown(asked):
+    """Scenes are turned at random; the text of a file, with its boxes and sides, is not."""
+    for s, scene in asked["modle_move"][:20]:
+        dataset = train.OfficialQuestions(None, [scene], data.Stage("x", {}, (), "x", epochs=1), (0, 0))
+        shown, _ = dataset.ask(np.random.default_rng(0), 0, [s])
+        assert shown.thing(s.about[0]).box.tolist() == scene.thing(s.about[0]).box.tolist()
+        assert len(shown.identifiers) == len(scene.objects)
 
 
 def test_the_papers_number_of_questions_comes_from_its_scans():
