@@ -1502,7 +1502,7 @@ def mixture(
             why, question = fault(s, source, truth), benchmark.write_prompt(s)
             dropped[why] += 1
             if benchmark.boxes and not why:
-                s = as_shown(s, truth[s.scene], there[s.scene])
+                s = replace(as_shown(s, truth[s.scene], there[s.scene]), answers=[])
             # every accepted answer is a question of its own
             for text in () if why else dict.fromkeys(s.answers or [s.answer]):
                 id = f"{name}/{s.id}/{text}"

@@ -33,7 +33,7 @@ language model. The tokenizer works scene by scene and needs no padding.
 | (4) loss on answers                         | data.SceneLanguageModel.forward              |
 | two training stages, and from scratch       | STAGES, recipe                               |
 | dense captioning, 48 spectral clusters      | spectral_clusters, Model.propose             |
-| Tables 3, 4, A, C, E: ablations             | Config, SELECTORS, ADAPTERS, FILTERS         |
+| Tables 3, 4, A to E: ablations              | Config, SELECTORS, ADAPTERS, FILTERS         |
 
 What the paper leaves open, and what we chose
 - d = 768 is a guess: from an LLM of width 2048 to one of 4096 the tokenizer's parameters grow by one
@@ -67,11 +67,13 @@ What the paper leaves open, and what we chose
   too, it gets neither vision adapter nor filter, for they could not learn.
 - Gate and gains are vectors to the optimizer, which decays matrices only: decay draws theta to 0, where the
   gate is softplus(0) = 0.69, so it would open by itself.
-  Clipping at 0.1 and a warm-up of 10 % are ours. Decoding is greedy.
+  Clipping at 0.1 and a warm-up of 10 % are ours. Decoding is greedy (LL3DA: beams of 4); captions have one
+  instruction and questions none (LL3DA draws from 6 and 4).
 - The LLM is loaded in bfloat16, in which the trainer computes (paper: float16), so that autocast
   need not copy its weights.
 - What depends on geometry alone (points drawn, curves, graph, seeds) is computed once per scene and
-  cached, so points are drawn once per scene, not once per step. Mirrored scenes keep the curves of
+  cached, so points are drawn once per scene, not once per step; colors and normals are gathered in the
+  training process. Mirrored scenes keep the curves of
   the unmirrored one; scenes are not rotated by small angles.
 - A cloud without color is answered by models that saw such clouds in training (`no_color`), and
   refused by others.
@@ -925,7 +927,7 @@ class Model(SceneLanguageModel):
             found = self.load_features(scene)
             points = torch.from_numpy(scene.points)[found["index"]]
             centers = superpoint_mean(points, found["owner"])
-            paths += [folder / f"{scene.name}_{what}.png" for what in ("curves", "graph")]
+            paths += [folder / f"{data.safe_name(scene.name)}_{what}.png" for what in ("curves", "graph")]
             draw_curves(centers, found["orders"], paths[-2])
             draw_graph(scene, centers, found, paths[-1])
         return paths

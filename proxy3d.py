@@ -717,7 +717,7 @@ class Model(data.SceneLanguageModel):
         """Draw where the model looked for the first of some answers, once it sees proxies."""
         if not self.uses_features():
             return []
-        path = folder / f"{scene.name}_attention.png"
+        path = folder / f"{data.safe_name(scene.name)}_attention.png"
         draw_attention(self, scene, samples[0], answers[0], path)
         return [path]
 

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import papers
+
 import data
 import fase3d
 import proxy3d
@@ -25,11 +28,13 @@ import spatial3dllm
 
 
 def seconds(work, times: int = 3) -> float:
-    """Time the fastest of some calls."""
+    """Time the fastest of some calls, on a GPU until it has done them."""
     spent = []
     for _ in range(times):
         start = time.perf_counter()
         work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         spent.append(time.perf_counter() - start)
     return min(spent)
 
@@ -55,12 +60,12 @@ def numbered_room(seed: int, **options) -> data.Scene:
 # ---- Proxy3D
 
 
-def bench_proxy3d(little: bool) -> None:
+def bench_proxy3d(args) -> None:
     """Compare clustering with scikit-learn's KMeans in the same groups with the same allocation."""
     from sklearn.cluster import KMeans
 
     # 32 x 32 x 42 = 43,008 patches of a room seen by 32 cameras
-    V, budget = (2, 80) if little else (32, 700)
+    V, budget = (2, 80) if args.little else (32, 700)
     frames = data.room(5, objects=40, views=V, size=168).frames
     points = torch.from_numpy(data.unproject(frames.depth, frames.intrinsics, frames.poses))
     masks = torch.from_numpy(frames.masks).long()
@@ -100,45 +105,157 @@ def bench_proxy3d(little: bool) -> None:
     )
 
 
-def bench_latency(little: bool) -> None:
-    """Compare with supplementary Table 3 of Proxy3D, and one row per question with packed questions; tiny model."""
-    model = make_model(proxy3d)
-    stage = model.stage
-    batches = (1, 2) if little else (8, 16)
-    scenes = [numbered_room(seed) for seed in range(batches[-1])]
-    print(
-        "latency in seconds, tiny model (paper, 7B on a GPU: 9.4 / 2.9 / 1.1 at batch 8, 16.2 / 5.6 / 1.5 at 16)"
+# ---- Proxy3D around Qwen2.5-VL at its own sizes, and what a GPU makes of it
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # multiply-adds x 2 a second in bfloat16, dense
+TEXT = {  # Qwen2.5-VL's public configuration: width, FFN, layers, heads, heads of keys and values, vocabulary
+    "little": (32, 64, 2, 4, 2, 512),
+    "3B": (2048, 11008, 36, 16, 2, 151_936),
+    "7B": (3584, 18944, 28, 28, 4, 152_064),
+}
+
+
+def save_random(size: str, folder: Path) -> str:
+    """Save a Qwen2.5-VL of a size with random weights, and a tokenizer of a token per letter."""
+    import transformers as hf
+
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "vocab_size")  # fmt: skip
+    text = dict(zip(names, TEXT[size], strict=True))
+    pairs = text["hidden_size"] // text["num_attention_heads"] // 2
+    sections = [pairs // 4, 3 * pairs // 8, pairs - pairs // 4 - 3 * pairs // 8]
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
+    tower = dict(
+        depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=TEXT[size][0]
     )
-    print("  batch   encoder   clustering   LLM (8 new tokens)   per question")
-    for B in batches:
-        images = [torch.from_numpy(scene.frames.color) for scene in scenes[:B]]
-        with torch.no_grad():
-            encoder = seconds(lambda images=images: [model.encode_images(x) for x in images])
+    if size == "little":
+        tower |= dict(depth=2, hidden_size=16, intermediate_size=32, num_heads=2, fullatt_block_indexes=[1])
+    papers.save_tokenizer(folder)
+    torch.set_default_dtype(torch.bfloat16)
+    with DEVICE:
+        llm = hf.Qwen2_5_VLForConditionalGeneration(
+            hf.Qwen2_5_VLConfig(text_config=text, vision_config=tower)
+        )
+    torch.set_default_dtype(torch.float32)
+    llm.save_pretrained(folder)
+    return str(folder)
+
+
+def load_proxy3d(llm: str, lora: int = 0, **changes):
+    """Load the paper's model of 450 tokens around a language model, as its stage IV trains it."""
+    data.adopt(proxy3d)
+    config = replace(proxy3d.Config.paper_450(), llm=llm, lora=lora, **changes)
+    model = proxy3d.build(config, data.HubText(llm))
+    model.keep_trained_precise(proxy3d.STAGES["paper_450"][-1:])
+    return model.to(DEVICE)
+
+
+def ask_one(scene: data.Scene, count: int = 1) -> tuple:
+    return scene, data.questions(scene, {"ground": 1.0}, count, np.random.default_rng(0))
+
+
+@torch.no_grad()
+def bench_latency(args) -> None:
+    """Compare with supplementary Table 3 of Proxy3D: encoder, clustering, LLM, and all image tokens in its place."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = load_proxy3d(args.llm or save_random("little", Path(folder))).eval()
+    views = 2 if args.little else 32
+    scenes = [numbered_room(seed, views=views, size=240) for seed in range(max(args.batch))]
+    cfg = model.config
+    print("seconds; paper, 7B: encoder, clustering, LLM 9.4 / 2.9 / 1.1 at batch 8, 16.2 / 5.6 / 1.5 at 16")
+    print(
+        f"  {'batch':>5s} {'encoder':>9s} {'clustering':>11s} {'LLM, 8 tokens':>14s} {'all patches':>12s}   a question"
+    )
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        for B in args.batch:
+            images = [model.resize_frames(torch.from_numpy(s.frames.color).to(DEVICE)) for s in scenes[:B]]
+            encoder = seconds(lambda images=images: [model.encode_images(x, together=True) for x in images])
             whole = seconds(lambda B=B: [model.compute_features(scene) for scene in scenes[:B]])
-        groups = [
-            (scene, data.questions(scene, {"ground": 1.0}, 1, np.random.default_rng(0)))
-            for scene in scenes[:B]
-        ]
+            batch = model.batch([ask_one(scene) for scene in scenes[:B]])
+            llm = seconds(lambda batch=batch: model.generate(batch, 8))
+
+            # every patch as a token of its own
+            L = views * cfg.grid[0] * cfg.grid[1]
+            patches = {
+                "z": torch.randn(L, model.width).half(),
+                "c": torch.rand(L, 3),
+                "group": torch.zeros(L).int(),
+            }
+            kept, model.feature_cache = model.feature_cache, {scene.name: patches for scene in scenes}
+            batch = model.batch([ask_one(scene) for scene in scenes[:B]])
+            every = seconds(lambda batch=batch: model.generate(batch, 8))
+            model.feature_cache = kept
+            print(
+                f"  {B:5d} {encoder:9.3f} {whole - encoder:11.3f} {llm:14.3f} {every:12.3f} {(whole + llm) / B:12.3f}"
+            )
+
+        # ten questions behind one prefix, and each with a prefix of its own
+        scene, questions = ask_one(scenes[0], 10)
+        packed, apart = model.batch([(scene, questions)]), model.batch([(scene, [q]) for q in questions])
+        ratio = seconds(lambda: model.generate(apart, 8)) / seconds(lambda: model.generate(packed, 8))
+    print(
+        f"  {len(questions)} questions about a scene behind one prefix: {ratio:.1f} x as fast as each with its own"
+    )
+
+
+def bench_training(args) -> None:
+    """Time a step of stage IV: 3B in full, 7B with LoRA, eight scenes with eight questions each."""
+    card = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+    peak = next((flops for name, flops in PEAK.items() if name in card), math.nan)
+    stage = proxy3d.STAGES["paper_450"][-1]
+    rows = {"little": 0} if args.little else {"3B": 0, "7B": 64}
+    scenes = [
+        numbered_room(seed, views=2 if args.little else 32, size=240)
+        for seed in range(2 if args.little else 8)
+    ]
+    for size, lora in rows.items():
+        with tempfile.TemporaryDirectory() as folder:
+            model = load_proxy3d(save_random(size, Path(folder)), lora).train()
+        model.configure_stage(stage)
+        model.gradient_checkpointing_enable()
+        groups = [(s, data.questions(s, stage.tasks, 8, np.random.default_rng(0))) for s in scenes]
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            model.cache_features(scenes)
         batch = model.batch(groups)
-        llm = seconds(lambda batch=batch: model.generate(batch, 8))
-        print(f"  {B:5d} {encoder:9.3f} {whole - encoder:12.3f} {llm:20.3f} {(whole + llm) / B:14.3f}")
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained)
 
-    # a step of training reads each scene once for all of its questions
-    model.train()
-    groups = [(s, data.questions(s, stage.tasks, stage.per_scene, np.random.default_rng(0))) for s in scenes]
-    batch = model.batch(groups)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        def step(model=model, batch=batch, optimizer=optimizer) -> None:
+            with torch.autocast(DEVICE.type, torch.bfloat16):
+                out = model(batch)
+            (out["loss"] / out["weight"]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
-    def step() -> None:
-        out = model(batch)
-        (out["loss"] / out["weight"]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        # forward, backward for activations and, in full training, for weights: 2 operations per weight each
+        spent, tokens = seconds(step), batch["ids"].numel()
+        weights = sum(p.numel() for p in model.llm.get_decoder().parameters())
+        used = (4 if lora else 6) * weights * tokens / spent / peak
+        memory = torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else math.nan
+        print(f"stage IV, {size}, {'LoRA of rank ' + str(lora) if lora else 'in full'}: {spent:.3f} s a step, "
+              f"{tokens / spent:,.0f} tokens/s, MFU {used:.2f}, {memory:.1f} GB at most")  # fmt: skip
+        del model, optimizer, trained, step
 
-    spent, packed = seconds(step), batch["ids"].numel()
-    apart = sum(model.batch([(scene, [q])])["ids"].numel() for scene, questions in groups for q in questions)
-    print(f"training step: {spent:.3f} s, {packed / spent:,.0f} tokens/s; packing reads {packed:,} tokens, "
-          f"one row per question {apart:,} ({apart / packed:.1f} x)")  # fmt: skip
+
+def bench_gpu(args) -> None:
+    """Measure what a GPU is for, at the real sizes with random weights: training, latency at 7B, Fase3D's tokens."""
+    card = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "no GPU"
+    print(f"{card}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
+    bench_training(args)
+    with tempfile.TemporaryDirectory() as folder:
+        args.llm = save_random("little" if args.little else "7B", Path(folder))
+        bench_latency(args)
+
+    # Fase3D's tokenizer at the paper's sizes
+    N, paper = 2000 if args.little else 50_000, fase3d.Config()
+    model = make_model(fase3d, points=N, dim=paper.dim, hidden=paper.hidden, tokens=paper.tokens,
+                       reader=(2048, 1, 16, 16), adapted_layers=0).to(DEVICE)  # fmt: skip
+    scenes = [numbered_room(seed, views=0, points=N) for seed in range(8)]
+    model.cache_features(scenes)
+    with torch.no_grad():
+        spent = seconds(lambda: [model.scene_tokens(scene) for scene in scenes])
+    print(f"Fase3D, tokens of 8 scenes of {N:,} points: {spent:.3f} s")
 
 
 # ---- Fase3D
@@ -165,7 +282,7 @@ def superpoint_graph(points: torch.Tensor, owner: torch.Tensor, k: int = 8, stri
     return fase3d.nearest_edges(pairs, votes, fase3d.superpoint_mean(points, owner), k)[0]
 
 
-def bench_curves(little: bool) -> None:
+def bench_curves(args) -> None:
     """Compare Hilbert keys with a column per bit, and the voting graph with a KD-tree over sizes of a cloud."""
     N, bits = 50_000, 10
     cells = torch.randint(0, 2**bits, (N, 3), generator=torch.Generator().manual_seed(0))
@@ -177,7 +294,7 @@ def bench_curves(little: bool) -> None:
     print(f"keys of {N:,} points, {bits} bits (goal: Hilbert <= 20 ms on one core): Hilbert {1000 * hilbert:.1f} ms, "
           f"a column per bit {slow / hilbert:.0f} x, Morton {1000 * morton:.1f} ms")  # fmt: skip
 
-    sizes = (500, 1000) if little else (12_500, 25_000, 50_000, 100_000, 200_000, 400_000)
+    sizes = (500, 1000) if args.little else (12_500, 25_000, 50_000, 100_000, 200_000, 400_000)
     times = []
     print(
         "superpoint graph by window voting (goal: time ~ N^1.1 or less; faster than the KD-tree from 50,000 up)"
@@ -202,9 +319,9 @@ def nearest_pairs(distance: torch.Tensor, k: int) -> set[tuple]:
     return {pair for a, others in enumerate(near) for b in others for pair in ((a, b), (b, a))}
 
 
-def bench_graph(little: bool) -> None:
+def bench_graph(args) -> None:
     """Compare edges with the exact graph: each superpoint with the 8 at the smallest distance between points."""
-    scene = data.room(0, objects=12, views=0, points=1000 if little else 20_000)
+    scene = data.room(0, objects=12, views=0, points=1000 if args.little else 20_000)
     points, owner = torch.from_numpy(scene.points), torch.from_numpy(scene.superpoints)
     M = int(owner.max()) + 1
 
@@ -219,7 +336,8 @@ def bench_graph(little: bool) -> None:
     found = {"nearest centers": nearest_pairs(torch.cdist(centers, centers), 8)}
     for stride in (16, 4, 1):
         edges = superpoint_graph(points, owner, stride=stride)
-        found[f"window voting, stride {stride}"] = set(map(tuple, edges.tolist()))
+        spent = 1000 * seconds(lambda stride=stride: superpoint_graph(points, owner, stride=stride))
+        found[f"voting, stride {stride:2d}, {spent:6.0f} ms"] = set(map(tuple, edges.tolist()))
     print(
         f"edges against the exact graph, 8 neighbors, the paper's stride 16; {len(points):,} points, {M} superpoints"
     )
@@ -228,9 +346,9 @@ def bench_graph(little: bool) -> None:
         print(f"  {name:27s} precision {right / len(edges):.3f}   recall {right / len(exact):.3f}")
 
 
-def bench_tokenizer(little: bool) -> None:
+def bench_tokenizer(args) -> None:
     """Compare the paper's tokenizer with its count, and its parts with attention in their places."""
-    N, M = (2000, 300) if little else (50_000, 1024)
+    N, M = (2000, 300) if args.little else (50_000, 1024)
     scene = numbered_room(5, objects=40, views=0, points=N)
     points = torch.from_numpy(scene.points)
     centers = points[data.farthest_point_sampling(points, M)]
@@ -307,7 +425,7 @@ class WithPaperEncoder(spatial3dllm.TinyModel):
     level = spatial3dllm.SetAbstraction
 
 
-def bench_spatial3dllm(little: bool) -> None:
+def bench_spatial3dllm(args) -> None:
     """Compare Spatial 3D-LLM's parts over numbers of points and of objects; what is kept of a scene runs once."""
     cases = [(f"tiny, 12 objects, {n:,} points", 12, n, {}) for n in (2048, 8192, 32_768)]
     cases += [(f"tiny, {n} objects, 2,048 points", n, 2048, {}) for n in (50, 100, 200)]
@@ -315,7 +433,7 @@ def bench_spatial3dllm(little: bool) -> None:
     cases += [("the paper's sizes but the LLM, 40,000 points", 12, 40_000, paper_sizes)]
     columns = ("geometry", "encoder", "modules", "answer", "new/s", "kept/s")
     print(f"{'seconds per scene':48s}", *(f"{column:>10s}" for column in columns))
-    for name, objects, points, sizes in cases[:: len(cases) - 1] if little else cases:
+    for name, objects, points, sizes in cases[:: len(cases) - 1] if args.little else cases:
         model = make_model(spatial3dllm, points=points, **sizes)
         stage = model.stage
         scene = numbered_room(5, objects=objects, views=0, points=points)
@@ -364,7 +482,7 @@ def dbscan(scene: data.Scene) -> np.ndarray:
     return label
 
 
-def bench_segments(little: bool) -> None:
+def bench_segments(args) -> None:
     """Compare our segments with bare superpoints and with DBSCAN, in rooms that nothing was tuned on."""
     methods = {
         "superpoints, not merged": lambda scene: scene.superpoints + 1,
@@ -373,7 +491,7 @@ def bench_segments(little: bool) -> None:
             scene.points, scene.normals, scene.colors, scene.superpoints
         ),
     }
-    seeds = data.ROOM_SEEDS["test"][: 2 if little else 60]
+    seeds = data.ROOM_SEEDS["test"][: 2 if args.little else 60]
     for size, views in ((96, 12), (240, 16)):
         scores, counts, objects = {name: [] for name in methods}, dict.fromkeys(methods, 0), 0
         for seed in seeds:
@@ -422,9 +540,9 @@ print((time.perf_counter() - start) / ({steps} - 2))
 """
 
 
-def bench_load(little: bool) -> None:
+def bench_load(args) -> None:
     """Train on two threads beside a process that keeps a core busy: a short spin at barriers, or OpenMP's own."""
-    program = READING.format(root=str(Path(data.__file__).parent), steps=4 if little else 60)
+    program = READING.format(root=str(Path(data.__file__).parent), steps=4 if args.little else 60)
     busy = [sys.executable, "-c", "while True: pass"]
     for load in (0, 1):
         for spin in ("1000", None):
@@ -449,6 +567,7 @@ BENCHES = {
     "spatial3dllm": [bench_spatial3dllm],
     "segments": [bench_segments],
     "latency": [bench_latency],
+    "gpu": [bench_gpu],
 }
 
 
@@ -456,7 +575,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=BENCHES)
     parser.add_argument("--little", action="store_true", help="every line once, on small inputs")
+    parser.add_argument(
+        "--llm", help="latency: name or folder of a Qwen2.5-VL (default: a little random one)"
+    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[8, 16], help="latency: scenes at a time")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for bench in BENCHES[args.what]:
-        bench(args.little)
+        bench(args)

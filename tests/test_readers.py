@@ -480,9 +480,11 @@ def test_the_reader_keeps_what_scannet_means(small, scan):
 def test_frames_on_disk_have_a_key_that_tells_other_files(scan):
     """A cache of what an encoder saw in them must not outlive them."""
     first = data.fingerprint(read_scannet(scan))
-    assert first == data.fingerprint(read_scannet(scan))
-    Image.new("RGB", (64, 64)).save(scan / "color/3.png")
-    assert first != data.fingerprint(read_scannet(scan))
+    assert first == data.fingerprint(read_scannet(scan)) != data.fingerprint(read_scannet(scan, max_frames=5))
+    for name, values in (("color/3.png", "RGB"), ("depth/3.png", "I;16"), ("instance-filt/3.png", "L")):
+        before = data.fingerprint(read_scannet(scan))
+        Image.new(values, (65, 64)).save(scan / name)
+        assert before != data.fingerprint(read_scannet(scan))
 
 
 def test_a_test_scan_has_superpoints_of_ours_and_no_objects(scan):

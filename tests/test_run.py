@@ -4,10 +4,14 @@ pytest tests/test_run.py
 """
 
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import official
+import papers
 import pytest
 
 import data
@@ -19,6 +23,7 @@ LITTLE = ["--model", "proxy3d", "--steps", "5", "--workers", "0", "--set", "0 to
 LITTLE += [f"{stage.name}.batch=16" for stage in proxy3d.STAGES["tiny"][1:]]
 LITTLE += ["IV proxies.tasks={'ground': 1.0}"]  # one benchmark to score is enough
 ROOMS = ["--train-scenes", "3", "--test-scenes", "2"]
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
 
 
 @pytest.fixture(scope="module")
@@ -78,16 +83,7 @@ def test_the_demo_shows_shapes_a_falling_loss_and_an_answer(capsys):
 def test_a_sharded_run_of_two_processes_ends_with_scores_and_pictures(run, tmp_path):
     """Frozen work, answers and pictures need whole weights on every rank; only the first process draws, and the
     second waits for it."""
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "train.py",
-    ]
-    command = [*launch, *LITTLE, *ROOMS, "--shard", "--out", str(tmp_path / "run")]
+    command = [*LAUNCH, *LITTLE, *ROOMS, "--shard", "--out", str(tmp_path / "run")]
     done = subprocess.run(
         command, cwd=Path(train.__file__).parent, capture_output=True, text=True, timeout=240
     )
@@ -100,3 +96,68 @@ def test_a_sharded_run_of_two_processes_ends_with_scores_and_pictures(run, tmp_p
         # Adam turns a gradient of rounding size into a full step: single entries may differ
         off = (shared[name] - tensor).abs() > 1e-4 + 0.01 * tensor.abs()
         assert off.sum() <= 2 + 0.01 * tensor.numel(), name
+
+
+def write_official(root: Path, rooms: list[data.Scene]):
+    """Questions about scans in the files of two benchmarks and of MMScan, which numbers objects its own way."""
+    official.write(root, "scanqa", "train", official.questions(rooms[1:], "scanqa"))
+    official.write(root, "multi3drefer", "train", official.questions(rooms[1:], "multi3drefer"))
+    (root / "scannetv2_val.txt").write_text(rooms[0].name)
+    boxes, rows = {}, []
+    for room in rooms[1:]:
+        boxes[room.name] = {str(90 - o.id): o.box.tolist() for o in room.objects}
+        for o in room.objects:
+            asked = {"ID": f"VG_{room.name}_{o.id}", "sub_class": "", "text": f"{room.name} {o.id}"}
+            rows.append(asked | {"scan_id": f"scannet/{room.name}", "target_id": [90 - o.id]})
+    (root / "MMScan_boxes.json").write_text(json.dumps(boxes))
+    (root / "MMScan_VG.json").write_text(json.dumps({"train": rows}))
+
+
+def test_a_description_of_mmscan_asks_for_the_scan_s_own_object(tmp_path):
+    """Its numbers mean boxes; the scan's object that fits the box is the answer."""
+    rooms = official.scans(tmp_path, range(3), views=1, size=32, points=2000)
+    write_official(tmp_path, rooms)
+    scenes = [data.read_scannet(tmp_path / "scans" / room.name, max_frames=0) for room in rooms]
+    sources = {"VG": proxy3d.SPACESPAN["MMScan VG"]}
+    listed, _ = evaluate.mixture(sources, tmp_path, tmp_path, scenes[1:], scenes[:1])
+    asked = [s for own in listed.values() for s in own]
+    assert len(asked) > 10
+    for s in asked:
+        scene, number = re.search(r"(scene\S+) (\d+)", s.question).groups()
+        assert s.scene == scene and s.answer == f"Yes. <obj {number}>."
+
+    # without boxes nobody knows what the numbers mean
+    (tmp_path / "MMScan_boxes.json").unlink()
+    with pytest.raises(data.DataError, match="VG: 0 questions kept"):
+        evaluate.mixture(sources, tmp_path, tmp_path, scenes[1:], scenes[:1])
+
+
+SMALL = {  # the paper's preset, at a size for tests
+    "proxy3d": ["grid=(4, 6)", "budget=30", "frames=2", "symbol=16"],
+    "fase3d": ["points=700", "dim=24", "hidden=16", "heads=4", "window=16", "tokens=12", "rank=4", "alpha=4",
+               "filter_heads=4", "adapted_layers=2"],
+    "spatial3dllm": ["feature=16", "points=300", "centers=(64, 32, 16, 8)", "samples=(8, 8, 8, 8)", "referents=12",
+                     "fourier=8", "context_heads=2", "lora_rank=4"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("paper", "llm"), [("proxy3d", "proxy3d"), ("fase3d", "opt"), ("spatial3dllm", "spatial3dllm")]
+)
+def test_the_papers_stages_train_around_a_loaded_model_in_scans_on_two_processes(paper, llm, tmp_path):
+    """Rooms written as scans, official files beside them: Qwen2.5-VL, OPT and Llama as they lie on disk."""
+    write_official(tmp_path, official.scans(tmp_path, range(4), views=2, size=64, points=2000))
+    folder = papers.save_llm(llm, tmp_path / "llm")
+    flags = ["--model", paper, "--preset", "paper", "--llm", str(folder), "--data", "scannet", "--root", str(tmp_path),
+             "--annotations", str(tmp_path), "--steps", "4", "--workers", "0", "--no-eval", "--save-every", "100",
+             "--out", str(tmp_path / "run")]  # fmt: skip
+    done = subprocess.run(
+        [*LAUNCH, *flags, "--set", *SMALL[paper]],
+        cwd=Path(train.__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in lines][-1] == papers.stages_of(paper, "loaded")[-1].name
+    assert all(math.isfinite(line["loss"]) for line in lines)
