@@ -88,7 +88,7 @@ class Thing:
 
 @dataclass
 class Frames:
-    """V posed RGB-D views of one size."""
+    """V posed RGB-D views of one size; a scan's color may be finer than its depth."""
 
     color: np.ndarray  # [V, H, W, 3] uint8
     depth: np.ndarray  # [V, H, W] float32 meters along the camera's z axis, 0 = missing
@@ -2919,15 +2919,9 @@ INSTALL = {  # optional package -> how to install it
     "vggt": "pip install git+https://github.com/facebookresearch/vggt",
     "sam2": "SAM2_BUILD_CUDA=0 pip install --no-build-isolation sam2",
 }
-DEPTH_SCALES = "millimeters 1000, TUM and ICL-NUIM 5000, Replica of NICE-SLAM 6553.5, RealSense L515 4000"
+DEPTH_SCALES = "millimeters 1000, TUM RGB-D 5000, Replica of NICE-SLAM 6553.5, RealSense L515 4000"
 UP = {sign + "xyz"[i]: float(f"{sign}1") * np.eye(3)[i] for i in range(3) for sign in "+-"}
-CONVENTIONS = (
-    "opencv",
-    "opengl",
-    "opencv_inverse",
-    "opengl_inverse",
-    "povray",
-)  # of poses
+CONVENTIONS = ("opencv", "opengl", "opencv_inverse", "opengl_inverse")  # of poses
 
 
 @contextmanager
@@ -3116,7 +3110,6 @@ TUM_CAMERAS = {  # part of a sequence's name -> its published camera
     "freiburg1": (517.3, 516.5, 318.6, 255.3),
     "freiburg2": (520.9, 521.0, 325.1, 249.7),
     "freiburg3": (535.4, 539.2, 320.1, 247.6),
-    "traj": (481.2, 480.0, 319.5, 239.5),  # ICL-NUIM
     "": (525.0, 525.0, 319.5, 239.5),  # TUM's for all others
 }
 
@@ -3232,7 +3225,6 @@ LAYOUTS = (  # the first that fits is taken
            partial(named_views, images="*.color.*", depth="{}.depth.png", pose="{}.pose.txt")),
     Layout("results/, traj.txt (Replica of NICE-SLAM)", ("traj.txt",), replica, 6553.5, "+z"),
     Layout("rgb/, depth/, groundtruth.txt (TUM RGB-D)", ("groundtruth.txt",), tum, 5000.0, "+z"),
-    Layout("rgb/, depth/, *.gt.freiburg (ICL-NUIM)", ("*.gt.freiburg",), tum, 5000.0, "-y", "povray"),
     Layout("lowres_wide/ (ARKitScenes)", ("lowres_wide.traj", "*/lowres_wide.traj"), arkitscenes,
            up="+z", convention="opencv_inverse"),
     Layout("odometry.csv, depth/ (Stray Scanner)", ("odometry.csv",), stray_scanner, up="+y"),
@@ -3319,14 +3311,10 @@ def read_pose(pose, convention):
     # files round their numbers: take the nearest rotation
     pose = rigid(pose[:3, 3], Rotation.from_matrix(pose[:3, :3]).as_quat())
 
-    # both of POV-Ray's systems are left-handed
     if "inverse" in convention:
         pose = np.linalg.inv(pose)
     if "opengl" in convention:
         pose = pose @ np.diag([1, -1, -1, 1])
-    if convention == "povray":
-        mirror = np.diag([1, -1, 1, 1])
-        pose = mirror @ pose @ mirror
     return pose
 
 
@@ -3345,11 +3333,18 @@ def read_camera(camera, sizes):
     raise DataError(f"{what}; export those of these images ({camera})")
 
 
-def read_view(view, layout, longest):
+def shrink(size, longest):
+    """Scale a size (H, W) so that its longer side is at most `longest`."""
+    scale = min(1.0, longest / max(size))
+    return tuple(max(1, round(side * scale)) for side in size)
+
+
+def read_view(view, layout, longest, fine=False):
     """Read one frame, at the size of its depth or else of its image, at most `longest` pixels.
 
-    Returns color [H, W, 3] u8, depth [H, W] f32 meters, mask [H, W] i32, intrinsics [3, 3], pose
-    [4, 4], with None for what no file holds; or, where the frame is of no use, the reason, a str.
+    fine: color keeps its own size. Returns color [H, W, 3] u8, depth [H, W] f32 meters, mask [H, W] i32,
+    intrinsics [3, 3], pose [4, 4], with None for what no file holds; or, where the frame is of no use, the
+    reason, a str.
     """
     depth, K, pose = None, None, None
     alone = all(part is None for part in view[1:])
@@ -3376,8 +3371,7 @@ def read_view(view, layout, longest):
             raise DataError(f"{view.depth}: {what}; export depth registered to color")
 
     # bring all to one size; the intrinsics follow
-    shrink = min(1.0, longest / max(sizes[0]))
-    H, W = (max(1, round(side * shrink)) for side in sizes[0])
+    H, W = shrink(sizes[0], longest)
     mask = np.zeros((H, W), np.int32)
     if view.mask is not None:
         mask = resize(read_image(view.mask).astype(np.int32), (H, W))
@@ -3385,10 +3379,11 @@ def read_view(view, layout, longest):
         depth = resize(depth, (H, W))
     if view.camera is not None:
         K = np.diag([W, H, 1]) @ read_camera(view.camera, sizes)
-    return resize(color, (H, W)), depth, mask, K, pose
+    color = resize(color, shrink(color.shape[:2], longest) if fine else (H, W))
+    return color, depth, mask, K, pose
 
 
-def read_frames(where, layout, views, max_frames, longest, notes):
+def read_frames(where, layout, views, max_frames, longest, notes, fine=False):
     """Read at most `max_frames` views, evenly spaced, as Frames; what no file holds is None.
 
     Dropped and counted in `notes` are frames that lack a file that others have, whose pose is not
@@ -3400,7 +3395,7 @@ def read_frames(where, layout, views, max_frames, longest, notes):
     for view in [views[i] for i in chosen]:
         row = "a missing file"
         if all(view[part] is not None for part in known):
-            row = read_view(view, layout, longest)
+            row = read_view(view, layout, longest, fine)
         if isinstance(row, str):
             lost[row] += 1
         else:
@@ -3829,7 +3824,7 @@ def add_objects(scene, segs, aggregation):
 def scan_frames(scene, world, layout, views, max_frames, longest):
     """Read a scan's frames in the aligned axes, with masks of its objects."""
     notes = []
-    frames = read_frames(scene.name, layout, views, max_frames, longest, notes)
+    frames = read_frames(scene.name, layout, views, max_frames, longest, notes, fine=True)
     scene.notes += [note for note in notes if note not in scene.notes]
 
     # masks from files, or of the points that a frame sees
@@ -4619,6 +4614,8 @@ def open_scene(path, masks=None, sam2=None, **options):
         flag = strange[0].replace("_", "-")
         raise DataError(f"--{flag}: has no part in {path}; known here: {known}")
     scene = reader(path, **options)
+    if scene.objects and masks not in (None, "none"):
+        raise DataError(f"--masks {masks}: {path} has labelled objects; leave the flag out")
     if scene.objects or reader is load_scene or masks == "none":
         return scene
 
@@ -4634,6 +4631,7 @@ def open_scene(path, masks=None, sam2=None, **options):
         scene = with_tracks(scene, frames.masks)
     elif masks == "sam2" and frames is not None:
         tracks = sam2_masks(frames.color, load_sam2(sam2 or SAM2))
+        tracks = np.stack([resize(frame, frames.depth.shape[1:]) for frame in tracks])  # color may be finer
         points = unproject(frames.depth, frames.intrinsics, frames.poses)
         scene = with_tracks(scene, merge_tracks(tracks, points))
     else:

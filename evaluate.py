@@ -1026,7 +1026,7 @@ def load(
 
     root: the folder of the scans, or a file of true boxes (`read_boxes`); None: no scene is needed.
     partial: accept another number of questions than the split has, and leave out those whose scan
-    is missing. dialects, paper: as for `choose_dialects`. options: of the scenes' readers.
+    is missing. dialects, paper: as for `choose_dialects`. options: of the scans' reader.
     """
     # the questions, in the dialects that are to be scored
     benchmark = choose_dialects(find_benchmark(name), dialects, paper)
@@ -1052,8 +1052,7 @@ def load(
         found = data.find_scans(root) or data.find_scenes(root)
         there, scenes = {path.stem.partition(".")[0]: path for path in found}, {}
         for scene in wanted & there.keys():
-            takes = data.choose_reader(there[scene])[1]
-            own = {key: value for key, value in options.items() if key in takes}
+            own = options if data.is_scan(there[scene]) else {}
             scenes[scene] = data.open_scene(there[scene], "none", **own)
     missing = wanted - scenes.keys()
     if missing and not (partial and wanted & scenes.keys()):

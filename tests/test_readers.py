@@ -102,14 +102,6 @@ def write_tum(frames, folder):
     np.savetxt(folder / "groundtruth.txt", rows, header="timestamp tx ty tz qx qy qz qw")
 
 
-def write_icl(frames, folder):
-    """POV-Ray's axes are left-handed, y up: this room's y-down world with y reversed, and cameras with y reversed."""
-    write_frames(frames, folder, "rgb/{}.png", "depth/{}.png", scale=5000)
-    mirror = np.diag([1.0, -1, 1, 1])
-    poses = mirror @ Y_DOWN @ frames.poses @ mirror
-    save(folder / "livingRoom0.gt.freiburg", [[i, *place(pose)] for i, pose in enumerate(poses)])
-
-
 def write_arkitscenes(frames, folder):
     folder = folder / "471_frames"
     camera = write_frames(frames, folder, "lowres_wide/471_66{}.345.png", "lowres_depth/471_66{}.345.png")
@@ -182,7 +174,6 @@ def frames(small):
         write_posed_images,
         write_replica,
         write_tum,
-        write_icl,
         write_arkitscenes,
         write_stray_scanner,
         write_polycam,
@@ -221,7 +212,7 @@ def test_every_convention_of_poses_gives_the_same_room(frames, tmp_path, convent
 def test_depth_of_another_unit_is_refused_with_the_usual_ones(frames, tmp_path):
     write_rgbd(frames, tmp_path, scale=5000)
     with pytest.raises(
-        DataError, match=r"--depth-scale \(millimeters 1000, TUM and ICL-NUIM 5000, Replica.* 6553.5"
+        DataError, match=r"--depth-scale \(millimeters 1000, TUM RGB-D 5000, Replica.* 6553.5"
     ):
         read_views(tmp_path)
     assert_same_room(read_views(tmp_path, depth_scale=5000.0), frames)
@@ -485,6 +476,23 @@ def test_frames_on_disk_have_a_key_that_tells_other_files(scan):
         before = data.fingerprint(read_scannet(scan))
         Image.new(values, (65, 64)).save(scan / name)
         assert before != data.fingerprint(read_scannet(scan))
+
+
+def test_a_scan_s_color_keeps_its_own_size(scan):
+    """A tower sees 1296 x 968 pixels of color where depth has 640 x 480."""
+    for file in (scan / "color").iterdir():
+        Image.open(file).resize((192, 192)).save(file)
+    frames = read_scannet(scan).frames
+    assert frames.color.shape[1:3] == (192, 192) and frames.depth.shape[1:] == frames.masks.shape[1:] == (
+        64,
+        64,
+    )
+    assert read_scannet(scan, longest=96).frames.color.shape[1:3] == (96, 96)
+
+
+def test_a_labelled_scan_refuses_other_masks(scan):
+    with pytest.raises(DataError, match=r"--masks sam2: .* has labelled objects; leave the flag out"):
+        open_scene(scan, masks="sam2")
 
 
 def test_a_test_scan_has_superpoints_of_ours_and_no_objects(scan):

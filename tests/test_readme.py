@@ -55,14 +55,14 @@ NOT_RUN = {
     "torchrun train.py --model proxy3d --set semantic_grouping=false --out runs/no_grouping": "minutes",
     "torchrun --nproc_per_node 8 train.py --model proxy3d --preset paper --data scannet --root DIR --shard": "GPUs",
     "torchrun train.py --model proxy3d --preset paper --llm Qwen/Qwen2.5-VL-3B-Instruct --data scannet --root DIR":
-        "a GPU",
+        "a GPU; tests/test_run.py has a small language model",
     "torchrun train.py --model fase3d --preset paper --llm Qwen/Qwen2.5-3B-Instruct --data scannet --root DIR": "a GPU",
     "torchrun train.py --model proxy3d --preset paper --data scannet --root DIR --annotations FILES":
-        "tests/test_official.py",
+        "tests/test_run.py, with a small language model",
     "python evaluate.py --run runs/proxy3d --proposals segments": "tests/test_evaluate.py scores segments",
     "python evaluate.py --run runs/proxy3d --benchmark scanqa --annotations FILE --root DIR": "tests/test_official.py",
     "python evaluate.py --benchmark scanqa --annotations FILE --predictions FILE": "tests/test_official.py",
-    "python tests/bench.py proxy3d": "timings belong to a quiet machine",
+    "python tests/bench.py proxy3d": "timings belong to a quiet machine; .ci/run runs every line in little",
     "python tests/ablate.py proxy3d": "a quarter of an hour",
 }  # fmt: skip
 
