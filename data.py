@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
-import importlib.util
 import inspect
 import itertools
 import json
@@ -36,10 +35,10 @@ import sys
 import tempfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, lru_cache, partial, wraps
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,7 +102,7 @@ class LazyFrames:
     A thousand scans do not fit in memory, so only the frames read last are kept (`_read_frames`).
     """
 
-    def __init__(self, load, key=""):
+    def __init__(self, load, key):
         self.load, self.key = load, key  # key: what the files are known by
 
     def __getattr__(self, name):
@@ -1476,11 +1475,6 @@ MARKED = {  # task -> how many marked objects, a word about them ("" = unclear)
 }
 
 
-def marks(g, places):
-    """Name objects by their marks: {"a": "<obj 3>", "b": ...}."""
-    return dict(zip("ab", (mark(g.things[i]) for i in places), strict=False))
-
-
 @generator(*MARKED)
 def marked(g, rng, task):
     """Ask for a word of MARKED about one or two objects; a coordinate is the center of a box in meters."""
@@ -1490,7 +1484,8 @@ def marked(g, rng, task):
         answer = word(g, *chosen) if chosen else ""
         if answer:
             point = g.boxes[chosen[0], :3].copy() if task == "coordinate" else None
-            return dict(answer=answer, text=marks(g, chosen), point=point)
+            text = dict(zip("ab", (mark(g.things[i]) for i in chosen), strict=False))
+            return dict(answer=answer, text=text, point=point)
     return None
 
 
@@ -1931,12 +1926,8 @@ class HubText:
     def __init__(self, name):
         from transformers import AutoTokenizer
 
-        try:
+        with reading(name, "pre-trained model: give its folder, or its name and a network at the first use"):
             self.name, self.tokenizer = name, AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0][:120]
-            remedy = "give its folder, or its name and a network at the first use"
-            raise DataError(f"{name}: no pre-trained model there ({reason}); {remedy}") from None
         self.eos = self.tokenizer.eos_token_id
         self.pad = self.eos if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         self.unk = self.eos  # stands for what has no name
@@ -2486,7 +2477,7 @@ def overfit_demo(model, scene, samples, steps, lr):
     print(f"{first.question}  ->  {answer}  (true: {first.answer}; learned by heart, train.py learns to see)")
 
 
-def run_demo(demo: Callable[[], None]):
+def run_demo(demo):
     """Run a paper's demo as a command that takes no flags."""
     ask = 'a trained run is asked by: python evaluate.py --run RUN --scene PATH --ask "..."'
     argparse.ArgumentParser(description=demo.__doc__, epilog=ask).parse_args()
@@ -2516,12 +2507,10 @@ def read_state(run: Path) -> dict:
     path = run / "checkpoint" / "state.json"
     if not path.exists():
         raise DataError(f"{path}: missing, so there is no trained model here; train one first")
-    try:
+    with reading(path, "state of a checkpoint"):
         state = json.loads(path.read_text())
-    except ValueError:
-        state = None
-    if not isinstance(state, dict) or {"position", "run", "processes", "sha256"} - set(state):
-        raise DataError(f"{path}: not the state of a checkpoint; copy the run again")
+        if not all(isinstance(state[part], dict) for part in ("position", "run", "sha256")):
+            raise TypeError("position, run and sha256 are dictionaries")
     return state
 
 
@@ -2535,19 +2524,19 @@ def read_tensors(run: Path, kind: str) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, run: Path):
-    """Copy a run's weights into a model that is not sharded: every name and shape must agree."""
+    """Copy a run's weights into a model that is not sharded: names and shapes must agree, numbers be finite."""
     saved, own = read_tensors(run, "weights"), named_weights(model)
 
     # a weight that stayed as it was drawn would not show
-    for name in sorted(saved.keys() | own.keys()):
-        there, here = (tuple(t[name].shape) if name in t else "missing" for t in (saved, own))
-        if there != here:
-            raise DataError(
-                f"{run}/checkpoint: {name} is {there} there, {here} in this model; see {run}/config.json"
-            )
     with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(saved[name])
+        for name in sorted(saved.keys() | own.keys()):
+            there, here = (tuple(t[name].shape) if name in t else "missing" for t in (saved, own))
+            if there != here:
+                lacking = f"{name} is {there} there, {here} in this model"
+                raise DataError(f"{run}/checkpoint: {lacking}; see {run}/config.json")
+            if not saved[name].isfinite().all():
+                raise DataError(f"{run}/checkpoint: {name} is not finite; train it again")
+            own[name].copy_(saved[name])
 
 
 def from_json(kind: type, values: dict):
@@ -2913,7 +2902,6 @@ SCAN_FILES = (
     ".aggregation.json",
     ".txt",
 )
-SHELL = ("wall", "floor", "ceiling")  # labels of ScanNet that are no objects
 INSTALL = {  # optional package -> how to install it
     "av": 'pip install -e ".[video]"',
     "vggt": "pip install git+https://github.com/facebookresearch/vggt",
@@ -2943,9 +2931,12 @@ def write_whole(path, write):
     """Let `write` fill a file, which becomes `path` when it is whole: nobody ever reads half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with open(part, "wb") as file:
-        write(file)
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            write(file)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)  # of a write that failed
 
 
 def read_json(path):
@@ -2997,8 +2988,7 @@ def check_scene(scene, trusted=False):
     """
     arrays = (scene.points, scene.colors, scene.normals, scene.superpoints, scene.instances)
     lengths = {len(array) for array in arrays if array is not None}
-    with reading(scene.name, "scene of boxes with six numbers"):
-        boxes = np.array([o.box for o in scene.objects], float).reshape(-1, 6)
+    boxes = np.array([o.box for o in scene.objects], float).reshape(-1, 6)
     if len(lengths) > 1 or min(lengths) < 2 or not np.isfinite(scene.points.sum() + boxes.sum()):
         what = f"arrays of {lengths} points, or numbers that are not finite"
         raise DataError(f"{scene.name}: {what}; export it again")
@@ -3017,7 +3007,8 @@ def check_scene(scene, trusted=False):
             f"{scene.name}: {said} is hardly a room; give --scale (0.001 if in millimeters, 1 if it is "
             f"right), or of frames --depth-scale ({DEPTH_SCALES})"
         )
-    scene.notes = [*(note for note in scene.notes if note != said), said]
+    if said not in scene.notes:
+        scene.notes.append(said)
     return scene
 
 
@@ -3036,9 +3027,8 @@ class FrameFiles(NamedTuple):
 
 def pictures(folder, pattern="*"):
     """List the images in a folder, frame10 after frame9; hidden files are none."""
-    files = (file for file in folder.glob(pattern) if file.suffix.lower() in IMAGES)
-    shown = (file for file in files if file.name[0] != ".")
-    return sorted(shown, key=lambda file: (len(file.name), file.name))
+    files = [file for file in folder.glob(pattern) if file.suffix.lower() in IMAGES and file.name[0] != "."]
+    return sorted(files, key=lambda file: (len(file.name), file.name))
 
 
 def pinhole(fx, fy, cx, cy):
@@ -3046,7 +3036,7 @@ def pinhole(fx, fy, cx, cy):
 
 
 def json_camera(held, focal="f"):
-    return pinhole(*[held[name] for name in (f"{focal}x", f"{focal}y", "cx", "cy")])
+    return pinhole(held[f"{focal}x"], held[f"{focal}y"], held["cx"], held["cy"])
 
 
 def rigid(position, turn):
@@ -3213,7 +3203,7 @@ class Layout:
 
     name: str
     marks: tuple[str, ...]  # patterns of the file or folder that tells it
-    views: Callable[[Path], Iterator[FrameFiles]]  # the frames, from what matched
+    views: Callable  # what matched -> FrameFiles
     depth_scale: float = 1000.0  # units of the depth images per meter
     up: str = "auto"  # axis of the poses' world that points up
     convention: str = "opencv"
@@ -3283,9 +3273,9 @@ def read_color(path, upright):
     if path.parent.is_file():
         return video_frame(path, upright)
     with reading(path, "image"), Image.open(path) as image:
-        if upright and (image.mode[0] in "IF" or image.getcolors(8)):
-            return None
         if upright:
+            if image.mode[0] in "IF" or image.getcolors(8):
+                return None
             image = ImageOps.exif_transpose(image)
         return np.asarray(image.convert("RGB"))
 
@@ -3293,7 +3283,7 @@ def read_color(path, upright):
 def read_depth(path, scale):
     """Read depth [H, W] in float32 meters; 0 = missing, as 65535 is in the file."""
     depth = read_image(path)
-    if depth.ndim != 2 or depth.dtype.kind not in "iu" or depth.dtype == np.uint8:
+    if depth.ndim != 2 or depth.itemsize == 1:
         what = f"{depth.dtype} {depth.shape} is a picture of depth (8 bits end at 255)"
         raise DataError(f"{path}: {what}; export 16 bits")
     return np.where(depth == 65535, 0, depth).astype(np.float32) / scale
@@ -3347,8 +3337,7 @@ def read_view(view, layout, longest, fine=False):
     reason, a str.
     """
     depth, K, pose = None, None, None
-    alone = all(part is None for part in view[1:])
-    color = read_color(view.image, upright=alone)
+    color = read_color(view.image, upright=all(part is None for part in view[1:]))
     if color is None:
         return "no image, but a depth or confidence map, or what is torn"
     sizes = [color.shape[:2]]
@@ -3383,10 +3372,10 @@ def read_view(view, layout, longest, fine=False):
     return color, depth, mask, K, pose
 
 
-def read_frames(where, layout, views, max_frames, longest, notes, fine=False):
-    """Read at most `max_frames` views, evenly spaced, as Frames; what no file holds is None.
+def read_frames(where, layout, views, max_frames, longest, fine=False):
+    """Read at most `max_frames` views, evenly spaced: Frames, where what no file holds is None, and notes.
 
-    Dropped and counted in `notes` are frames that lack a file that others have, whose pose is not
+    Dropped and counted in the notes are frames that lack a file that others have, whose pose is not
     finite, or whose depth is empty. Raises DataError where none is left.
     """
     known = [part for part in range(4) if any(view[part] is not None for view in views)]
@@ -3402,13 +3391,13 @@ def read_frames(where, layout, views, max_frames, longest, notes, fine=False):
             rows.append(row)
 
     # say what was lost, and why
-    notes += [f"dropped {n} of {len(views)} frames with {why}" for why, n in lost.items()]
+    notes = [f"dropped {n} of {len(views)} frames with {why}" for why, n in lost.items()]
     notes.append(f"{len(rows)} of {len(views)} frames used; layout {layout.name}")
     if len({row[0].shape for row in rows}) != 1:
         what = f"{'; '.join(notes)}: none is usable, or their sizes differ"
         raise DataError(f"{where}: {what}; export them again, as one of: {KNOWN_LAYOUTS}")
     columns = zip(*rows, strict=True)
-    return Frames(*(None if c[0] is None else np.stack(c) for c in columns))
+    return Frames(*(None if c[0] is None else np.stack(c) for c in columns)), notes
 
 
 def agreement(frames):
@@ -3417,16 +3406,16 @@ def agreement(frames):
     # see some points of some frames from all other frames
     points = unproject(frames.depth, frames.intrinsics, frames.poses)
     some = range(0, len(points), 1 + len(points) // 8)
-    confirmed, denied = 1, 0
+    beyond = [np.zeros(1)]  # meters from a point to the surface that another frame sees in its place
     for v, other in itertools.permutations(some, 2):
         seen = points[v][frames.depth[v] > 0][::16]
         camera = frames.intrinsics[other], frames.poses[other], frames.depth.shape[1:]
         _, row, column, z = in_view(seen, *camera)
-        # what is hidden there tells nothing
-        beyond = frames.depth[other][row, column] - z
-        confirmed += (np.abs(beyond) <= 0.1).sum()
-        denied += (beyond > 0.1).sum()
-    return confirmed / (confirmed + denied)
+        beyond.append(frames.depth[other][row, column] - z)
+
+    # what is hidden there tells nothing
+    beyond = np.concatenate(beyond)
+    return np.mean(beyond[beyond >= -0.1] <= 0.1)
 
 
 def read_views(path, scale=None, max_frames=32, longest=None, vggt="facebook/VGGT-1B", **documented):
@@ -3438,18 +3427,17 @@ def read_views(path, scale=None, max_frames=32, longest=None, vggt="facebook/VGG
     documented: up (UP or "auto"), convention (CONVENTIONS), depth_scale, in place of those of the
     layout. Raises DataError.
     """
-    path, notes = Path(path), []
+    path = Path(path)
     layout, views = find_frames(path)
     if layout is None:
-        inside = ", ".join(sorted(file.name for file in path.iterdir())[:8])
-        raise DataError(f"{path}: holds no frames, but {inside}; known layouts: {KNOWN_LAYOUTS}")
+        raise DataError(f"{path}: holds no frames; known layouts: {KNOWN_LAYOUTS}")
 
     # what a user says holds before what the layout documents
     layout = replace(layout, **documented)
     has_depth, has_pose = (any(view[part] is not None for view in views) for part in (1, 2))
     measured = has_depth and has_pose
     longest = longest or (320 if measured else 640)
-    frames = read_frames(path, layout, views, max_frames, longest, notes)
+    frames, notes = read_frames(path, layout, views, max_frames, longest)
 
     # VGGT sees the rest in the images, in the unit of what is known; without any it is guessed
     if any(array is None for array in vars(frames).values()):
@@ -3467,12 +3455,12 @@ def read_views(path, scale=None, max_frames=32, longest=None, vggt="facebook/VGG
         )
 
     # the cloud is what the frames show, and both are turned upright
-    points, colors, normals, voxel = fuse(frames)
+    points, colors, normals = fuse(frames)
     world, said = align_to_gravity(points, normals, layout.up, frames.poses)
     frames.poses = world @ frames.poses
-    notes += [f"{len(points)} points in voxels of {voxel * 100:.1f} cm", said]
-    source, cloud = "rgbd" if measured else "video", move(points, normals, world)
-    scene = Scene(path.resolve().stem, source, [], colors=colors, notes=notes, **cloud)
+    notes.append(said)
+    name, source = path.resolve().stem, "rgbd" if measured else "video"
+    scene = Scene(name, source, [], colors=colors, notes=notes, **move(points, normals, world))
     scene.frames, scene.metric = frames, metric or scale is not None
     return check_scene(scene, trusted=scale is not None or "depth_scale" in documented)
 
@@ -3511,19 +3499,17 @@ def voxel_of(points, voxel):
 
 def voxel_downsample(rows, voxel, limit):
     """Average rows [N, C], whose first columns are x, y, z, in the least voxels, from `voxel` meters
-    up, that leave at most `limit`: rows [n, C] and voxel."""
+    up, that leave at most `limit`: rows [n, C]."""
     # coarser until it fits
-    cell = voxel_of(rows[:, :3], voxel)
-    while cell.max() >= limit:
+    while (cell := voxel_of(rows[:, :3], voxel)).max() >= limit:
         voxel *= 1.2
-        cell = voxel_of(rows[:, :3], voxel)
     mean, _ = group_mean(torch.from_numpy(rows).double(), torch.from_numpy(cell), cell.max() + 1)
-    return mean.numpy(), voxel
+    return mean.numpy()
 
 
 def fuse(frames):
     """Fuse frames to one cloud: points [N, 3] f32, colors [N, 3] u8, unit normals [N, 3] f32
-    towards the cameras, voxel in meters: 2.5 cm, or a pixel's footprint if larger."""
+    towards the cameras, one point in voxels of 2.5 cm, or of a pixel's footprint if larger."""
     points = unproject(frames.depth, frames.intrinsics, frames.poses)
 
     # normals from differences of the point map: NaN beside missing depth, grazing ones at the
@@ -3543,8 +3529,8 @@ def fuse(frames):
     voxel = max(0.025, float(footprint))
     cell = voxel_of(rows[:, :3], voxel)
     solid = np.bincount(cell)[cell] >= min(3.0, 0.2 * (voxel / footprint) ** 2)
-    rows, voxel = voxel_downsample(rows[solid], voxel, 100_000)
-    return rows[:, :3].astype(np.float32), rows[:, 3:6].round().astype(np.uint8), unit(rows[:, 6:]), voxel
+    rows = voxel_downsample(rows[solid], voxel, 100_000)
+    return rows[:, :3].astype(np.float32), rows[:, 3:6].round().astype(np.uint8), unit(rows[:, 6:])
 
 
 def estimate_normals(points):
@@ -3557,21 +3543,7 @@ def estimate_normals(points):
 
     # walls and tops face the middle of a room
     inward = (normals * (points.mean(0) - points)).sum(1, keepdims=True) >= 0
-    return np.where(inward, normals, -normals).astype(np.float32)
-
-
-PLY_FIELDS = (  # normals, and the three colors by their names
-    ("nx", "ny", "nz"),
-    ("red", "green", "blue"),
-    ("diffuse_red", "diffuse_green", "diffuse_blue"),
-    ("r", "g", "b"),
-)
-
-
-def eight_bit(values):
-    """Bring colors [N, 3] up to 1 or 255, whichever they reach, to uint8."""
-    full = 255 if values.max() > 4 else 1
-    return np.nan_to_num(values * (255.0 / full)).round().clip(0, 255).astype(np.uint8)
+    return np.where(inward, normals, -normals)
 
 
 def load_mesh(path):
@@ -3580,7 +3552,6 @@ def load_mesh(path):
     import trimesh
 
     with reading(path, "cloud or mesh"):
-        path.stat()  # a missing file ends here
         mesh = trimesh.load(path, process=False, fix_texture=False)
         if isinstance(mesh, trimesh.Scene):  # a .glb of several parts
             mesh = mesh.to_mesh()
@@ -3596,18 +3567,16 @@ def load_mesh(path):
             faces = np.asarray(mesh.faces)
             points[faces]  # a face of a vertex that is not there ends here
 
-        # trimesh keeps no normals of bare points, and knows one name of colors
+        # trimesh keeps no normals of bare points, and no colors beside texture coordinates
         if "_ply_raw" in mesh.metadata:
             held = mesh.metadata["_ply_raw"]["vertex"]
             points[held["length"] - 1]  # a text that is cut off ends here
-            for names in PLY_FIELDS:
-                if not set(names) <= held["properties"].keys():
-                    continue
-                values = np.stack([np.ravel(held["data"][name]) for name in names], axis=1)
-                if names[0] == "nx":
-                    normals = values
-                else:
-                    colors = eight_bit(values)
+            names, columns = held["properties"], held["data"]
+            if "nx" in names:
+                normals = np.column_stack([columns[name] for name in ("nx", "ny", "nz")])
+            if "red" in names:
+                shown = np.column_stack([columns[name] for name in ("red", "green", "blue")])
+                colors = trimesh.visual.to_rgba(shown)[:, :3]
     return points, colors, normals, faces
 
 
@@ -3649,8 +3618,7 @@ def read_cloud(path, up="auto", scale=None):
         notes.append(f"dropped {(~near).sum()} points that are not finite or far from all others")
 
     # what lies twice at a place is one point
-    rows, voxel = voxel_downsample(np.concatenate([points, shown], axis=1)[near], 0.005, 200_000)
-    notes.append(f"{len(rows)} points averaged in voxels of {voxel * 100:.1f} cm")
+    rows = voxel_downsample(np.concatenate([points, shown], axis=1)[near], 0.005, 200_000)
     normals = estimate_normals(rows[:, :3])
     world, said = align_to_gravity(rows[:, :3], normals, up)
     scene = Scene(path.stem, "ply", [], notes=[*notes, said], **move(rows[:, :3], normals, world))
@@ -3711,7 +3679,7 @@ def align_to_gravity(points, normals, up, poses=None):
     axis = max(UP, key=lambda name: UP[name] @ found)
     direction, said = found, f"what is level and lies low, near {axis}"
     if up != "auto":
-        direction, said = choose(UP, up, "--up"), f"up = {up}"
+        direction, said = UP[up], f"up = {up}"
     if direction @ found < 0.8:
         said += f"; if it lies on its side, --up={axis} fits better"
     turn = Rotation.align_vectors([[0, 0, 1]], [direction])[0]
@@ -3749,8 +3717,8 @@ def is_scan(path):
 
 def find_scans(root):
     """Find the folders of all scans below a ScanNet root, whole or not."""
-    patterns = ("scene*_*/", "scans/scene*_*/", "scans_test/scene*_*/")
-    return [scan for pattern in patterns for scan in sorted(root.glob(pattern))]
+    folders = ("", "scans/", "scans_test/")
+    return [scan for folder in folders for scan in sorted(root.glob(f"{folder}scene*_*/"))]
 
 
 def read_scannet(folder, max_frames=32, longest=math.inf):
@@ -3771,8 +3739,7 @@ def read_scannet(folder, max_frames=32, longest=math.inf):
             world = np.array(aligned[1].split(), float).reshape(4, 4)
     if normals is None:
         normals = unit(vertex_normals(points, faces))
-    cloud = move(points, normals, world)
-    scene = Scene(folder.name, "scannet", [], colors=colors, **cloud)
+    scene = Scene(folder.name, "scannet", [], colors=colors, **move(points, normals, world))
 
     # objects are groups of segments; scans of the test split have neither
     scene.instances = np.zeros(len(points), np.int64)
@@ -3783,8 +3750,7 @@ def read_scannet(folder, max_frames=32, longest=math.inf):
         scene.superpoints = over_segment(points, normals, faces)
 
     # a thousand scans do not fit in memory, so frames stay on disk
-    elsewhere = [root / "posed_images" / folder.name for root in folder.parents[:2]]
-    for place in (folder, *elsewhere):
+    for place in (folder, *(root / "posed_images" / folder.name for root in folder.parents[:2])):
         layout, views = find_frames(place)
         if max_frames and any(view.depth for view in views):
             load = partial(scan_frames, scene, world, layout, views, max_frames, longest)
@@ -3806,7 +3772,7 @@ def add_objects(scene, segs, aggregation):
         for group in read_json(aggregation)["segGroups"]:
             id, label = group["objectId"] + 1, group["label"].replace("_", " ")
             parts = set(group["segments"])
-            if label in SHELL or parts in seen:  # scene0217_00 lists its objects twice
+            if label in STRUCTURE or parts in seen:  # scene0217_00 lists its objects twice
                 continue
             seen.append(parts)
             mine = np.isin(values, list(parts))[scene.superpoints]
@@ -3823,8 +3789,7 @@ def add_objects(scene, segs, aggregation):
 
 def scan_frames(scene, world, layout, views, max_frames, longest):
     """Read a scan's frames in the aligned axes, with masks of its objects."""
-    notes = []
-    frames = read_frames(scene.name, layout, views, max_frames, longest, notes, fine=True)
+    frames, notes = read_frames(scene.name, layout, views, max_frames, longest, fine=True)
     scene.notes += [note for note in notes if note not in scene.notes]
 
     # masks from files, or of the points that a frame sees
@@ -3884,23 +3849,22 @@ GUESS = 2.0  # meters: the median depth of frames whose scale nobody knows
 def opened_video(path):
     """Open a video: its container, and the stream of its pictures that is no cover."""
     av = need("av", "reading a video")
-    with (
-        reading(path, "video"),
-        av.open(str(path), metadata_errors="replace") as container,
-    ):
+    with reading(path, "video"), av.open(str(path), metadata_errors="replace") as container:
         yield container, container.streams.best("video")
 
 
-def video_frame(path, upright=False):
+def video_frame(path, upright):
     """Decode frame VIDEO/NUMBER, [H, W, 3] uint8, with the rows as the camera wrote them or
     upright; None where a recording broke off."""
     with opened_video(path.parent) as (container, stream):
+        import av
+
         start = (stream.start_time or 0) * stream.time_base
         second = start + (int(path.name) - 0.5) / stream.average_rate
 
         # from the key frame before it to the first frame that is not earlier
         container.seek(max(0, int(second / stream.time_base)), stream=stream)
-        with suppress(need("av", "reading a video").FFmpegError):
+        with suppress(av.FFmpegError):
             for frame in container.decode(stream):
                 if frame.time is not None and frame.time >= second:
                     turn = round(frame.rotation / 90) if upright else 0
@@ -3927,7 +3891,7 @@ def vggt_geometry(images, model, longest=518):
     Depth and cameras come from their own heads, whose un-projection VGGT's authors recommend over
     the point map. The longer side is brought to `longest` pixels, both to whole patches.
     """
-    pose_enc = need("vggt.utils.pose_enc", "depth and cameras from bare frames")
+    from vggt.utils.pose_enc import pose_encoding_to_extri_intri
 
     # whole patches, as VGGT was trained on
     V, H, W, _ = images.shape
@@ -3943,7 +3907,7 @@ def vggt_geometry(images, model, longest=518):
 
     # depth [1, V, h, w, 1] and confidence [1, V, h, w]; cameras [1, V, 3, 4] and [1, V, 3, 3]
     maps = model.depth_head(tokens, images=x, patch_start_idx=first)
-    camera, K = pose_enc.pose_encoding_to_extri_intri(code, (h, w))
+    camera, K = pose_encoding_to_extri_intri(code, (h, w))
 
     # arrays of the images' size
     maps = torch.stack([m.reshape(V, h, w).float() for m in maps])
@@ -3968,11 +3932,12 @@ def fill_in(where, frames, vggt):
     their middle. A fifth of the found depth, the least certain, is dropped. Raises DataError
     without VGGT.
     """
+    known = {name: array for name, array in vars(frames).items() if array is not None}
     try:
         # what the images show, in a unit of their own
         depth, confidence, K, poses = vggt_geometry(frames.color, load_vggt(vggt))
     except DataError as error:
-        lacking = [name for name, array in vars(frames).items() if array is None]
+        lacking = sorted(vars(frames).keys() - known)
         raise DataError(f"{where}: has no {', '.join(lacking)}; {error}") from None
     sure = (depth > 0) & (confidence >= np.quantile(confidence, 0.2))
     seen = Frames(frames.color, np.where(sure, depth, 0), frames.masks, K, poses)
@@ -3983,9 +3948,8 @@ def fill_in(where, frames, vggt):
         rescale(seen, np.median(frames.depth[both] / depth[both]))
     elif frames.poses is not None:
         at = np.stack([frames.poses, poses])[:, :, :3, 3]  # [2, V, 3]
-        known, found = np.linalg.norm(at.std(1), axis=1)
-        rescale(seen, known / max(found, 1e-9))
-    known = {name: array for name, array in vars(frames).items() if array is not None}
+        true, found = np.linalg.norm(at.std(1), axis=1)
+        rescale(seen, true / max(found, 1e-9))
     return replace(seen, **known)
 
 
@@ -4013,7 +3977,7 @@ def neighbor_pairs(points, k, reach=np.inf):
     distance, near = nearest(points, points, k + 1)
     distance, near = distance[:, 1:], near[:, 1:]  # the nearest is the point itself
     close = distance <= max(reach * np.median(distance[:, 0]), 1e-9)
-    pairs = np.stack([np.nonzero(close)[0], near[close]], axis=1)
+    pairs = np.column_stack([np.nonzero(close)[0], near[close]])
     return tuple(np.unique(np.sort(pairs, axis=1), axis=0).T)
 
 
@@ -4029,9 +3993,6 @@ def over_segment(points, normals=None, faces=None, threshold=0.01, min_size=20):
     Source: Felzenszwalb & Huttenlocher, IJCV 2004, with the rules of ScanNet's Segmentator.
     """
     N = len(points)
-    if N < 2:
-        return np.zeros(N, np.int64)
-    points = np.asarray(points, np.float32)
     if faces is not None:
         normals = vertex_normals(points, faces)
 
@@ -4063,7 +4024,7 @@ def over_segment(points, normals=None, faces=None, threshold=0.01, min_size=20):
     # lightest edges first; two segments join if the edge is no heavier than either's limit:
     # its heaviest inner edge + threshold / size
     order = np.argsort(weight, kind="stable")
-    edges = np.stack([a, b], axis=1)[order].tolist()
+    edges = np.column_stack([a, b])[order].tolist()
     for (x, y), w in zip(edges, weight[order].tolist(), strict=True):
         x, y = find(x), find(y)
         if x != y and w <= min(limit[x], limit[y]):
@@ -4187,10 +4148,10 @@ def render_masks(points, instances, frames):
     """
     reach = max(0.05, 2 * np.median(nearest(points, points, 2)[0][:, -1]))
     masks = np.zeros(frames.depth.shape, np.int32)
-    for v, (mask, depth) in enumerate(zip(masks, frames.depth, strict=True)):
-        # one frame at a time: memory stays that of a frame
-        pixels = unproject(depth[None], frames.intrinsics[v][None], frames.poses[v][None])[0]
-        distance, near = nearest(pixels[depth > 0], points)
+    pixels = unproject(frames.depth, frames.intrinsics, frames.poses)
+    for mask, depth, seen in zip(masks, frames.depth, pixels, strict=True):
+        # one frame at a time: the search takes much memory
+        distance, near = nearest(seen[depth > 0], points)
         mask[depth > 0] = np.where(distance <= reach, instances[near], 0)[:, 0]
     return masks
 
@@ -4211,7 +4172,7 @@ def seen_cloud(scene):
     """Give a room the cloud that its cameras see, in place of the one that is drawn from its objects."""
     if scene.source != "rooms" or scene.frames is None:
         return scene
-    points, colors, normals, _ = fuse(scene.frames)
+    points, colors, normals = fuse(scene.frames)
     return replace(scene, points=points, colors=colors, normals=normals)
 
 
@@ -4228,10 +4189,9 @@ def shown_colors(scene):
 
 def with_own_segments(scene):
     """Make a scene's own segments its objects, with masks and superpoints made anew."""
-    scene, masks = visible_cloud(scene), None
+    scene = visible_cloud(scene)
     instances = object_segments(scene.points, scene.normals, shown_colors(scene), scene.superpoints)
-    if scene.frames is not None:
-        masks = render_masks(scene.points, instances, scene.frames)
+    masks = scene.frames and render_masks(scene.points, instances, scene.frames)
     return with_instances(scene, instances, masks, "segments of our own")
 
 
@@ -4259,7 +4219,7 @@ SAM2 = "facebook/sam2.1-hiera-large"  # Proxy3D does not say which SAM 2 it take
 
 
 @lru_cache(maxsize=1)
-def load_sam2(name=SAM2):
+def load_sam2(name):
     """Load SAM 2's video predictor by the name of its weights, on a GPU where there is one."""
     sam2 = need("sam2.sam2_video_predictor", "--masks sam2")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -4275,22 +4235,19 @@ def automatic_masks(model, image):
     """See masks [H, W] bool in an image [H, W, 3] u8 by a grid of prompts to SAM 2."""
     from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 
-    generator = SAM2AutomaticMaskGenerator(model)
-    sizes = [(model.image_size // s,) * 2 for s in (4, 8, 16)]
-    generator.predictor._bb_feat_sizes = sizes  # it assumes 1024 pixels
-    return [found["segmentation"] for found in generator.generate(image)]
+    found = SAM2AutomaticMaskGenerator(model).generate(image)
+    return [mask["segmentation"] for mask in found]
 
 
-def sam2_masks(images, model, propose=None, keyframe_every=8, most=100):
-    """Track everything in a video [V, H, W, 3] u8: tracks [V, H, W] int32, 0 = none, ids 1..n, n <= most.
+def sam2_masks(images, model, keyframe_every=8, most=100):
+    """Track everything in a video [V, H, W, 3] u8: tracks [V, H, W] int32, 0 = none, ids 1..most.
 
-    Masks that `propose` (default: `automatic_masks`) finds on every `keyframe_every`-th frame are
+    Masks that `automatic_masks` sees on every `keyframe_every`-th frame are
     followed both ways. A pixel goes to the track with the highest score. What is smaller than a
     thousandth of a frame is not seen, what is larger than half of it is a wall from near. What leaves
     the view and comes back is a new track: `merge_tracks`.
     """
     V, H, W = images.shape[:3]
-    propose = propose or partial(automatic_masks, model)
     tracks, best, count = np.zeros((V, H, W), np.int32), np.zeros((V, H, W), np.float32), 0
     half = torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode(), half:
@@ -4302,7 +4259,7 @@ def sam2_masks(images, model, propose=None, keyframe_every=8, most=100):
         for key in sorted({*range(0, V, keyframe_every), V - 1}):
             # from large to small: a mask starts a track unless half of it belongs to tracks or larger masks
             taken, first = tracks[key] > 0, count
-            for mask in sorted(propose(images[key]), key=np.count_nonzero, reverse=True):
+            for mask in sorted(automatic_masks(model, images[key]), key=np.count_nonzero, reverse=True):
                 fresh = mask & ~taken
                 if 0.001 <= mask.mean() <= 0.5 and 2 * fresh.sum() > mask.sum() and count < most:
                     count += 1
@@ -4324,12 +4281,11 @@ def sam2_masks(images, model, propose=None, keyframe_every=8, most=100):
     for frame in tracks:
         area = np.bincount(frame.ravel())
         frame[area[frame] < 0.001 * H * W] = 0
-    present = np.isin(np.arange(count + 1), tracks[tracks > 0])
-    return keep_labels(tracks, present).astype(np.int32)
+    return tracks
 
 
 def merge_tracks(tracks, points, share=0.3):
-    """Give tracks [V, H, W] that are one object one id, from 1: masks [V, H, W] int32.
+    """Give tracks [V, H, W] that are one object one id, from 1: masks [V, H, W].
 
     points [V, H, W, 3] in meters, NaN = missing. Two tracks become one if they share at least `share`
     of the 5 cm voxels of the smaller, the largest shares first, unless some frame shows both: side by side
@@ -4360,7 +4316,7 @@ def merge_tracks(tracks, points, share=0.3):
             root[root == q] = p
 
     # tracks of hardly any voxel in space are dropped
-    return keep_labels(root[tracks], np.bincount(root, size, len(ids)) >= 4).astype(np.int32)
+    return keep_labels(root[tracks], np.bincount(root, size, len(ids)) >= 4)
 
 
 def vote(points, masks, frames):
@@ -4432,15 +4388,14 @@ def scene_figure(scene, title, lines=()):
     """
     from matplotlib.figure import Figure
 
-    # 30,000 points show enough
-    cloud, frames = seen_cloud(scene), scene.frames
-    points, colors = cloud.points, shown_colors(cloud) / 255
-    some = np.random.default_rng(0).permutation(len(points))[:30_000]
-
     # the ceiling would hide the room; from above the highest is drawn last
-    some = some[points[some, 2] < points[:, 2].min() + 2.3]
-    some = some[np.argsort(points[some, 2])]
-    points, colors = points[some], colors[some]
+    cloud, frames = seen_cloud(scene), scene.frames
+    some = np.argsort(cloud.points[:, 2])
+    some = some[cloud.points[some, 2] < cloud.points[some[0], 2] + 2.3]
+
+    # 30,000 points show enough
+    some = some[:: 1 + len(some) // 30_000]
+    points, colors = cloud.points[some], shown_colors(cloud)[some] / 255
 
     # the cloud above, frames below
     below = 0.01 if frames is None else 1.0
@@ -4450,7 +4405,7 @@ def scene_figure(scene, title, lines=()):
     view = figure.add_subplot(grid[0, 2:], projection="3d", computed_zorder=False)
     top.scatter(*points[:, :2].T, c=colors, s=4, zorder=0)
     view.scatter(*points.T, c=colors, s=2, depthshade=False, zorder=0)
-    view.set_box_aspect(np.ptp(points, axis=0) + 0.1, zoom=1.2)
+    view.set_aspect("equal")
     view.set_axis_off()
 
     # the first and the last frame, each with its objects beside it
@@ -4507,33 +4462,24 @@ def draw_scene(scene, path, lines=(), tokens=None, answers=()):
 SOURCES = ("rooms", "scannet", "rgbd", "ply", "cached")
 
 
-def split_fifths(rows):
-    """Split {"train", "test"}: every fifth row is for testing, and one that is alone for both."""
-    test = rows[4::5] or rows[-1:]
-    return {"train": [row for row in rows if row not in test] or rows, "test": test}
+def split_scenes(root, paths):
+    """Split scenes into {"train", "test"}: those that scannetv2_val.txt of the root names are for testing.
 
-
-def split_scans(root):
-    """List the scans below a ScanNet root as {"train", "test"}: those that scannetv2_val.txt names
-    are for testing, without that file every fifth."""
-    scans, listed = list(filter(is_scan, find_scans(root))), root / "scannetv2_val.txt"
-    if not scans:
-        lacking = f"no <id>/<id>{SCAN_FILES[0]} here or under scans/"
-        raise DataError(f"{root}: {lacking}; see python data.py check {root}")
-    if not listed.exists():
-        return split_fifths(scans)
-
-    # all scans that are not for testing
-    test = [scan for scan in scans if scan.name in listed.read_text().split()]
-    return {"train": [scan for scan in scans if scan not in test], "test": test}
+    Without that file every fifth is, and one that is alone is for both.
+    """
+    listed, test = root / "scannetv2_val.txt", paths[4::5] or paths[-1:]
+    if listed.exists():
+        test = [path for path in paths if path.name in listed.read_text().split()]
+    train = [path for path in paths if path not in test]
+    return {"train": train if listed.exists() else train or paths, "test": test}
 
 
 def load_scenes(source, split, root=None, count=800, workers=0, **options):
     """Load the scenes of a split, "train" or "test", of one of SOURCES: rooms, scans, or own
     scenes below `root`.
 
-    Own scenes in which no object is found are left out, and said. options: of `open_scene`.
-    Raises DataError.
+    Scenes that cannot be read, or in which no object is found, are left out, and said. options: of
+    `open_scene`. Raises DataError where none is left.
     """
     # rooms are made, all else is read
     if source == "rooms":
@@ -4541,19 +4487,21 @@ def load_scenes(source, split, root=None, count=800, workers=0, **options):
     if root is None:
         raise DataError(f"--data {source}: name the folder with --root")
     root, scenes = Path(root), []
-    splits = split_scans(root) if source == "scannet" else split_fifths(find_scenes(root))
+    paths = list(filter(is_scan, find_scans(root))) if source == "scannet" else find_scenes(root)
+    chosen = split_scenes(root, paths)[split]
 
     # without an object there is nothing to ask
-    paths = splits[split]
-    for path in paths:
-        scene = open_scene(path, **options)
-        if scene.objects:
+    for path in chosen:
+        try:
+            scene = open_scene(path, **options)
+            if not scene.objects:
+                raise DataError(f"{path}: no object was found, so nothing can be asked")
             scenes.append(scene)
-        else:
-            print(f"{path}: no object was found, so nothing can be asked; left out")
-    if paths and not scenes:
-        lacking = f"no scenes with objects for the {split} split"
-        raise DataError(f"--root {root}: {lacking}; see python data.py check {root}")
+        except DataError as error:
+            print(f"{error}; left out")
+    if not scenes and (chosen or not paths):
+        lacking = f"--root {root}: no scenes with objects for the {split} split"
+        raise DataError(f"{lacking}; see python data.py check {root}")
     return scenes
 
 
@@ -4619,12 +4567,10 @@ def open_scene(path, masks=None, sam2=None, **options):
     if scene.objects or reader is load_scene or masks == "none":
         return scene
 
-    # where they are sought
+    # where they are sought; who names weights of SAM 2 wants it
     frames = scene.frames
     labelled = frames is not None and frames.masks.any()
-    if masks is None and sam2:  # who names its weights wants it
-        masks = "sam2"
-    masks = masks or ("files" if labelled else "segments")
+    masks = masks or ("sam2" if sam2 else "files" if labelled else "segments")
     if masks == "segments":
         scene = with_own_segments(scene)
     elif masks == "files" and labelled:
@@ -4728,36 +4674,33 @@ SCANNET_TERMS = (
 
 
 def check(path, **options):
-    """Describe what lies at `path`: the lines of `data.py check DIR`.
+    """Describe what lies at `path`, line by line: `data.py check DIR`.
 
     Scenes are opened, but no objects looked for. A ScanNet root is too large for that: its scans and
     their files are counted.
     """
-    lines = []
     if scans := find_scans(path):
         shown = sum(bool(find_frames(scan)[1]) for scan in scans)
-        lines.append(f"{path}: {len(scans)} scans, {shown} with frames beside them")
+        yield f"{path}: {len(scans)} scans, {shown} with frames beside them"
 
         # where missing files are had, and under which terms
         lacking = [file for scan in scans for file in scan_files(scan) if not file.exists()]
         if lacking:
-            lines.append(f"missing {len(lacking)} files, first {lacking[0]}; {SCANNET_TERMS}")
-        return lines
+            yield f"missing {len(lacking)} files, first {lacking[0]}; {SCANNET_TERMS}"
+        return
     for place in find_scenes(path):
         try:
             scene = open_scene(place, masks="none", **options)
             counts = f"{len(scene.points)} points, {len(scene.objects)} objects"
-            lines.append(f"{place}: {counts}; {'; '.join(scene.notes)}")
+            yield f"{place}: {counts}; {'; '.join(scene.notes)}"
         except DataError as error:
-            lines.append(str(error))
-    return lines
+            yield str(error)
 
 
 def command(main):
     """Make `main` return its exit status: its own or 0; 2 where something is wrong, which one
     line says."""
 
-    @wraps(main)
     def status(*arguments):
         try:
             return main(*arguments) or 0
@@ -4776,22 +4719,22 @@ def main(arguments=None):
 
     # one sub-command each
     look = commands.add_parser("check", help="what is there, what is missing, and where it is had")
-    look.add_argument("path", type=Path)
     make = commands.add_parser("rooms", help="procedural rooms in ScanNet's file layout")
     make.add_argument("out", type=Path)
     make.add_argument("--count", type=int, default=10)
     make.add_argument("--objects", type=int, help="objects per room (default: 8 to 16)")
     make.add_argument("--seed", type=int, default=0, help="of the first room")
     keep = commands.add_parser("cache", help="scenes through VGGT, SAM 2 and segmentation, once")
-    keep.add_argument("path", type=Path, help="a scene, or a folder of scenes")
+    for reads in (look, keep):
+        reads.add_argument("path", type=Path, help="a scene, or a folder of scenes")
+        add_scene_options(reads)
     keep.add_argument("out", type=Path)
-    add_scene_options(look)
-    add_scene_options(keep)
 
     # a command prints what it finds or makes
     args = parser.parse_args(arguments)
     if args.command == "check":
-        print("\n".join(check(args.path, **scene_options(args))))
+        for line in check(args.path, **scene_options(args)):
+            print(line)
     elif args.command == "rooms":
         for seed in range(args.seed, args.seed + args.count):
             scene = room(seed, args.objects, size=240, views=16, points=20_000)

@@ -453,9 +453,8 @@ class Benchmark:
         """Give the rows of an official file, or of its part that is named like the split."""
         return read_rows(path, split)
 
-    def read(self, **fields) -> Sample | None:
-        """Turn the fields of a row into a question; None: the row does not belong here."""
-        raise ValueError("this benchmark has no official file")
+    # read(**fields), of each benchmark with official files: turn the fields of a row into a question; None:
+    # the row does not belong here
 
     def finish(self, samples: list[Sample], folders: list[Path]) -> list[Sample]:
         """Do what needs all rows, or a file in one of the folders."""
@@ -593,9 +592,7 @@ BENCHMARKS = {
 
 
 def find_benchmark(name: str) -> Benchmark:
-    if name not in BENCHMARKS:
-        raise DataError(f"unknown benchmark {name}; known: {', '.join(BENCHMARKS)}")
-    return BENCHMARKS[name]
+    return data.choose(BENCHMARKS, name, "benchmark")
 
 
 def adopt(paper):
@@ -627,12 +624,9 @@ def read_rows(path: Path, key: str = "") -> list:
     A line that is not JSON is None; an object is one row.
     """
     # a byte order mark is no part of the text
-    try:
-        text = path.read_bytes().decode("utf-8-sig", errors="replace")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; name the file itself") from None
+    text = path.read_text("utf-8-sig", "replace")
     if path.suffix == ".csv":
-        return list(csv.DictReader(text.splitlines(keepends=True)))
+        return list(csv.DictReader(text.splitlines(True)))
 
     def parsed(text: str):
         try:
@@ -702,10 +696,9 @@ class SQA3D(TextBenchmark):
     files = splits("v1_balanced_questions_*_scannetv2.json", train=26_623, val=3_261, test=3_519)
     split = "test"
     prompt = WORD
-    # there Chat-Scene cleans references too
-    dialects = {"chat-scene": DIALECTS["chat-scene"], **DIALECTS} | {
-        "chat-scene": replace(DIALECTS["chat-scene"], reference=clean)
-    }
+    # there Chat-Scene, the headline, cleans references too
+    dialects = {"chat-scene": replace(DIALECTS["chat-scene"], reference=clean)}
+    dialects = dialects | DIALECTS | dialects
     kinds = ("what", "is", "how", "can", "which")
 
     def rows(self, path, split):
@@ -781,22 +774,17 @@ class ScanRefer(Grounding):
         )
 
     def finish(self, samples, folders):
+        # rows that name their object's category in place of a kind, and the class of each category
+        named = [s for s in samples if s.kind not in self.kinds]
         table = next((folder / LABELS for folder in folders if (folder / LABELS).exists()), None)
-        if table is None or samples[0].kind in self.kinds:
-            for s in samples:
-                if s.kind not in self.kinds:
-                    s.kind = ""
-            return samples
-
-        # the class of a name, and how many annotated objects of it a scene has
-        with table.open() as file:
-            rows = list(csv.DictReader(file, delimiter="\t"))
+        rows = csv.DictReader(table.read_text().splitlines(), delimiter="\t") if table else ()
         class_of = {row["raw_category"]: row["nyu40class"] for row in rows if row["nyu40class"] in CLASSES}
-        for s in samples:
-            s.kind = class_of.get(s.kind, "others")
-        objects = {(s.scene, s.kind, *s.targets) for s in samples}
-        count = Counter(found[:2] for found in objects)
-        for s in samples:
+        for s in named:
+            s.kind = class_of.get(s.kind, "others") if table else ""
+
+        # how many annotated objects of a class a scene has
+        count = Counter(found[:2] for found in {(s.scene, s.kind, *s.targets) for s in named})
+        for s in named if table else ():
             s.kind = "unique" if count[s.scene, s.kind] == 1 else "multiple"
         return samples
 
@@ -855,8 +843,8 @@ class VSIBench(Spatial):
     def read(self, id, scene_name, question_type, question, ground_truth, options=None, **others):
         task, _, kind = re.sub("_(easy|medium|hard)$", r" \1", question_type).partition(" ")
         value = None if options else float(ground_truth)
-        sample = make_sample(id, scene_name, f"vsi_{task}", question, [ground_truth])
-        return replace(sample, kind=kind, options=options, value=value)
+        more = dict(kind=kind, options=options, value=value)
+        return make_sample(id, scene_name, f"vsi_{task}", question, [ground_truth], **more)
 
 
 class SR91K(Benchmark):
@@ -873,8 +861,7 @@ class SR91K(Benchmark):
             return None
         answer = re.sub(r"</?answer>", "", solution).strip()
         value = None if options else float(answer)
-        scene = Path(path).stem
-        return make_sample("", scene, "vsi", problem, [answer], options=options or None, value=value)
+        return make_sample("", Path(path).stem, "vsi", problem, [answer], options=options, value=value)
 
 
 class MMScanQA(Benchmark):
@@ -949,9 +936,9 @@ def read_official(name: str, path: Path, root: Path | None = None, split: str = 
     if path.is_dir():
         file = benchmark.files.get(wanted, (f"{wanted} split",))[0]
         found = sorted(path.rglob(file))
-        if not found and split:
-            return []
         if not found:
+            if split:
+                return []
             raise DataError(f"{path}: no {file} below it; name the file itself")
         path = found[0]
 
@@ -975,7 +962,7 @@ def read_official(name: str, path: Path, root: Path | None = None, split: str = 
     # some benchmarks need all rows, or a table beside the file
     if not samples:
         raise DataError(f"{path}: no questions of {name}")
-    return benchmark.finish(list(samples.values()), [path.parent, path.parent.parent, root or path.parent])
+    return benchmark.finish(list(samples.values()), [path.parent, root or path.parent])
 
 
 # ---- 6 predict -----------------------------------------------------------------------------------
@@ -1030,8 +1017,8 @@ def load(
     """
     # the questions, in the dialects that are to be scored
     benchmark = choose_dialects(find_benchmark(name), dialects, paper)
-    if not (benchmark.metrics or benchmark.dialects):
-        raise DataError(f"{name}: questions to train on, which are not scored")
+    if benchmark.split not in benchmark.files or not (benchmark.metrics or benchmark.dialects):
+        raise DataError(f"{name}: has no official questions that are scored")
     samples = read_official(name, annotations, root)
 
     # a file counts as the split it is named after, any other as the one that papers report
@@ -1118,7 +1105,7 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def predict(model: Model, questions: Questions, batch: int = 256) -> dict[str, str]:
+def predict(model: Model, questions: Questions) -> dict[str, str]:
     """Answer greedily: {id: text}, the same on every rank.
 
     A rank takes every world-th scene: nothing is padded, nothing answered twice.
@@ -1128,8 +1115,8 @@ def predict(model: Model, questions: Questions, batch: int = 256) -> dict[str, s
     benchmark, answers = questions.benchmark, {}
     own = sorted({s.scene for s in questions.samples})[rank::world]
     samples = [s for scene in own for s in questions.samples if s.scene == scene]
-    for start in range(0, len(samples), batch):
-        chunk = samples[start : start + batch]
+    for start in range(0, len(samples), 256):
+        chunk = samples[start : start + 256]
 
         # a scene is read once for all of its questions in the batch
         groups = []
@@ -1167,10 +1154,11 @@ def summarize(benchmark: Benchmark, samples: list[Sample], scored: list[dict]) -
         finer = [mean for part, mean in means.items() if part and part.rpartition("/")[0] == whole]
         means[whole] = np.mean(finer or [means[whole]], axis=0)
 
-    result = {}
-    for i, metric in enumerate(scored[0]):
-        result |= {f"{metric}/{part}".removesuffix("/"): mean[i] for part, mean in means.items()}
-    return result
+    return {
+        f"{metric}/{part}".removesuffix("/"): mean[i]
+        for i, metric in enumerate(scored[0])
+        for part, mean in means.items()
+    }
 
 
 def measure(questions: Questions, answers: dict[str, str]) -> tuple[dict, list]:
@@ -1324,7 +1312,7 @@ def read_predictions(path: Path, questions: Questions, partial: bool = False) ->
     if len(rows) == 1 and not rows[0].keys() & {*ID_FIELDS, "doc"}:  # {id: text}
         rows = [{"id": id, "prediction": text} for id, text in rows[0].items()]
     # lmms-eval keeps the question in "doc"
-    rows = [{**row["doc"], **row} if isinstance(row.get("doc"), dict) else row for row in rows]
+    rows = [row.get("doc", {}) | row for row in rows]
 
     # the first known field that rows have is the id, or the text
     fields = dict.fromkeys(itertools.chain(*rows))
@@ -1379,7 +1367,7 @@ def save(path: Path, entries: dict[str, dict], **facts):
     try:
         (old,) = read_rows(path)
         old = old if old.pop("provenance") == facts else {}
-    except (ValueError, LookupError, AttributeError):  # nothing there, or something else
+    except (OSError, ValueError, LookupError, AttributeError):  # nothing there, or something else
         old = {}
 
     # questions and answers in files of their own
@@ -1469,26 +1457,9 @@ def mixture(
     file = min(folder.rglob("proposals.json"), default=None)
     shown = read_boxes(file) if file else there
 
-    # why a question is dropped; truth: the boxes that its numbers mean
-    def fault(s: Sample, source: data.Source, truth: dict[str, Scene]) -> str:
-        grounded = s.targets is not None
-        forms = {
-            "text": s.task == "caption" or not grounded,
-            "id": grounded,
-            "number": s.value is not None,
-            "choice": s.options,
-        }
-        if not forms[source.asks]:
-            return "of another form"
-        if s.scene.split("_")[0] in rooms:
-            return "of rooms for evaluation"
-        if s.scene not in there.keys() & shown.keys() & truth.keys():
-            return "without a scan"
-        fits = [proposal_fit(truth[s.scene], shown[s.scene], i) for i in s.targets or ()]
-        return "without an object that fits" if min(fits, default=1.0) < max(source.fit, 1e-9) else ""
-
     listed, report = defaultdict(list), []
     for name, source in sources.items():
+        # truth: the boxes that the numbers of its objects mean
         benchmark, samples, dropped, truth = find_benchmark(source.benchmark), [], Counter(), there
         if benchmark.boxes:
             file = min(folder.rglob(benchmark.boxes), default=None)
@@ -1498,14 +1469,36 @@ def mixture(
         if not rows and task in data.TASKS:
             rows = data.question_set(there.values(), [task], source.printed // 1201, seed)
         for s in rows:
-            why, question = fault(s, source, truth), benchmark.write_prompt(s)
+            # why a question is dropped, if it is
+            forms = {
+                "text": s.task == "caption" or s.targets is None,
+                "id": s.targets is not None,
+                "number": s.value is not None,
+                "choice": s.options,
+            }
+            why = ""
+            if not forms[source.asks]:
+                why = "of another form"
+            elif s.scene.split("_")[0] in rooms:
+                why = "of rooms for evaluation"
+            elif s.scene not in there.keys() & shown.keys() & truth.keys():
+                why = "without a scan"
+            else:
+                fits = [proposal_fit(truth[s.scene], shown[s.scene], i) for i in s.targets or ()]
+                if min(fits, default=1.0) < max(source.fit, 1e-9):
+                    why = "without an object that fits"
             dropped[why] += 1
-            if benchmark.boxes and not why:
-                s = replace(as_shown(s, truth[s.scene], there[s.scene]), answers=[])
+            if why:
+                continue
+
             # every accepted answer is a question of its own
-            for text in () if why else dict.fromkeys(s.answers or [s.answer]):
-                id = f"{name}/{s.id}/{text}"
-                samples.append(replace(s, id=id, question=question, answer=text, answers=[]))
+            question = benchmark.write_prompt(s)
+            if benchmark.boxes:
+                s = replace(as_shown(s, truth[s.scene], there[s.scene]), answers=[])
+            for text in dict.fromkeys(s.answers or [s.answer]):
+                samples.append(
+                    replace(s, id=f"{name}/{s.id}/{text}", question=question, answer=text, answers=[])
+                )
 
         # of more than the source takes, a random draw
         order = np.random.default_rng([seed, len(report)]).permutation(len(samples))[: source.most]
@@ -1534,6 +1527,7 @@ def load_run(folder: Path) -> tuple[Model, dict]:
     """Load a run's model, as its last stage sees, and the record of how it was made."""
     # the paper's own questions and benchmarks come with it
     record = data.read_state(folder)["run"]
+    data.choose(PAPER_DIALECT, record["model"], f"{folder}: paper")
     paper = importlib.import_module(record["model"])
     data.adopt(paper)
     adopt(paper)
@@ -1630,8 +1624,7 @@ def evaluate_scenes(
         samples = data.question_set(every.scenes.values(), tasks, max(3, 60 // len(true)), seed)
         blind = data.Blind(data.question_set(blind_scenes, tasks, 3, seed + 1))
         if samples:
-            own = Questions(name + every.name, benchmark, samples, every.scenes, every.shown, blind)
-            asked.append(own)
+            asked.append(Questions(name + every.name, benchmark, samples, every.scenes, every.shown, blind))
     if not asked:
         print(f"note: these scenes give no question of {', '.join(names or BENCHMARKS)}")
         return {}

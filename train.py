@@ -53,14 +53,15 @@ import importlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 # OpenMP threads wait for each other at every barrier, by default spinning for long. Beside a busy core a
@@ -91,7 +92,6 @@ from data import DataError, Sample, Scene, Stage
 
 MODELS = ["proxy3d", "fase3d", "spatial3dllm"]
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SCHEDULES = {  # share of the way from final_lr up to lr, at progress 0..1 after the warm-up
     "constant": lambda p: 1.0,
     "linear": lambda p: 1 - p,
@@ -130,19 +130,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save-every", type=int, default=500, help="steps between checkpoints within a stage")
     add("--shard", action="store_true", help="FSDP2: spread weights, gradients, Adam over processes")
     add("--recompute", action="store_true", help="gradient checkpointing: less memory, more time")
-    add("--dtype", choices=DTYPES, help="of the arithmetic (default: bfloat16 on a GPU, else float32)")
-    add("--workers", type=int, help="loader processes (default: cores to spare, at most 4)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the arithmetic (default: bfloat16 on a GPU, else float32)",
+    )
+    spare = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1
+    add(
+        "--workers",
+        type=int,
+        default=max(0, min(4, spare)),
+        help="loader processes (default: cores to spare, at most 4)",
+    )
     add("--tensorboard", action="store_true")
     add("--no-eval", action="store_true", help="train only")
     add("--fresh", action="store_true", help="tiny preset: train the language model anew")
 
-    # what the defaults are depends on the others
     args = parser.parse_args(argv)
     args.command = vars(command.parse_known_args(argv)[0])
     args.out = args.out or Path("runs") / args.model
-    if args.workers is None:
-        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.workers = max(0, min(4, cores - 1))
     return args
 
 
@@ -250,9 +256,8 @@ class Distributed:
 
     def join(self):
         """Meet the other processes."""
-        backend = "gloo" if self.device.type == "cpu" else "nccl"
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group(backend, timeout=timedelta(hours=2))
+            dist.init_process_group(timeout=timedelta(hours=2))  # NCCL on GPUs, else gloo
         self.barrier()
 
     def print0(self, text: str):
@@ -265,8 +270,15 @@ class Distributed:
         if self.world > 1:
             dist.barrier()
 
+    def listen(self):
+        """Have `on_signal` called."""
+        for number in SIGNALS:
+            signal.signal(number, self.on_signal)
+
     def on_signal(self, number: int, frame):
         """Let the step in hand end, which then saves; outside of steps end at once."""
+        if multiprocessing.parent_process():  # a process that makes rooms ends without a word
+            sys.exit(1)
         self.signal = number
         if not self.in_step:
             raise KeyboardInterrupt(number)
@@ -326,6 +338,7 @@ def ask_without_names(stage: Stage, paper) -> Stage:
     return replace(stage, tasks=stage.tasks | more)
 
 
+@dataclass
 class QuestionDataset(torch.utils.data.Dataset):
     """The micro-batches of one stage for one rank, each a pure function of (seed, stage, step).
 
@@ -334,19 +347,16 @@ class QuestionDataset(torch.utils.data.Dataset):
     i // accumulate. `key` is (seed, number of the stage); `listed` holds official questions by scene.
     """
 
-    def __init__(
-        self,
-        model: data.SceneLanguageModel | None,
-        scenes: list[Scene],
-        stage: Stage,
-        key: tuple[int, int],
-        rank: int = 0,
-        world: int = 1,
-        listed: dict[str, list[Sample]] | None = None,
-    ):
-        self.model, self.scenes, self.stage, self.listed = model, scenes, stage, listed
-        self.key, self.rank, self.world = key, rank, world
-        self.by_name = {scene.name: scene for scene in scenes}
+    model: data.SceneLanguageModel
+    scenes: list[Scene]
+    stage: Stage
+    key: tuple[int, int]
+    rank: int = 0
+    world: int = 1
+    listed: dict[str, list[Sample]] | None = None
+
+    def __post_init__(self):
+        self.by_name = {scene.name: scene for scene in self.scenes}
         self.shuffled = lru_cache(maxsize=3)(self.shuffle)
 
     def shuffle(self, epoch: int) -> list:
@@ -396,11 +406,9 @@ class QuestionDataset(torch.utils.data.Dataset):
 
     def changes(self, scene: Scene) -> tuple[str, dict]:
         """Tell what the draw changed of a scene: (its name, the fields that differ)."""
-        base, changed = self.by_name[scene.name], {}
-        for field in fields(Scene):
-            value = getattr(scene, field.name)
-            if field.init and value is not getattr(base, field.name):
-                changed[field.name] = value
+        base = self.by_name[scene.name]
+        changed = {name: value for name, value in vars(scene).items() if value is not getattr(base, name)}
+        changed.pop("graph", None)  # made anew where it is needed
         return scene.name, changed
 
 
@@ -448,12 +456,19 @@ def load_steps(dataset: QuestionDataset, steps: range, workers: int) -> Iterator
     # a step is a batch of micro-batches
     n = dataset.stage.accumulate
     items = range(steps.start * n, steps.stop * n)
-    options = {"multiprocessing_context": "fork", "worker_init_fn": start_worker} if workers else {}
-    options |= {"batch_size": n, "sampler": items, "collate_fn": list, "num_workers": workers}
-    for micro_batches in torch.utils.data.DataLoader(dataset, **options):
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_size=n,
+        sampler=items,
+        collate_fn=list,
+        num_workers=workers,
+        worker_init_fn=start_worker,
+        multiprocessing_context="fork" if workers else None,
+    )
+    for micro_batches in loader:
         for micro_batch in micro_batches:
-            batch, by_name = micro_batch["batch"], dataset.by_name
-            batch["scenes"] = [replace(by_name[name], **changed) for name, changed in batch["scenes"]]
+            batch = micro_batch["batch"]
+            batch["scenes"] = [replace(dataset.by_name[name], **changed) for name, changed in batch["scenes"]]
         yield micro_batches
 
 
@@ -531,8 +546,8 @@ def compute_gradients(
     norm = nn.utils.clip_grad_norm_(trained.values(), clip or math.inf)
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     accuracy = correct / count if count else None
-    numbers = {"loss": loss * per_term, "accuracy": accuracy, "terms": terms, "questions": questions}
-    return numbers | {"norm": norm}, tokens, stop > 0
+    numbers = {"loss": loss * per_term, "norm": norm, "accuracy": accuracy}
+    return numbers | {"terms": terms, "questions": questions}, tokens, stop > 0
 
 
 def update(optimizer: torch.optim.Optimizer, numbers: dict, position: dict) -> bool:
@@ -564,9 +579,9 @@ def gather(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
     """Copy whole tensors to the CPU of the first rank; every rank takes part."""
     whole = {}
     for name, t in tensors.items():
-        t = t.detach().full_tensor() if isinstance(t, DTensor) else t.detach()
+        t = t.full_tensor() if isinstance(t, DTensor) else t
         if rank == 0:
-            whole[name] = t.cpu().contiguous()
+            whole[name] = t.detach().cpu().contiguous()
             if not whole[name].isfinite().all():
                 raise DataError(f"{name} is not finite: nothing was saved, the checkpoint before is whole")
     return whole
@@ -586,8 +601,9 @@ def save_checkpoint(
     weights = data.named_weights(model)
     tensors = {"weights": gather(weights, rank)}
     if optimizer:
-        moments = [(name, optimizer.state.get(p, {})) for name, p in weights.items()]
-        moments = {f"{name}/{key}": value for name, own in moments for key, value in own.items()}
+        moments = {}
+        for name, p in weights.items():
+            moments |= {f"{name}/{key}": value for key, value in optimizer.state.get(p, {}).items()}
         tensors["optimizer"] = gather(moments, rank)
     if rank > 0:
         return
@@ -603,7 +619,7 @@ def save_checkpoint(
 
         # the stroke that makes them count
         new = folder / "state.json.new"
-        new.write_text(json.dumps({**state, "sha256": digests}, indent=1))
+        new.write_text(json.dumps(state | {"sha256": digests}, indent=1))
         sync(new)
         os.replace(new, folder / "state.json")
         sync(folder)
@@ -626,14 +642,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, run: Path
         # the count of steps is one number, kept on the CPU
         if key != "step":
             value = value.to(p.device)
-        if key != "step" and isinstance(p, DTensor):
-            value = distribute_tensor(value, p.device_mesh, p.placements)
+            if isinstance(p, DTensor):
+                value = distribute_tensor(value, p.device_mesh, p.placements)
         optimizer.state[p][key] = value
 
 
 # ---- 6 the run folder ----------------------------------------------------------------------------
 
-RESULTS = ("checkpoint/*", "predictions/*", "log.jsonl", "loss.png", "metrics.json", "report.html")
+RESULTS = ("checkpoint/*", "predictions/**/*.jsonl", "loss.png", "metrics.json", "report.html")
 
 
 def open_run(args: argparse.Namespace, rank: int) -> tuple[object, dict | None]:
@@ -649,7 +665,7 @@ def open_run(args: argparse.Namespace, rank: int) -> tuple[object, dict | None]:
         raise DataError(f"{out} holds a run: --resume it, --overwrite it, or choose another --out")
 
     # what cannot be written shows here, not when it is first needed
-    for folder in (out, out / "cache", out / "checkpoint"):
+    for folder in (out / "cache", out / "checkpoint"):
         folder.mkdir(parents=True, exist_ok=True)
     lock = (out / "lock").open("w")
     if rank == 0:
@@ -667,14 +683,14 @@ class Log:
         # a new run starts from an empty folder
         self.path = args.out / "log.jsonl"
         if total == 0:
-            for path in itertools.chain(*(args.out.glob(pattern) for pattern in RESULTS)):
-                path.unlink()
+            for pattern in RESULTS:
+                for path in args.out.glob(pattern):
+                    path.unlink()
 
-        # steps after the checkpoint will be done again
-        if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines(True) if line.endswith("\n")]
-            kept = [line for line in lines if json.loads(line)["total"] <= total]
-            self.path.write_text("".join(kept))
+        # a line is a step; those after the checkpoint will be done again
+        self.path.touch()
+        kept = self.path.read_text().splitlines(True)[:total]
+        self.path.write_text("".join(kept))
 
         (args.out / "config.json").write_text(json.dumps(record, indent=1))
         self.board = None
@@ -718,7 +734,7 @@ def make_text(config, scenes: list[Scene], listed: dict[str, dict]) -> data.Tiny
     if config.llm:
         return data.HubText(config.llm)
     categories = {*data.CATEGORIES, *(o.category for scene in scenes for o in scene.objects)}
-    official = itertools.chain(*(own for by_scene in listed.values() for own in by_scene.values()))
+    official = [s for by_scene in listed.values() for own in by_scene.values() for s in own]
     return data.TinyText(data.vocabulary(categories, (f"{s.question} {s.answer}" for s in official)))
 
 
@@ -755,10 +771,10 @@ def read_rooms(args: argparse.Namespace, config, text: data.TinyText, scenes: li
     begun = (out / "checkpoint" / "state.json").exists() and not args.fresh
     if not begun or data.read_state(out)["position"]["stage"] < len(stages):
         settings = dict(model="data", preset="tiny", seed=0, steps=steps, set=[f"reader={config.reader}"])
-        settings |= dict(llm=None, only=None, init=None, annotations=None)
+        settings |= dict.fromkeys(("llm", "only", "init", "annotations"))
         run = dict(out=out, resume=begun, overwrite=args.fresh, no_eval=True, shard=False)
-        own = argparse.Namespace(**{**vars(args), **settings, **run})
-        own.command = {**args.command, **settings}
+        own = argparse.Namespace(**vars(args) | settings | run)
+        own.command = args.command | settings
         train(own, {"train": rooms_to_read(args, count, scenes), "test": []}, text)
     return out
 
@@ -770,9 +786,11 @@ def train(args: argparse.Namespace, scenes: dict | None = None, text=None) -> nn
     splits "train" and "test", text: the tokenizer, where they are not to be made here.
     """
     distributed = Distributed()
+    distributed.listen()
     rank, world, device = distributed.rank, distributed.world, distributed.device
     print0 = distributed.print0
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    arithmetic = getattr(torch, dtype)
     shard = args.shard and world > 1
     paper = importlib.import_module(args.model)
     for name in [*MODELS, args.model]:  # all papers share one vocabulary
@@ -790,8 +808,10 @@ def train(args: argparse.Namespace, scenes: dict | None = None, text=None) -> nn
     if args.data == "scannet":
         options.setdefault("max_frames", vars(config).get("frames", 32))
     counts = {"train": args.train_scenes, "test": args.test_scenes}
-    load = partial(data.load_scenes, args.data, root=args.root, workers=args.workers, **options)
-    scenes = scenes or {split: load(split, count=count) for split, count in counts.items()}
+    scenes = scenes or {
+        split: data.load_scenes(args.data, split, args.root, count, args.workers, **options)
+        for split, count in counts.items()
+    }
     train_scenes, test_scenes = scenes["train"], scenes["test"]
     if not train_scenes or not (test_scenes or args.no_eval):
         raise DataError(f"--data {args.data}: give a scene to train in and one to score in, or --no-eval")
@@ -837,7 +857,7 @@ def train(args: argparse.Namespace, scenes: dict | None = None, text=None) -> nn
         model.configure_stage(stage)
         print0(f"  {stage.name}: {n} steps; {memory_line(model, world if shard else 1)}")
     if shard:
-        shard_model(model, device, DTYPES[dtype])  # moves to the device block by block
+        shard_model(model, device, arithmetic)  # moves to the device block by block
     else:
         model.to(device)
 
@@ -847,7 +867,6 @@ def train(args: argparse.Namespace, scenes: dict | None = None, text=None) -> nn
         "config": asdict(config),
         "stages": [asdict(stage) for stage in stages],
         "text": text.state(),
-        "scenes": {split: [scene.name for scene in own] for split, own in scenes.items()},
         "scene_counts": counts,
         "scene_options": options,
         "mixtures": mixtures,
@@ -860,6 +879,8 @@ def train(args: argparse.Namespace, scenes: dict | None = None, text=None) -> nn
     def save(optimizer: torch.optim.Optimizer | None):
         """Write a checkpoint; every rank takes part."""
         state = {"position": position, "run": record, "processes": world}
+        if rank == 0:
+            sync(log.path)  # whole lines up to this step, whatever happens
         save_checkpoint(args.out, model, optimizer, state, rank)
         if rank == 0:
             draw_loss(args.out)
@@ -867,14 +888,18 @@ def train(args: argparse.Namespace, scenes: dict | None = None, text=None) -> nn
 
     def score(stage: Stage, out: Path, names: Iterable[str] = ()):
         """Score the model, as that stage sees, in scenes it never saw; every rank takes part."""
-        blind = train_scenes[:300]  # whose answers the blind baseline knows
         with unsharded(model):
             evaluate.evaluate_scenes(
-                model, test_scenes, stage, out, record=record, names=names, blind_scenes=blind
+                model,
+                test_scenes,
+                stage,
+                out,
+                record=record,
+                names=names,
+                blind_scenes=train_scenes[:300],  # whose answers the blind baseline knows
             )
 
-    for number in SIGNALS:
-        signal.signal(number, distributed.on_signal)
+    distributed.listen()  # again: the language model's run did so for itself
     for index in range(position["stage"], len(stages)):
         # frozen work, once per scene
         stage = stages[index]
@@ -888,12 +913,13 @@ def train(args: argparse.Namespace, scenes: dict | None = None, text=None) -> nn
         # what no token shows is not asked about
         shown = {scene.name: model.visible(scene) for scene in train_scenes}
         asked = [replace(s, objects=[o for o in s.objects if o.id in shown[s.name]]) for s in train_scenes]
-        hidden = sum(len(s.objects) - len(left.objects) for s, left in zip(train_scenes, asked, strict=True))
+        hidden = sum(o.id not in shown[s.name] for s in train_scenes for o in s.objects)
         if hidden:
             print0(f"stage {stage.name}: {hidden} objects that no token shows are not asked about")
-        own = {}
-        for name, samples in listed.get(stage.name, {}).items():
-            own[name] = [s for s in samples if data.marks_of(s) <= shown[name]]
+        own = {
+            name: [s for s in samples if data.marks_of(s) <= shown[name]]
+            for name, samples in listed.get(stage.name, {}).items()
+        }
 
         # the optimizer, and what it was when the run stopped
         optimizer = make_optimizer(model, stage)
@@ -915,8 +941,7 @@ def train(args: argparse.Namespace, scenes: dict | None = None, text=None) -> nn
             # a step seeds all that is random in it: a resumed run draws what this one would have drawn
             step, arrived = position["step"], time.monotonic()
             seed(args.seed, index, step, rank)
-            gradients = compute_gradients(net, micro_batches, stage.clip, DTYPES[dtype], distributed)
-            numbers, tokens, stop = gradients
+            numbers, tokens, stop = compute_gradients(net, micro_batches, stage.clip, arithmetic, distributed)
             numbers["lr"] = learning_rate(stage, step, todo.stop)
 
             # one bad batch may happen; five in a row will not mend
@@ -933,29 +958,24 @@ def train(args: argparse.Namespace, scenes: dict | None = None, text=None) -> nn
             numbers |= {"speed": tokens / seconds, "wait": (arrived - ended) / seconds}
             ended += seconds
             if rank == 0:
-                log.write({**position, **numbers, "stage": stage.name})
+                log.write(position | numbers | {"stage": stage.name})
             bar.set_postfix(loss=numbers["loss"], accuracy=position["running"], refresh=False)
             bar.update()
 
             # the next stage starts with new moments, so the last checkpoint of this one has none
-            last = step + 1 == todo.stop
-            if last:
+            if step + 1 == todo.stop:
                 position |= {"stage": index + 1, "step": 0, "running": 0.0}
                 save(None)
             elif stop or (args.save_every and (step + 1) % args.save_every == 0):
                 save(optimizer)
             if stop:
                 raise KeyboardInterrupt(distributed.signal or signal.SIGTERM)
-            if last:
-                break
         distributed.in_step = False
         bar.close()
 
-        # some skills are scored before the next stage changes the model; meters need scenes of known scale
-        metric = any(scene.metric for scene in test_scenes)
-        names = [n for n in stage.score if metric or set(evaluate.BENCHMARKS[n].tasks) - data.METRIC]
-        if names and not args.no_eval:
-            score(stage, args.out / f"after {stage.name}", names)
+        # some skills are scored before the next stage changes the model
+        if stage.score and not args.no_eval:
+            score(stage, args.out / f"after {stage.name}", stage.score)
 
     # the finished model: its scores, some pictures of what it sees, and a report
     if not args.no_eval:
@@ -991,7 +1011,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
 
     # before the processes meet, what is wrong is wrong on all of them
-    first = int(os.environ.get("RANK", 0)) == 0
+    first = os.environ.get("RANK", "0") == "0"
     if message and (first or (dist.is_initialized() and status < 128)):
         print(f"train.py: {message}", file=sys.stderr)
     if dist.is_initialized():

@@ -355,8 +355,18 @@ def test_a_stage_is_scored_in_what_it_trained_or_what_is_named(tmp_path, capsys)
     assert written(tmp_path)["provenance"]["stage"] == "IV"
     score(record=RECORD | {"seed": 4}, names=["rooms/qa"])
     assert list(written(tmp_path)) == ["rooms/qa", "provenance"]
-    with pytest.raises(DataError, match="unknown benchmark rooms/q; known: rooms/grounding, "):
+    with pytest.raises(DataError, match="benchmark 'rooms/q' is unknown: choose one of rooms/grounding, "):
         score(names=["rooms/q"])
+
+
+def test_a_run_of_none_of_the_papers_is_refused_before_its_module_is_imported(tmp_path, capsys):
+    """A state.json from elsewhere must not run code of its choice."""
+    (tmp_path / "checkpoint").mkdir()
+    state = {"position": {"total": 0}, "run": {"model": "antigravity"}, "processes": 1, "sha256": {}}
+    (tmp_path / "checkpoint" / "state.json").write_text(json.dumps(state))
+    assert evaluate.main(["--run", str(tmp_path)]) == 2
+    assert "paper 'antigravity' is unknown: choose one of proxy3d, " in capsys.readouterr().err
+    assert "antigravity" not in sys.modules
 
 
 @pytest.fixture

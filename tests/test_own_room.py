@@ -2,8 +2,6 @@
 stand-in that knows the room takes VGGT's place; where SAM 2 is not installed its test skips and says so. The runs are
 untrained, so that their answers mean nothing here but that all parts fit together."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -72,10 +70,14 @@ def test_tracks_of_sam_2_become_the_objects_of_a_video(runs, video, capsys, monk
     from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
     from test_masks import tiny_sam2
 
+    def generator(model):
+        easy = dict(points_per_side=2, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=1.0)
+        made = SAM2AutomaticMaskGenerator(model, **easy)
+        made.predictor._bb_feat_sizes = [(64, 64), (32, 32), (16, 16)]  # for 256 pixels
+        return made
+
     monkeypatch.setattr(data, "load_sam2", lambda name: tiny_sam2())
-    easy = dict(points_per_side=2, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=1.0)
-    generator = "sam2.automatic_mask_generator.SAM2AutomaticMaskGenerator"
-    monkeypatch.setattr(generator, partial(SAM2AutomaticMaskGenerator, **easy))
+    monkeypatch.setattr("sam2.automatic_mask_generator.SAM2AutomaticMaskGenerator", generator)
     ask(runs, "proxy3d", video, "--masks", "sam2")
     assert "tracks through the frames" in capsys.readouterr().out
 

@@ -138,7 +138,7 @@ def test_tuples_are_lists_of_finite_numbers_of_the_wanted_length():
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path):
     """A name with a typing error, or no network: the libraries say it in pages."""
-    with pytest.raises(DataError, match=r"nothing: no pre-trained model there .*; give its folder[^\n]*$"):
+    with pytest.raises(DataError, match=r"nothing: not a whole pre-trained model: give its folder[^\n]*$"):
         HubText(str(tmp_path / "nothing"))
 
 

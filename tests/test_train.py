@@ -222,7 +222,7 @@ def test_a_flipped_bit_or_a_file_of_another_step_is_refused(tmp_path):
     assert held(tmp_path) == {1.0}
     for text in ("{", "[]", "{}"):
         (tmp_path / "checkpoint" / "state.json").write_text(text)
-        with pytest.raises(DataError, match="not the state of a checkpoint"):
+        with pytest.raises(DataError, match="not a whole state of a checkpoint"):
             held(tmp_path)
 
 
@@ -241,7 +241,11 @@ def test_a_trained_run_is_not_overwritten_by_accident(tmp_path, capsys):
     assert "--resume" in refusal(capsys, *flags)
     assert "widht" in refusal(capsys, *flags, "--overwrite", "--set", "widht=3")
     assert len(log(tmp_path)) == 2, "a wrong command deletes nothing"
+    answers = tmp_path / "predictions" / "rooms" / "qa.jsonl"
+    answers.parent.mkdir(parents=True)
+    answers.touch()
     dummy_paper.command(*flags, "--overwrite")
+    assert not answers.exists()
     dummy_paper.command(*flags, "--resume")  # a finished run has nothing left to do
     assert len(log(tmp_path)) == 2
 
@@ -548,6 +552,18 @@ def test_a_signal_ends_the_run_with_a_checkpoint_one_line_and_its_status(
     monkeypatch.setattr(dummy_paper.Model, "signal", number)
     assert "--resume" in refusal(capsys, f"--out={tmp_path}", status=status)
     assert saved_steps(tmp_path) == 1
+
+
+def test_a_signal_while_rooms_are_made_ends_the_run_in_one_line(tmp_path, capsys, monkeypatch):
+    """Those who make them end without a word: by the signal, as under torchrun, or since their work is done."""
+
+    def make(*_, **__):
+        data.rooms(range(8), views=0, points=0)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(data, "load_scenes", make)
+    said = refusal(capsys, f"--out={tmp_path}", status=143)
+    assert said == "train.py: stopped; the same command goes on from the last checkpoint"
 
 
 def test_a_dead_loader_process_is_one_line(tmp_path, capsys, monkeypatch):

@@ -57,8 +57,7 @@ def number(images, count):
 
 
 def read_images(path, count=32, longest=640):
-    notes = []
-    frames = data.read_frames(path, *data.find_frames(path), count, longest, notes)
+    frames, notes = data.read_frames(path, *data.find_frames(path), count, longest)
     return frames.color, notes
 
 
@@ -299,7 +298,7 @@ def test_every_kind_of_scene_has_its_reader_and_its_options(frames, tmp_path):
         ("odd/scan.sens", {}, r"scan.sens: no scene; give \.ply"),
         ("room.ply", {"vggt": "x"}, r"--vggt: has no part in .*room\.ply; known here: scale, up"),
         ("a", {"masks": "x"}, "--masks x: .*; choose files, segments or sam2"),
-        ("odd", {}, "odd: holds no frames, but scan.sens; known layouts: .*COLMAP"),
+        ("odd", {}, "odd: holds no frames; known layouts: .*COLMAP"),
     ):
         with pytest.raises(DataError, match=line):
             open_scene(tmp_path / name, **options)
@@ -373,6 +372,31 @@ def test_own_scenes_are_trained_on_without_those_in_which_nothing_was_found(tmp_
         scenes = data.load_scenes(source, "train", root) + data.load_scenes(source, "test", root)
         assert len(scenes) == 3 and "0_empty" in capsys.readouterr().out
         assert min(o.box[3:].min() for scene in scenes for o in scene.objects) >= 0.001
+
+
+def test_scenes_that_cannot_be_read_are_said_and_left_out_unless_none_is_left(tmp_path, capsys):
+    for i in (0, 2):
+        write_cloud(room(i, views=0), tmp_path / f"{i}.ply")
+    (tmp_path / "1.ply").write_bytes(b"torn")
+    assert len(data.load_scenes("ply", "train", tmp_path)) == 1
+    said = capsys.readouterr().out
+    assert "1.ply: not a whole cloud" in said and said.endswith("left out\n") and said.count("\n") == 1
+    (tmp_path / "2.ply").write_bytes(b"torn")
+    with pytest.raises(
+        DataError, match=r"no scenes with objects for the test split; see python data.py check"
+    ):
+        data.load_scenes("ply", "test", tmp_path)
+
+
+def test_a_scene_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(file, **arrays):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError, match="No space left"):
+        data.save_scene(room(0, views=0), tmp_path / "a.npz")
+    assert not list(tmp_path.iterdir())
 
 
 def test_options_reach_the_scenes_of_a_folder(frames, tmp_path):
