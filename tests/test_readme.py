@@ -145,7 +145,7 @@ def test_the_install_brings_all_that_the_modules_import():
     groups = PROJECT["dependencies"], PROJECT["optional-dependencies"]["sam2"]
     listed, optional = ({re.match(r"[\w-]+", package)[0] for package in group} for group in groups)
     listed |= {file.stem for file in ROOT.glob("*.py")} | sys.stdlib_module_names
-    optional.add("vggt")  # in no registry
+    optional |= {"av", "vggt"}  # of the extra for videos, and in no registry
     for file in ROOT.glob("*.py"):
         tree = ast.parse(file.read_text())
         # an optional package is imported in functions only
