@@ -265,9 +265,10 @@ def farthest_seeds(points: np.ndarray, count: int, lloyd: int = 0) -> np.ndarray
         # next: the point that all seeds are far from
         seed = nearest.argmax()
 
+    p = torch.from_numpy(points)
     for _ in range(lloyd):
-        means, _ = data.group_mean(torch.from_numpy(points), torch.from_numpy(owner), count)  # [count, 3]
-        owner = np.square(points[:, None] - means.numpy()).sum(-1).argmin(1)
+        means, _ = data.group_mean(p, torch.from_numpy(owner), count)  # [count, 3]
+        owner = torch.cdist(p, means).argmin(1).numpy()
     return owner
 
 
