@@ -592,3 +592,17 @@ def test_chat_scene_cleans_the_references_of_sqa3d_but_not_of_scanqa():
     sample = data.Sample("0", "s", "qa", "q", "the Table", ["the Table"])
     scores = [BENCHMARKS[name].score("table.", sample, None) for name in ("sqa3d", "scanqa")]
     assert [found["em/chat-scene"] for found in scores] == [1, 0]
+
+
+def test_scenes_kept_by_the_cache_command_answer_official_questions(tmp_path):
+    """A video has no scan's folder: what was kept of it is known by its name without endings."""
+    rooms = [
+        replace(data.room(seed, views=1, size=32, points=2000), name=f"scene000{seed}_00") for seed in (0, 1)
+    ]
+    for room in rooms:
+        data.save_scene(room, tmp_path / f"{room.name}.mp4.npz")
+    samples = official.questions(rooms, "vsibench", 1)
+    path = official.write(tmp_path, "vsibench", "test", samples)
+    questions = evaluate.load("vsibench", path, tmp_path, partial=True, max_frames=32)
+    assert questions.scenes.keys() == {room.name for room in rooms}
+    assert len(questions.samples) == len(samples) > 0
