@@ -623,6 +623,9 @@ def read_rows(path: Path, key: str = "") -> list:
 
     A line that is not JSON is None; an object is one row.
     """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; name the file itself")
+
     # a byte order mark is no part of the text
     text = path.read_text("utf-8-sig", "replace")
     if path.suffix == ".csv":
@@ -1312,7 +1315,7 @@ def read_predictions(path: Path, questions: Questions, partial: bool = False) ->
     if len(rows) == 1 and not rows[0].keys() & {*ID_FIELDS, "doc"}:  # {id: text}
         rows = [{"id": id, "prediction": text} for id, text in rows[0].items()]
     # lmms-eval keeps the question in "doc"
-    rows = [row.get("doc", {}) | row for row in rows]
+    rows = [row["doc"] | row if isinstance(row.get("doc"), dict) else row for row in rows]
 
     # the first known field that rows have is the id, or the text
     fields = dict.fromkeys(itertools.chain(*rows))

@@ -156,12 +156,15 @@ def fourier_code(x: Tensor, dim: int) -> Tensor:
     return torch.cat([phase.sin(), phase.cos()], dim=-1)  # [..., dim]
 
 
-def superpoint_mean(x: Tensor, owner: Tensor) -> Tensor:
+def superpoint_mean(x: Tensor, owner: Tensor, count: int | None = None) -> Tensor:
     """Average x [N, d] over the points of each superpoint, Eq. (1).
 
-    owner [N] of 0..M-1, each of which must be there. Returns: [M, d].
+    owner [N] of 0..M-1, each of which must be there; count: M, else read from `owner`, for which a GPU must be
+    waited for. Returns: [M, d].
     """
-    return data.group_mean(x, owner, int(owner.max()) + 1)[0]  # [M, d]
+    if count is None:
+        count = int(owner.max()) + 1
+    return data.group_mean(x, owner, count)[0]  # [M, d]
 
 
 def unit_box(points: Tensor, box: Tensor) -> Tensor:
@@ -180,10 +183,9 @@ class Initial(nn.Module):
     def forward(self, features: Tensor, places: Tensor, owner: Tensor, count: int) -> Tensor:
         """Pool points: features [N, channels], places [N, 3] in 0..1, owner [N] of 0..count-1 -> S [M, d]."""
         # averaging before the second linear map gives the same, and that map then reads M rows
-        x, _ = data.group_mean(self.lift(features), owner, count)  # [M, hidden]
+        x = superpoint_mean(self.lift(features), owner, count)  # [M, hidden]
         S = self.out(x)  # [M, d]
-        code, _ = data.group_mean(fourier_code(places, S.shape[1]), owner, count)  # [M, d]
-        return S + code  # [M, d]
+        return S + superpoint_mean(fourier_code(places, S.shape[1]), owner, count)  # [M, d]
 
 
 # ---- 2 serialization, Eq. (6) --------------------------------------------------------------------

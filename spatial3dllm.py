@@ -739,8 +739,8 @@ DIRECTIONS = {  # words -> axis, sign
     "to the front": (1, -1),
     "to the back": (1, 1),
 }
-AXES = ("sideways", "lengthways")  # words for x and y
-TEMPLATES["modle_words"] = (*DIRECTIONS, *AXES)  # no question, but words that questions hold
+AXIS_WORDS = ("sideways", "lengthways")  # x, y
+TEMPLATES["modle_words"] = (*DIRECTIONS, *AXIS_WORDS)  # no question, but words that questions hold
 EDITS = {"modle_move": ("axis", "towards", "beside"), "modle_place": ("floor", "top")}
 AMOUNTS = np.arange(2, 31) / 10  # meters of a move
 AXIS = np.repeat([axis for axis, _ in DIRECTIONS.values()], len(AMOUNTS))  # of every possible move
@@ -887,7 +887,7 @@ def modle_edit(g, rng, task):
             "what": g.described[i],
             "other": g.described[j],
             "direction": words,
-            "axis": AXES[axis],
+            "axis": AXIS_WORDS[axis],
             "amount": meters(amount),
         }
         return dict(
