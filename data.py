@@ -2652,13 +2652,13 @@ def start_decoder(decoder, heads):
     """Start a small decoder (Qwen2 or Llama layers, weights from `start_weights`) where pre-training would lead.
 
     With keys = queries and output = transposed values every head is "find the token like me and add
-    it unchanged", two heads of the first layer look back, and the last norm keeps logits small.
+    it unchanged", but for two that look back, and the last norm keeps logits small.
     """
     # like finds like: the score of two tokens is the product of the same projection of both
     for layer in decoder.layers:
         layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
         layer.self_attn.o_proj.weight.copy_(layer.self_attn.v_proj.weight.T)
-    look_back(decoder.layers[0].self_attn, heads)
+        look_back(layer.self_attn, heads)
     decoder.norm.weight.fill_(0.1)
 
 
@@ -2745,11 +2745,18 @@ class Reader(SceneLanguageModel):
         # read a name. A place is at first as large as a word, a size smaller
         maps = torch.randn(7, 12, width) / math.sqrt(6)  # of x y z w d h, and of lengths
         share = torch.tensor([3**-0.5] * 3 + [0.25] * 3)
+        words = self.llm.get_input_embeddings().weight
         with torch.no_grad():
             self.code.weight.copy_((share[:, None, None] * maps[:6]).flatten(0, 1).T)
             for token, (axis, value) in text.number.items():
                 vector = fourier_waves(torch.tensor([value])) @ maps["xyzwdhl".index(axis)]
-                self.llm.get_input_embeddings().weight[token] = vector + 0.3 * torch.randn(width)
+                words[token] = vector + 0.3 * torch.randn(width)
+
+            # a plural starts as its noun: few questions hold one
+            for noun in text.words:
+                many = text.index.get(plural(noun))
+                if many is not None and len(noun) > 2:
+                    words[many] = words[text.index[noun]] + 0.3 * torch.randn(width)
 
     def parts(self):
         return {"lm": [self.llm, self.code]}
@@ -2831,14 +2838,14 @@ class Reader(SceneLanguageModel):
 
 # First "what is this?" with a click, which teaches to find; the rest builds on it. Then numbers, in the steps of
 # distances and of MODLE's layouts (tasks of spatial3dllm.py); at last all of it, about things in pieces.
-NAMES = {"id_category": 0.2, "id_color": 0.2}
+NAMES = {"id_category": 0.15, "id_color": 0.15}
 WORDS_MIX = NAMES | {
     "caption": 0.08,
     "color": 0.08,
     "what": 0.1,
     "where": 0.05,
     "count": 0.07,
-    "exist": 0.2,
+    "exist": 0.3,
     "situated": 0.02,
 }
 NUMBERS_MIX = {
@@ -2857,7 +2864,7 @@ NUMBERS_MIX = {
     "what": 0.08,
     "where": 0.03,
     "count": 0.05,
-    "exist": 0.12,
+    "exist": 0.16,
 }
 PIECES_MIX = NUMBERS_MIX | WORDS_MIX | dict.fromkeys(NAMES, 0.1)
 READ = dict(trains=("lm",), lr=2e-3, weight_decay=0.01, schedule="constant", reasoning=True)

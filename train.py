@@ -178,16 +178,26 @@ def override(target, key: str, text: str):
     return replace(target, **{key: value})
 
 
-# of numbers that a flag, a Config or a Stage may hold; all others are 0 or more
-AT_LEAST_1 = ("steps", "train_scenes", "batch", "per_scene", "accumulate", "iterations", "samples")
+# whole numbers of a flag, a Config or a Stage that may be 0; all others are 1 or more
+MAY_BE_0 = ("seed", "workers", "test_scenes", "save_every", "floor", "lloyd", "lora", "adapted_layers", "graph_layers")
 
 
 def check_numbers(settings: dict, what: str):
     """Refuse numbers that are negative, not finite, or of no meaning for their setting."""
     for name, value in settings.items():
-        least, most = int(name in AT_LEAST_1), 1.0 if name == "warmup" else 1e12
-        for number in value if isinstance(value, tuple) else (value,):
-            if type(number) in (int, float) and not least <= number <= most:
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not numbers and name != "score":
+            raise DataError(f"{what} {name} = (): give a number at least")
+        for number in numbers:
+            # a share is at most 1, a size below what any machine holds
+            most = 1 if name in ("warmup", "no_color", "betas", "lora_dropout") else 1e12
+            if type(number) is int:
+                least, most = int(name not in MAY_BE_0), min(most, 10**12 if name == "seed" else 10**7)
+            elif type(number) is float:
+                least = 0
+            else:
+                continue
+            if not least <= number <= most:
                 raise DataError(f"{what} {name} = {value}: give a number from {least} to {most:g}")
 
 
@@ -313,6 +323,13 @@ def unsharded(model: nn.Module) -> Iterator[None]:
     for module in modules:
         module.reshard()
         module.set_reshard_after_forward(module is not model, recurse=False)
+
+
+def scene_line(scenes: list[Scene]) -> str:
+    """Say what scenes take; frames that are read when they are looked at take nothing."""
+    parts = [part for s in scenes for part in (s, s.frames) if isinstance(part, Scene | data.Frames)]
+    held = sum(a.nbytes for part in parts for a in vars(part).values() if isinstance(a, np.ndarray))
+    return f"{len(scenes)} scenes to train in, {held / len(scenes) / 2**20:.1f} MB of memory each"
 
 
 def memory_line(model: nn.Module, shards: int) -> str:
@@ -850,6 +867,7 @@ def train(args: argparse.Namespace, scenes: dict | None = None, text=None) -> nn
 
     # from here on the processes know each other
     distributed.join()
+    print0(scene_line(train_scenes))
     print0(f"{args.out}: seed {args.seed}, processes {world}, {device.type}, {dtype}")
     if state and state["processes"] != world:
         print0(f"note: the run began on {state['processes']} processes; results agree to rounding")
@@ -1003,10 +1021,15 @@ def main(argv: list[str] | None = None) -> int:
     except (DataError, OSError, ModuleNotFoundError) as error:
         # a loader process puts its traceback in front: the last line is the message
         status, message = 2, str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")
-    except RuntimeError as error:
+    except Exception as error:
         status, message = 1, "another process of this run ended; --resume goes on"
+        log = args.out / "log.jsonl"
         if "DataLoader worker" in str(error):
             message = "a loader process died, likely for want of memory: --resume with fewer --workers"
+        elif args.set and not (log.exists() and log.stat().st_size):
+            # before the first step it is what the user set that fits nothing
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:90]
+            status, message = 2, f"--set {' '.join(args.set)}: no model can be trained so ({why})"
         elif not ("gloo" in str(error) or "NCCL" in str(error)):
             raise
 

@@ -560,7 +560,37 @@ def bench_load(args) -> None:
             )
 
 
+KEEPING = """
+import resource, sys, tempfile
+from pathlib import Path
+sys.path[:0] = {paths!r}
+import bench, data, proxy3d
+scenes = data.load_scenes({source!r}, "train", {folder!r}, {count})
+model = bench.make_model(proxy3d)
+with tempfile.TemporaryDirectory() as folder:
+    model.cache_features(scenes, Path(folder))
+print(len(scenes), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def bench_memory(args) -> None:
+    """Compute and keep the features of more and more scenes: the peak memory of a process."""
+    paths = [str(Path(__file__).parent), str(Path(data.__file__).parent)]
+    counts = {"rooms": (50, 200, 800), "scannet": (10, 40, 160)}  # scans: four of five are for training
+    if args.little:
+        counts = {"rooms": (2, 4), "scannet": (2,)}
+    with tempfile.TemporaryDirectory() as folder:
+        for source, count in [(source, count) for source, some in counts.items() for count in some]:
+            if source == "scannet":
+                data.main(["rooms", folder, f"--count={count}"])
+            program = KEEPING.format(paths=paths, source=source, folder=folder, count=count)
+            out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+            n, peak = out.stdout.split()[-2:]
+            print(f"{source}: {n} scenes, at most {float(peak):.0f} MB")
+
+
 BENCHES = {
+    "memory": [bench_memory],
     "load": [bench_load],
     "proxy3d": [bench_proxy3d],
     "fase3d": [bench_curves, bench_graph, bench_tokenizer],

@@ -64,7 +64,7 @@ class Config:
     llm: str | None = None
     width: int = 8
     dropout: float = 0.0
-    poison: tuple[int, ...] = (0, 0)  # forwards of the answer stage from .. to whose loss is infinite
+    poison: tuple[int, ...] = (2, 1)  # forwards of the answer stage from .. to whose loss is infinite
     biased: bool = True
 
     @classmethod

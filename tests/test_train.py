@@ -399,9 +399,13 @@ def test_steps_scales_every_stage_and_the_sum_is_exact():
     ("--steps=1", "each of the 2 stages needs a step"),
     ("--set answers.epochs=2", "either iterations or epochs"),
     ("--set answers.batch=-4", "stage answers: batch = -4: give a number from 1"),
+    ("--set answers.batch=0", "batch = 0: give a number from 1"),
+    ("--set answers.batch=100000000000", "give a number from 1 to 1e+07"),
+    ("--set poison=()", "Config: poison = (): give a number"),
     ("--set answers.lr=1e999", "lr = inf"),
     ("--set answers.warmup=5", "warmup = 5.0: give a number from 0 to 1"),
     ("--set dropout=-1", "Config: dropout = -1.0"),
+    ("--set dropout=2", "--set dropout=2: no model can be trained so (ValueError: dropout probability"),
     ("--train-scenes=-5", "train_scenes = -5"),
 ])  # fmt: skip
 def test_a_wrong_setting_gets_one_line_that_names_what_is_known(flags, says, tmp_path, capsys):
@@ -459,6 +463,13 @@ def test_the_memory_estimate_is_weights_gradients_and_two_moments():
     model[0].requires_grad_(False)
     line = train.memory_line(model, shards=2)
     assert "0.52 M parameters train; 4.5 MB" in line and "(1.5 weights, 1.0 gradients, 2.0 Adam)" in line
+
+
+def test_the_memory_of_scenes_counts_arrays_but_no_frames_that_stay_on_disk():
+    room = data.room(0, views=2, size=96, points=1000)
+    assert train.scene_line([room, room]).startswith("2 scenes to train in, 0.2 MB of memory each")
+    lazy = replace(room, frames=data.LazyFrames(lambda: room.frames, "key"))
+    assert "0.0 MB" in train.scene_line([lazy])
 
 
 def test_every_number_in_the_log_is_explained(one):
