@@ -4163,6 +4163,13 @@ def render_masks(points, instances, frames):
     return masks
 
 
+def masked(frames, masks, points, instances):
+    """Give frames other masks [V, H, W], None: rendered from the instances of points."""
+    if masks is None:
+        masks = render_masks(points, instances, frames)
+    return Frames(frames.color, frames.depth, masks, frames.intrinsics, frames.poses)
+
+
 def in_view(points, K, pose, size):
     """Find which of points [N, 3] fall on an image of size (H, W), hidden ones too.
 
@@ -4198,24 +4205,42 @@ def with_own_segments(scene):
     """Make a scene's own segments its objects, with masks and superpoints made anew."""
     scene = visible_cloud(scene)
     instances = object_segments(scene.points, scene.normals, shown_colors(scene), scene.superpoints)
-    masks = scene.frames and render_masks(scene.points, instances, scene.frames)
-    return with_instances(scene, instances, masks, "segments of our own")
+    return with_instances(scene, instances, None, "segments of our own")
+
+
+def with_predicted_masks(scene, folder):
+    """Make instances that were predicted in ScanNet's own format (Mask3D and others) a scan's objects.
+
+    <folder>/<scan>.txt has a line per instance: the name of a file that says 0 or 1 of every vertex,
+    a label, and how sure it is. A vertex belongs to the surest. Raises DataError.
+    """
+    table = folder / f"{scene.name}.txt"
+    instances = np.zeros(len(scene.points), np.int64)
+    with reading(table, "list of masks (file, label, score)"):
+        rows = sorted(read_words(table), key=lambda row: float(row[2]))
+        for i, (file, *_) in enumerate(rows, start=1):
+            instances[np.loadtxt(folder / file) > 0] = i
+    return with_instances(scene, instances, None, f"masks of {folder.name}")
 
 
 def with_instances(scene, instances, masks, what, trim=0.0):
-    """Make the instances [N] of a cloud its objects: category "", color by name, masks [V, H, W] or None.
+    """Make the instances [N] of a cloud its objects: category "", color by name.
 
-    Boxes leave out the share `trim` of an object's points at every side; `what` says in a note what
-    the objects are.
+    Masks [V, H, W] of the frames, None: rendered. Boxes leave out the share `trim` of an object's
+    points at every side; `what` says in a note what the objects are.
     """
     objects = []
     for i in np.unique(instances[instances > 0]).tolist():
         own = instances == i
         box = extent(np.quantile(scene.points[own], (trim, 1 - trim), axis=0))
         objects.append(Thing(i, "", color_name(scene.colors, own), box))
+
+    # frames that lie on disk get their masks when they are looked at
     frames = scene.frames
-    if frames is not None:
-        frames = Frames(frames.color, frames.depth, masks, frames.intrinsics, frames.poses)
+    if isinstance(frames, LazyFrames):
+        frames = LazyFrames(partial(masked, frames, masks, scene.points, instances), f"{frames.key} {what}")
+    elif frames is not None:
+        frames = masked(frames, masks, scene.points, instances)
     notes = [*scene.notes, f"objects are {len(objects)} {what}, without categories"]
     return replace(scene, instances=instances, objects=objects, frames=frames, notes=notes)
 

@@ -1,6 +1,6 @@
 """Scores under named protocols: ask a trained model, or score anybody's answers without a model.
 
-    python evaluate.py --run RUN [--benchmark rooms/qa ..] [--proposals gt|segments|FILE] [--objects N]
+    python evaluate.py --run RUN [--benchmark rooms/qa ..] [--proposals gt|segments|FILE|DIR] [--objects N]
     python evaluate.py --run RUN --benchmark scanqa --annotations FILE --root SCANS
     python evaluate.py --benchmark scanqa --annotations FILE --predictions FILE [--dialect all]
     python evaluate.py --run RUN --scene PATH --ask "How many chairs are there?"
@@ -1064,7 +1064,7 @@ def with_proposals(
 ) -> Questions:
     """Number all objects, and show other proposals in their place.
 
-    These are "segments", those that the model names, or a file's boxes.
+    These are "segments", those that the model names, a file's boxes, or a folder's masks.
     """
     # true objects, numbered
     scenes = {name: number_objects(scene, seed) for name, scene in questions.scenes.items()}
@@ -1074,8 +1074,11 @@ def with_proposals(
     # where proposals come from
     file = Path(how)
     own = {"segments": data.with_own_segments, **model.proposals()} if model else {}
-    if how not in own and not file.is_file():
-        raise DataError(f"--proposals {how}: neither a file of boxes nor one of gt, {', '.join(own)}")
+    if model and file.is_dir():
+        own[how] = partial(data.with_predicted_masks, folder=file)
+    elif how not in own and not file.is_file():
+        known = ", ".join(["gt", *own])
+        raise DataError(f"--proposals {how}: neither a file of boxes, a folder of masks, nor one of {known}")
     given = {} if how in own else read_boxes(file)
 
     # under a name of their own, or a cache would give the features of the true objects
@@ -1763,8 +1766,8 @@ def main(arguments: list[str] | None = None):
     add(
         "--proposals",
         default="gt",
-        help="what stands for objects: gt, segments, of fase3d clusters, or a file of "
-        "boxes {scene: [[cx, cy, cz, w, d, h], ..]}",
+        help="what stands for objects: gt, segments, of fase3d clusters, a file of boxes {scene: "
+        "[[cx, cy, cz, w, d, h], ..]}, or a folder of masks in ScanNet's format (Mask3D)",
     )
     add("--objects", type=int, metavar="N", help="with --run: ask in fresh rooms of N objects")
     add("--dialect", nargs="+", default=[], choices=[*DIALECTS, "all"], help="whose way to score text")

@@ -179,7 +179,17 @@ def override(target, key: str, text: str):
 
 
 # whole numbers of a flag, a Config or a Stage that may be 0; all others are 1 or more
-MAY_BE_0 = ("seed", "workers", "test_scenes", "save_every", "floor", "lloyd", "lora", "adapted_layers", "graph_layers")
+MAY_BE_0 = (
+    "seed",
+    "workers",
+    "test_scenes",
+    "save_every",
+    "floor",
+    "lloyd",
+    "lora",
+    "adapted_layers",
+    "graph_layers",
+)
 
 
 def check_numbers(settings: dict, what: str):

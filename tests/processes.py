@@ -22,7 +22,9 @@ FLAGS = ["--train-scenes=8", "--workers=0", "--no-eval", "--dtype=float32"]
 def trained(out: Path, processes: int, *flags: str) -> tuple[dict, dict]:
     """Run the trainer: the losses of every stage, the final weights."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "train.py"]
-    done = subprocess.run([*command, f"--out={out}", *FLAGS, *flags], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, f"--out={out}", *FLAGS, *flags], cwd=ROOT, capture_output=True, text=True
+    )
     if done.returncode:
         raise SystemExit(f"{out}: {done.stderr[-2000:]}")
     losses = {}
@@ -42,7 +44,9 @@ def main() -> None:
             flags = [f"--model={model}", f"--steps={args.steps}"]
             losses, weights = trained(Path(folder) / "1", 1, *flags)
             for name, processes, more in (("2", 2, ()), ("4", 4, ()), ("2 sharded", 2, ("--shard",))):
-                own_losses, own_weights = trained(Path(folder) / name.replace(" ", "-"), processes, *flags, *more)
+                own_losses, own_weights = trained(
+                    Path(folder) / name.replace(" ", "-"), processes, *flags, *more
+                )
                 stages = []
                 for stage, values in losses.items():
                     pairs = zip(own_losses[stage], values, strict=True)

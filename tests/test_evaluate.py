@@ -321,7 +321,7 @@ def test_with_other_proposals_marks_are_asked_about_the_best_fitting_one(tmp_pat
     entry = evaluate.score(asked, evaluate.predict(Echo(), asked), {})
     recall = [value for key, value in entry["remarks"].items() if key.startswith("recall")]
     assert entry["acc@0.5/scanrefer"] == 0.5 and recall == [1, 0.5]
-    with pytest.raises(DataError, match="--proposals masks: neither a file of boxes nor one of gt, segments"):
+    with pytest.raises(DataError, match="--proposals masks: neither .*, nor one of gt, segments"):
         evaluate.with_proposals(questions("rooms/grounding"), "masks", Echo())
 
 

@@ -5,6 +5,7 @@ asks the real network, tiny and untrained, where the package is installed (data.
 """
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -111,6 +112,27 @@ def test_own_segments_of_rooms_follow_their_objects():
         true = truth.frames.masks.ravel()[data.nearest(found.points, pixels)[1][:, 0]]
         scores += [iou for i, iou in best_iou(found.instances, true).items() if (true == i).sum() >= 10]
     assert np.mean(scores) >= 0.8
+
+
+def test_predicted_masks_in_scannet_s_format_become_objects_and_the_surest_wins(tmp_path):
+    """Masks of their pixels are rendered when the frames are looked at."""
+    scan = data.read_scannet(data.write_scannet(room(0, views=6, points=8000), tmp_path))
+    chosen, lines = scan.objects[:3], []
+    for k, thing in enumerate(chosen):
+        np.savetxt(tmp_path / f"{k}.txt", scan.instances == thing.id, "%d")
+        lines.append(f"{k}.txt 5 {0.3 + 0.2 * k}\n")
+    np.savetxt(tmp_path / "all.txt", np.ones(len(scan.points)), "%d")  # less sure than the others
+    (tmp_path / f"{scan.name}.txt").write_text("".join(["all.txt 5 0.1\n", *lines]))
+
+    found = data.with_predicted_masks(scan, tmp_path)
+    assert [o.id for o in found.objects] == [1, 2, 3, 4]
+    for k, thing in enumerate(chosen):
+        assert ((found.instances == k + 2) == (scan.instances == thing.id)).all()
+    assert isinstance(found.frames, data.LazyFrames)
+    shown = found.frames.masks[np.isin(scan.frames.masks, [o.id for o in chosen])]
+    assert np.isin(shown, [2, 3, 4]).mean() > 0.8
+    with pytest.raises(DataError, match="other.txt: list of masks .* missing"):
+        data.with_predicted_masks(replace(scan, name="other"), tmp_path)
 
 
 # ---- tracks
