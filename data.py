@@ -2995,14 +2995,10 @@ def check_scene(scene, trusted=False):
     """
     arrays = (scene.points, scene.colors, scene.normals, scene.superpoints, scene.instances)
     lengths = {len(array) for array in arrays if array is not None}
-    boxes = np.array([o.box for o in scene.objects], float).reshape(-1, 6)
-    if len(lengths) > 1 or min(lengths) < 2 or not np.isfinite(scene.points.sum() + boxes.sum()):
+    total = scene.points.sum() + sum(o.box.sum() for o in scene.objects)
+    if len(lengths) > 1 or min(lengths) < 2 or not np.isfinite(total):
         what = f"arrays of {lengths} points, or numbers that are not finite"
         raise DataError(f"{scene.name}: {what}; export it again")
-
-    # what lies flat on a plane has a side of 0, which has no logarithm in a loss
-    for o in scene.objects:
-        o.box[3:] = np.maximum(o.box[3:], 0.001)
 
     # a wrong unit shows in the size, which everybody can judge
     size = np.ptp(scene.points, axis=0)
@@ -3066,7 +3062,7 @@ def stamp(file):
 
 def in_time(images, times, values):
     """Pick for each image the value of the nearest time, None beyond 0.02 seconds."""
-    times, picked = np.array(times), []
+    times, picked = np.fromiter(times, float), []
     for wanted in map(stamp, images):
         away = np.abs(times - wanted)
         picked.append(values[away.argmin()] if away.min() <= 0.02 else None)
@@ -3075,7 +3071,7 @@ def in_time(images, times, values):
 
 def timed_views(images, depths, times, poses, cameras):
     """Frames whose depth and pose are those nearest in time: each kind has a clock of its own."""
-    depths = in_time(images, list(map(stamp, depths)), depths)
+    depths = in_time(images, map(stamp, depths), depths)
     return map(FrameFiles, images, depths, in_time(images, times, poses), cameras)
 
 
@@ -3131,7 +3127,7 @@ def arkitscenes(mark):
     # a file of intrinsics, named a millisecond off, holds width, height and the camera
     files = sorted((base / "lowres_wide_intrinsics").glob("*.pincam"))
     cameras = [pinhole(*read_numbers(file, 6)[0, 2:]) for file in files]
-    cameras = in_time(images, list(map(stamp, files)), cameras)
+    cameras = in_time(images, map(stamp, files), cameras)
     return timed_views(images, depths, rows[:, 0], poses, cameras)
 
 
@@ -3301,12 +3297,12 @@ def read_pose(pose, convention):
     mirrored."""
     from scipy.spatial.transform import Rotation
 
-    pose = read_numbers(pose, 4, 4) if isinstance(pose, Path) else pose
+    pose = read_numbers(pose, 4, 4) if isinstance(pose, Path) else pose.copy()
     if not (np.isfinite(pose).all() and np.linalg.det(pose) > 0):
         return None
 
     # files round their numbers: take the nearest rotation
-    pose = rigid(pose[:3, 3], Rotation.from_matrix(pose[:3, :3]).as_quat())
+    pose[:3, :3] = Rotation.from_matrix(pose[:3, :3]).as_matrix()
 
     if "inverse" in convention:
         pose = np.linalg.inv(pose)
@@ -3322,12 +3318,12 @@ def read_camera(camera, sizes):
     whose middle is nearest to the principal point. Raises DataError where that is near none.
     """
     K = read_numbers(camera, 3, 3) if isinstance(camera, Path) else camera
-    for H, W in sorted(sizes, key=lambda size: np.abs(K[:2, 2] / size[::-1] - 0.5).max()):
-        scaled = np.diag([1 / W, 1 / H, 1]) @ K
-        if np.abs(scaled[:2, 2] - 0.5).max() < 0.25 and np.diag(scaled).min() > 0:
-            return scaled
-    what = f"intrinsics {K.tolist()} belong to no image of (H, W) = {sizes}"
-    raise DataError(f"{what}; export those of these images ({camera})")
+    H, W = min(sizes, key=lambda size: np.abs(K[:2, 2] / size[::-1] - 0.5).max())
+    scaled = np.diag([1 / W, 1 / H, 1]) @ K
+    if np.abs(scaled[:2, 2] - 0.5).max() > 0.25 or np.diag(scaled).min() <= 0:
+        what = f"intrinsics {K.tolist()} belong to no image of (H, W) = {sizes}"
+        raise DataError(f"{what}; export those of these images ({camera})")
+    return scaled
 
 
 def shrink(size, longest):
@@ -3386,6 +3382,7 @@ def read_frames(where, layout, views, max_frames, longest, fine=False):
     finite, or whose depth is empty. Raises DataError where none is left.
     """
     known = [part for part in range(4) if any(view[part] is not None for view in views)]
+    longest = longest or (320 if len(known) == 4 else 640)
     chosen = np.linspace(0, len(views) - 1, min(max_frames, len(views))).round().astype(int)
     rows, lost = [], Counter()
     for view in [views[i] for i in chosen]:
@@ -3416,9 +3413,7 @@ def agreement(frames):
     beyond = [np.zeros(1)]  # meters from a point to the surface that another frame sees in its place
     for v, other in itertools.permutations(some, 2):
         seen = points[v][frames.depth[v] > 0][::16]
-        camera = frames.intrinsics[other], frames.poses[other], frames.depth.shape[1:]
-        _, row, column, z = in_view(seen, *camera)
-        beyond.append(frames.depth[other][row, column] - z)
+        beyond.append(in_view(seen, frames, other)[-1])
 
     # what is hidden there tells nothing
     beyond = np.concatenate(beyond)
@@ -3441,10 +3436,8 @@ def read_views(path, scale=None, max_frames=32, longest=None, vggt="facebook/VGG
 
     # what a user says holds before what the layout documents
     layout = replace(layout, **documented)
-    has_depth, has_pose = (any(view[part] is not None for view in views) for part in (1, 2))
-    measured = has_depth and has_pose
-    longest = longest or (320 if measured else 640)
     frames, notes = read_frames(path, layout, views, max_frames, longest)
+    has_depth, has_pose = frames.depth is not None, frames.poses is not None
 
     # VGGT sees the rest in the images, in the unit of what is known; without any it is guessed
     if any(array is None for array in vars(frames).values()):
@@ -3466,7 +3459,7 @@ def read_views(path, scale=None, max_frames=32, longest=None, vggt="facebook/VGG
     world, said = align_to_gravity(points, normals, layout.up, frames.poses)
     frames.poses = world @ frames.poses
     notes.append(said)
-    name, source = path.resolve().stem, "rgbd" if measured else "video"
+    name, source = path.resolve().stem, "rgbd" if has_depth and has_pose else "video"
     scene = Scene(name, source, [], colors=colors, notes=notes, **move(points, normals, world))
     scene.frames, scene.metric = frames, metric or scale is not None
     return check_scene(scene, trusted=scale is not None or "depth_scale" in documented)
@@ -3607,7 +3600,7 @@ def read_cloud(path, up="auto", scale=None):
     points, colors, _, faces = load_mesh(path)
     points = points * (scale or 1.0)
     shown = np.zeros_like(points) if colors is None else colors
-    notes = [f"{len(points)} points in the file"]
+    notes = []
 
     # the corners of large faces do not show a wall: faces give a point in 3 x 3 cm
     if faces is not None:
@@ -3724,8 +3717,7 @@ def is_scan(path):
 
 def find_scans(root):
     """Find the folders of all scans below a ScanNet root, whole or not."""
-    folders = ("", "scans/", "scans_test/")
-    return [scan for folder in folders for scan in sorted(root.glob(f"{folder}scene*_*/"))]
+    return sorted([*root.glob("scene*_*/"), *root.glob("scans*/scene*_*/")])
 
 
 def read_scannet(folder, max_frames=32, longest=math.inf):
@@ -3789,8 +3781,8 @@ def add_objects(scene, segs, aggregation):
             scene.instances[mine] = id
 
             # two keys are of write_scannet: boxes and colors that points can only approach
-            box = np.array(group.get("alignedBox", extent(scene.points[mine])))
-            color = group.get("color") or color_name(scene.colors, mine)
+            box = np.array(group.get("alignedBox", extent(scene.points[mine])), float).reshape(6)
+            color = str(group.get("color") or color_name(scene.colors, mine))
             scene.objects.append(Thing(id, label, color, box))
 
 
@@ -3808,8 +3800,7 @@ def scan_frames(scene, world, layout, views, max_frames, longest):
 
 
 def write_scannet(scene, out):
-    """Write a room as the ScanNet scan <out>/<name>, unaligned as scans are; read_scannet gives
-    it back.
+    """Write a room as the ScanNet scan <out>/<name>; read_scannet gives it back.
 
     Depth is rounded to 1 mm. Color is written as PNG, so that nothing is lost; two extra keys per
     object (alignedBox, color) hold what ScanNet has no place for.
@@ -3818,13 +3809,10 @@ def write_scannet(scene, out):
     for part in ("color", "depth", "pose", "intrinsic", "instance-filt"):
         (folder / part).mkdir(parents=True, exist_ok=True)
 
-    # points as a scanner gives them, and how they are aligned
+    # points, and no axisAlignment: a room stands along the axes
     mesh, segs, aggregation, info = scan_files(folder)
-    world = rigid((1.5, -0.75, 0.25), (0, 0, 0.6435))  # a shift, and a turn about z
-    back = np.linalg.inv(world)
-    raw = move(scene.points, scene.normals, back)
-    write_ply(mesh, raw["points"], scene.colors, raw["normals"])
-    info.write_text(f"axisAlignment = {' '.join(map(str, world.ravel().tolist()))}\n")
+    write_ply(mesh, scene.points, scene.colors, scene.normals)
+    info.write_text("sceneType = room\n")
 
     # an object is a group of segments, none of which holds points of two
     segs.write_text(json.dumps({"segIndices": scene.superpoints.tolist()}))
@@ -3837,10 +3825,10 @@ def write_scannet(scene, out):
 
     # a file of every kind per frame
     frames = scene.frames
-    np.savetxt(folder / "intrinsic/intrinsic_depth.txt", frames.intrinsics[0], "%.17g")
+    np.savetxt(folder / "intrinsic/intrinsic_depth.txt", frames.intrinsics[0])
     depth = (frames.depth * 1000).round().astype(np.uint16)
-    for i, pose in enumerate(back @ frames.poses):
-        np.savetxt(folder / f"pose/{i}.txt", pose, "%.17g")
+    for i, pose in enumerate(frames.poses):
+        np.savetxt(folder / f"pose/{i}.txt", pose)
         Image.fromarray(frames.color[i]).save(folder / f"color/{i}.png")
         Image.fromarray(depth[i]).save(folder / f"depth/{i}.png")
         Image.fromarray(frames.masks[i].astype(np.uint16)).save(folder / f"instance-filt/{i}.png")
@@ -3979,7 +3967,8 @@ def vertex_normals(points, faces):
 def neighbor_pairs(points, k, reach=np.inf):
     """Find all pairs a < b of points where one is among the other's k nearest: (a [E], b [E]).
 
-    Pairs farther apart than `reach` times the median distance to the nearest neighbor are left out: they are gaps.
+    Pairs farther apart than `reach` times the median distance to the nearest neighbor are left out: they
+    are gaps.
     """
     distance, near = nearest(points, points, k + 1)
     distance, near = distance[:, 1:], near[:, 1:]  # the nearest is the point itself
@@ -4024,32 +4013,28 @@ def over_segment(points, normals=None, faces=None, threshold=0.01, min_size=20):
             parent[x] = x = parent[parent[x]]
         return x
 
-    def join(x, y):
-        parent[y] = x
-        size[x] += size[y]
-
-    # lightest edges first; two segments join if the edge is no heavier than either's limit:
-    # its heaviest inner edge + threshold / size
+    # lightest edges first; two segments join if the edge is no heavier than either's limit: its
+    # heaviest inner edge + threshold / size. Then what stayed too small joins its most similar neighbor
     order = np.argsort(weight, kind="stable")
-    edges = np.column_stack([a, b])[order].tolist()
-    for (x, y), w in zip(edges, weight[order].tolist(), strict=True):
-        x, y = find(x), find(y)
-        if x != y and w <= min(limit[x], limit[y]):
-            join(x, y)
-            limit[x] = w + threshold / size[x]
-
-    # what stayed too small joins its most similar neighbor
-    for x, y in edges:
-        x, y = find(x), find(y)
-        if x != y and min(size[x], size[y]) < min_size:
-            join(x, y)
+    edges = list(zip(a[order].tolist(), b[order].tolist(), weight[order].tolist(), strict=True))
+    for crumbs in (False, True):
+        for x, y, w in edges:
+            x, y = find(x), find(y)
+            fits = min(size[x], size[y]) < min_size if crumbs else w <= min(limit[x], limit[y])
+            if x != y and fits:
+                parent[y] = x
+                size[x] += size[y]
+                limit[x] = w + threshold / size[x]
     return np.unique([find(x) for x in range(N)], return_inverse=True)[1]
 
 
 def extent(points):
-    """Return the axis-aligned box [6] of points [N, 3]."""
+    """Return the axis-aligned box [6] of points [N, 3].
+
+    Its sides are 1 mm or more: what is flat would have a side of 0, which has no logarithm in a loss.
+    """
     low, high = np.array([points.min(0), points.max(0)], float)
-    return np.concatenate([(low + high) / 2, high - low])
+    return np.concatenate([(low + high) / 2, np.maximum(high - low, 0.001)])
 
 
 def color_name(colors, chosen):
@@ -4061,7 +4046,8 @@ def color_name(colors, chosen):
 
 
 def opponent_colors(colors):
-    """Turn colors [N, 3] u8 into brightness, which counts less than hue, and two axes of hue: [N, 3] float32."""
+    """Turn colors [N, 3] u8 into brightness, which counts less than hue, and two axes of hue: [N, 3]
+    float32."""
     r, g, b = colors.T.astype(np.float32) / 255
     return np.stack([(r + g + b) / 6, 0.7 * (r - g), 0.7 * ((r + g) / 2 - b)], axis=1)
 
@@ -4170,16 +4156,16 @@ def masked(frames, masks, points, instances):
     return Frames(frames.color, frames.depth, masks, frames.intrinsics, frames.poses)
 
 
-def in_view(points, K, pose, size):
-    """Find which of points [N, 3] fall on an image of size (H, W), hidden ones too.
+def in_view(points, frames, v):
+    """Find which of points [N, 3] fall on frame v, hidden ones too.
 
-    Args: K [3, 3]; pose [4, 4], camera to world.
-    Returns: index, row, column [M] and depth [M] in meters along the camera's axis.
+    Returns: index, row, column [M], and how many meters the depth measured there lies behind them, [M].
     """
-    pixels, depth = project(points, K, pose)
-    inside = np.flatnonzero((depth > 0.1) & (pixels >= 0).all(1) & (pixels < size[::-1]).all(1))
+    pixels, z = project(points, frames.intrinsics[v], frames.poses[v])
+    depth = frames.depth[v]
+    inside = np.flatnonzero((z > 0.1) & (pixels >= 0).all(1) & (pixels < depth.shape[::-1]).all(1))
     column, row = pixels[inside].astype(int).T
-    return inside, row, column, depth[inside]
+    return inside, row, column, depth[row, column] - z[inside]
 
 
 def seen_cloud(scene):
@@ -4237,10 +4223,10 @@ def with_instances(scene, instances, masks, what, trim=0.0):
 
     # frames that lie on disk get their masks when they are looked at
     frames = scene.frames
-    if isinstance(frames, LazyFrames):
-        frames = LazyFrames(partial(masked, frames, masks, scene.points, instances), f"{frames.key} {what}")
-    elif frames is not None:
-        frames = masked(frames, masks, scene.points, instances)
+    if frames is not None:
+        load = partial(masked, frames, masks, scene.points, instances)
+        lazy = isinstance(frames, LazyFrames)
+        frames = LazyFrames(load, f"{frames.key} {what}") if lazy else load()
     notes = [*scene.notes, f"objects are {len(objects)} {what}, without categories"]
     return replace(scene, instances=instances, objects=objects, frames=frames, notes=notes)
 
@@ -4360,8 +4346,8 @@ def vote(points, masks, frames):
     # what every frame shows at every point, -1 where it does not see it
     shown = np.full((len(masks), len(points)), -1)
     for v, mask in enumerate(masks):
-        index, row, column, z = in_view(points, frames.intrinsics[v], frames.poses[v], mask.shape)
-        near = np.abs(frames.depth[v][row, column] - z) <= 0.05
+        index, row, column, behind = in_view(points, frames, v)
+        near = np.abs(behind) <= 0.05
         shown[v, index[near]] = mask[row, column][near]
 
     # the mask that most frames show
@@ -4494,24 +4480,13 @@ def draw_scene(scene, path, lines=(), tokens=None, answers=()):
 SOURCES = ("rooms", "scannet", "rgbd", "ply", "cached")
 
 
-def split_scenes(root, paths):
-    """Split scenes into {"train", "test"}: those that scannetv2_val.txt of the root names are for testing.
-
-    Without that file every fifth is, and one that is alone is for both.
-    """
-    listed, test = root / "scannetv2_val.txt", paths[4::5] or paths[-1:]
-    if listed.exists():
-        test = [path for path in paths if path.name in listed.read_text().split()]
-    train = [path for path in paths if path not in test]
-    return {"train": train if listed.exists() else train or paths, "test": test}
-
-
 def load_scenes(source, split, root=None, count=800, workers=0, **options):
     """Load the scenes of a split, "train" or "test", of one of SOURCES: rooms, scans, or own
     scenes below `root`.
 
-    Scenes that cannot be read, or in which no object is found, are left out, and said. options: of
-    `open_scene`. Raises DataError where none is left.
+    Those that scannetv2_val.txt of the root names are for testing; without that file every fifth is,
+    and one that is alone is for both. Scenes that cannot be read, or in which no object is found, are
+    left out, and said. options: of `open_scene`. Raises DataError where none is left.
     """
     # rooms are made, all else is read
     if source == "rooms":
@@ -4520,7 +4495,16 @@ def load_scenes(source, split, root=None, count=800, workers=0, **options):
         raise DataError(f"--data {source}: name the folder with --root")
     root, scenes = Path(root), []
     paths = list(filter(is_scan, find_scans(root))) if source == "scannet" else find_scenes(root)
-    chosen = split_scenes(root, paths)[split]
+
+    # the official split, else our own
+    listed = root / "scannetv2_val.txt"
+    if listed.exists():
+        names = listed.read_text().split()
+        chosen = [path for path in paths if (path.name in names) == (split == "test")]
+    else:
+        test = paths[4::5] or paths[-1:]
+        train = [path for path in paths if path not in test] or paths
+        chosen = test if split == "test" else train
 
     # without an object there is nothing to ask
     for path in chosen:
@@ -4583,15 +4567,11 @@ def open_scene(path, masks=None, sam2=None, **options):
     "sam2" (tracks; sam2 names the weights), or "none". Options: those of its reader; another one
     is a DataError.
     """
-    path = Path(path)
-    if not path.exists():
-        raise DataError(f"{path}: no such scene; give a video, a cloud, or a folder of frames")
-
     # the format decides which options have a meaning
+    path = Path(path)
     reader, takes = choose_reader(path)
-    if strange := sorted(set(options) - takes):
-        known = ", ".join(sorted(takes)) or "none"
-        flag = strange[0].replace("_", "-")
+    if strange := options.keys() - takes:
+        flag, known = min(strange).replace("_", "-"), ", ".join(sorted(takes))
         raise DataError(f"--{flag}: has no part in {path}; known here: {known}")
     scene = reader(path, **options)
     if scene.objects and masks not in (None, "none"):
@@ -4630,7 +4610,7 @@ def save_scene(scene, path):
     # what is no array goes as JSON
     about = {name: getattr(scene, name) for name in ("name", "source", "metric", "notes")}
     about["objects"] = [[o.id, o.category, o.color, *o.box.tolist()] for o in scene.objects]
-    write_whole(path, partial(np.savez, about=np.array(json.dumps(about)), **arrays))
+    write_whole(path, partial(np.savez, about=json.dumps(about), **arrays))
 
 
 def load_scene(path):
@@ -4638,7 +4618,7 @@ def load_scene(path):
 
     Raises DataError.
     """
-    with reading(path, "kept scene"), np.load(path, allow_pickle=False) as held:
+    with reading(path, "kept scene"), np.load(path) as held:
         # objects from JSON, arrays by their names, frames later
         about = json.loads(str(held["about"])) | {"name": path.stem}
         about["objects"] = [Thing(*row[:3], np.array(row[3:])) for row in about["objects"]]
@@ -4651,7 +4631,7 @@ def load_scene(path):
 
 def load_frames(path):
     """Load the frames that save_scene wrote."""
-    with reading(path, "kept scene"), np.load(path, allow_pickle=False) as held:
+    with reading(path, "kept scene"), np.load(path) as held:
         return Frames(*(held[f"frames.{name}"] for name in FRAME_ARRAYS))
 
 

@@ -197,7 +197,7 @@ def check_numbers(settings: dict, what: str):
     for name, value in settings.items():
         numbers = value if isinstance(value, tuple) else (value,)
         if not numbers and name != "score":
-            raise DataError(f"{what} {name} = (): give a number at least")
+            raise DataError(f"{what} {name} = (): give one at least")
         for number in numbers:
             # a share is at most 1, a size below what any machine holds
             most = 1 if name in ("warmup", "no_color", "betas", "lora_dropout") else 1e12

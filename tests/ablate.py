@@ -30,9 +30,16 @@ STUDIES = {  # model -> stages trained once; those trained per run, with their s
         "shared": ["0 tower", "I identifiers", "II coordinates", "III relations"],
         "last": {"IV proxies": 300},
         "settings": [],
-        "scores": {"rooms/grounding": "acc@0.5/scanrefer"},
+        "scores": {"rooms/grounding": "acc@0.5/scanrefer", "rooms/caption": "cider@0.5/chat-scene"},
         "paper": "ScanRefer Acc@0.5, 16x21 / 450 tokens (Table 4)",
-        "variants": {"semantic grouping": ([], 52.6), "no semantic grouping": (["semantic_grouping=false"], 31.0)},
+        "variants": {
+            "semantic grouping": ([], 52.6),
+            "no semantic grouping": (["semantic_grouping=false"], 31.0),
+            "48 for 96 proxies": (["budget=48"], None),
+            "144 for 96 proxies": (["budget=144"], None),
+            "5 proxies per object at least": (["floor=5"], None),
+            "10 proxies per object at least": (["floor=10"], None),
+        },
     },
     "fase3d": {
         "shared": [],  # but the language model
@@ -78,7 +85,7 @@ STUDIES = {  # model -> stages trained once; those trained per run, with their s
 }  # fmt: skip
 
 
-def train(model: str, out: Path, *more: str, settings: list[str], threads: int = 1) -> None:
+def train(model, out, *more, settings, threads=1):
     """Run train.py, unless its folder is already complete; its output goes to OUT.log."""
     if settings:
         more += ("--set", *settings)
@@ -94,7 +101,7 @@ def train(model: str, out: Path, *more: str, settings: list[str], threads: int =
     (out / "done").touch()
 
 
-def held_out_loss(model: data.SceneLanguageModel, scenes: list[data.Scene]) -> float:
+def held_out_loss(model, scenes):
     """Ask a trained model about rooms that no run has seen: nats per token of the answers."""
     stage, loss, tokens = model.stage, 0.0, 0.0
     model.cache_features(scenes)
@@ -108,11 +115,11 @@ def held_out_loss(model: data.SceneLanguageModel, scenes: list[data.Scene]) -> f
     return loss / tokens
 
 
-def mean_and_spread(values: np.ndarray) -> str:
+def mean_and_spread(values):
     return f"{values.mean():+6.1f} ± {values.std(ddof=min(1, len(values) - 1)):4.1f}"
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -140,7 +147,7 @@ def main() -> None:
     steps = {stage: args.steps or n for stage, n in study["last"].items()}
     settings = [*(f"{stage}.iterations={n}" for stage, n in steps.items()), *study["settings"]]
 
-    def run(job: tuple[str, int]) -> Path:
+    def run(job):
         """Train and score one variant with one seed: its folder."""
         name, seed = job
         out = root / f"{re.sub('[^a-z0-9]+', '_', name.lower())}-{seed}"
