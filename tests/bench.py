@@ -15,11 +15,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import papers
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import papers
 
 import data
 import fase3d
@@ -27,40 +25,51 @@ import proxy3d
 import spatial3dllm
 
 
-def seconds(work, times: int = 3) -> float:
-    """Time the fastest of some calls, on a GPU until it has done them."""
+def timed(work, *args, times=3):
+    """Seconds of the fastest of some calls, on a GPU until it has done them, and what a call returns."""
     spent = []
     for _ in range(times):
         start = time.perf_counter()
-        work()
+        found = work(*args)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         spent.append(time.perf_counter() - start)
-    return min(spent)
+    return min(spent), found
 
 
 def make_model(paper, build=None, **changes):
     """Build a paper's model with random weights, in the last stage of its tiny preset."""
-    data.adopt(paper)
+    last = papers.stages_of(paper.__name__)[-1]
     torch.manual_seed(0)
-    config = paper.Config.tiny(**changes)
     build = build or paper.build
-    model = build(config, data.TinyText(data.vocabulary())).eval()
-    stages = paper.recipe(config, paper.STAGES["tiny"])
-    model.configure_stage(stages[-1])
+    model = build(paper.Config.tiny(**changes), data.TinyText(data.vocabulary())).eval()
+    model.configure_stage(last)
     return model
 
 
-def numbered_room(seed: int, **options) -> data.Scene:
+def make_paper_fase3d(points):
+    """Fase3D at the paper's sizes; of the language model only the width matters here."""
+    paper = fase3d.Config()
+    return make_model(fase3d, points=points, dim=paper.dim, hidden=paper.hidden, tokens=paper.tokens,
+                      prompt_neighbors=paper.prompt_neighbors, reader=(2048, 1, 16, 16),
+                      adapted_layers=0)  # fmt: skip
+
+
+def numbered_room(seed, **options):
     scene = data.room(seed, **options)
     scene.identifiers = data.number_objects(scene, np.random.default_rng(seed))
     return scene
 
 
+def ask(scene, tasks, count=1):
+    """Ask questions of a mix about a scene, as `batch` takes them."""
+    return scene, data.questions(scene, tasks, count, np.random.default_rng(0))
+
+
 # ---- Proxy3D
 
 
-def bench_proxy3d(args) -> None:
+def bench_proxy3d(args):
     """Compare clustering with scikit-learn's KMeans in the same groups with the same allocation."""
     from sklearn.cluster import KMeans
 
@@ -74,18 +83,20 @@ def bench_proxy3d(args) -> None:
     counts = proxy3d.allocate([len(g) for g in groups], budget)
     print(f"clustering {len(p):,} patches in {len(groups)} groups to {budget} proxies, on coordinates")
 
-    def kmeans(points: np.ndarray, count: int) -> np.ndarray:
+    def kmeans(points, count):
         return KMeans(count, n_init=1, random_state=0).fit(points).labels_
+
+    def in_groups(method):
+        return [method(group, count) for group, count in zip(groups, counts, strict=True)]
 
     # how fast, and how far points are from the mean of their proxy
     methods = {"scikit-learn KMeans": kmeans, "farthest seeds": proxy3d.farthest_seeds,
                "farthest seeds + 10 Lloyd steps": partial(proxy3d.farthest_seeds, lloyd=10)}  # fmt: skip
     for name, method in methods.items():
-        time_s = seconds(lambda method=method: [method(g, k) for g, k in zip(groups, counts, strict=True)])
+        time_s, labels = timed(in_groups, method)
         total = 0.0
-        for group, count in zip(groups, counts, strict=True):
-            owner = torch.from_numpy(method(group, count)).long()
-            mean, _ = data.group_mean(torch.from_numpy(group), owner, count)
+        for group, owner, count in zip(groups, labels, counts, strict=True):
+            mean, _ = data.group_mean(torch.from_numpy(group), torch.from_numpy(owner).long(), count)
             total += np.linalg.norm(group - mean[owner].numpy(), axis=1).sum()
         if method is kmeans:
             base = time_s, total
@@ -98,51 +109,46 @@ def bench_proxy3d(args) -> None:
     group = data.most_frequent(m, proxy, budget)
     wide = torch.randn(len(p), 3584)
     print(
-        f"  averaging features of width 3,584 {1000 * seconds(lambda: data.group_mean(wide, proxy, budget)):7.1f} ms"
+        f"  averaging features of width 3,584 {1000 * timed(data.group_mean, wide, proxy, budget)[0]:7.1f} ms"
     )
-    print(
-        f"  BFS order of the proxies          {1000 * seconds(lambda: proxy3d.bfs_order(c, group)):7.1f} ms"
-    )
+    print(f"  BFS order of the proxies          {1000 * timed(proxy3d.bfs_order, c, group)[0]:7.1f} ms")
 
 
 # ---- Proxy3D around Qwen2.5-VL at its own sizes, and what a GPU makes of it
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # multiply-adds x 2 a second in bfloat16, dense
-TEXT = {  # Qwen2.5-VL's public configuration: width, FFN, layers, heads, heads of keys and values, vocabulary
-    "little": (32, 64, 2, 4, 2, 512),
-    "3B": (2048, 11008, 36, 16, 2, 151_936),
-    "7B": (3584, 18944, 28, 28, 4, 152_064),
-}
+TEXT = {  # Qwen2.5-VL's public configuration
+    "3B": dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
+               num_key_value_heads=2, vocab_size=151_936),
+    "7B": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+               num_key_value_heads=4, vocab_size=152_064),
+}  # fmt: skip
 
 
-def save_random(size: str, folder: Path) -> str:
+def save_random(size, folder):
     """Save a Qwen2.5-VL of a size with random weights, and a tokenizer of a token per letter."""
     import transformers as hf
 
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-             "vocab_size")  # fmt: skip
-    text = dict(zip(names, TEXT[size], strict=True))
-    pairs = text["hidden_size"] // text["num_attention_heads"] // 2
-    sections = [pairs // 4, 3 * pairs // 8, pairs - pairs // 4 - 3 * pairs // 8]
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
-    tower = dict(
-        depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=TEXT[size][0]
-    )
     if size == "little":
-        tower |= dict(depth=2, hidden_size=16, intermediate_size=32, num_heads=2, fullatt_block_indexes=[1])
+        return str(papers.save_llm("proxy3d", folder))
     papers.save_tokenizer(folder)
+    width = TEXT[size]["hidden_size"]
+    pairs = width // TEXT[size]["num_attention_heads"] // 2
+    sections = [pairs // 4, 3 * pairs // 8, pairs - pairs // 4 - 3 * pairs // 8]
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
+    text = TEXT[size] | {"rope_parameters": rope}
+    tower = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=width)
     torch.set_default_dtype(torch.bfloat16)
+    config = hf.Qwen2_5_VLConfig(text_config=text, vision_config=tower)
     with DEVICE:
-        llm = hf.Qwen2_5_VLForConditionalGeneration(
-            hf.Qwen2_5_VLConfig(text_config=text, vision_config=tower)
-        )
+        llm = hf.Qwen2_5_VLForConditionalGeneration(config)
     torch.set_default_dtype(torch.float32)
     llm.save_pretrained(folder)
     return str(folder)
 
 
-def load_proxy3d(llm: str, lora: int = 0, **changes):
+def load_proxy3d(llm, lora=0, **changes):
     """Load the paper's model of 450 tokens around a language model, as its stage IV trains it."""
     data.adopt(proxy3d)
     config = replace(proxy3d.Config.paper_450(), llm=llm, lora=lora, **changes)
@@ -151,12 +157,11 @@ def load_proxy3d(llm: str, lora: int = 0, **changes):
     return model.to(DEVICE)
 
 
-def ask_one(scene: data.Scene, count: int = 1) -> tuple:
-    return scene, data.questions(scene, {"ground": 1.0}, count, np.random.default_rng(0))
+GROUND = {"ground": 1.0}
 
 
 @torch.no_grad()
-def bench_latency(args) -> None:
+def bench_latency(args):
     """Compare with supplementary Table 3 of Proxy3D: encoder, clustering, LLM, and all image tokens in its place."""
     with tempfile.TemporaryDirectory() as folder:
         model = load_proxy3d(args.llm or save_random("little", Path(folder))).eval()
@@ -164,81 +169,79 @@ def bench_latency(args) -> None:
     scenes = [numbered_room(seed, views=views, size=240) for seed in range(max(args.batch))]
     cfg = model.config
     print("seconds; paper, 7B: encoder, clustering, LLM 9.4 / 2.9 / 1.1 at batch 8, 16.2 / 5.6 / 1.5 at 16")
-    print(
-        f"  {'batch':>5s} {'encoder':>9s} {'clustering':>11s} {'LLM, 8 tokens':>14s} {'all patches':>12s}   a question"
-    )
+    print("  batch   encoder  clustering  LLM, 8 tokens  all patches   a question")
+
+    def encode(images):
+        for shown in images:
+            model.encode_images(shown, together=True)
+
+    def compute(scenes):
+        for scene in scenes:
+            model.compute_features(scene)
+
     with torch.autocast(DEVICE.type, torch.bfloat16):
         for B in args.batch:
             images = [model.resize_frames(torch.from_numpy(s.frames.color).to(DEVICE)) for s in scenes[:B]]
-            encoder = seconds(lambda images=images: [model.encode_images(x, together=True) for x in images])
-            whole = seconds(lambda B=B: [model.compute_features(scene) for scene in scenes[:B]])
-            batch = model.batch([ask_one(scene) for scene in scenes[:B]])
-            llm = seconds(lambda batch=batch: model.generate(batch, 8))
+            encoder, _ = timed(encode, images)
+            whole, _ = timed(compute, scenes[:B])
+            batch = model.batch([ask(scene, GROUND) for scene in scenes[:B]])
+            llm, _ = timed(model.generate, batch, 8)
 
             # every patch as a token of its own
             L = views * cfg.grid[0] * cfg.grid[1]
-            patches = {
-                "z": torch.randn(L, model.width).half(),
-                "c": torch.rand(L, 3),
-                "group": torch.zeros(L).int(),
-            }
+            z, c = torch.randn(L, model.width).half(), torch.rand(L, 3)
+            patches = {"z": z, "c": c, "group": torch.zeros(L).int()}
             kept, model.feature_cache = model.feature_cache, {scene.name: patches for scene in scenes}
-            batch = model.batch([ask_one(scene) for scene in scenes[:B]])
-            every = seconds(lambda batch=batch: model.generate(batch, 8))
+            every, _ = timed(model.generate, model.batch([ask(scene, GROUND) for scene in scenes[:B]]), 8)
             model.feature_cache = kept
             print(
                 f"  {B:5d} {encoder:9.3f} {whole - encoder:11.3f} {llm:14.3f} {every:12.3f} {(whole + llm) / B:12.3f}"
             )
 
         # ten questions behind one prefix, and each with a prefix of its own
-        scene, questions = ask_one(scenes[0], 10)
+        scene, questions = ask(scenes[0], GROUND, 10)
         packed, apart = model.batch([(scene, questions)]), model.batch([(scene, [q]) for q in questions])
-        ratio = seconds(lambda: model.generate(apart, 8)) / seconds(lambda: model.generate(packed, 8))
-    print(
-        f"  {len(questions)} questions about a scene behind one prefix: {ratio:.1f} x as fast as each with its own"
-    )
+        ratio = timed(model.generate, apart, 8)[0] / timed(model.generate, packed, 8)[0]
+    print(f"  10 questions about a scene behind one prefix: {ratio:.1f} x as fast as each with its own")
 
 
-def bench_training(args) -> None:
+def step(model, batch, optimizer):
+    """Train one step."""
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        out = model(batch)
+    (out["loss"] / out["weight"]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def bench_training(args):
     """Time a step of stage IV: 3B in full, 7B with LoRA, eight scenes with eight questions each."""
     card = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     peak = next((flops for name, flops in PEAK.items() if name in card), math.nan)
     stage = proxy3d.STAGES["paper_450"][-1]
-    rows = {"little": 0} if args.little else {"3B": 0, "7B": 64}
-    scenes = [
-        numbered_room(seed, views=2 if args.little else 32, size=240)
-        for seed in range(2 if args.little else 8)
-    ]
+    rows, views, count = ({"little": 0}, 2, 2) if args.little else ({"3B": 0, "7B": 64}, 32, 8)
+    scenes = [numbered_room(seed, views=views, size=240) for seed in range(count)]
     for size, lora in rows.items():
         with tempfile.TemporaryDirectory() as folder:
             model = load_proxy3d(save_random(size, Path(folder)), lora).train()
         model.configure_stage(stage)
         model.gradient_checkpointing_enable()
-        groups = [(s, data.questions(s, stage.tasks, 8, np.random.default_rng(0))) for s in scenes]
         with torch.autocast(DEVICE.type, torch.bfloat16):
             model.cache_features(scenes)
-        batch = model.batch(groups)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained)
-
-        def step(model=model, batch=batch, optimizer=optimizer) -> None:
-            with torch.autocast(DEVICE.type, torch.bfloat16):
-                out = model(batch)
-            (out["loss"] / out["weight"]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        batch = model.batch([ask(scene, stage.tasks, 8) for scene in scenes])
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 
         # forward, backward for activations and, in full training, for weights: 2 operations per weight each
-        spent, tokens = seconds(step), batch["ids"].numel()
+        spent, tokens = timed(step, model, batch, optimizer)[0], batch["ids"].numel()
         weights = sum(p.numel() for p in model.llm.get_decoder().parameters())
         used = (4 if lora else 6) * weights * tokens / spent / peak
         memory = torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else math.nan
         print(f"stage IV, {size}, {'LoRA of rank ' + str(lora) if lora else 'in full'}: {spent:.3f} s a step, "
               f"{tokens / spent:,.0f} tokens/s, MFU {used:.2f}, {memory:.1f} GB at most")  # fmt: skip
-        del model, optimizer, trained, step
+        del model, optimizer
 
 
-def bench_gpu(args) -> None:
+def bench_gpu(args):
     """Measure what a GPU is for, at the real sizes with random weights: training, latency at 7B, Fase3D's tokens."""
     card = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "no GPU"
     print(f"{card}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
@@ -248,20 +251,19 @@ def bench_gpu(args) -> None:
         bench_latency(args)
 
     # Fase3D's tokenizer at the paper's sizes
-    N, paper = 2000 if args.little else 50_000, fase3d.Config()
-    model = make_model(fase3d, points=N, dim=paper.dim, hidden=paper.hidden, tokens=paper.tokens,
-                       reader=(2048, 1, 16, 16), adapted_layers=0).to(DEVICE)  # fmt: skip
+    N = 2000 if args.little else 50_000
+    model = make_paper_fase3d(N).to(DEVICE)
     scenes = [numbered_room(seed, views=0, points=N) for seed in range(8)]
     model.cache_features(scenes)
     with torch.no_grad():
-        spent = seconds(lambda: [model.scene_tokens(scene) for scene in scenes])
+        spent, _ = timed(lambda: [model.scene_tokens(scene) for scene in scenes])
     print(f"Fase3D, tokens of 8 scenes of {N:,} points: {spent:.3f} s")
 
 
 # ---- Fase3D
 
 
-def hilbert_by_bits(cells: torch.Tensor, bits: int) -> torch.Tensor:
+def hilbert_by_bits(cells, bits):
     """Compute the same keys with a column per bit, the form in which public code mostly has the algorithm."""
     x = ((cells[..., None] >> torch.arange(bits - 1, -1, -1)) & 1).bool()  # [N, 3, bits]
     for level in range(bits):
@@ -276,21 +278,20 @@ def hilbert_by_bits(cells: torch.Tensor, bits: int) -> torch.Tensor:
     return (key << torch.arange(3 * bits - 1, -1, -1)).sum(1)
 
 
-def superpoint_graph(points: torch.Tensor, owner: torch.Tensor, k: int = 8, stride: int = 16) -> torch.Tensor:
+def superpoint_graph(points, owner, k=8, stride=16):
     """Find edges [E, 2] from bare points, by window voting along four curves."""
     pairs, votes = fase3d.vote_graph(points, owner, list(fase3d.CURVES)[:4], window=64, stride=stride)
     return fase3d.nearest_edges(pairs, votes, fase3d.superpoint_mean(points, owner), k)[0]
 
 
-def bench_curves(args) -> None:
+def bench_curves(args):
     """Compare Hilbert keys with a column per bit, and the voting graph with a KD-tree over sizes of a cloud."""
     N, bits = 50_000, 10
     cells = torch.randint(0, 2**bits, (N, 3), generator=torch.Generator().manual_seed(0))
-    slow, hilbert, morton = (
-        seconds(lambda keys=keys: keys(cells, bits))
-        for keys in (hilbert_by_bits, fase3d.hilbert, fase3d.morton)
-    )
-    assert torch.equal(fase3d.hilbert(cells, bits), hilbert_by_bits(cells, bits))
+    slow, expected = timed(hilbert_by_bits, cells, bits)
+    hilbert, keys = timed(fase3d.hilbert, cells, bits)
+    morton, _ = timed(fase3d.morton, cells, bits)
+    assert torch.equal(keys, expected)
     print(f"keys of {N:,} points, {bits} bits (goal: Hilbert <= 20 ms on one core): Hilbert {1000 * hilbert:.1f} ms, "
           f"a column per bit {slow / hilbert:.0f} x, Morton {1000 * morton:.1f} ms")  # fmt: skip
 
@@ -303,8 +304,8 @@ def bench_curves(args) -> None:
     for N in sizes:
         scene = data.room(5, objects=40, views=0, points=N)
         points, owner = torch.from_numpy(scene.points), torch.from_numpy(scene.superpoints)
-        ours = seconds(lambda p=points, o=owner: superpoint_graph(p, o))
-        tree = seconds(lambda p=points: data.knn(p, p, 9))  # the nearest is the point itself
+        ours, _ = timed(superpoint_graph, points, owner)
+        tree, _ = timed(data.knn, points, points, 9)  # the nearest is the point itself
         times.append((ours, tree))
         print(
             f"  {N:7,d} {len(owner.unique()):13,d} {1000 * ours:7.0f} ms {1000 * tree:19.0f} ms {tree / ours:7.2f}"
@@ -313,13 +314,13 @@ def bench_curves(args) -> None:
     print(f"  fitted: graph ~ N^{power[0]:.2f}, KD-tree ~ N^{power[1]:.2f}")
 
 
-def nearest_pairs(distance: torch.Tensor, k: int) -> set[tuple]:
+def nearest_pairs(distance, k):
     """Join every node with its k nearest, in both directions."""
     near = distance.fill_diagonal_(math.inf).topk(k, largest=False).indices.tolist()
     return {pair for a, others in enumerate(near) for b in others for pair in ((a, b), (b, a))}
 
 
-def bench_graph(args) -> None:
+def bench_graph(args):
     """Compare edges with the exact graph: each superpoint with the 8 at the smallest distance between points."""
     scene = data.room(0, objects=12, views=0, points=1000 if args.little else 20_000)
     points, owner = torch.from_numpy(scene.points), torch.from_numpy(scene.superpoints)
@@ -335,9 +336,8 @@ def bench_graph(args) -> None:
     centers = fase3d.superpoint_mean(points, owner)
     found = {"nearest centers": nearest_pairs(torch.cdist(centers, centers), 8)}
     for stride in (16, 4, 1):
-        edges = superpoint_graph(points, owner, stride=stride)
-        spent = 1000 * seconds(lambda stride=stride: superpoint_graph(points, owner, stride=stride))
-        found[f"voting, stride {stride:2d}, {spent:6.0f} ms"] = set(map(tuple, edges.tolist()))
+        spent, edges = timed(superpoint_graph, points, owner, 8, stride)
+        found[f"voting, stride {stride:2d}, {1000 * spent:6.0f} ms"] = set(map(tuple, edges.tolist()))
     print(
         f"edges against the exact graph, 8 neighbors, the paper's stride 16; {len(points):,} points, {M} superpoints"
     )
@@ -346,7 +346,7 @@ def bench_graph(args) -> None:
         print(f"  {name:27s} precision {right / len(edges):.3f}   recall {right / len(exact):.3f}")
 
 
-def bench_tokenizer(args) -> None:
+def bench_tokenizer(args):
     """Compare the paper's tokenizer with its count, and its parts with attention in their places."""
     N, M = (2000, 300) if args.little else (50_000, 1024)
     scene = numbered_room(5, objects=40, views=0, points=N)
@@ -354,11 +354,7 @@ def bench_tokenizer(args) -> None:
     centers = points[data.farthest_point_sampling(points, M)]
     scene.superpoints = data.knn(points, centers, 1)[1][:, 0].numpy()
 
-    # the paper's sizes; of the language model only the width matters here
-    paper = fase3d.Config()
-    model = make_model(fase3d, points=N, dim=paper.dim, hidden=paper.hidden, tokens=paper.tokens,
-                       prompt_neighbors=paper.prompt_neighbors, reader=(2048, 1, 16, 16),
-                       adapted_layers=0)  # fmt: skip
+    paper, model = fase3d.Config(), make_paper_fase3d(N)
     found = model.load_features(scene)
     owner, orders = found["owner"], found["orders"]
     seed, *graph = (found[key] for key in ("seed", "token", "member", "strength"))
@@ -401,13 +397,10 @@ def bench_tokenizer(args) -> None:
         if name == "coordinate token":
             prompt += parameters, multiply_adds
         print(f"  {name:40s} {parameters:12,d} parameters {multiply_adds / 1e6:9.1f} M multiply-adds "
-              f"{1000 * seconds(work):9.1f} ms")  # fmt: skip
+              f"{1000 * timed(work)[0]:9.1f} ms")  # fmt: skip
     torch.set_grad_enabled(True)
     # the paper counts what grows by one map of the language model's width: tokens, no coordinate token
-    for name, (parameters, multiply_adds) in {
-        "all": whole,
-        "the scene's tokens alone": whole - prompt,
-    }.items():
+    for name, (parameters, multiply_adds) in (("all", whole), ("the scene's tokens alone", whole - prompt)):
         print(f"  {name}: {parameters / 1e6:.2f} M parameters, {multiply_adds / 1e9:.2f} G "
               "(the paper's tokenization: 10.54 M, 2.04 G)")  # fmt: skip
 
@@ -425,34 +418,30 @@ class WithPaperEncoder(spatial3dllm.TinyModel):
     level = spatial3dllm.SetAbstraction
 
 
-def bench_spatial3dllm(args) -> None:
+def bench_spatial3dllm(args):
     """Compare Spatial 3D-LLM's parts over numbers of points and of objects; what is kept of a scene runs once."""
     cases = [(f"tiny, 12 objects, {n:,} points", 12, n, {}) for n in (2048, 8192, 32_768)]
     cases += [(f"tiny, {n} objects, 2,048 points", n, 2048, {}) for n in (50, 100, 200)]
     paper_sizes = dict(build=WithPaperEncoder, **PAPER_SIZES)
     cases += [("the paper's sizes but the LLM, 40,000 points", 12, 40_000, paper_sizes)]
-    columns = ("geometry", "encoder", "modules", "answer", "new/s", "kept/s")
-    print(f"{'seconds per scene':48s}", *(f"{column:>10s}" for column in columns))
+    print(f"{'seconds per scene':48s}   geometry    encoder    modules     answer      new/s     kept/s")
     for name, objects, points, sizes in cases[:: len(cases) - 1] if args.little else cases:
         model = make_model(spatial3dllm, points=points, **sizes)
         stage = model.stage
         scene = numbered_room(5, objects=objects, views=0, points=points)
         with torch.no_grad():
             # what the frozen encoder makes of a scene once
-            geometry = seconds(lambda m=model, s=scene: m.read_cloud(s), 2)
-            cloud = model.stack([model.read_cloud(scene)])
-            encoder = seconds(lambda m=model, c=cloud: m.encoder(c["f"], c["p"], c))
+            geometry, cloud = timed(model.read_cloud, scene, times=2)
+            cloud = model.stack([cloud])
+            encoder, seeds = timed(model.encoder, cloud["f"], cloud["p"], cloud)
 
             # what every question needs: the three modules, and a distance of 24 tokens
-            seeds = model.encoder(cloud["f"], cloud["p"], cloud)
-            modules = seconds(lambda m=model, s=seeds: m.referents(*s))
+            modules, _ = timed(model.referents, *seeds)
             model.configure_stage(replace(stage, tasks={"modle_distance": 1.0}))
-            batch = model.batch(
-                [(scene, data.questions(scene, model.stage.tasks, 1, np.random.default_rng(0)))]
-            )
+            batch = model.batch([ask(scene, model.stage.tasks)])
             model.load_features(scene)
-            answer = seconds(lambda m=model, b=batch: m.generate(b, 24)) - modules
-        kept = modules + answer
+            kept, _ = timed(model.generate, batch, 24)
+        answer = kept - modules
         print(f"  {name:46s} {geometry:10.4f} {encoder:10.4f} {modules:10.4f} {answer:10.4f} "
               f"{1 / (geometry + encoder + kept):10.1f} {1 / kept:10.1f}")  # fmt: skip
 
@@ -460,7 +449,7 @@ def bench_spatial3dllm(args) -> None:
 # ---- own segments
 
 
-def best_iou(found: np.ndarray, true: np.ndarray) -> dict[int, float]:
+def best_iou(found, true):
     """Give each true label (1 and up) its IoU with the found one that fits it best; arrays of one shape, 0 = none."""
     best = {}
     for i in np.unique(true[true > 0]).tolist():
@@ -470,7 +459,7 @@ def best_iou(found: np.ndarray, true: np.ndarray) -> dict[int, float]:
     return best
 
 
-def dbscan(scene: data.Scene) -> np.ndarray:
+def dbscan(scene):
     """Cluster by scikit-learn's DBSCAN on coordinates what our own shell leaves: [N], 0 = none."""
     from sklearn.cluster import DBSCAN
 
@@ -482,7 +471,7 @@ def dbscan(scene: data.Scene) -> np.ndarray:
     return label
 
 
-def bench_segments(args) -> None:
+def bench_segments(args):
     """Compare our segments with bare superpoints and with DBSCAN, in rooms that nothing was tuned on."""
     methods = {
         "superpoints, not merged": lambda scene: scene.superpoints + 1,
@@ -540,23 +529,20 @@ print((time.perf_counter() - start) / ({steps} - 2))
 """
 
 
-def bench_load(args) -> None:
+def bench_load(args):
     """Train on two threads beside a process that keeps a core busy: a short spin at barriers, or OpenMP's own."""
     program = READING.format(root=str(Path(data.__file__).parent), steps=4 if args.little else 60)
     busy = [sys.executable, "-c", "while True: pass"]
+    os.environ.pop("GOMP_SPINCOUNT", None)
     for load in (0, 1):
-        for spin in ("1000", None):
-            environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
-            if spin:
-                environment["GOMP_SPINCOUNT"] = spin
+        for spin in ({"GOMP_SPINCOUNT": "1000"}, {}):
             others = [subprocess.Popen(busy) for _ in range(load)]
-            out = subprocess.run(
-                [sys.executable, "-c", program], env=environment, capture_output=True, text=True
-            )
+            own = os.environ | spin
+            out = subprocess.run([sys.executable, "-c", program], env=own, capture_output=True, text=True)
             for other in others:
                 other.kill()
             print(
-                f"{load} busy cores beside, GOMP_SPINCOUNT {spin or 'not set'}: {float(out.stdout):.3f} s a step"
+                f"{load} busy cores beside, {spin or 'GOMP_SPINCOUNT not set'}: {float(out.stdout):.3f} s a step"
             )
 
 
@@ -573,20 +559,21 @@ print(len(scenes), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 
 
-def bench_memory(args) -> None:
+def bench_memory(args):
     """Compute and keep the features of more and more scenes: the peak memory of a process."""
     paths = [str(Path(__file__).parent), str(Path(data.__file__).parent)]
     counts = {"rooms": (50, 200, 800), "scannet": (10, 40, 160)}  # scans: four of five are for training
     if args.little:
         counts = {"rooms": (2, 4), "scannet": (2,)}
     with tempfile.TemporaryDirectory() as folder:
-        for source, count in [(source, count) for source, some in counts.items() for count in some]:
-            if source == "scannet":
-                data.main(["rooms", folder, f"--count={count}"])
-            program = KEEPING.format(paths=paths, source=source, folder=folder, count=count)
-            out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-            n, peak = out.stdout.split()[-2:]
-            print(f"{source}: {n} scenes, at most {float(peak):.0f} MB")
+        for source, some in counts.items():
+            for count in some:
+                if source == "scannet":
+                    data.main(["rooms", folder, f"--count={count}"])
+                program = KEEPING.format(paths=paths, source=source, folder=folder, count=count)
+                out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+                n, peak = out.stdout.split()[-2:]
+                print(f"{source}: {n} scenes, at most {float(peak):.0f} MB")
 
 
 BENCHES = {

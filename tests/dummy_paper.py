@@ -27,7 +27,7 @@ BALLAST = "x" * 70_000  # in every batch: more than a pipe holds
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGTERM}
 
 
-def fake_scenes(count: int, start: int = 0) -> list[data.Scene]:
+def fake_scenes(count, start=0):
     """Scene k has k % 4 things, so some scenes allow no question and shares are unequal."""
     scenes = []
     for k in range(start, start + count):
@@ -37,7 +37,7 @@ def fake_scenes(count: int, start: int = 0) -> list[data.Scene]:
     return scenes
 
 
-def boxes_of(scene: data.Scene) -> torch.Tensor:
+def boxes_of(scene):
     """All boxes of a scene, or one of zeros: [n, 6]."""
     return torch.tensor(np.stack([o.box for o in scene.objects] or [np.zeros(6)])).float()
 
@@ -45,7 +45,7 @@ def boxes_of(scene: data.Scene) -> torch.Tensor:
 SCENES = {"train": fake_scenes(11), "test": fake_scenes(3, 50)}
 
 
-def width(scene: data.Scene, rng: np.random.Generator) -> data.Sample | None:
+def width(scene, rng):
     """A question whose answer is one to three words long."""
     if not scene.objects:
         return None
@@ -81,12 +81,12 @@ STAGES = {
 }  # fmt: skip
 
 
-def recipe(config: Config, stages: list[data.Stage]) -> list[data.Stage]:
+def recipe(config, stages):
     return stages
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, bias: bool):
+    def __init__(self, width, bias):
         super().__init__()
         self.inner = nn.Linear(width, width, bias=bias)
 
@@ -99,7 +99,7 @@ class Model(data.SceneLanguageModel):
     scene_inputs = ("boxes",)
     left, signal = -1, None  # training forwards before a signal, and which
 
-    def __init__(self, config: Config, text):
+    def __init__(self, config, text):
         super().__init__(config, text)
         self.encoder = nn.Sequential(nn.Linear(6, config.width), Block(config.width, config.biased))
         self.table = nn.Embedding(len(text), config.width)
@@ -157,15 +157,15 @@ class Model(data.SceneLanguageModel):
         return {"loss": loss * torch.inf if poisoned else loss, "weight": answered.sum(), "correct": correct}
 
 
-def build(config: Config, text) -> Model:
+def build(config, text):
     return Model(config, text)
 
 
-def load_scenes(source: str, split: str, *_, **options) -> list[data.Scene]:
+def load_scenes(source, split, *_, **options):
     return SCENES[split]
 
 
-def command(*flags: str) -> Model:
+def command(*flags):
     """Train on the scenes above."""
     args, Model.left = ["--model=dummy_paper", "--no-eval", "--workers=0"], -1
     for flag in flags:

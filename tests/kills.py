@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import papers
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
+import data
 
+ROOT = Path(data.__file__).parent
 FLAGS = [
     "--model=fase3d",
     "--steps=24",
@@ -32,7 +32,7 @@ FLAGS = [
 ]
 
 
-def family(pid: int) -> list[int]:
+def family(pid):
     """List a process and all that it started, which torchrun puts into groups of their own."""
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -44,12 +44,10 @@ def family(pid: int) -> list[int]:
     return found
 
 
-def run(out: Path, processes: int, seconds: float | None = None) -> bool:
+def run(out, processes, seconds=None):
     """Start or continue a run; kill it after some seconds. Returns whether it ended by itself."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "train.py"]
-    if processes == 1:
-        command = [sys.executable, "train.py"]
-    command += [*FLAGS, f"--out={out}"]
+    command = [*papers.LAUNCH, f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
+    command += ["train.py", *FLAGS, f"--out={out}"]
     if (out / "checkpoint" / "state.json").exists():
         command.append("--resume")
 
@@ -67,7 +65,7 @@ def run(out: Path, processes: int, seconds: float | None = None) -> bool:
     return True
 
 
-def digest(out: Path) -> str:
+def digest(out):
     """Hash all weights of a finished run."""
     found = hashlib.sha256()
     for name, tensor in sorted(data.read_tensors(out, "weights").items()):
@@ -75,14 +73,14 @@ def digest(out: Path) -> str:
     return found.hexdigest()
 
 
-def doing(out: Path) -> str:
+def doing(out):
     """Name what a run did last: the end of its last line."""
     lines = (out.parent / "output.txt").read_text().replace("\r", "\n").split("\n")
     shown = [line for line in lines if line.strip()]
     return shown[-1][:60] if shown else "starting"
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=1)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import data
-from data import Sample, Scene
 from evaluate import BENCHMARKS, number_objects
 
 TASKS = {  # benchmark -> generated questions of the same form
@@ -25,7 +22,7 @@ TYPES = {  # others: object_<task>
 }
 
 
-def scans(root: Path, seeds: Iterable[int], **size) -> list[Scene]:
+def scans(root, seeds, **size):
     """Write procedural rooms as scans below root/scans."""
     rooms = [replace(data.room(seed, **size), name=f"scene{seed % 10_000:04d}_00") for seed in seeds]
     for room in rooms:
@@ -33,7 +30,7 @@ def scans(root: Path, seeds: Iterable[int], **size) -> list[Scene]:
     return rooms
 
 
-def questions(scenes: Sequence[Scene], benchmark: str, per_scene: int = 3) -> list[Sample]:
+def questions(scenes, benchmark, per_scene=3):
     """Generate questions, with the ids that the benchmark's reader gives them."""
     numbered = [number_objects(scene, 0) for scene in scenes]
     samples = data.question_set(numbered, TASKS[benchmark], per_scene, 0)
@@ -51,13 +48,13 @@ def questions(scenes: Sequence[Scene], benchmark: str, per_scene: int = 3) -> li
     return samples
 
 
-def row(number: object, **fields) -> dict:
+def row(number, **fields):
     """Make a row of a benchmark's file: what every question has, with the fields of this one."""
     same = {"scene_id": "s", "question": "What?", "description": "it", "object_name": "x"}
     return same | {"question_id": number, "ann_id": number} | fields
 
 
-def rows_of(s: Sample, benchmark: str) -> list[dict]:
+def rows_of(s, benchmark):
     """Write a question as rows of its benchmark's file: of captions one per description."""
     about = {"scene_id": s.scene, "question": s.question, "description": s.question, "eval_type": s.kind}
     number = s.id.split("|")[-1]
@@ -81,7 +78,7 @@ def rows_of(s: Sample, benchmark: str) -> list[dict]:
     return [row(number, **about | {"description": text, "token": text.split()}) for text in texts]
 
 
-def write(folder: Path, benchmark: str, split: str, samples: Sequence[Sample]) -> Path:
+def write(folder, benchmark, split, samples):
     """Write the official file of a split."""
     path = folder / BENCHMARKS[benchmark].files[split][0]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +91,7 @@ def write(folder: Path, benchmark: str, split: str, samples: Sequence[Sample]) -
     return path
 
 
-def write_sqa3d(path: Path, samples: Sequence[Sample]) -> None:
+def write_sqa3d(path, samples):
     """Two files; situation and question are cut behind the first full stop."""
     asked, told = [], []
     for s in samples:

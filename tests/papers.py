@@ -1,11 +1,14 @@
 """Small models of the three papers, from nothing and as loaded from disk, for the tests that hold for all of them."""
 
 import importlib
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for programs that import this first
 import data
 
 CHAT = (
@@ -14,6 +17,7 @@ CHAT = (
 )
 
 PAPERS = ("proxy3d", "fase3d", "spatial3dllm")
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 # a paper's own sizes, for either kind of model
 SIZES = {
@@ -33,9 +37,16 @@ FROM_NOTHING = {
 LOADED = {"proxy3d": dict(symbol=16), "fase3d": dict(dtype="float32"), "spatial3dllm": dict(lora_rank=4)}
 
 
-def save_tokenizer(folder, chat=CHAT, special=("<|vision_start|>", "<|vision_end|>"), pad="<|endoftext|>"):
+def rows(path):
+    """Read a file with an object of JSON per line."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def save_tokenizer(
+    folder, chat=CHAT, special=("<|vision_start|>", "<|vision_end|>"), pad="<|endoftext|>", start=""
+):
     """A byte-level tokenizer without merges, in the form in which pre-trained models bring theirs: a token per byte."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -46,18 +57,23 @@ def save_tokenizer(folder, chat=CHAT, special=("<|vision_start|>", "<|vision_end
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<|im_end|>", **chosen,
                                         additional_special_tokens=["<|im_start|>", *special])  # fmt: skip
     tokenizer.chat_template = chat
+    if start:
+        tokenizer.add_special_tokens({"bos_token": start})
+        pair = (start, tokenizer.bos_token_id)
+        front = processors.TemplateProcessing(single=f"{start} $A", special_tokens=[pair])
+        tokenizer.backend_tokenizer.post_processor = front
     tokenizer.save_pretrained(folder)
     return str(folder)
 
 
-def paper_of(name: str):
+def paper_of(name):
     """Import a paper and register its question types."""
     paper = importlib.import_module(name)
     data.adopt(paper)
     return paper
 
 
-def stages_of(name: str, kind: str = "tiny") -> list[data.Stage]:
+def stages_of(name, kind="tiny"):
     """Give the stages of a preset: of "tiny" from nothing, of "loaded" the paper's."""
     paper = paper_of(name)
     preset = "tiny" if kind == "tiny" else "paper"
@@ -65,7 +81,7 @@ def stages_of(name: str, kind: str = "tiny") -> list[data.Stage]:
     return paper.recipe(config, paper.STAGES[preset])
 
 
-def make(name: str, folder: Path | None = None, stage: data.Stage | None = None, **changes):
+def make(name, folder=None, stage=None, **changes):
     """Build a small model from nothing, or around the language model in a folder; at its last stage or another."""
     paper = paper_of(name)
     torch.manual_seed(0)
@@ -80,7 +96,7 @@ def make(name: str, folder: Path | None = None, stage: data.Stage | None = None,
     return model
 
 
-def vary(llm: torch.nn.Module) -> None:
+def vary(llm):
     """Draw a decoder's matrices anew: a tiny model that nobody trained repeats one word, this one's answers differ."""
     generator = torch.Generator().manual_seed(3)
     for name, p in llm.get_decoder().named_parameters():
@@ -100,7 +116,7 @@ def wake(model):
     return model
 
 
-def plain_weights(module: torch.nn.Module) -> dict:
+def plain_weights(module):
     """Give the weights that a language model has without adapters and filters, under the names they have then."""
     found = {}
     for name, tensor in module.state_dict().items():
@@ -110,10 +126,11 @@ def plain_weights(module: torch.nn.Module) -> dict:
     return found
 
 
-def qwen_vl(window_size: int = 48, depth: int = 1, **language) -> torch.nn.Module:
+def qwen_vl(window_size=48, depth=1, **language):
     """A small Qwen2.5-VL whose tower merges patches of 8 pixels; language: its language model's sizes."""
     import transformers as hf
 
+    language = {"num_attention_heads": 4, "num_key_value_heads": 4} | language
     pairs = language["hidden_size"] // language["num_attention_heads"] // 2
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [pairs - 2, 1, 1]}
     vision = dict(depth=depth, hidden_size=16, intermediate_size=32, num_heads=4, patch_size=4, spatial_merge_size=2,
@@ -125,7 +142,7 @@ def qwen_vl(window_size: int = 48, depth: int = 1, **language) -> torch.nn.Modul
     return hf.Qwen2_5_VLForConditionalGeneration(config)
 
 
-def save_llm(name: str, folder: Path) -> Path:
+def save_llm(name, folder):
     """Save a small language model with its tokenizer, as the pre-trained one of that paper lies on disk; or an OPT."""
     import transformers as hf
 
@@ -148,7 +165,7 @@ def save_llm(name: str, folder: Path) -> Path:
     return folder
 
 
-def rooms() -> list[data.Scene]:
+def rooms():
     """Three rooms with frames and points, of different numbers of objects, mirrored or transposed."""
     rng = np.random.default_rng(0)
     made = [data.room(seed, objects=n, views=4, size=48, points=700) for seed, n in ((0, 9), (1, 12), (4, 7))]
@@ -157,14 +174,26 @@ def rooms() -> list[data.Scene]:
     return turned
 
 
-def questions_of(scenes: list, mix: dict, count: int = 3) -> list:
+def refused(line):
+    """Expect an error that says so in one line."""
+    import pytest
+
+    return pytest.raises(data.DataError, match=line)
+
+
+def alike(a, b, atol=1e-5):
+    """Whether two tensors are equal but for rounding."""
+    return torch.allclose(a, b, atol=atol)
+
+
+def questions_of(scenes, mix, count=3):
     """Ask `count` questions of a mix about each scene: [(scene, samples)]."""
     rng = np.random.default_rng(0)
     return [(scene, data.questions(scene, mix, count, rng)) for scene in scenes]
 
 
 @torch.no_grad()
-def answer_logits(model, groups: list) -> tuple[torch.Tensor, dict]:
+def answer_logits(model, groups):
     """Logits [A, vocabulary] of every answer token in the order of the questions, and what forward returned."""
     seen = []
     hook = model.llm.lm_head.register_forward_hook(lambda module, given, out: seen.append(out))

@@ -35,31 +35,26 @@ def shape_comments(module):
     return dict(found)
 
 
-class Shapes:
-    """Compares tensors with the shapes in comments, for one call of a function: a letter is one size throughout."""
+def difference(line, shape, true, ints, bound, alike):
+    """What is wrong with a tensor of sizes `true` under "[R, W, L/2 + 1]", or None.
 
-    def __init__(self, alike):
-        self.alike, self.size, self.bound_at = alike, {}, {}
-
-    def check(self, line, shape, true, ints):
-        """What is wrong with a tensor of sizes `true` under "[R, W, L/2 + 1]", or None. ints: the function's own."""
-        # again: a loop's next round
-        self.size = {k: v for k, v in self.size.items() if self.bound_at.get(k) != line}
-        written = re.sub(r"(\d)([A-Za-z])", r"\1*\2", shape[1:-1]).replace("/", "//")
-        parts = written.replace(" ", "").split(",")
-        if parts[0] == "...":
-            parts = [str(n) for n in true[: len(true) - len(parts) + 1]] + parts[1:]
-        if len(parts) != len(true):
-            return f"{shape} but {true}"
-        for part, n in zip(parts, true, strict=True):
-            if part.isidentifier() and part not in {**ints, **self.size}:
-                self.size[part], self.bound_at[part] = n, line
-        all_ = {**ints, **self.size}
-        sizes = [eval(p, {"__builtins__": {}}, all_) for p in parts]
-        letters = [k for k in all_ if re.search(rf"\b{k}\b", shape)]
-        pairs = itertools.combinations(letters, 2)
-        same = [(a, b) for a, b in pairs if all_[a] == all_[b] and {a, b} not in self.alike]
-        return f"{shape} but {true} {same or ''}" if sizes != list(true) or same else None
+    ints: the function's own; bound: letter -> the line that met it first in this call, and its size there."""
+    # the same line again is a loop's next round
+    known = ints | {k: n for k, (at, n) in bound.items() if at != line}
+    written = re.sub(r"(\d)([A-Za-z])", r"\1*\2", shape[1:-1]).replace("/", "//")
+    parts = written.replace(" ", "").split(",")
+    if parts[0] == "...":
+        parts = [str(n) for n in true[: len(true) - len(parts) + 1]] + parts[1:]
+    if len(parts) != len(true):
+        return f"{shape} but {true}"
+    for part, n in zip(parts, true, strict=True):
+        if part.isidentifier() and part not in known:
+            bound[part], known[part] = (line, n), n
+    sizes = [eval(part, {}, known) for part in parts]
+    letters = [k for k in known if re.search(rf"\b{k}\b", shape)]
+    pairs = itertools.combinations(letters, 2)
+    same = [(a, b) for a, b in pairs if known[a] == known[b] and {a, b} not in alike]
+    return f"{shape} but {true} {same or ''}" if sizes != list(true) or same else None
 
 
 def wrong_shapes(module, run, alike=()):
@@ -75,7 +70,7 @@ def wrong_shapes(module, run, alike=()):
         for tensor, shape in zip(values, shapes * len(values) if len(shapes) == 1 else shapes, strict=False):
             if isinstance(tensor, torch.Tensor | np.ndarray):
                 seen.add(last)
-                if problem := calls[id(frame)].check(last, shape, tensor.shape, ints):
+                if problem := difference(last, shape, tensor.shape, ints, calls[id(frame)], alike):
                     wrong[f"{module.__name__}.py:{last}: {problem}"] = True
 
     def trace(frame, event, arg):
@@ -87,7 +82,7 @@ def wrong_shapes(module, run, alike=()):
             return statement[0] <= frame.f_lineno <= statement[1]
 
         if event == "call":
-            calls[id(frame)], pending[id(frame)] = Shapes(alike), None
+            calls[id(frame)], pending[id(frame)] = {}, None
         if event in ("line", "return"):
             last = pending[id(frame)]
             if last and last[2] == ["return"] and event == "line":  # leaving a `with` on the way out

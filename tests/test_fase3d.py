@@ -12,27 +12,16 @@ import papers
 import pytest
 import torch
 import torch.nn.functional as F
-from papers import make, wake
+from papers import alike, make, refused, wake
 from torch import nn
 
 import data
 import fase3d
-from data import DataError
 from fase3d import ADAPTERS, CURVES, FILTERS, STAGES, TUNED, Config
+from proxy3d import rms
 
 
-@pytest.fixture(autouse=True)
-def same_draws():
-    """Every test draws the same numbers each time."""
-    torch.manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def scenes():
-    return papers.rooms()
-
-
-@pytest.fixture(scope="module", params=["fase3d", "spatial3dllm", "opt"], ids=["qwen", "llama", "opt"])
+@pytest.fixture(scope="module", params=["fase3d", "spatial3dllm", "opt"])
 def folder(request, tmp_path_factory):
     """A small Qwen2 (tied words, grouped keys), Llama or OPT, as it lies on disk."""
     return papers.save_llm(request.param, tmp_path_factory.mktemp(request.param))
@@ -60,7 +49,7 @@ def test_superpoint_features_equal_equation_1_point_by_point():
     S = initial(f, p, owner, int(owner.max()) + 1)
     x = initial.out(initial.lift(f)) + fase3d.fourier_code(p, 12)  # [N, d] of every point
     for m in range(7):
-        assert torch.allclose(S[m], x[owner == m].mean(0), atol=1e-5)
+        assert alike(S[m], x[owner == m].mean(0))
 
 
 # ---- 2 serialization -----------------------------------------------------------------------------
@@ -122,23 +111,22 @@ def test_every_curve_is_the_plain_one_of_permuted_axes_and_another_than_the_rest
 
 
 def windowed_filter_slowly(x, gate):
-    """One sequence x [n, d], window by window, each through the complex Fourier sum of all frequencies."""
+    """One sequence x [n, d], window by window."""
     n, d = x.shape
     L = 2 * (gate.shape[1] - 1)
     hann = np.hanning(L + 1)[:-1]
-    whole = np.concatenate([gate, gate[:, -2:0:-1]], 1)  # [H, L] a real signal's spectrum is symmetric
-    G = whole.repeat(d // len(gate), 0).T  # [L, d]
+    G = gate.repeat(d // len(gate), 0).T  # [L/2 + 1, d]
     out = np.zeros((n, d))
     norm = np.zeros((n, 1))
     for start in range(-L // 2, n, L // 2):
         t = np.arange(max(start, 0), min(start + L, n))
         w = hann[t - start, None]
-        wave = np.exp(-2j * np.pi / L * np.outer(np.arange(L), t))  # [L, inside]
 
         # its mean aside, the window times Hann goes through the gate and comes back, times Hann again
         mean = x[t].mean(0)
-        spectrum = wave @ ((x[t] - mean) * w) * G
-        y = (wave.conj().T @ spectrum).real / L
+        window = np.zeros((L, d))
+        window[t - start] = (x[t] - mean) * w
+        y = np.fft.irfft(np.fft.rfft(window, axis=0) * G, L, axis=0)[t - start]
         out[t] += (y + mean * G[0] * w) * w
         norm[t] += w**2  # what the windows add up to
     return out / norm
@@ -169,7 +157,7 @@ def test_the_gate_starts_as_a_low_pass_of_each_heads_own_width():
     """From one wave per window to all of them."""
     enhancer = fase3d.Enhancer(4, 16)
     gate = F.softplus(enhancer.theta).detach().view(4, 9)
-    assert torch.allclose(gate[:, 0], torch.ones(4))
+    assert alike(gate[:, 0], torch.ones(4))
     assert (gate.diff(dim=1) < 0).all()
     assert (gate[1:, 1:] > gate[:-1, 1:]).all()
     assert gate[0, 1] == pytest.approx(0.5)
@@ -270,19 +258,17 @@ def test_pooled_tokens_equal_the_formula_written_as_a_loop():
         total[t] += w * S[m]
         weight[t] += w
     z = fase3d.graph_pool(S, seed, token, member, strength)
-    assert torch.allclose(z, total / weight, atol=1e-5)
+    assert alike(z, total / weight)
 
 
 @torch.no_grad()
 def test_tokens_enter_at_the_size_of_the_word_vectors(folder, scenes):
     """Merged tokens and places alike; tokens a hundred times smaller are not found by attention."""
     model = make("fase3d", folder)
-    words = model.llm.get_input_embeddings().weight
-    tokens = model.scene_tokens(scenes[0])["tokens"]
+    words = rms(model.llm.get_input_embeddings().weight)
     places = model.place(data.fourier_waves(torch.rand(500, 3) * 5))
-    words, tokens, places = (float(x.square().mean().sqrt()) for x in (words, tokens, places))
-    assert tokens == pytest.approx(words, rel=0.02)
-    assert places == pytest.approx(words, rel=0.2)
+    assert rms(model.scene_tokens(scenes[0])["tokens"]) == pytest.approx(words, rel=0.02)
+    assert rms(places) == pytest.approx(words, rel=0.2)
 
 
 # ---- 6 positions and the coordinate token --------------------------------------------------------
@@ -303,7 +289,7 @@ def test_the_coordinate_token_equals_a_loop_over_its_neighbors(k):
         around = z[near] + fase3d.fourier_code((places[near] - c) / size, 12)
         here = fase3d.fourier_code((c - box[0]) / size, 12)
         expected = token.mlp(torch.cat([here, around.mean(0)]))
-        assert torch.allclose(out, expected, atol=1e-4)
+        assert alike(out, expected, 1e-4)
 
 
 # ---- 7 filter, adapters, routing -----------------------------------------------------------------
@@ -339,7 +325,7 @@ def test_decoupled_lora_equals_every_pair_on_all_tokens_masked_by_kind(name):
     for kind, pair in route.items():
         down, up = layer.lora[pair]
         expected = expected + KINDS[kind][..., None] * 1.5 * up(down(EMBEDS))
-    assert torch.allclose(layer(EMBEDS), expected, atol=1e-5)
+    assert alike(layer(EMBEDS), expected)
 
 
 def hidden(model):
@@ -350,7 +336,6 @@ def hidden(model):
 
 
 @pytest.mark.parametrize("adapters", ADAPTERS)
-@torch.no_grad()
 def test_at_start_adapters_change_nothing_and_the_filter_rounds(folder, adapters):
     """B = 0 and G = 1: the frozen model answers as anybody loads it."""
     from transformers import AutoModelForCausalLM
@@ -358,7 +343,7 @@ def test_at_start_adapters_change_nothing_and_the_filter_rounds(folder, adapters
     plain = AutoModelForCausalLM.from_pretrained(folder).eval()
     expected = plain.base_model(inputs_embeds=EMBEDS).last_hidden_state
     model = make("fase3d", folder, adapters=adapters, filter="none").eval()
-    assert torch.allclose(hidden(model), expected, atol=1e-6)
+    assert alike(hidden(model), expected, 1e-6)
     filtered = make("fase3d", folder, adapters=adapters, filter="both").eval()
     assert (hidden(filtered) - expected).abs().max() < 1e-5
 
@@ -378,7 +363,6 @@ def test_an_adapter_moves_what_can_see_a_token_of_its_kind_only(folder, kind):
 
 
 @pytest.mark.parametrize("where", FILTERS)
-@torch.no_grad()
 def test_the_filter_acts_on_the_tokens_it_is_for(folder, where):
     """In front of the adapted FFNs."""
     model = wake(make("fase3d", folder, adapters="none", filter=where)).eval()
@@ -393,7 +377,7 @@ def test_the_filter_acts_on_the_tokens_it_is_for(folder, where):
 def test_a_language_model_with_another_ffn_is_refused(folder, monkeypatch):
     """In one line that names the linear maps that are known."""
     monkeypatch.setattr(fase3d, "FFN", {"w1", "w2"})
-    with pytest.raises(DataError, match=r"^\w+ForCausalLM: its FFN has none of w1, w2$"):
+    with refused(r"^\w+ForCausalLM: its FFN has none of w1, w2$"):
         make("fase3d", folder)
 
 
@@ -433,24 +417,21 @@ def test_a_seed_lies_on_its_superpoint_and_shows_the_most_frequent_object_there(
         assert votes[shown] == votes.max()
 
 
-@pytest.mark.parametrize(
-    ("switch", "array"), [("color", "colors"), ("normals", "normals"), ("superpoint", "superpoints")]
-)
-@torch.no_grad()
-def test_what_a_model_does_not_look_at_may_be_missing(scenes, switch, array):
-    bare = replace(scenes[0], name="bare", **{array: None})
+@pytest.mark.parametrize("switch", ["color", "normals", "superpoint"])
+def test_what_a_model_does_not_look_at_may_be_missing(scenes, switch):
+    bare = replace(scenes[0], name="bare", **{switch.rstrip("s") + "s": None})
     model = make("fase3d", **{switch: False}).eval()
     tokens = [model.encode([scene])["tokens"] for scene in (scenes[0], bare)]
     assert torch.equal(*tokens)
 
 
-def test_a_model_that_saw_colorless_scenes_answers_about_one(scenes):
+def test_a_model_that_saw_colorless_scenes_answers_about_one(scenes, rng):
     """Half of the training scenes hide it, by their identifiers; hidden and missing look the same."""
     model = make("fase3d", no_color=0.5)
     index = np.arange(50)
     hidden = []
-    for seed in range(60):
-        scene = data.augment(scenes[0], np.random.default_rng(seed))
+    for _ in range(60):
+        scene = data.augment(scenes[0], rng)
         if not model.point_features(scene, index)[:, :3].any():
             hidden.append(scene)
     assert 18 <= len(hidden) <= 42
@@ -468,15 +449,14 @@ def test_a_model_that_saw_colorless_scenes_answers_about_one(scenes):
 # ---- questions -----------------------------------------------------------------------------------
 
 
-def test_a_marked_object_is_asked_about_by_a_click_or_its_box(scenes):
+def test_a_marked_object_is_asked_about_by_a_click_or_its_box(scenes, rng):
     """In training half of the time a click on one of its points; else its box. One per question."""
     model, scene = make("fase3d"), scenes[0]
     thing = scene.objects[2]
     sample = data.Sample("q", scene.name, "id_category", f"what is {data.mark(thing)}?", "")
     mine = scene.points[scene.instances == thing.id]
     clicks = []
-    for seed in range(40):
-        rng = np.random.default_rng(seed)
+    for _ in range(40):
         prompt = model.train().add_prompt(scene, sample, rng).prompt
         if len(prompt) == 3:
             clicks.append(prompt.tobytes())
@@ -488,7 +468,7 @@ def test_a_marked_object_is_asked_about_by_a_click_or_its_box(scenes):
 
     # two objects would be one too many
     both = replace(sample, question="is <obj 1> above <obj 2>?")
-    with pytest.raises(DataError, match=r"points at two things; Fase3D has one coordinate token"):
+    with refused(r"points at two things; Fase3D has one coordinate token"):
         model.batch([(scene, [both])])
 
 
@@ -510,14 +490,13 @@ def test_farthest_seeds_lie_apart_and_are_not_merged(scenes):
     assert torch.equal(model.scene_tokens(scenes[0])["z"], z)
 
 
-@torch.no_grad()
 def test_a_q_former_token_knows_its_place():
     """A query starts from its seed: permuted seeds give permuted tokens."""
     qformer = make("fase3d", selector="qformer").eval().qformer
     S = torch.randn(30, 24)
     seed, order = torch.randperm(30)[:7], torch.randperm(7)
     z = qformer(S[seed], S)
-    assert torch.allclose(qformer(S[seed[order]], S), z[order], atol=1e-5)
+    assert alike(qformer(S[seed[order]], S), z[order])
     assert (z[0] - z[1]).abs().max() > 0.1
 
 
@@ -544,10 +523,9 @@ def test_the_last_stage_asks_for_its_task_and_from_scratch_means_without_the_one
 
 
 @pytest.mark.parametrize("sizes", [[5, 5, 5], [3, 8, 4, 6, 9], [8, 8]])
-def test_spectral_clusters_cut_where_the_weights_are_small(sizes):
+def test_spectral_clusters_cut_where_the_weights_are_small(sizes, rng):
     """Cliques joined by weak bridges: as many clusters as cliques are the cliques."""
-    owner = np.repeat(np.arange(len(sizes)), sizes)
-    owner = np.random.default_rng(0).permutation(owner)
+    owner = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
     _, first = np.unique(owner, return_index=True)
     graph = (owner[:, None] == owner).astype(float)
     graph[np.ix_(first, first)] = 0.05
@@ -571,7 +549,7 @@ def test_proposals_are_clusters_of_superpoints_with_the_extent_of_their_points(s
         assert o.color in data.COLORS
         mine = scene.points[found.instances == o.id]
         box = np.concatenate([(mine.min(0) + mine.max(0)) / 2, np.ptp(mine, 0)])
-        assert np.allclose(o.box, box, atol=1e-5)
+        assert np.allclose(o.box, box, atol=0.0011)  # no side is shorter than a millimeter
 
     # a superpoint is never cut
     drawn = found.instances > 0

@@ -103,9 +103,8 @@ def test_marks_and_nothing_else_are_replaced():
     assert text == "is #3 near #12, #3 or <OBJ003>? <obj x>"
 
 
-def test_identifiers_are_different_random_and_belong_to_the_largest_things():
+def test_identifiers_are_different_random_and_belong_to_the_largest_things(rng):
     """An identifier that leaned on the order of objects would be learned instead of looked at."""
-    rng = np.random.default_rng(0)
     heights = 1 + rng.permutation(130)
     things = [Thing(i, "box", "red", np.array([0, 0, 0, 1, 1, h])) for i, h in enumerate(heights)]
     seen = set()
@@ -117,10 +116,9 @@ def test_identifiers_are_different_random_and_belong_to_the_largest_things():
     assert len(seen) > 80
 
 
-def test_augmentation_moves_everything_alike(scene):
+def test_augmentation_moves_everything_alike(scene, rng):
     """Points stay inside the boxes of their objects, normals stay on their faces, bounds stay bounds, and what a camera
     sees lies, turned by `turn`, in the turned boxes."""
-    rng = np.random.default_rng(0)
     frames = scene.frames
     world = unproject(frames.depth, frames.intrinsics, frames.poses)
     turns = set()

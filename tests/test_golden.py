@@ -3,29 +3,23 @@
 import json
 
 import golden
+import papers
 import pytest
 
+import data
+
 THEN = json.loads(golden.GOLDEN.read_text())
-
-
-@pytest.fixture(scope="module")
-def words():
-    """The vocabulary is pinned too: its size decides what the first weights are drawn to be."""
-    import data
-
-    before = data.vocabulary
-    data.vocabulary = lambda *_: THEN["words"]
-    yield
-    data.vocabulary = before
 
 
 def test_a_seed_makes_the_same_room_everywhere():
     assert golden.room_digest() == THEN["room"]
 
 
-@pytest.mark.parametrize("model", golden.BATCH)
-def test_short_runs_of_a_paper_repeat_their_losses_and_answers(model, words, tmp_path):
-    """20 steps of every stage; another CPU may round differently, so losses are compared to 1 %."""
+@pytest.mark.parametrize("model", papers.PAPERS)
+def test_short_runs_of_a_paper_repeat_their_losses_and_answers(model, tmp_path, monkeypatch):
+    """20 steps of every stage; another CPU may round differently, so losses are compared to 1 %. The vocabulary is
+    pinned too: its size decides what the first weights are drawn to be."""
+    monkeypatch.setattr(data, "vocabulary", lambda *_: THEN["words"])
     now, then = golden.short_run(model, tmp_path / model), THEN["runs"][model]
     assert now["losses"].keys() == then["losses"].keys()
     for stage, losses in then["losses"].items():

@@ -6,6 +6,7 @@ import numpy as np
 import papers
 import pytest
 import torch
+from papers import alike
 from torch.nn.functional import layer_norm
 from torch.testing import assert_close
 
@@ -60,7 +61,7 @@ def test_a_token_is_the_words_of_a_thing_and_where_it_is(text, scenes):
             waves = np.concatenate([np.cos(phase), np.sin(phase)], 1).flatten()
             code = model.code.weight[:, : len(waves)] @ torch.from_numpy(waves).float()
             named = layer_norm(table[words].sum(0), (32,))
-            assert torch.allclose(tokens[k], named + code, atol=1e-4)
+            assert alike(tokens[k], named + code, 1e-4)
 
 
 def test_pieces_lie_in_their_things_and_some_show_nothing(text, scenes):
@@ -78,10 +79,10 @@ def test_pieces_lie_in_their_things_and_some_show_nothing(text, scenes):
                 assert model.clicks(scene) or np.array_equal(box, o.box)
 
 
-def test_a_click_is_asked_only_what_it_can_point_at(text, scenes):
+def test_a_click_is_asked_only_what_it_can_point_at(text, scenes, rng):
     """No answer names a thing or a box, no question two things; boxes in text can do all of it."""
     mix = dict.fromkeys(("id_color", "ground", "relation", "modle_move", "count"), 1.0)
-    model, rng = reader(text, "boxes"), np.random.default_rng(0)
+    model = reader(text, "boxes")
     groups = [(scene, data.questions(scene, mix, 40, rng)) for scene in scenes]
     batch = model.batch(groups)
     kept = [{s.task for s in samples} for samples in batch["samples"]]
@@ -129,7 +130,7 @@ def test_every_paper_starts_from_its_weights_and_places(name, axes):
     else:
         code = model.code(waves)
     expected = waves @ weights["code.weight"][:, : 12 * axes].T
-    assert torch.allclose(code, expected, atol=1e-4)
+    assert alike(code, expected, 1e-4)
 
 
 # ---- made once, kept for all papers ----------------------------------------------------------------------------------

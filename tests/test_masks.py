@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from bench import best_iou
+from papers import refused
 from scipy.spatial import Delaunay
 
 import data
-from data import DataError, merge_tracks, over_segment, room, sam2_masks, with_own_segments, with_tracks
+from data import merge_tracks, over_segment, room, sam2_masks, with_own_segments, with_tracks
 
 
 def points_of(frames):
@@ -58,9 +59,8 @@ def refines(a, b):
     return len(set(zip(a, b, strict=True))) == len(set(a))
 
 
-def test_a_mesh_is_segmented_as_scannets_segmentator_does():
+def test_a_mesh_is_segmented_as_scannets_segmentator_does(rng):
     """A crumpled sheet with a step and ridges, of 900 vertices."""
-    rng = np.random.default_rng(0)
     x, y = rng.uniform(0, 0.6, (2, 900))
     z = 0.15 * (x > 0.3) + 0.1 * np.abs(np.sin(9 * y)) + rng.normal(0, 0.0005, 900)
     points = np.stack([x, y, z], axis=1).astype(np.float32)
@@ -78,19 +78,19 @@ def patch(x, y, z, step=0.01):
     return np.stack(axes, axis=-1)[:, :, 0]
 
 
-def test_a_bare_floor_and_wall_are_two_superpoints_whatever_the_order_of_points():
+def test_a_bare_floor_and_wall_are_two_superpoints_whatever_the_order_of_points(rng):
     floor = patch((0.02, 0.5), (0, 0.5), 0, 0.03).reshape(-1, 3)
     wall = floor[:, [2, 1, 0]]
     points = np.concatenate([floor, wall])
-    order = np.random.default_rng(0).permutation(len(points))
+    order = rng.permutation(len(points))
     level = order < len(floor)
     normals = np.eye(3)[2 * level]  # along z on the floor, along x on the wall
     found = over_segment(points[order], normals)
     assert refines(found, level) and refines(level, found)
 
 
-def test_hardly_any_points_are_still_superpoints():
-    points = np.random.default_rng(0).random((5, 3))
+def test_hardly_any_points_are_still_superpoints(rng):
+    points = rng.random((5, 3))
     for count in (2, 5):
         assert over_segment(points[:count], points[:count]).tolist() == [0] * count
 
@@ -131,7 +131,7 @@ def test_predicted_masks_in_scannet_s_format_become_objects_and_the_surest_wins(
     assert isinstance(found.frames, data.LazyFrames)
     shown = found.frames.masks[np.isin(scan.frames.masks, [o.id for o in chosen])]
     assert np.isin(shown, [2, 3, 4]).mean() > 0.8
-    with pytest.raises(DataError, match="other.txt: list of masks .* missing"):
+    with refused(r"other.txt: list of masks .* missing"):
         data.with_predicted_masks(replace(scan, name="other"), tmp_path)
 
 
@@ -290,9 +290,7 @@ def test_a_room_of_true_tracks_is_that_room_and_tracked_walls_are_no_objects(fur
 
 def test_without_the_package_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "sam2.sam2_video_predictor", None)
-    with pytest.raises(
-        DataError, match=r"^--masks sam2 needs .* sam2 .*: SAM2_BUILD_CUDA=0 pip install .*sam2$"
-    ):
+    with refused(r"^--masks sam2 needs .* sam2 .*: SAM2_BUILD_CUDA=0 pip install .*sam2$"):
         data.load_sam2(data.SAM2)
 
 
@@ -304,7 +302,7 @@ def test_weights_that_are_not_here_or_unknown_are_one_line(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
     for name in (data.SAM2, "nobody/nothing"):
-        with pytest.raises(DataError, match=rf"^--sam2 {name}: [^\n]*SAM 2, whose weights[^\n]*$"):
+        with refused(rf"^--sam2 {name}: [^\n]*SAM 2, whose weights[^\n]*$"):
             data.load_sam2(name)
 
 

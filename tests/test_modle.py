@@ -23,6 +23,7 @@ ASKED = ("modle_distance", "modle_move", "modle_place")
 @pytest.fixture(scope="module", autouse=True)
 def question_types():
     data.adopt(modle)
+    evaluate.adopt(modle)
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +262,6 @@ FAR_OFF = Sample("d", "hand", "modle_distance", "", "2.00", value=2.0, about=[1,
 
 
 def scored(sample, text):
-    evaluate.adopt(modle)
     return list(evaluate.BENCHMARKS[f"rooms/{sample.task}"].score(text, sample, HOME).values())
 
 
@@ -342,8 +342,8 @@ def test_the_command_writes_true_questions_in_the_scans_own_numbers(root, folder
     assert "x to the right, y to the back" in written["frame"]
     rows = written["questions"]
     assert len({row["scene_id"] for row in rows}) == scans
-    assert len({row["id"] for row in rows}) == len(rows)
-    assert len({(row["scene_id"], row["question"]) for row in rows}) == len(rows)
+    for keys in (("id",), ("scene_id", "question")):
+        assert len({tuple(row[key] for key in keys) for row in rows}) == len(rows)
     assert Counter(row["task"] for row in rows)["modle_distance"] == 8 * scans
     for row in rows:
         scene = data.read_scannet(root / row["scene_id"], max_frames=0)
@@ -357,7 +357,6 @@ def test_the_command_writes_true_questions_in_the_scans_own_numbers(root, folder
 
 @pytest.mark.parametrize("task", FEW)
 def test_the_right_answers_to_what_the_command_writes_score_best(root, folder, task):
-    evaluate.adopt(modle)
     best = [1, 0, 1] if task == "modle_distance" else [1, 1, 0, 0]
     name = task.replace("_", "/")
     samples = evaluate.read_official(name, folder)
@@ -368,31 +367,24 @@ def test_the_right_answers_to_what_the_command_writes_score_best(root, folder, t
         assert list(scores) == pytest.approx(best, abs=0.01)
 
 
-def test_what_the_command_writes_is_trained_on(root, folder):
+def test_what_the_command_writes_is_trained_on_and_without_files_questions_are_made(root, folder, tmp_path):
     """Training takes the other scans, as the paper's mixture names them."""
-    evaluate.adopt(modle)
     known, held = (data.load_scenes("scannet", split, root) for split in ("train", "test"))
-    sources = {k: v for k, v in modle.INSTRUCTIONS.items() if v.benchmark.startswith("modle/")}
-    listed, report = evaluate.mixture(sources, folder, root, known, held)
-    assert len(report) == 3
-    assert listed.keys() == {scene.name for scene in known}
-    assert {s.task for own in listed.values() for s in own} == FEW.keys()
-
-
-def test_without_files_the_questions_are_made(root, folder, tmp_path):
-    evaluate.adopt(modle)
-    known, held = (data.load_scenes("scannet", split, root) for split in ("train", "test"))
-    sources = {task: data.Source(task.replace("_", "/"), 1201 * count) for task, count in FEW.items()}
-    listed, _ = evaluate.mixture(sources, tmp_path, root, known, held)
-    assert listed.keys() == {scene.name for scene in known}
+    written = {k: v for k, v in modle.INSTRUCTIONS.items() if v.benchmark.startswith("modle/")}
+    made = {task: data.Source(task.replace("_", "/"), 1201 * count) for task, count in FEW.items()}
+    for sources, files in ((written, folder), (made, tmp_path)):
+        listed, report = evaluate.mixture(sources, files, root, known, held)
+        assert len(report) == 3
+        assert listed.keys() == {scene.name for scene in known}
+        assert {s.task for own in listed.values() for s in own} == FEW.keys()
     assert Counter(s.task for s in listed[known[0].name])["modle_distance"] == 8
 
 
-def test_an_answer_s_box_lies_in_the_scene_as_it_is_shown(asked):
+def test_an_answer_s_box_lies_in_the_scene_as_it_is_shown(asked, rng):
     """Scenes are turned at random; the text of a file, with its boxes and sides, is not."""
     for s, scene in asked["modle_move"][:20]:
         dataset = train.OfficialQuestions(None, [scene], data.Stage("x", {}, (), "x", epochs=1), (0, 0))
-        shown, _ = dataset.ask(np.random.default_rng(0), 0, [s])
+        shown, _ = dataset.ask(rng, 0, [s])
         assert shown.thing(s.about[0]).box.tolist() == scene.thing(s.about[0]).box.tolist()
         assert len(shown.identifiers) == len(scene.objects)
 

@@ -14,14 +14,16 @@ from types import SimpleNamespace
 import official
 import pytest
 from official import row
+from papers import refused
 from test_evaluate import RECORD, Echo, needs_java
 
 import data
 import evaluate
-from data import DataError, Source
+from data import Source
 from evaluate import BENCHMARKS
 
 SHARED = Path(__file__).parents[2] / "shared/data"
+PEERS = json.loads(Path(__file__).with_name("peers.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -53,18 +55,19 @@ def asked(tmp_path):
 
 @pytest.fixture
 def assert_printed(asked):
-    """Rows of a table, each a question's fields and the answer to it, score what the scripts print."""
+    """Questions with answers score what the scripts print."""
 
-    def check(name, fields, table, metrics, printed, boxes=(), dialects=()):
+    def check(name):
+        known = PEERS[name]
         rows, said = [], {}
-        for i, (*values, text) in enumerate(table):
+        for i, (*values, text) in enumerate(known["rows"]):
             same = row(i, id=i, scene_name="s", situation="I sit.")
-            rows.append(same | dict(zip(fields, values, strict=True)))
+            rows.append(same | dict(zip(known["fields"], values, strict=True)))
             said[BENCHMARKS[name].read(**rows[-1]).id] = text
-        scores = evaluate.measure(asked(name, rows, boxes, dialects), said)[0]
+        scores = evaluate.measure(asked(name, rows, known.get("boxes", ()), ["all"]), said)[0]
 
-        for part, numbers in printed.items():
-            for metric, number in zip(metrics, numbers, strict=True):
+        for part, numbers in known["printed"].items():
+            for metric, number in zip(known["metrics"], numbers, strict=True):
                 if number is not None:
                     assert scores[metric + part] == pytest.approx(number, abs=1e-6), metric + part
 
@@ -73,195 +76,38 @@ def assert_printed(asked):
 
 # ---- the numbers of the benchmarks' and peers' own scripts -----------------------------------------------------------
 
-ANSWERS = [  # references, an answer
-    (["brown", "dark brown"], "brown"),
-    (["brown"], "Brown."),
-    (["two"], "2"),
-    (["2"], "two chairs"),
-    (["brown chair", "chair"], "a chair"),
-    (["left of desk", "to the left of a desk"], "on the letf of the desk"),
-    (["white"], ""),
-    (["next to the door"], "Next to the door, by the wall."),
-    (["bookshelf"], "book shelf"),
-    (["table"], "..."),
-    (["tv"], "TV"),
-    (["trash can by the bed", "next to bed"], "trash can\nby the bed"),
-    (["table"], "rectangular brown table"),
-    (["in front of the window", "window"], ""),
-]
-SITUATED = [  # a reference, an answer
-    ("yes", "Yes."),
-    ("left", "to my left"),
-    ("three", "3"),
-    ("no", ""),
-    ("backward", "backwards"),
-    ("black", "The black one"),
-    ("three", "two"),
-    ("chair", "chair"),
-    ("desk", ""),
-]
-SCORES = ("em", "em_refined", "cider", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "meteor")
-PEERS = {  # what the scripts print for ANSWERS and for SITUATED; None: not theirs to score
-    "scanqa": (
-        [0.071429, None, 1.542582, 0.548387, 0.438104, 0.419496, 0.396064, 0.472163, 0.305059],
-        [0.111111, None, 0.858972, 0.363636, 0.0, 0.0, 0.0, 0.344344, 0.229281],
-    ),
-    "chat-scene": (
-        [0.285714, 0.5, 1.569054, 0.64, 0.478091, 0.385171, 6.1e-05, 0.570077, 0.317318],
-        [0.444444, 0.666667, 1.456529, 0.6, 0.0, 0.0, 0.0, 0.584317, 0.375468],
-    ),
-    "llava-3d": (
-        [0.357143, 1.0, 2.129824, 0.68, 0.583095, 0.553966, 0.454043, 0.637433, 0.380511],
-        [0.444444, 0.888889, 1.456529, 0.6, 0.0, 0.0, 0.0, 0.584317, 0.375468],
-    ),
-    "leo": (
-        [0.285714, 1.0, 1.897638, 0.64, 0.523723, 0.468538, 0.400446, 0.587096, 0.379502],
-        [0.444444, 0.888889, 1.456529, 0.6, 0.0, 0.0, 0.0, 0.584317, 0.375468],
-    ),
-    "video-3d-llm": (
-        [0.071429, None, 0.853412, 0.419355, 0.323788, 0.289223, 0.270783, 0.277243, 0.304322],
-        [0.111111, None, 0.581194, 0.272727, 0.0, 0.0, 0.0, 0.233233, 0.229281],
-    ),
-    "ll3da": (
-        [None, None, 0.853412, 0.40625, 0.318689, 0.286179, 0.268642, 0.277243, 0.290565],
-        [None, None, 0.581194, 0.272727, 0.0, 0.0, 0.0, 0.233233, 0.206862],
-    ),
-}
-
 
 @needs_java
-@pytest.mark.parametrize(("name", "k"), [("scanqa", 0), ("sqa3d", 1)])
-def test_words_are_scored_as_six_groups_of_papers_do(assert_printed, name, k):
+@pytest.mark.parametrize("name", ["scanqa", "sqa3d"])
+def test_words_are_scored_as_six_groups_of_papers_do(assert_printed, name):
     """Also where answers are empty, hold two lines or a capital and a full stop; each script's
     numbers to 1e-6."""
-    situated = [([{"answer": known}], text) for known, text in SITUATED]
-    printed = {f"/{dialect}": numbers[k] for dialect, numbers in PEERS.items()}
-    assert_printed(name, ["answers"], (ANSWERS, situated)[k], SCORES, printed, dialects=["all"])
-
-
-CAPTIONS = [  # a caption, its box's IoU, the references
-    ("A red chair near the table.", 0.8, ["This is a red chair. It is near the table.", "the chair is red."]),
-    ("the lamp is tall", 0.5, ["a tall lamp"]),
-    ("", 0.9, ["a white bed, next to the wall"]),
-    ("a wooden door. it is closed", 0.3, ["a wooden door", "this door is closed"]),
-    ("a small box", 0.1, ["a box under the desk"]),
-    ("The desk is brown, with a lamp.", 0.25, ["a brown desk with a lamp"]),
-]
-DENSE = {  # CIDEr, BLEU-4, ROUGE-L and METEOR at 0.5, then at 0.25
-    "chat-scene": [0.803679, 0.141756, 0.491376, 0.245735, 2.144954, 0.321094, 0.595493, 0.329762],
-    "ll3da": [0.183616, 0.0, 0.44054, 0.189427, 0.877539, 2.2e-05, 0.46317, 0.240395],
-    "video-3d-llm": [0.841063, 0.175852, 0.496156, 0.246559, 1.767252, 0.299343, 0.56532, 0.322554],
-    "leo": [0.779635, 0.154461, 0.466628, 0.246559, 1.643985, 0.280688, 0.556962, 0.322554],
-}
+    assert_printed(name)
 
 
 @needs_java
 def test_dense_captions_are_scored_as_four_groups_of_papers_do(assert_printed, monkeypatch):
     """A caption whose box does not fit, or that is empty, is "sos eos"; `>` and `>=` differ at IoU
     0.5 and 0.25."""
-    table = []
-    for i, (caption, _, known) in enumerate(CAPTIONS):
-        for text in known:
-            words = re.findall(r"[a-z]+|[.,]", text.lower())
-            table.append((i, text, words, caption))
-    monkeypatch.setattr(evaluate, "proposal_fit", lambda scene, shown, i: CAPTIONS[i - 1][1])
-    metrics = ["cider@0.5/", "bleu4@0.5/", "rouge_l@0.5/", "meteor@0.5/"]
-    metrics += ["cider@0.25/", "bleu4@0.25/", "rouge_l@0.25/", "meteor@0.25/"]
-    fields = ("object_id", "description", "token")
-    assert_printed("scan2cap", fields, table, metrics, DENSE, dialects=["all"])
-
-
-AB = ["A. x", "B. x"]
-SPATIAL = [  # type, truth, options, answer
-    ("object_counting", "4", None, "5"),
-    ("object_counting", "2", None, "two chairs"),
-    ("object_counting", "3", None, ""),
-    ("object_abs_distance", "2.0", None, "about 2.3 m"),
-    ("object_abs_distance", "1.5", None, "1.5."),
-    ("object_size_estimation", "120", None, "one hundred and ten"),
-    ("object_size_estimation", "60", None, "1,200"),
-    ("room_size_estimation", "25.5", None, "24 square meters"),
-    ("room_size_estimation", "12.0", None, "-12"),
-    ("object_rel_distance", "B", AB, "b"),
-    ("object_rel_distance", "A", AB, "(A)"),
-    ("object_rel_direction_easy", "A", AB, "A. left"),
-    ("object_rel_direction_medium", "B", AB, "A"),
-    ("object_rel_direction_hard", "A", AB, "A"),
-    ("route_planning", "A", AB, "A."),
-    ("obj_appearance_order", "B", AB, "The answer is B"),
-]
-SPATIAL_SCORES = {  # part -> by VSI-Bench's own script, by lmms-eval
-    "": (0.414583, 0.5625),
-    "/object_counting": (0.2, 0.533333),
-    "/object_abs_distance": (0.5, 0.9),
-    "/object_size_estimation": (0, 0.45),
-    "/room_size_estimation": (0.45, 0.45),
-    "/object_rel_distance": (0.5, 0.5),
-    "/object_rel_direction": (2 / 3, 2 / 3),
-    "/object_rel_direction/medium": (0, 0),
-    "/route_planning": (1, 1),
-    "/obj_appearance_order": (0, 0),
-}
+    overlaps = PEERS["scan2cap"]["overlaps"]
+    monkeypatch.setattr(evaluate, "proposal_fit", lambda scene, shown, i: overlaps[i - 1])
+    assert_printed("scan2cap")
 
 
 def test_vsi_bench_is_scored_as_its_script_and_as_lmms_eval_do(assert_printed):
-    fields = ("question_type", "ground_truth", "options")
-    assert_printed("vsibench", fields, SPATIAL, ["score/official", "score/lmms-eval"], SPATIAL_SCORES)
-
-
-BOXES = [
-    [0, 0, 0, 1, 1, 1],
-    [1 / 3, 0, 0, 1, 1, 1],
-    [3, 0, 0, 2, 1, 1],
-    [3.8, 0, 0, 2, 1, 1],
-    [9, 9, 0, 1, 2, 1],
-]
+    assert_printed("vsibench")
 
 
 def test_multi3drefer_is_scored_as_m3dref_and_chat_scene_do(assert_printed):
     """Silence is right where nothing is to be found, which stands apart; an identifier of no object is no
     answer; IoU is kept in float32, which lets an exact 0.5 pass."""
-    table = [
-        ("zt_wo_d", [], "No."),
-        ("zt_w_d", [], "Yes. <OBJ001>"),
-        ("zt_w_d", [], "<OBJ077>"),
-        ("zt_wo_d", [], ""),
-        ("st_w_d", [0], "<OBJ001>"),
-        ("st_wo_d", [2], "Yes. <OBJ003>"),
-        ("st_wo_d", [4], "<OBJ099> <OBJ004>"),
-        ("mt", [0, 2], "Yes. <OBJ001> <OBJ002> <OBJ004>"),
-        ("mt", [2, 3], "<OBJ002> <OBJ002>"),
-        ("mt", [0, 1, 4], ""),
-    ]
-    printed = {
-        "": (0.63, 0.78),
-        "/zt_wo_d": (1, 1),
-        "/zt_w_d": (0.5, 0.5),
-        "/st_w_d": (1, 1),
-        "/st_wo_d": (0.5, 1),
-        "/mt": (0.433333, 0.6),
-        "/zero_target": (0.75, 0.75),
-        "/with_target": (0.55, 0.8),
-    }
-    metrics = ["f1@0.5/multi3drefer", "f1@0.25/multi3drefer"]
-    assert_printed("multi3drefer", ["eval_type", "object_ids"], table, metrics, printed, BOXES)
+    assert_printed("multi3drefer")
 
 
 def test_scanrefer_is_scored_as_chat_scene_does(assert_printed):
     """The first identifier that exists counts; unique and multiple at both thresholds; 1e-8 in the
     denominator of IoU makes an exact 0.5 fail."""
-    table = [
-        ("multiple", "0", "<OBJ001>"),
-        ("multiple", "1", "OBJ000 <OBJ001>."),
-        ("multiple", "2", "<OBJ003> <OBJ002>"),
-        ("multiple", "3", "<OBJ003>"),
-        ("unique", "4", "<OBJ088> it is <OBJ004>"),
-        ("unique", "4", "<OBJ002>"),
-        ("multiple", "0", "<OBJ000>"),
-    ]
-    printed = {"": (0.571429, 0.857143), "/unique": (0.5, 0.5), "/multiple": (0.6, 1)}
-    metrics = ["acc@0.5/scanrefer", "acc@0.25/scanrefer"]
-    assert_printed("scanrefer", ["eval_type", "object_id"], table, metrics, printed, BOXES)
+    assert_printed("scanrefer")
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -373,7 +219,7 @@ RED = row(1, answers=["red"])
     ],
 )
 def test_a_broken_official_file_is_refused_in_one_line(asked, tmp_path, name, rows, message):
-    with pytest.raises(DataError, match=rf"^{tmp_path}.*{message}.*\Z"):
+    with refused(rf"^{tmp_path}.*{message}.*\Z"):
         asked(name, rows)
 
 
@@ -384,7 +230,7 @@ def test_questions_and_scans_that_are_missing_are_an_error_or_left_out(world, ca
     path = official.write(world.root / "more", "scanqa", "val", asked)
     for name in (path.name, "mine.json"):
         path = path.rename(path.with_name(name))
-        with pytest.raises(DataError, match="questions, not 4675; complete it, or say --partial"):
+        with refused("questions, not 4675; complete it, or say --partial"):
             evaluate.load("scanqa", path, world.root)
     assert len(evaluate.load("scanqa", path, world.root, partial=True).samples) == len(samples)
 
@@ -402,13 +248,13 @@ def test_questions_and_scans_that_are_missing_are_an_error_or_left_out(world, ca
 TRUTH = {"val-scene11-0": "white", "val-scene11-1": "brown", "val-scene11-2": "2"}
 
 
-def lines(**fields) -> str:
+def lines(**fields):
     """The true answers as rows of JSON in which ID and TEXT stand for them."""
     pattern = json.dumps(fields)
     return "\n".join(pattern.replace("ID", id).replace("TEXT", text) for id, text in TRUTH.items())
 
 
-def listed(**fields) -> str:
+def listed(**fields):
     return f"[{lines(**fields)}]".replace("\n", ",\n")
 
 
@@ -477,13 +323,8 @@ def test_a_predictions_file_that_is_not_understood_is_refused_with_what_is_wante
     white, tmp_path, text, message
 ):
     (tmp_path / "said.json").write_text(text)
-    with pytest.raises(DataError, match=rf"^{tmp_path}/said.json.*{message}.*\Z"):
+    with refused(rf"^{tmp_path}/said.json.*{message}.*\Z"):
         evaluate.read_predictions(tmp_path / "said.json", white)
-
-
-@pytest.fixture
-def no_java(monkeypatch):
-    monkeypatch.setattr(evaluate.shutil, "which", lambda name: None)
 
 
 # ---- asking ----------------------------------------------------------------------------------------------------------
@@ -528,7 +369,7 @@ def test_a_run_and_a_file_of_its_answers_get_the_same_scores(
         assert "needs boxes" in capsys.readouterr().err
 
 
-def digits(text: str) -> list[str]:
+def digits(text):
     """Split numbers into digits and words into pieces of four letters, as large vocabularies do at
     worst."""
     return re.findall(r"\s?[A-Za-z]{1,4}|\d|[^\sA-Za-z\d]", text)
@@ -581,9 +422,9 @@ def test_no_room_of_an_evaluation_split_is_trained_in_and_no_target_that_no_prop
 
 def test_a_folder_that_cannot_be_trained_on_is_refused(world, tmp_path):
     sources = {"ScanQA": Source("scanqa", 1)}
-    with pytest.raises(DataError, match="nothing says which rooms are for evaluation"):
+    with refused("nothing says which rooms are for evaluation"):
         evaluate.mixture(sources, tmp_path, tmp_path, world.scenes["train"], [])
-    with pytest.raises(DataError, match="no question to train on is left; ScanQA: 0 questions kept of 0"):
+    with refused("no question to train on is left; ScanQA: 0 questions kept of 0"):
         evaluate.mixture(sources, tmp_path, tmp_path, [], world.scenes["val"])
 
 

@@ -3,18 +3,15 @@ stand-in that knows the room takes VGGT's place; where SAM 2 is not installed it
 untrained, so that their answers mean nothing here but that all parts fit together."""
 
 import numpy as np
+import papers
 import pytest
 from PIL import Image
 from test_video import encode, oracle
 
 import data
 import evaluate
-import fase3d
-import proxy3d
-import spatial3dllm
 import train
 
-PAPERS = {"proxy3d": proxy3d, "fase3d": fase3d, "spatial3dllm": spatial3dllm}
 QUESTIONS = ["what is the largest thing?", "how far is the door from the bed?"]
 NO_SCALE = "this scene has no known scale"
 
@@ -23,13 +20,13 @@ NO_SCALE = "this scene has no known scale"
 def runs(tmp_path_factory):
     """A run of every paper, a step per stage."""
     out = tmp_path_factory.mktemp("runs")
-    for name, paper in PAPERS.items():
-        stages = paper.STAGES["tiny"]
+    for name in papers.PAPERS:
+        stages = papers.stages_of(name)
         little = [f"{stage.name}.batch={16 if stage.tasks else 2}" for stage in stages]
         command = (
-            f"--model {name} --steps {len(stages)} --train-scenes 3 --test-scenes 1 --workers 0 --no-eval"
+            f"--model={name} --steps={len(stages)} --train-scenes=3 --test-scenes=1 --workers=0 --no-eval"
         )
-        assert train.main([*command.split(), "--out", str(out / name), "--set", *little]) == 0
+        assert train.main([*command.split(), f"--out={out}/{name}", "--set", *little]) == 0
     return out
 
 
@@ -55,7 +52,7 @@ def ask(runs, paper, path, *more):
     assert len(np.unique(np.asarray(Image.open(picture).convert("L")))) > 50  # drawn, not blank
 
 
-@pytest.mark.parametrize("paper", PAPERS)
+@pytest.mark.parametrize("paper", papers.PAPERS)
 def test_a_video_ends_in_an_answer_in_meters_where_its_scale_is_known(runs, video, capsys, paper):
     ask(runs, paper, video)
     said = capsys.readouterr().out

@@ -17,7 +17,7 @@ def scene():
     return made
 
 
-def pixels(path) -> np.ndarray:
+def pixels(path):
     return np.asarray(Image.open(path).convert("RGB")).astype(int)
 
 

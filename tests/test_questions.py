@@ -387,9 +387,9 @@ def test_every_answer_follows_from_the_boxes(task, asked):
 # ---- what holds for all tasks ----------------------------------------------------------------------------------------
 
 
-def test_marks_name_numbered_objects_only():
+def test_marks_name_numbered_objects_only(rng):
     """With more than 100 objects the smaller ones have no identifier: to name one would ask for an unwritable token."""
-    scene = augment(room(0, objects=120, views=0, points=0), np.random.default_rng(0))
+    scene = augment(room(0, objects=120, views=0, points=0), rng)
     named = set()
     for s in question_set([scene], TASKS, 12, seed=0):
         named.update(ids(s.question + s.reasoning + s.answer))
@@ -409,8 +409,8 @@ def test_the_same_seed_gives_the_same_questions_also_in_a_subset(scenes):
     assert len({s.id for s in everything}) == len(different) == len(everything)
 
 
-def test_a_mix_is_drawn_by_its_weights_and_impossible_tasks_are_replaced(scenes):
-    scene, rng = scenes["room000020"], np.random.default_rng(0)
+def test_a_mix_is_drawn_by_its_weights_and_impossible_tasks_are_replaced(scenes, rng):
+    scene = scenes["room000020"]
     samples = data.questions(scene, {"id_color": 3.0, "color": 1.0}, 400, rng)
     share = np.mean([s.task == "id_color" for s in samples])
     assert len({s.id for s in samples}) == 400
@@ -508,9 +508,9 @@ def test_a_thing_on_a_desk_by_the_wall_or_in_front_of_it_is_told_apart():
     }
 
 
-def test_answers_follow_augmentation(scenes):
+def test_answers_follow_augmentation(scenes, rng):
     """What is worked out once per scene must not survive a turn or new colors, nor objects set by hand."""
-    scene, rng = scenes["room000022"], np.random.default_rng(0)
+    scene = scenes["room000022"]
     draws(scene, "ground")
     for _ in range(4):
         again = augment(scene, rng)
@@ -521,9 +521,8 @@ def test_answers_follow_augmentation(scenes):
                     check(s, again)
 
 
-def test_yes_and_no_are_even_within_every_form_of_question(scenes):
+def test_yes_and_no_are_even_within_every_form_of_question(scenes, rng):
     """If "is there a red thing?" were mostly yes, the blind baseline would be right without looking."""
-    rng = np.random.default_rng(0)
     yes = {"": [], "category": [], "color": [], "pair": []}
     for scene in scenes.values():
         for s in draws(scene, "exist", 60, rng) + draws(scene, "id_size", 60, rng):

@@ -140,9 +140,8 @@ def test_most_of_an_object_shows_its_color(scenes):
     assert np.mean(right) > 0.95
 
 
-def test_the_ray_cast_equals_a_slab_test_of_all_pixels_and_boxes():
+def test_the_ray_cast_equals_a_slab_test_of_all_pixels_and_boxes(rng):
     """Rectangles, painting and float32 must lose no pixel, also for boxes beside and behind the camera."""
-    rng = np.random.default_rng(0)
     frames = room(1, points=0, views=1, size=24).frames
     eye = frames.poses[0, :3, 3]
     size = rng.uniform(0.05, 0.8, (40, 3))

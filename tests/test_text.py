@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from papers import refused, save_tokenizer
 
 from data import (
     BINS,
@@ -10,7 +11,6 @@ from data import (
     NUMBERS,
     PROMPT,
     SCENE,
-    DataError,
     HubText,
     Sample,
     Scene,
@@ -21,35 +21,6 @@ from data import (
     vocabulary,
     write_whole,
 )
-
-CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-VISION = ("<|vision_start|>", "<|vision_end|>")
-
-
-def save_tokenizer(folder, chat=CHAT, special=VISION, pad="<|endoftext|>", start=""):
-    """A byte-level tokenizer without merges, in the form in which pre-trained models bring theirs."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    model = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = decoders.ByteLevel()
-    names = {"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>", *special]}
-    if pad:
-        names["pad_token"] = pad
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, **names)
-    tokenizer.chat_template = chat
-    if start:
-        tokenizer.add_special_tokens({"bos_token": start})
-        pair = (start, tokenizer.bos_token_id)
-        front = processors.TemplateProcessing(single=f"{start} $A", special_tokens=[pair])
-        tokenizer.backend_tokenizer.post_processor = front
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +109,7 @@ def test_tuples_are_lists_of_finite_numbers_of_the_wanted_length():
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path):
     """A name with a typing error, or no network: the libraries say it in pages."""
-    with pytest.raises(DataError, match=r"nothing: not a whole pre-trained model: give its folder[^\n]*$"):
+    with refused(r"nothing: not a whole pre-trained model: give its folder[^\n]*$"):
         HubText(str(tmp_path / "nothing"))
 
 
