@@ -1074,9 +1074,9 @@ def with_proposals(
     # where proposals come from
     file = Path(how)
     own = {"segments": data.with_own_segments, **model.proposals()} if model else {}
-    if model and file.is_dir():
+    if model and how not in own and file.is_dir():
         own[how] = partial(data.with_predicted_masks, folder=file)
-    elif how not in own and not file.is_file():
+    if how not in own and not file.is_file():
         known = ", ".join(["gt", *own])
         raise DataError(f"--proposals {how}: neither a file of boxes, a folder of masks, nor one of {known}")
     given = {} if how in own else read_boxes(file)
