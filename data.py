@@ -4567,11 +4567,14 @@ def open_scene(path, masks=None, sam2=None, **options):
     "sam2" (tracks; sam2 names the weights), or "none". Options: those of its reader; another one
     is a DataError.
     """
-    # the format decides which options have a meaning
     path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such scene; give a video, a cloud, or a folder of frames")
+
+    # the format decides which options have a meaning
     reader, takes = choose_reader(path)
     if strange := options.keys() - takes:
-        flag, known = min(strange).replace("_", "-"), ", ".join(sorted(takes))
+        flag, known = min(strange).replace("_", "-"), ", ".join(sorted(takes)) or "none"
         raise DataError(f"--{flag}: has no part in {path}; known here: {known}")
     scene = reader(path, **options)
     if scene.objects and masks not in (None, "none"):

@@ -190,6 +190,7 @@ MAY_BE_0 = (
     "adapted_layers",
     "graph_layers",
 )
+SHARES = ("warmup", "no_color", "betas", "lora_dropout")
 
 
 def check_numbers(settings: dict, what: str):
@@ -199,12 +200,11 @@ def check_numbers(settings: dict, what: str):
         if not numbers and name != "score":
             raise DataError(f"{what} {name} = (): give one at least")
         for number in numbers:
-            # a share is at most 1, a size below what any machine holds
-            most = 1 if name in ("warmup", "no_color", "betas", "lora_dropout") else 1e12
+            # a size stays below what any machine holds, a share at most 1
             if type(number) is int:
-                least, most = int(name not in MAY_BE_0), min(most, 10**12 if name == "seed" else 10**7)
+                least, most = int(name not in MAY_BE_0), 1e12 if name == "seed" else 1e7
             elif type(number) is float:
-                least = 0
+                least, most = 0, 1 if name in SHARES else 1e12
             else:
                 continue
             if not least <= number <= most:
@@ -1032,15 +1032,16 @@ def main(argv: list[str] | None = None) -> int:
         # a loader process puts its traceback in front: the last line is the message
         status, message = 2, str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")
     except Exception as error:
-        status, message = 1, "another process of this run ended; --resume goes on"
+        status, why = 1, " ".join(f"{type(error).__name__}: {error}".split())
         log = args.out / "log.jsonl"
-        if "DataLoader worker" in str(error):
+        if "DataLoader worker" in why:
             message = "a loader process died, likely for want of memory: --resume with fewer --workers"
+        elif "gloo" in why or "NCCL" in why:
+            message = "another process of this run ended; --resume goes on"
         elif args.set and not (log.exists() and log.stat().st_size):
             # before the first step it is what the user set that fits nothing
-            why = " ".join(f"{type(error).__name__}: {error}".split())[:90]
-            status, message = 2, f"--set {' '.join(args.set)}: no model can be trained so ({why})"
-        elif not ("gloo" in str(error) or "NCCL" in str(error)):
+            status, message = 2, f"--set {' '.join(args.set)}: no model can be trained so ({why[:90]})"
+        else:
             raise
 
     # before the processes meet, what is wrong is wrong on all of them
