@@ -4480,20 +4480,21 @@ def draw_scene(scene, path, lines=(), tokens=None, answers=()):
 SOURCES = ("rooms", "scannet", "rgbd", "ply", "cached")
 
 
-def load_scenes(source, split, root=None, count=800, workers=0, **options):
+def load_scenes(source, split, root=None, count=800, workers=0, share=map, **options):
     """Load the scenes of a split, "train" or "test", of one of SOURCES: rooms, scans, or own
     scenes below `root`.
 
     Those that scannetv2_val.txt of the root names are for testing; without that file every fifth is,
     and one that is alone is for both. Scenes that cannot be read, or in which no object is found, are
-    left out, and said. options: of `open_scene`. Raises DataError where none is left.
+    left out, and said. share: maps in place of `map`, so that processes can share the reading.
+    options: of `open_scene`. Raises DataError where none is left.
     """
     # rooms are made, all else is read
     if source == "rooms":
         return rooms(ROOM_SEEDS[split][:count], workers + 1)
     if root is None:
         raise DataError(f"--data {source}: name the folder with --root")
-    root, scenes = Path(root), []
+    root = Path(root)
     paths = list(filter(is_scan, find_scans(root))) if source == "scannet" else find_scenes(root)
 
     # the official split, else our own
@@ -4507,14 +4508,16 @@ def load_scenes(source, split, root=None, count=800, workers=0, **options):
         chosen = test if split == "test" else train
 
     # without an object there is nothing to ask
-    for path in chosen:
+    def read(path):
         try:
             scene = open_scene(path, **options)
             if not scene.objects:
                 raise DataError(f"{path}: no object was found, so nothing can be asked")
-            scenes.append(scene)
+            return scene
         except DataError as error:
             print(f"{error}; left out")
+
+    scenes = [scene for scene in share(read, chosen) if scene]
     if not scenes and (chosen or not paths):
         lacking = f"--root {root}: no scenes with objects for the {split} split"
         raise DataError(f"{lacking}; see python data.py check {root}")

@@ -58,7 +58,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import lru_cache
@@ -262,6 +262,8 @@ def stage_steps(stages: list[Stage], scenes: int, total: int | None = None) -> l
 class Distributed:
     """This process among those that torchrun started: its rank, its device, and a signal to end."""
 
+    met = False  # whether each may fail by itself
+
     def __init__(self):
         self.signal, self.in_step = 0, False
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -274,11 +276,24 @@ class Distributed:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
 
-    def join(self):
-        """Meet the other processes."""
+    def connect(self):
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group(timeout=timedelta(hours=2))  # NCCL on GPUs, else gloo
+
+    def join(self):
+        """Meet the other processes: until then what is wrong is wrong on all of them."""
+        self.connect()
         self.barrier()
+        Distributed.met = True
+
+    def share(self, make: Callable, items: list) -> Iterable:
+        """Do as `map` does, each process a share of the items; every process gets all that was made."""
+        if self.world == 1:
+            return map(make, items)
+        self.connect()
+        parts = [None] * self.world
+        dist.all_gather_object(parts, [make(item) for item in items[self.rank :: self.world]])
+        return [parts[i % self.world][i // self.world] for i in range(len(items))]
 
     def print0(self, text: str):
         """Print once for all processes, above a progress bar."""
@@ -836,7 +851,9 @@ def train(args: argparse.Namespace, scenes: dict | None = None, text=None) -> nn
         options.setdefault("max_frames", vars(config).get("frames", 32))
     counts = {"train": args.train_scenes, "test": args.test_scenes}
     scenes = scenes or {
-        split: data.load_scenes(args.data, split, args.root, count, args.workers, **options)
+        split: data.load_scenes(
+            args.data, split, args.root, count, args.workers, distributed.share, **options
+        )
         for split, count in counts.items()
     }
     train_scenes, test_scenes = scenes["train"], scenes["test"]
@@ -1046,7 +1063,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # before the processes meet, what is wrong is wrong on all of them
     first = os.environ.get("RANK", "0") == "0"
-    if message and (first or (dist.is_initialized() and status < 128)):
+    if message and (first or (Distributed.met and status < 128)):
         print(f"train.py: {message}", file=sys.stderr)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -26,11 +26,12 @@ ROOMS = ["--train-scenes=3", "--test-scenes=2"]
 
 
 def launch(*flags):
-    """Train on two processes."""
+    """Train on two processes; what they print."""
     command = [*papers.LAUNCH, "--nproc_per_node=2", "train.py", *flags]
     place = Path(train.__file__).parent
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,11 @@ def test_the_papers_stages_train_around_a_loaded_model_in_scans_on_two_processes
     flags = f"--model={paper} --preset=paper --llm={folder} --data=scannet --root={tmp_path} --annotations={tmp_path}"
     flags += f" --steps=4 --workers=0 --no-eval --save-every=100 --out={tmp_path}/run --set"
     small = {**papers.SIZES[paper], **papers.LOADED[paper]}
-    launch(*flags.split(), *(f"{key}={value}" for key, value in small.items()))
+    damaged = tmp_path / "scans/scene0900_00/scene0900_00_vh_clean_2.ply"
+    damaged.parent.mkdir()
+    damaged.write_text("ply")
+    said = launch(*flags.split(), *(f"{key}={value}" for key, value in small.items()))
+    assert said.count("left out") == 1  # processes share the reading: none reads all scans
     lines = papers.rows(tmp_path / "run/log.jsonl")
     assert [line["stage"] for line in lines][-1] == papers.stages_of(paper, "loaded")[-1].name
     assert all(math.isfinite(line["loss"]) for line in lines)
