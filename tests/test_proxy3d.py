@@ -551,6 +551,16 @@ def test_pixels_enter_the_tower_as_its_own_processor_would_give_them(tower):
 
 
 @pytest.mark.parametrize("inter_frame", [True, False])
+def test_windows_of_one_size_attend_in_one_call_as_they_would_one_by_one(folder, inter_frame):
+    """The loaded tower's attention beside transformers' own, where frames have windows of several sizes."""
+    visual, images = make("proxy3d", folder).visual, random_images(3)
+    assert visual.config._attn_implementation == "flash_batched"
+    batched = qwen_tokens(visual, images, inter_frame)
+    visual.config._attn_implementation = "sdpa"
+    assert alike(batched, qwen_tokens(visual, images, inter_frame), 1e-5)
+
+
+@pytest.mark.parametrize("inter_frame", [True, False])
 def test_frames_see_each_other_only_with_inter_frame_attention(tower, inter_frame):
     """Table 4's switch. Without it a frame's features must not depend on which other frames are there."""
     images = random_images(3)
