@@ -1980,6 +1980,7 @@ class Source:
     asks: str = "text"  # the form of the answers taken: text, id, number or choice
     fit: float = 0.0  # IoU that the best proposal must have with the target, where proposals come as a file
     most: int | None = None  # of more, a random draw
+    kind: str = ""  # what the kind of a question must contain
     splits: tuple[str, ...] = ("train",)
 
 
@@ -2909,6 +2910,7 @@ SCAN_FILES = (
     ".aggregation.json",
     ".txt",
 )
+VGGT = "facebook/VGGT-1B"
 INSTALL = {  # optional package -> how to install it
     "av": 'pip install -e ".[video]"',
     "vggt": "pip install git+https://github.com/facebookresearch/vggt",
@@ -3420,7 +3422,7 @@ def agreement(frames):
     return np.mean(beyond[beyond >= -0.1] <= 0.1)
 
 
-def read_views(path, scale=None, max_frames=32, longest=None, vggt="facebook/VGGT-1B", **documented):
+def read_views(path, scale=None, max_frames=32, longest=None, vggt=VGGT, **documented):
     """Read a video, images, or frames in one of LAYOUTS as a scene without objects.
 
     What no file holds of depth, poses and intrinsics VGGT finds. Its unit becomes meters by the
@@ -3720,13 +3722,14 @@ def find_scans(root):
     return sorted([*root.glob("scene*_*/"), *root.glob("scans*/scene*_*/")])
 
 
-def read_scannet(folder, max_frames=32, longest=math.inf):
+def read_scannet(folder, max_frames=32, longest=math.inf, geometry="files", vggt=None):
     """Read a ScanNet scan: its own files and, when they are looked at, `max_frames` of the frames
     exported beside them or to posed_images/<id> of the root, at most `longest` pixels.
 
     The axis alignment is the only transform. Instance = objectId + 1; wall, floor and ceiling are
     no objects; boxes are the extent of an object's points. Masks are read from instance-filt/ or
-    else rendered. Raises DataError.
+    else rendered. geometry: "vggt" takes depth and cameras from VGGT, whose weights `vggt` names
+    (`see_anew`). Raises DataError.
     """
     folder = Path(folder).absolute()
     mesh, segs, aggregation, info = scan_files(folder)
@@ -3749,12 +3752,14 @@ def read_scannet(folder, max_frames=32, longest=math.inf):
         scene.superpoints = over_segment(points, normals, faces)
 
     # a thousand scans do not fit in memory, so frames stay on disk
+    vggt = vggt or (VGGT if geometry == "vggt" else None)
     for place in (folder, *(root / "posed_images" / folder.name for root in folder.parents[:2])):
         layout, views = find_frames(place)
         if max_frames and any(view.depth for view in views):
-            load = partial(scan_frames, scene, world, layout, views, max_frames, longest)
+            load = partial(scan_frames, scene, world, layout, views, max_frames, longest, vggt)
             files = [file for view in views for file in view if isinstance(file, Path)]
-            scene.frames = LazyFrames(load, f"{file_key([mesh, *files])} {max_frames} {longest}")
+            key = f"{file_key([mesh, *files])} {max_frames} {longest} {vggt}"
+            scene.frames = LazyFrames(load, key)
             break
     return check_scene(scene, trusted=True)
 
@@ -3786,10 +3791,15 @@ def add_objects(scene, segs, aggregation):
             scene.objects.append(Thing(id, label, color, box))
 
 
-def scan_frames(scene, world, layout, views, max_frames, longest):
+def scan_frames(scene, world, layout, views, max_frames, longest, vggt):
     """Read a scan's frames in the aligned axes, with masks of its objects."""
+    if vggt:
+        views = [view._replace(depth=None, camera=None) for view in views]
     frames, notes = read_frames(scene.name, layout, views, max_frames, longest, fine=True)
     scene.notes += [note for note in notes if note not in scene.notes]
+
+    if vggt:
+        frames = see_anew(scene.name, frames, vggt)
 
     # masks from files, or of the points that a frame sees
     frames.poses = world @ frames.poses
@@ -3872,7 +3882,7 @@ def load_vggt(name):
     """Load VGGT (Wang et al., CVPR 2025) by its hub name or a folder of its weights, on a GPU
     where there is one."""
     vggt = need("vggt.models.vggt", "depth and cameras from bare frames")
-    with reading(f"--vggt {name}", "VGGT, whose weights are on the hub as facebook/VGGT-1B"):
+    with reading(f"--vggt {name}", f"VGGT, whose weights are on the hub as {VGGT}"):
         model = vggt.VGGT.from_pretrained(name).eval()
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -3937,15 +3947,43 @@ def fill_in(where, frames, vggt):
     sure = (depth > 0) & (confidence >= np.quantile(confidence, 0.2))
     seen = Frames(frames.color, np.where(sure, depth, 0), frames.masks, K, poses)
 
-    # known poses have other axes than the found ones, but the same distances
     if frames.depth is not None:
         both = sure & (frames.depth > 0)
         rescale(seen, np.median(frames.depth[both] / depth[both]))
     elif frames.poses is not None:
-        at = np.stack([frames.poses, poses])[:, :, :3, 3]  # [2, V, 3]
-        true, found = np.linalg.norm(at.std(1), axis=1)
-        rescale(seen, true / max(found, 1e-9))
+        register(seen, frames.poses)
     return replace(seen, **known)
+
+
+def register(frames, poses):
+    """Scale, turn and shift frames as one body, in place, to where their cameras fit known poses best."""
+    from scipy.spatial.transform import Rotation
+
+    # other axes, but the same distances
+    at = np.stack([poses, frames.poses])[:, :, :3, 3]  # [2, V, 3]
+    true, found = np.linalg.norm(at.std(1), axis=1)
+    rescale(frames, true / max(found, 1e-9))
+
+    # every camera says how to turn; then middle comes to lie on middle
+    turns = poses[:, :3, :3] @ frames.poses[:, :3, :3].swapaxes(1, 2)
+    world = np.eye(4)
+    world[:3, :3] = Rotation.from_matrix(turns).mean().as_matrix()
+    world[:3, 3] = (poses - world @ frames.poses)[:, :3, 3].mean(0)
+    frames.poses = world @ frames.poses
+
+
+def see_anew(where, frames, vggt):
+    """Put VGGT's depth and cameras in place of all that is known but for where the cameras stood.
+
+    What it finds is moved as one body (`register`), so that a scan's boxes still hold. Depth is kept at
+    640 pixels at most.
+    """
+    seen = fill_in(where, replace(frames, depth=None, intrinsics=None, poses=None), vggt)
+    register(seen, frames.poses)
+    n = math.ceil(max(seen.depth.shape[1:]) / 640)
+    pixels = np.s_[:, n // 2 :: n, n // 2 :: n]
+    K = np.diag([1 / n, 1 / n, 1]) @ seen.intrinsics
+    return Frames(seen.color, seen.depth[pixels], seen.masks[pixels], K, seen.poses)
 
 
 # ---- 9 superpoints and segments ------------------------------------------------------------------
@@ -4337,6 +4375,31 @@ def merge_tracks(tracks, points, share=0.3):
     return keep_labels(root[tracks], np.bincount(root, size, len(ids)) >= 4)
 
 
+def find_tracks(frames, sam2):
+    """Track what frames show through them: masks [V, H, W], 0 = none, and the points [V, H, W, 3] they lie on."""
+    tracks = sam2_masks(frames.color, load_sam2(sam2))
+    tracks = np.stack([resize(frame, frames.depth.shape[1:]) for frame in tracks])  # color may be finer
+    points = unproject(frames.depth, frames.intrinsics, frames.poses)
+    return merge_tracks(tracks, points), points
+
+
+def tracked(frames, objects, sam2):
+    """Mask frames by tracks in place of annotations: a track shows the known object that its box fits best.
+
+    Boxes of tracks span the 2nd to 98th percentile of their points. A track that has an IoU of less than 0.25
+    with every object shows none.
+    """
+    tracks, points = find_tracks(frames, sam2)
+    seen, boxes = np.isfinite(points).all(-1), np.stack([o.box for o in objects])
+    number = np.zeros(tracks.max() + 1, np.int32)
+    for t in range(1, len(number)):
+        box = extent(np.quantile(points[seen & (tracks == t)], (0.02, 0.98), axis=0))
+        iou = box_iou(box[None], boxes)[0]
+        if iou.max() >= 0.25:
+            number[t] = objects[iou.argmax()].id
+    return masked(frames, number[tracks], None, None)
+
+
 def vote(points, masks, frames):
     """Label points [N, 3] by masks [V, H, W]: instances [N], 0 = none.
 
@@ -4532,6 +4595,7 @@ SCENE_OPTIONS = {  # flags of a scene of one's own -> arguments of argparse
     "max_frames": dict(type=int, help="frames to use at most (default: 32)"),
     "longest": dict(type=int, help="longer side of frames in pixels (default: 320; 640 for VGGT)"),
     "vggt": dict(help="name or folder of VGGT's weights, for frames without depth or poses"),
+    "geometry": dict(choices=("files", "vggt"), help="where depth and cameras of a scan come from (default: files)"),
     "masks": dict(choices=("files", "segments", "sam2"), help="where objects come from: instance-filt/ "
                   "beside the frames (default where it lies), segments of the cloud (else), SAM 2"),
     "sam2": dict(help=f"name of SAM 2's weights (default: {SAM2})"),
@@ -4554,9 +4618,9 @@ def choose_reader(path):
     if kind == ".npz":
         return load_scene, set()
     if is_scan(path):
-        return read_scannet, {"max_frames", "longest"}
+        return read_scannet, {"max_frames", "longest", "geometry", "vggt"}
     if path.is_dir() or kind in VIDEOS:
-        return read_views, set(SCENE_OPTIONS)
+        return read_views, set(SCENE_OPTIONS) - {"geometry"}
     if kind in CLOUDS:
         return read_cloud, {"up", "scale"}
     known = ", ".join((*CLOUDS, *VIDEOS))
@@ -4580,6 +4644,10 @@ def open_scene(path, masks=None, sam2=None, **options):
         flag, known = min(strange).replace("_", "-"), ", ".join(sorted(takes)) or "none"
         raise DataError(f"--{flag}: has no part in {path}; known here: {known}")
     scene = reader(path, **options)
+    if masks == "sam2" and scene.objects and isinstance(scene.frames, LazyFrames):
+        load = partial(tracked, scene.frames, scene.objects, sam2 or SAM2)
+        scene.frames = LazyFrames(load, f"{scene.frames.key} {sam2 or SAM2}")
+        return scene
     if scene.objects and masks not in (None, "none"):
         raise DataError(f"--masks {masks}: {path} has labelled objects; leave the flag out")
     if scene.objects or reader is load_scene or masks == "none":
@@ -4594,10 +4662,7 @@ def open_scene(path, masks=None, sam2=None, **options):
     elif masks == "files" and labelled:
         scene = with_tracks(scene, frames.masks)
     elif masks == "sam2" and frames is not None:
-        tracks = sam2_masks(frames.color, load_sam2(sam2 or SAM2))
-        tracks = np.stack([resize(frame, frames.depth.shape[1:]) for frame in tracks])  # color may be finer
-        points = unproject(frames.depth, frames.intrinsics, frames.poses)
-        scene = with_tracks(scene, merge_tracks(tracks, points))
+        scene = with_tracks(scene, find_tracks(frames, sam2 or SAM2)[0])
     else:
         lacking = "it has no frames, or no instance-filt/ with masks"
         raise DataError(f"--masks {masks}: {path}: {lacking}; choose files, segments or sam2")

@@ -57,7 +57,8 @@ What the paper leaves open, and what we chose
 - Category symbols come from the data's categories (the paper's list of 213 is not public): a drawn icon, or
   the written word where there is none. Stages I to III see an object as category + identifier symbol; in
   stage IV proxies take the place of category symbols.
-- Symbols have no color, so the paper's stages I to III never ask for one.
+- Symbols have no color, so the paper's stages I to III never ask for one; of MMScan's pairs III takes those
+  about space.
 - Without semantic grouping the scene is one group, and a proxy's identifier that of most of its patches.
 - Point maps and masks come from the scene (data.py): sensor depth or VGGT, and instance masks, own segments
   or SAM 2.
@@ -773,6 +774,10 @@ SPACESPAN = {
     "SR-91K numbers": Source("sr91k", 30_000, "number", most=30_000),
     "SR-91K choices": Source("sr91k", 20_000, "choice", most=20_000),
 }
+RELATIONS = {  # MMScan's questions about where things are to each other: symbols show no other attribute
+    "MMScan QA": Source("mmscan/qa", 57_000, most=57_000, kind="Space"),
+    "MMScan VG": Source("mmscan/vg", 57_000, "id", most=57_000, fit=0.5, kind="Space"),
+}
 GENERATED = {  # where those files are not given: generated questions in SpaceSpan's shares, in thousands
     "color": 13,
     "what": 13,
@@ -792,8 +797,9 @@ GENERATED = {  # where those files are not given: generated questions in SpaceSp
     "vsi_rel_direction": 10,
 }
 
-# supp. Table 1; the questions of stages I to III are generated. The paper trains the 3D embedding in I and II;
-# nothing shows it before II, so it has no gradient in I. From III on it is frozen, as the paper has it
+# supp. Table 1; the questions of stages I to III are generated, but for those of MMScan's files. The paper trains
+# the 3D embedding in I and II; nothing shows it before II, so it has no gradient in I. From III on it is frozen,
+# as the paper has it
 PAPER_STAGES = [
     Stage(
         "I identifiers",
@@ -819,6 +825,7 @@ PAPER_STAGES = [
         "symbols+3d",
         epochs=3,
         samples=115_000,
+        files=RELATIONS,
     ),
     Stage(
         "IV proxies",

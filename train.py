@@ -872,10 +872,16 @@ def train(args: argparse.Namespace, scenes: dict | None = None, text=None) -> nn
             folders = Path(args.annotations), Path(args.root or args.annotations)
             own, counted = evaluate.mixture(stage.files, *folders, *scenes.values(), args.seed)
             print0("\n".join([f"stage {stage.name} asks from official files:", *counted]))
-            stages[i] = replace(stage, samples=sum(map(len, own.values())))
-            listed[stage.name], mixtures[stage.name] = own, counted
+            mixtures[stage.name] = counted
+            if own:
+                stages[i] = replace(stage, samples=sum(map(len, own.values())))
+                listed[stage.name] = own
+            else:
+                print0("none is left: its questions are generated")
     if args.annotations and not listed:
-        raise DataError(f"--annotations: no stage of {args.model} that runs takes official files")
+        raise DataError(
+            f"--annotations {args.annotations}: no question to train on; {mixtures or 'no stage asks'}"
+        )
     steps = stage_steps(stages, len(train_scenes), args.steps)
 
     # every rank draws the same first weights

@@ -13,6 +13,7 @@ import torch
 from bench import best_iou
 from papers import refused
 from scipy.spatial import Delaunay
+from test_video import oracle
 
 import data
 from data import merge_tracks, over_segment, room, sam2_masks, with_own_segments, with_tracks
@@ -209,6 +210,24 @@ def test_the_surer_track_gets_the_pixel(monkeypatch):
     monkeypatch.setattr(data, "automatic_masks", lambda model, image: [right, left])
     tracks = sam2_masks(np.zeros((2, 4, 4, 3), np.uint8), model)
     assert (tracks == [1, 1, 1, 2]).all()
+
+
+def test_a_scan_s_objects_can_be_shown_by_what_vggt_and_sam_2_see(tmp_path, monkeypatch):
+    """As Proxy3D does, from images alone: geometry of VGGT brought to the scan's cameras, tracks matched to the
+    annotated objects in space. Stand-ins see the truth, in another unit and axes, with other numbers."""
+    truth = room(0, views=12, size=64)
+    scan = data.write_scannet(truth, tmp_path)
+    monkeypatch.setattr(data, "load_vggt", lambda name: None)
+    monkeypatch.setattr(data, "vggt_geometry", oracle(truth.frames))
+    monkeypatch.setattr(data, "load_sam2", lambda name: TrueMasks(truth.frames.masks))
+    monkeypatch.setattr(data, "automatic_masks", propose_truth(truth.frames))
+    scene = data.open_scene(scan, geometry="vggt", masks="sam2")
+    assert [o.category for o in scene.objects] == [o.category for o in truth.objects]
+    assert data.fingerprint(scene) != data.fingerprint(data.open_scene(scan))
+    points, known = (data.unproject(f.depth, f.intrinsics, f.poses) for f in (scene.frames, truth.frames))
+    assert np.allclose(points, known, atol=1e-3, equal_nan=True)
+    shown, true = scene.frames.masks, truth.frames.masks
+    assert refines(shown[shown > 0], true[shown > 0]) and len(np.unique(shown)) > 10
 
 
 # ---- merging

@@ -495,8 +495,8 @@ def test_a_scan_s_color_keeps_its_own_size(scan):
 
 
 def test_a_labelled_scan_refuses_other_masks(scan):
-    with refused(r"--masks sam2: .* has labelled objects; leave the flag out"):
-        open_scene(scan, masks="sam2")
+    with refused(r"--masks segments: .* has labelled objects; leave the flag out"):
+        open_scene(scan, masks="segments")
 
 
 def test_a_test_scan_has_superpoints_of_ours_and_no_objects(scan):

@@ -12,7 +12,6 @@ from pathlib import Path
 import official
 import papers
 import pytest
-from papers import refused
 
 import data
 import evaluate
@@ -103,7 +102,8 @@ def write_official(root, rooms):
     for room in rooms[1:]:
         boxes[room.name] = {str(90 - o.id): o.box.tolist() for o in room.objects}
         for o in room.objects:
-            asked = {"ID": f"VG_{room.name}_{o.id}", "sub_class": "", "text": f"{room.name} {o.id}"}
+            kind = ("VG_Inter_Space_OO", "VG_Single_EQ")[o.id % 2]
+            asked = {"ID": f"VG_{room.name}_{o.id}", "sub_class": kind, "text": f"{room.name} {o.id}"}
             rows.append(asked | {"scan_id": f"scannet/{room.name}", "target_id": [90 - o.id]})
     (root / "MMScan_boxes.json").write_text(json.dumps(boxes))
     (root / "MMScan_VG.json").write_text(json.dumps({"train": rows}))
@@ -122,10 +122,15 @@ def test_a_description_of_mmscan_asks_for_the_scan_s_own_object(tmp_path):
         scene, number = re.search(r"(scene\S+) (\d+)", s.question).groups()
         assert s.scene == scene and s.answer == f"Yes. <obj {number}>."
 
+    # stage III, whose symbols show where things are and nothing else, takes what is about space
+    spatial, _ = evaluate.mixture(proxy3d.RELATIONS, tmp_path, tmp_path, scenes[1:], scenes[:1])
+    kinds = [s.kind for own in spatial.values() for s in own]
+    assert len(kinds) > 5 and set(kinds) == {"VG_Inter_Space_OO"}
+
     # without boxes nobody knows what the numbers mean
     (tmp_path / "MMScan_boxes.json").unlink()
-    with refused("VG: 0 questions kept"):
-        evaluate.mixture(sources, tmp_path, tmp_path, scenes[1:], scenes[:1])
+    listed, report = evaluate.mixture(sources, tmp_path, tmp_path, scenes[1:], scenes[:1])
+    assert not listed and "VG: 0 questions kept" in report[0]
 
 
 @pytest.mark.parametrize(
