@@ -2997,7 +2997,8 @@ def check_scene(scene, trusted=False):
     """
     arrays = (scene.points, scene.colors, scene.normals, scene.superpoints, scene.instances)
     lengths = {len(array) for array in arrays if array is not None}
-    total = scene.points.sum() + sum(o.box.sum() for o in scene.objects)
+    numbers = [scene.points, scene.normals, scene.bounds, *(o.box for o in scene.objects)]
+    total = sum(array.sum() for array in numbers if array is not None)
     if len(lengths) > 1 or min(lengths) < 2 or not np.isfinite(total):
         what = f"arrays of {lengths} points, or numbers that are not finite"
         raise DataError(f"{scene.name}: {what}; export it again")
@@ -4694,6 +4695,7 @@ def load_scene(path):
         about = json.loads(str(held["about"])) | {"name": path.stem}
         about["objects"] = [Thing(*row[:3], np.array(row[3:])) for row in about["objects"]]
         arrays = {name: held[name] for name in held if name != "about" and "." not in name}
+        arrays["bounds"] = arrays["bounds"].reshape(2, 3)
         scene = Scene(**about, **arrays)
         if "frames.masks" in held:
             scene.frames = LazyFrames(partial(load_frames, path), file_key([path]))
@@ -4703,7 +4705,16 @@ def load_scene(path):
 def load_frames(path):
     """Load the frames that save_scene wrote."""
     with reading(path, "kept scene"), np.load(path) as held:
-        return Frames(*(held[f"frames.{name}"] for name in FRAME_ARRAYS))
+        frames = Frames(*(held[f"frames.{name}"] for name in FRAME_ARRAYS))
+
+        # all of one number and size, and every camera somewhere
+        V, H, W = frames.depth.shape
+        shapes = frames.masks.shape, frames.color.shape[::3], frames.intrinsics.shape, frames.poses.shape
+        if shapes != ((V, H, W), (V, 3), (V, 3, 3), (V, 4, 4)):
+            raise ValueError(f"frames of shapes {shapes}")
+        if not np.isfinite(frames.poses.sum() + frames.intrinsics.sum() + frames.depth.sum()):
+            raise ValueError("frames with numbers that are not finite")
+    return frames
 
 
 def is_scene(path):
