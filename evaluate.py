@@ -947,7 +947,9 @@ def read_official(name: str, path: Path, root: Path | None = None, split: str = 
 
     # what is wrong with a row is said with its number
     samples = {}  # by id
-    for n, row in enumerate(benchmark.rows(path, wanted), start=1):
+    with data.reading(path, f"file of {name}"):
+        rows = benchmark.rows(path, wanted)
+    for n, row in enumerate(rows, start=1):
         try:
             sample = benchmark.read(**row)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
