@@ -1600,7 +1600,6 @@ def evaluate_questions(model: Model, asked: list[Questions], out: Path, record: 
 def evaluate_scenes(
     model: Model,
     scenes: list[Scene],
-    stage: data.Stage,
     out: Path,
     *,
     record: dict,
@@ -1609,14 +1608,13 @@ def evaluate_scenes(
     blind_scenes: list[Scene] = (),
     dialects: Iterable[str] = (),
 ) -> dict[str, dict]:
-    """Ask a model, as a stage sees, generated questions about scenes it never saw.
+    """Ask a model, as its stage sees, generated questions about scenes it never saw.
 
-    names: benchmarks, by default all of which the stage trained a task. blind_scenes: whose answers
+    names: benchmarks, by default all of which that stage trained a task. blind_scenes: whose answers
     the blind baseline knows. A task gets 60 questions in all, and three per scene at least. Returns
     as `evaluate_questions`.
     """
     # the scenes with their proposals
-    model.configure_stage(stage)
     seed, true = record["seed"], {scene.name: scene for scene in scenes}
     every = with_proposals(Questions("", Benchmark(), [], true, true), proposals, model, seed)
 
@@ -1624,7 +1622,7 @@ def evaluate_scenes(
     for name in names or BENCHMARKS:
         # of a benchmark only what was trained, unless it is named
         benchmark = choose_dialects(find_benchmark(name), dialects, record["model"])
-        tasks = [task for task in benchmark.tasks if names or task in stage.tasks]
+        tasks = [task for task in benchmark.tasks if names or task in model.stage.tasks]
 
         # the questions, and what is blindly known of others like them
         samples = data.question_set(every.scenes.values(), tasks, max(3, 60 // len(true)), seed)
@@ -1664,7 +1662,6 @@ def evaluate_run(args: argparse.Namespace):
     evaluate_scenes(
         model,
         scenes,
-        model.stage,
         place,
         record=record,
         names=args.benchmark,

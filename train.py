@@ -937,13 +937,12 @@ def train(args: argparse.Namespace, scenes: dict | None = None, text=None) -> nn
             draw_loss(args.out)
         distributed.barrier()
 
-    def score(stage: Stage, out: Path, names: Iterable[str] = ()):
-        """Score the model, as that stage sees, in scenes it never saw; every rank takes part."""
+    def score(out: Path, names: Iterable[str] = ()):
+        """Score the model, as its stage sees, in scenes it never saw; every rank takes part."""
         with unsharded(model):
             evaluate.evaluate_scenes(
                 model,
                 test_scenes,
-                stage,
                 out,
                 record=record,
                 names=names,
@@ -1026,11 +1025,11 @@ def train(args: argparse.Namespace, scenes: dict | None = None, text=None) -> nn
 
         # some skills are scored before the next stage changes the model
         if stage.score and not args.no_eval:
-            score(stage, args.out / f"after {stage.name}", stage.score)
+            score(args.out / f"after {stage.name}", stage.score)
 
     # the finished model: its scores, some pictures of what it sees, and a report
     if not args.no_eval:
-        score(stages[-1], args.out)
+        score(args.out)
         with unsharded(model):
             if rank == 0:
                 model.pictures(test_scenes, args.out / "pictures")

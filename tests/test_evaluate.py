@@ -337,7 +337,7 @@ def written(folder):
 def test_a_stage_is_scored_in_what_it_trained_or_what_is_named(tmp_path, capsys):
     """Questions come from scenes it never saw, blind answers from training scenes."""
     scenes = [data.room(seed, views=0, points=0) for seed in (900_000, 900_001, 5)]
-    score = partial(evaluate.evaluate_scenes, Echo(), scenes[:2], STAGE, tmp_path, record=RECORD)
+    score = partial(evaluate.evaluate_scenes, Echo(), scenes[:2], tmp_path, record=RECORD)
     entries = score(blind_scenes=scenes[2:])
     grounding, qa = entries["rooms/grounding"], entries["rooms/qa"]
     assert list(entries) == ["rooms/grounding", "rooms/qa"] and list(qa["counts"]) == ["count"]
