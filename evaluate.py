@@ -473,11 +473,22 @@ class Benchmark:
         return prompt.replace("{options}", options).replace("{question}", sample.question)
 
     def score(self, answer: str, sample: Sample, scene: Scene) -> dict:
-        return {name: metric(answer, sample, scene) for name, metric in self.metrics.items()}
+        """Score one answer by every metric, and its words in every dialect."""
+        found = {name: metric(answer, sample, scene) for name, metric in self.metrics.items()}
+        for name, dialect in self.dialects.items():
+            known = [dialect.reference(r) for r in sample.answers or [sample.answer]]
+            matched = dialect.match(dialect.answer(answer), known)
+            found |= {f"{key}/{name}": value for key, value in matched.items()}
+        return found
 
     def text_sets(self, questions: Questions, answers: list[str]) -> dict:
         """Prepare the sets of `text_scores`, for scores of all answers together."""
-        return {}
+        sets = {}
+        for name, d in self.dialects.items():
+            if d.ngrams:
+                said = [[d.ngrams(d.answer(text))] for text in answers]
+                sets[f"/{name}"] = said, [[*map(d.reference, s.answers)] for s in questions.samples], d.ptb
+        return sets
 
 
 class TextBenchmark(Benchmark):
@@ -485,22 +496,6 @@ class TextBenchmark(Benchmark):
 
     dialects = DIALECTS
     tokens = 96
-
-    def score(self, answer, sample, scene):
-        found = {}
-        for name, dialect in self.dialects.items():
-            known = [dialect.reference(r) for r in sample.answers or [sample.answer]]
-            matched = dialect.match(dialect.answer(answer), known)
-            found |= {f"{key}/{name}": value for key, value in matched.items()}
-        return found
-
-    def text_sets(self, questions, answers):
-        sets = {}
-        for name, d in self.dialects.items():
-            if d.ngrams:
-                said = [[d.ngrams(d.answer(text))] for text in answers]
-                sets[f"/{name}"] = said, [[*map(d.reference, s.answers)] for s in questions.samples], d.ptb
-        return sets
 
 
 class Captions(Benchmark):
@@ -512,6 +507,9 @@ class Captions(Benchmark):
 
     dialects = CAPTION_DIALECTS
     tokens = 128
+
+    def score(self, answer, sample, scene):
+        return {}  # only all captions together have scores
 
     def text_sets(self, questions, answers):
         # whether a proposal fits the object at all
