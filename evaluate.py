@@ -1039,11 +1039,12 @@ def load(
         scenes = read_boxes(root)
     else:
         # scans, or scenes that `data.py cache` has kept, of videos too
-        found = data.find_scans(root) or data.find_scenes(root)
-        there, scenes = {path.stem.partition(".")[0]: path for path in found}, {}
-        for scene in wanted & there.keys():
-            own = options if data.is_scan(there[scene]) else {}
-            scenes[scene] = data.open_scene(there[scene], "none", **own)
+        scenes = {}
+        for path in data.find_scans(root) or data.find_scenes(root):
+            scene = path.stem.partition(".")[0]
+            if scene in wanted:
+                own = options if data.is_scan(path) else {}
+                scenes[scene] = data.open_scene(path, "none", **own)
     missing = wanted - scenes.keys()
     if missing and not (partial and wanted & scenes.keys()):
         raise DataError(
