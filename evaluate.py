@@ -76,7 +76,6 @@ CLEANED = {  # word -> word of the cleaner that six code bases score ScanQA and 
     "chai": "chair", "wasing": "washing", "waslked": "walked", "oclock": "o'clock", "none": "zero",
     "23": "twenty-three", **{str(n): word for n, word in enumerate(WORDS[:21])},
 }  # fmt: skip
-CLEANED_WORD = re.compile(r"\b(" + "|".join(CLEANED) + r")\b")
 
 
 @cache  # references and guesses are cleaned again and again
@@ -87,7 +86,7 @@ def clean(text: str) -> str:
     """
     text = re.sub(r"^ | $", "", re.sub(r" {2,}", " ", text.lower()))
     text = re.sub(r"[^a-z0-9,'\s\-:]+", "", text)
-    text = CLEANED_WORD.sub(lambda found: CLEANED[found[1]], text)
+    text = re.sub(r"\w+", lambda found: CLEANED.get(found[0], found[0]), text)
     text = re.sub(r"\bo' +clock\b", "o'clock", text)
     text = re.sub(r"\b([a-zA-Z]+)[0-9]\b", r"\1", text)  # "mat2"
     for article in ("a", "an", "the"):
@@ -243,8 +242,7 @@ def overlaps(answer: str, reference: str) -> bool:
 
 def refined(answer, references):
     """Match with EM, and EM-R: equal to a reference, or overlapping with one."""
-    equal = answer in references
-    return {"em": float(equal), "em_refined": float(equal or any(overlaps(answer, r) for r in references))}
+    return strict(answer, references) | {"em_refined": float(any(overlaps(answer, r) for r in references))}
 
 
 def refined_in_order(answer, references):
