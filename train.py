@@ -125,11 +125,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(parents=[command], allow_abbrev=False, description="Train a paper.")
     add = parser.add_argument
     add("--out", type=Path, help="run folder (default runs/<model>)")
-    add("--resume", action="store_true", help="go on from the run folder's checkpoint")
-    add("--overwrite", action="store_true", help="replace the run in the run folder")
+    switches = {
+        "resume": "go on from the run folder's checkpoint",
+        "overwrite": "replace the run in the run folder",
+        "shard": "FSDP2: spread weights, gradients, Adam over processes",
+        "recompute": "gradient checkpointing: less memory, more time",
+        "tensorboard": None,
+        "no-eval": "train only",
+        "fresh": "tiny preset: train the language model anew",
+    }
+    for name, words in switches.items():
+        add(f"--{name}", action="store_true", help=words)
     add("--save-every", type=int, default=500, help="steps between checkpoints within a stage")
-    add("--shard", action="store_true", help="FSDP2: spread weights, gradients, Adam over processes")
-    add("--recompute", action="store_true", help="gradient checkpointing: less memory, more time")
     add(
         "--dtype",
         choices=("float32", "bfloat16"),
@@ -142,9 +149,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=max(0, min(4, spare)),
         help="loader processes (default: cores to spare, at most 4)",
     )
-    add("--tensorboard", action="store_true")
-    add("--no-eval", action="store_true", help="train only")
-    add("--fresh", action="store_true", help="tiny preset: train the language model anew")
 
     args = parser.parse_args(argv)
     args.command = vars(command.parse_known_args(argv)[0])
