@@ -61,7 +61,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 # OpenMP threads wait for each other at every barrier, by default spinning for long. Beside a busy core a
@@ -941,17 +941,9 @@ def train(args: argparse.Namespace, scenes: dict | None = None, text=None) -> nn
             draw_loss(args.out)
         distributed.barrier()
 
-    def score(out: Path, names: Iterable[str] = ()):
-        """Score the model, as its stage sees, in scenes it never saw; every rank takes part."""
-        with unsharded(model):
-            evaluate.evaluate_scenes(
-                model,
-                test_scenes,
-                out,
-                record=record,
-                names=names,
-                blind_scenes=train_scenes[:300],  # whose answers the blind baseline knows
-            )
+    # the blind baseline knows the answers of some scenes that the model trains in
+    blind = train_scenes[:300]
+    score = partial(evaluate.evaluate_scenes, model, test_scenes, record=record, blind_scenes=blind)
 
     distributed.listen()  # again: the language model's run did so for itself
     for index in range(position["stage"], len(stages)):
@@ -1029,12 +1021,13 @@ def train(args: argparse.Namespace, scenes: dict | None = None, text=None) -> nn
 
         # some skills are scored before the next stage changes the model
         if stage.score and not args.no_eval:
-            score(args.out / f"after {stage.name}", stage.score)
+            with unsharded(model):
+                score(args.out / f"after {stage.name}", names=stage.score)
 
     # the finished model: its scores, some pictures of what it sees, and a report
     if not args.no_eval:
-        score(args.out)
         with unsharded(model):
+            score(args.out)
             if rank == 0:
                 model.pictures(test_scenes, args.out / "pictures")
                 evaluate.write_report(args.out)
