@@ -821,15 +821,15 @@ def read_rooms(args: argparse.Namespace, config, text: data.TinyText, scenes: li
         run = dict(out=out, resume=begun, overwrite=args.fresh, no_eval=True, shard=False)
         own = argparse.Namespace(**vars(args) | settings | run)
         own.command = args.command | settings
-        train(own, {"train": rooms_to_read(args, count, scenes), "test": []}, text)
+        train(own, (rooms_to_read(args, count, scenes), []), text)
     return out
 
 
-def train(args: argparse.Namespace, scenes: dict | None = None, text=None) -> nn.Module:
+def train(args: argparse.Namespace, scenes: tuple = (), text=None) -> nn.Module:
     """Train all stages of a paper, score the result, and return the model.
 
-    Its position, and a checkpoint of model and optimizer, are all that a resume needs. scenes: those of the
-    splits "train" and "test", text: the tokenizer, where they are not to be made here.
+    Its position, and a checkpoint of model and optimizer, are all that a resume needs. scenes: those to train
+    in and those to score in, text: the tokenizer, where they are not to be made here.
     """
     distributed = Distributed()
     distributed.listen()
@@ -854,13 +854,10 @@ def train(args: argparse.Namespace, scenes: dict | None = None, text=None) -> nn
     if args.data == "scannet":
         options.setdefault("max_frames", vars(config).get("frames", 32))
     counts = {"train": args.train_scenes, "test": args.test_scenes}
-    scenes = scenes or {
-        split: data.load_scenes(
-            args.data, split, args.root, count, args.workers, distributed.share, **options
-        )
+    train_scenes, test_scenes = scenes or (
+        data.load_scenes(args.data, split, args.root, count, args.workers, distributed.share, **options)
         for split, count in counts.items()
-    }
-    train_scenes, test_scenes = scenes["train"], scenes["test"]
+    )
     if not train_scenes or not (test_scenes or args.no_eval):
         raise DataError(f"--data {args.data}: give a scene to train in and one to score in, or --no-eval")
     if len(train_scenes) == 1:
@@ -874,7 +871,7 @@ def train(args: argparse.Namespace, scenes: dict | None = None, text=None) -> nn
     for i, stage in enumerate(stages):
         if args.annotations and stage.files:
             folders = Path(args.annotations), Path(args.root or args.annotations)
-            own, counted = evaluate.mixture(stage.files, *folders, *scenes.values(), args.seed)
+            own, counted = evaluate.mixture(stage.files, *folders, train_scenes, test_scenes, args.seed)
             print0("\n".join([f"stage {stage.name} asks from official files:", *counted]))
             mixtures[stage.name] = counted
             if own:
