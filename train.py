@@ -533,10 +533,9 @@ def learning_rate(stage: Stage, step: int, steps: int) -> float:
 def make_optimizer(model: nn.Module, stage: Stage) -> torch.optim.AdamW:
     """AdamW over what the stage trains; weight decay on matrices only."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
     groups = [
-        {"params": matrices, "weight_decay": stage.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": stage.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=stage.lr, betas=stage.betas)
 
@@ -556,9 +555,8 @@ def compute_gradients(
     device = distributed.device
     totals = torch.zeros(7, dtype=torch.float64, device=device)
     for i, micro_batch in enumerate(micro_batches):
-        # with DDP gradients meet once a step
-        if isinstance(net, DistributedDataParallel):
-            net.require_backward_grad_sync = i == len(micro_batches) - 1
+        # with DDP gradients meet once a step; other modules have no use for this
+        net.require_backward_grad_sync = i == len(micro_batches) - 1
 
         weight = micro_batch["weight"]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -592,8 +590,8 @@ def compute_gradients(
     norm = nn.utils.clip_grad_norm_(trained.values(), clip or math.inf)
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     accuracy = correct / count if count else None
-    numbers = {"loss": loss * per_term, "norm": norm, "accuracy": accuracy}
-    return numbers | {"terms": terms, "questions": questions}, tokens, stop > 0
+    numbers = dict(loss=loss * per_term, norm=norm, accuracy=accuracy, terms=terms, questions=questions)
+    return numbers, tokens, stop > 0
 
 
 def update(optimizer: torch.optim.Optimizer, numbers: dict, position: dict) -> bool:
@@ -607,7 +605,7 @@ def update(optimizer: torch.optim.Optimizer, numbers: dict, position: dict) -> b
     else:
         numbers |= {"loss": None, "norm": None}  # JSON knows no NaN
         position["skipped"] += 1
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return finite
 
 
