@@ -297,7 +297,7 @@ class Distributed:
         self.connect()
         parts = [None] * self.world
         dist.all_gather_object(parts, [make(item) for item in items[self.rank :: self.world]])
-        return [parts[i % self.world][i // self.world] for i in range(len(items))]
+        return list(itertools.chain(*itertools.zip_longest(*parts)))[: len(items)]
 
     def print0(self, text: str):
         """Print once for all processes, above a progress bar."""
@@ -356,7 +356,7 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 
 def scene_line(scenes: list[Scene]) -> str:
     """Say what scenes take; frames that are read when they are looked at take nothing."""
-    parts = [part for s in scenes for part in (s, s.frames) if isinstance(part, Scene | data.Frames)]
+    parts = [part for s in scenes for part in (s, s.frames) if part]
     held = sum(a.nbytes for part in parts for a in vars(part).values() if isinstance(a, np.ndarray))
     return f"{len(scenes)} scenes to train in, {held / len(scenes) / 2**20:.1f} MB of memory each"
 
@@ -438,10 +438,10 @@ class QuestionDataset(torch.utils.data.Dataset):
         own = slots[self.rank + self.world * part :: self.world * self.stage.accumulate]
 
         # a rank without a slot repeats the first with weight 0: no collective waits for it
-        groups = []
-        for slot, chosen in own or slots[:1]:
-            rng = np.random.default_rng([1, *self.key, step, slot])
-            groups.append(self.ask(rng, *chosen))
+        groups = [
+            self.ask(np.random.default_rng([1, *self.key, step, slot]), *chosen)
+            for slot, chosen in own or slots[:1]
+        ]
         questions = sum(len(samples) or 1 for _, samples in groups)
 
         # of a scene only what the draw changed travels between processes: frames stay where they are
@@ -469,8 +469,8 @@ class OfficialQuestions(QuestionDataset):
             rng.shuffle(own)
 
             # a few questions of a scene in a row, so that a batch has few scenes to encode
-            for begun in range(0, len(own), self.stage.per_scene):
-                runs.append(own[begun : begun + self.stage.per_scene])
+            few = self.stage.per_scene
+            runs += [own[begun : begun + few] for begun in range(0, len(own), few)]
         rng.shuffle(runs)
         return list(itertools.chain(*runs))
 
@@ -501,11 +501,10 @@ def load_steps(dataset: QuestionDataset, steps: range, workers: int) -> Iterator
     """Yield the micro-batches of each step, drawn ahead by loader processes."""
     # a step is a batch of micro-batches
     n = dataset.stage.accumulate
-    items = range(steps.start * n, steps.stop * n)
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_size=n,
-        sampler=items,
+        sampler=range(steps.start * n, steps.stop * n),
         collate_fn=list,
         num_workers=workers,
         worker_init_fn=start_worker,
@@ -645,9 +644,11 @@ def save_checkpoint(
     weights = data.named_weights(model)
     tensors = {"weights": gather(weights, rank)}
     if optimizer:
-        moments = {}
-        for name, p in weights.items():
-            moments |= {f"{name}/{key}": value for key, value in optimizer.state.get(p, {}).items()}
+        moments = {
+            f"{name}/{key}": value
+            for name, p in weights.items()
+            for key, value in optimizer.state.get(p, {}).items()
+        }
         tensors["optimizer"] = gather(moments, rank)
     if rank > 0:
         return
@@ -850,7 +851,7 @@ def train(args: argparse.Namespace, scenes: tuple = (), text=None) -> nn.Module:
     # scenes to train in, and scenes to score in
     options = data.scene_options(args)
     if args.data == "scannet":
-        options.setdefault("max_frames", vars(config).get("frames", 32))
+        options.setdefault("max_frames", getattr(config, "frames", 32))
     counts = {"train": args.train_scenes, "test": args.test_scenes}
     train_scenes, test_scenes = scenes or (
         data.load_scenes(args.data, split, args.root, count, args.workers, distributed.share, **options)
@@ -971,7 +972,7 @@ def train(args: argparse.Namespace, scenes: tuple = (), text=None) -> nn.Module:
             net = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
         # the questions, drawn ahead by loader processes
-        kind = OfficialQuestions if stage.name in listed else QuestionDataset
+        kind = OfficialQuestions if own else QuestionDataset
         dataset = kind(model, asked, stage, (args.seed, index), rank, world, own)
         todo = range(position["step"], steps[index])
         name = f"{stage.name} ({index + 1} of {len(stages)})"
