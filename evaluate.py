@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import html
 import importlib
 import itertools
 import json
@@ -41,6 +40,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from html import escape
 from pathlib import Path
 
 # a short spin at OpenMP's barriers, as in train.py
@@ -180,13 +180,11 @@ def boxes_f1(text, sample, scene, threshold):
     from scipy.optimize import linear_sum_assignment
 
     found, truth = boxes(text), true_boxes(sample.targets, scene)
-    if not found and not truth:
-        return 1.0
 
     # pairs with the largest sum of overlap, which need not give the most hits
     iou = box_ious(found, truth).astype(np.float32)
     hits = (iou[linear_sum_assignment(-iou)] >= threshold).sum()
-    return 2 * hits / (len(found) + len(truth))
+    return 2 * hits / (len(found) + len(truth)) if found or truth else 1.0
 
 
 def spatial_score(text, sample, scene, parse):
@@ -467,8 +465,7 @@ class Benchmark:
 
     def write_prompt(self, sample: Sample) -> str:
         prompt = self.choice_prompt if sample.options else self.prompt
-        options = "\n".join(sample.options or [])
-        return prompt.replace("{options}", options).replace("{question}", sample.question)
+        return prompt.format(question=sample.question, options="\n".join(sample.options or ()))
 
     def score(self, answer: str, sample: Sample, scene: Scene) -> dict:
         """Score one answer by every metric, and its words in every dialect."""
@@ -653,7 +650,7 @@ def make_sample(id: object, scene: str, task: str, question: str, answers: list[
     if not (isinstance(answers, list) and answers and written):
         raise ValueError(f"scene, question and a list of answers must be text, not {texts}"[:200])
     template = " ".join([task, *question.lower().split()[:2]])
-    return Sample(str(id), scene, task, question, answers[0], list(answers), template=template, **more)
+    return Sample(str(id), scene, task, question, answers[0], answers, template=template, **more)
 
 
 WORD = "{question}\nAnswer the question using a single word or phrase."
@@ -842,8 +839,9 @@ class VSIBench(Spatial):
     def read(self, id, scene_name, question_type, question, ground_truth, options=None, **others):
         task, _, kind = re.sub("_(easy|medium|hard)$", r" \1", question_type).partition(" ")
         value = None if options else float(ground_truth)
-        more = dict(kind=kind, options=options, value=value)
-        return make_sample(id, scene_name, f"vsi_{task}", question, [ground_truth], **more)
+        return make_sample(
+            id, scene_name, f"vsi_{task}", question, [ground_truth], kind=kind, options=options, value=value
+        )
 
 
 class SR91K(Benchmark):
@@ -1222,10 +1220,10 @@ def score(questions: Questions, answers: dict[str, str], others: dict[str, dict]
     values, each = measure(questions, answers)
 
     # the same questions by chance, blind, and by other models
-    columns, blind = {"chance": chance_scores(questions), "blind": {}}, {}
+    blind = {}
     if questions.blind:
         blind = {s.id: plain(questions.blind.predict(s, shown), shown) for s, _, shown in questions.each()}
-        others = others | {"blind": blind}
+    columns = {"chance": chance_scores(questions), "blind": measure(questions, blind)[0] if blind else {}}
     columns |= {name: measure(questions, found)[0] for name, found in others.items()}
 
     # a row per question, what was wrong with its answer, and how well proposals fit its targets
@@ -1390,22 +1388,20 @@ def write_report(out: Path):
         return
 
     # tables and worst answers, also of rooms of other sizes and of earlier stages
-    parts = [f"<!doctype html><meta charset=utf-8><title>{html.escape(out.name)}</title>"]
+    parts = [f"<!doctype html><meta charset=utf-8><title>{escape(out.name)}</title>"]
     for path in sorted(out.rglob("metrics.json")):
         entries = json.loads(path.read_text())
         facts = json.dumps(entries.pop("provenance"))
-        parts.append(
-            f"<h2>{html.escape(path.parent.name)}</h2><pre>{html.escape(table(entries))}</pre>{facts}"
-        )
+        parts.append(f"<h2>{escape(path.parent.name)}</h2><pre>{escape(table(entries))}</pre>{facts}")
         for title in entries:
             lines = (path.parent / "predictions" / f"{title}.jsonl").read_text().splitlines()
             rows = sorted(map(json.loads, lines), key=lambda row: row["score"])[:5]
             text = "\n".join(f"{key}: {value}" for row in rows for key, value in row.items())
-            parts.append(f"<h3>{html.escape(title)}: worst answers</h3><pre>{html.escape(text)}</pre>")
+            parts.append(f"<h3>{escape(title)}: worst answers</h3><pre>{escape(text)}</pre>")
 
     # pictures stay where they are
     for picture in sorted(out.rglob("*.png")):
-        name = html.escape(str(picture.relative_to(out)))
+        name = escape(str(picture.relative_to(out)))
         parts.append(f'<p>{name}<br><img src="{name}" alt="{name}" style="max-width: 100%">')
     (out / "report.html").write_text("\n".join(parts), encoding="utf-8", errors="replace")
 
@@ -1514,7 +1510,7 @@ def mixture(
             f"{name}: {len(order):,} questions kept of {dropped.total():,} ({source.printed:,} in the "
             f"paper); dropped were {reasons or 'none'}"
         )
-    return dict(listed), report
+    return listed, report
 
 
 # ---- 10 ask, command line ------------------------------------------------------------------------
@@ -1729,8 +1725,8 @@ def ask_scene(args: argparse.Namespace):
     # a picture of what was read, and of the places in the answers
     picture = args.out or args.run / "ask.png"
     data.draw_scene(scene, picture, lines, model.token_centers(scene), texts)
-    pictures = [picture, *model.answer_pictures(scene, samples, texts, picture.parent)]
-    print("\n".join(f"picture: {path}" for path in pictures))
+    for path in (picture, *model.answer_pictures(scene, samples, texts, picture.parent)):
+        print(f"picture: {path}")
 
 
 def place(text: str) -> np.ndarray:
