@@ -511,13 +511,12 @@ class Captions(Benchmark):
         fits = [proposal_fit(scene, shown, s.targets[0]) for s, scene, shown in questions.each()]
         sets = {}
         for (name, d), k in itertools.product(self.dialects.items(), (0.5, 0.25)):
-            hits = np.array(fits) >= k + d.above
-            kept = [f"sos {text} eos" if hit else "sos eos" for text, hit in zip(answers, hits, strict=True)]
-            known = []
-            for s in questions.samples:
+            said, known = [], []
+            for s, answer, fit in zip(questions.samples, answers, fits, strict=True):
+                said.append([d.answer(f"sos {answer} eos" if fit >= k + d.above else "sos eos")])
                 texts = s.tokens if d.first_30 and s.tokens else s.answers
                 known.append([d.reference(f"sos {text} eos") for text in texts])
-            sets[f"@{k}/{name}"] = [[d.answer(text)] for text in kept], known, d.ptb
+            sets[f"@{k}/{name}"] = said, known, d.ptb
         return sets
 
 
