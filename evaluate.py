@@ -597,10 +597,11 @@ def choose_dialects(benchmark: Benchmark, names: Iterable[str], paper: str = "")
     """Give a benchmark some of its dialects: those named ("all": every one), else the paper's, else
     its first.
     """
-    wanted = names or [PAPER_DIALECT.get(paper)]
-    chosen = {name: d for name, d in benchmark.dialects.items() if name in wanted or "all" in wanted}
+    known = benchmark.dialects
+    wanted = known if "all" in names else names or [PAPER_DIALECT.get(paper)]
+    chosen = [name for name in known if name in wanted] or [*known][:1]
     benchmark = copy.copy(benchmark)
-    benchmark.dialects = chosen or dict(itertools.islice(benchmark.dialects.items(), 1))
+    benchmark.dialects = {name: known[name] for name in chosen}
     return benchmark
 
 
@@ -1631,10 +1632,10 @@ def evaluate_run(args: argparse.Namespace):
     """Score a finished run: in its test scenes, in rooms of N objects, or on official files."""
     # questions of official files, in their scans
     model, record = load_run(args.run)
-    out, asked = args.out or args.run, []
+    out, asked, options = args.out or args.run, [], record["scene_options"]
     for name in args.benchmark if args.annotations else ():
         root = Path(args.root or record["root"] or "scans")
-        options = record["scene_options"]  # frames as the model has seen them
+        # frames as the model has seen them
         questions = load(name, args.annotations, root, args.partial, args.dialect, record["model"], **options)
         asked.append(with_proposals(questions, args.proposals, model, record["seed"]))
     if asked:
@@ -1642,7 +1643,7 @@ def evaluate_run(args: argparse.Namespace):
         return write_report(out)
 
     # scenes that the run did not train in, and some it did, whose answers the blind baseline knows
-    load_scenes = partial(data.load_scenes, record["data"], root=record["root"], **record["scene_options"])
+    load_scenes = partial(data.load_scenes, record["data"], root=record["root"], **options)
     count, objects, place = record["scene_counts"], args.objects, out
     blind = load_scenes("train", count=min(300, count["train"]))
     if objects is None:
