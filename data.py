@@ -694,7 +694,7 @@ def _rectangles(low, high, pose, size, half_fov):
     return np.clip(pixels, 0, size).astype(int).tolist()
 
 
-def ray_cast(lo, hi, pose, size, bounds=None, half_fov=HALF_FOV):
+def ray_cast(lo, hi, pose, size, bounds, half_fov=HALF_FOV):
     """Find what the pixels of a square view hit first: paint box after box over what is farther.
 
     A ray meets a box between its last entry and its first exit over the three pairs of faces (slab
@@ -705,10 +705,9 @@ def ray_cast(lo, hi, pose, size, bounds=None, half_fov=HALF_FOV):
         between its y faces       t = 2 ....... 4
         inside                        2 .. 3         last entry 2 < first exit 3: a hit at t = 2, on the y face
 
-    Args: lo, hi [B, 3] corners of the boxes; pose [4, 4] camera to world; bounds [2, 3], a room
-    around it all, seen from inside. Returns, for P = size * size pixels: depth [P] float32 (0 =
-    nothing), box [P] (B = the room, -1 = nothing), face [P] in the order of NORMALS, the points hit
-    [P, 3].
+    Args: lo, hi [B, 3] corners of the boxes; pose [4, 4] camera to world; bounds [2, 3], the room
+    around it all, seen from inside. Returns, for P = size * size pixels: depth [P] float32, box [P]
+    (B = the room), face [P] in the order of NORMALS.
     """
     right, down, forward, eye = pose[:3].T
     step = (2 * np.arange(size) + 1 - size) / size * half_fov  # pixel centers at depth 1
@@ -718,16 +717,12 @@ def ray_cast(lo, hi, pose, size, bounds=None, half_fov=HALF_FOV):
     inverse = 1 / rays
     ends = (np.stack([lo, hi]) - eye).astype(np.float32)  # [2, B, 3]
 
-    # the room first, if there is one: seen from inside, a ray meets it at its first exit
-    depth = np.full((size, size), np.inf, np.float32)
-    found = np.full((size, size), -1)
-    axis = np.zeros((size, size), int)  # of the face that is met
-    if bounds is not None:
-        a, b = (bounds - eye).astype(np.float32)[:, :, None, None] * inverse
-        exits = np.maximum(a, b)
-        depth = exits.min(0)
-        axis = exits.argmin(0)
-        found[:] = len(lo)
+    # the room first: seen from inside, a ray meets it at its first exit
+    a, b = (bounds - eye).astype(np.float32)[:, :, None, None] * inverse
+    exits = np.maximum(a, b)
+    depth = exits.min(0)
+    axis = exits.argmin(0)  # of the face that is met
+    found = np.full((size, size), len(lo))
 
     # then every box, in its rectangle on the image
     for box, (u0, v0, u1, v1) in enumerate(_rectangles(*ends, pose, size, half_fov)):
@@ -745,11 +740,9 @@ def ray_cast(lo, hi, pose, size, bounds=None, half_fov=HALF_FOV):
             axis[window][hit] = entries.argmax(0)[hit]
 
     # towards -x a ray meets a +x normal, on a box and on a wall
-    depth[found < 0] = 0
     backwards = np.take_along_axis(rays, axis[None], 0)[0] < 0
     face = 2 * axis + backwards
-    points = eye + (depth * rays).reshape(3, -1).T
-    return depth.ravel(), found.ravel(), face.ravel(), points
+    return depth.ravel(), found.ravel(), face.ravel()
 
 
 def _sample_surface(lo, hi, owner, bounds, count, rng):
@@ -860,7 +853,7 @@ def room(seed, objects=None, views=12, size=96, points=4096):
     if views:
         poses = _cameras(rng, views, side, low, high)
         cast = [ray_cast(lo, hi, pose, size, bounds) for pose in poses]
-        depth, box, face, _ = (np.concatenate(part) for part in zip(*cast, strict=True))
+        depth, box, face = (np.concatenate(part) for part in zip(*cast, strict=True))
         shape = (views, size, size)
         color = _paint(palette, 6 * box + face, rng).reshape(*shape, 3)
         masks = owner[box].astype(np.int32).reshape(shape)
@@ -903,12 +896,12 @@ def category_icon(category, color, size):
     parts = _place_parts(category, extent, 0) - [0, 0, extent[2] / 2]
     lo, hi = parts * 2 / np.linalg.norm(extent)
     pose = _look(3.2 * _unit(np.array([[0.6, 0.8, 0.5]])), np.zeros((1, 3)))[0]
-    _, box, face, _ = ray_cast(lo, hi, pose, size, half_fov=0.35)
+    _, box, face = ray_cast(lo, hi, pose, size, np.array([3 * [-9], 3 * [9]]), half_fov=0.35)
 
+    # the room around it is black
     rgb = [MATERIALS.get(material, COLORS[color]) for material in PARTS.get(category, CUBE)[1]]
-    shaded = np.array(rgb)[:, None] * SHADE[:, None]  # [m, 6, 3]
-    image = np.where(box[:, None] < 0, 0, shaded[box, face])
-    return image.astype(np.uint8).reshape(size, size, 3)
+    shaded = np.array([*rgb, (0, 0, 0)])[:, None] * SHADE[:, None]  # [m + 1, 6, 3]
+    return shaded[box, face].astype(np.uint8).reshape(size, size, 3)
 
 
 # ---- 4 questions and baselines -------------------------------------------------------------------
