@@ -791,24 +791,28 @@ def _sample_surface(lo, hi, owner, bounds, count, rng):
     return [np.concatenate(part)[:count] for part in zip(*kept, strict=True)]
 
 
+def _shade(category, own):
+    """Color the six faces of a category's parts in the light, what has no material in its own color: [m, 6, 3]."""
+    rgb = [MATERIALS.get(material, own) for material in PARTS.get(category, CUBE)[1]]
+    return np.array(rgb)[:, None] * SHADE[:, None]
+
+
 def _palette(placed, rng):
-    """Color the six faces of every part and then of the room: [6 * (B + 1), 3] int16."""
-    rgb = []
+    """Color the six faces of every part and then of the room: [B + 1, 6, 3] int16."""
+    faces = []
     for category, color, _ in placed:
-        own = np.array(COLORS[color]) + rng.integers(-8, 9, 3)
-        rgb += [MATERIALS.get(material, own) for material in PARTS[category][1]]
-    faces = np.array(rgb)[:, None] * SHADE[:, None]  # [B, 6, 3]
+        faces += [*_shade(category, COLORS[color] + rng.integers(-8, 9, 3))]
 
     warm = rng.integers(-8, 9)
     wall = np.array([212 + warm, 208, 202 - warm]) - rng.integers(22)
     floor = FLOORS[rng.integers(len(FLOORS))]
     shell = [*np.outer([0.94, 0.98, 0.92, 1.0], wall), (236, 236, 232), floor]
-    return np.concatenate([faces.reshape(-1, 3), shell]).astype(np.int16)
+    return np.array([*faces, shell]).astype(np.int16)
 
 
-def _paint(palette, face, rng):
-    """Color points by their faces [P], with slight noise: [P, 3] uint8."""
-    color = palette[face] + rng.integers(-5, 6, (len(face), 1), dtype=np.int8)
+def _paint(palette, box, face, rng):
+    """Color points by their boxes and faces [P], with slight noise: [P, 3] uint8."""
+    color = palette[box, face] + rng.integers(-5, 6, (len(face), 1), dtype=np.int8)
     return np.clip(color, 0, 255).astype(np.uint8)
 
 
@@ -855,7 +859,7 @@ def room(seed, objects=None, views=12, size=96, points=4096):
         cast = [ray_cast(lo, hi, pose, size, bounds) for pose in poses]
         depth, box, face = (np.concatenate(part) for part in zip(*cast, strict=True))
         shape = (views, size, size)
-        color = _paint(palette, 6 * box + face, rng).reshape(*shape, 3)
+        color = _paint(palette, box, face, rng).reshape(*shape, 3)
         masks = owner[box].astype(np.int32).reshape(shape)
         focal = size / 2 / HALF_FOV
         K = np.tile([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]], (views, 1, 1))
@@ -866,7 +870,7 @@ def room(seed, objects=None, views=12, size=96, points=4096):
         scene.points = xyz.astype(np.float32)
         scene.normals = NORMALS[face]
         scene.instances = owner[box]
-        scene.colors = _paint(palette, 6 * box + face, rng)
+        scene.colors = _paint(palette, box, face, rng)
         piece = np.column_stack([np.floor(xyz).astype(int), 6 * box + face])
         scene.superpoints = np.unique(piece[:, [2, 3, 0, 1]], axis=0, return_inverse=True)[1].ravel()
     return scene
@@ -899,8 +903,7 @@ def category_icon(category, color, size):
     _, box, face = ray_cast(lo, hi, pose, size, np.array([3 * [-9], 3 * [9]]), half_fov=0.35)
 
     # the room around it is black
-    rgb = [MATERIALS.get(material, COLORS[color]) for material in PARTS.get(category, CUBE)[1]]
-    shaded = np.array([*rgb, (0, 0, 0)])[:, None] * SHADE[:, None]  # [m + 1, 6, 3]
+    shaded = np.array([*_shade(category, COLORS[color]), np.zeros((6, 3))])  # [m + 1, 6, 3]
     return shaded[box, face].astype(np.uint8).reshape(size, size, 3)
 
 
