@@ -571,7 +571,7 @@ def _choose(rng, count):
     surface = SURFACES[rng.integers(len(SURFACES))]
     others = [c for c in CATEGORIES if c not in ("door", "window", surface)]
     chosen = [surface, *several(rng, others, len(others))[: max(11, count // 5)]]
-    more = rng.integers(1, len(chosen), max(count - 3, 0))
+    more = rng.integers(1, len(chosen), count - 3)
     drawn = [surface, *(chosen[i] for i in more)]
 
     # what needs a wall before what stands free, large before small; then what stands in for what
@@ -772,7 +772,6 @@ def _sample_surface(lo, hi, owner, bounds, count, rng):
         n = 2 * count
         drawn = np.searchsorted(cumulative, rng.uniform(0, cumulative[-1], n))
         box, face = np.divmod(drawn, 6)
-        box = np.minimum(box, B)
         xyz = low[box] + rng.uniform(0, 1, (n, 3)) * (high - low)[box]
         axis = face // 2
         outer = face % 2 == (box < B)  # the room is seen from inside
