@@ -2577,13 +2577,12 @@ NUMBER = re.compile(r"([xyzwdhl])#(\d+)")
 
 def number_pieces(word):
     """Split a word of TinyText into number tokens: "[1.25, -0.80, 0.45]" -> "x#148", "y#115", "z#23"."""
-    # which axes its numbers belong to
+    # which axes its numbers belong to; a length has no sign
+    numbers = re.findall(r"-?\d+\.?\d*", word.lstrip("-"))
     if word[0] == "[":
-        axes, numbers = "xyzwdh", re.findall(r"-?\d+\.?\d*", word)
-    elif "." in word and word[0] in "xyzwdh":
-        axes, numbers = word[0], [word[1:]]
-    elif "." in word and word[-1].isdigit():
-        axes, numbers = "l", [word.lstrip("-")]
+        axes = "xyzwdh"
+    elif "." in word and numbers:
+        axes = word[0] if word[0] in NUMBERS else "l"
     else:
         return [word]
 
