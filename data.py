@@ -2305,8 +2305,8 @@ class SceneLanguageModel(nn.Module):
     def write_marks(self, scene, sample):
         """Put the paper's own words for objects in place of the marks in a question's texts."""
         write = partial(self.object_to_text, scene)
-        texts = [substitute(text, write) for text in (sample.question, sample.reasoning, sample.answer)]
-        return replace(sample, question=texts[0], reasoning=texts[1], answer=texts[2])
+        names = ("question", "reasoning", "answer")
+        return replace(sample, **{name: substitute(getattr(sample, name), write) for name in names})
 
     def batch(self, groups):
         """Turn scenes with their questions into tensors (`collate`); runs in loader processes, on the CPU."""
