@@ -2657,15 +2657,15 @@ def start_decoder(decoder, heads):
     decoder.norm.weight.fill_(0.1)
 
 
-def look_back(attention, heads, gain=2.0):
+def look_back(attention, heads):
     """Turn the first two heads into "the word before" and "the one before that".
 
     Constant queries and keys (biases) whose rotary angles agree at that distance, so that a
     question's end knows its last words.
     """
     size = attention.q_proj.out_features // heads
-    theta = 1e6 ** (-torch.arange(size // 2) * 2.0 / size)[:4]  # the four fastest rotary pairs
-    strength = math.sqrt(gain * math.sqrt(size))
+    theta = 1e6 ** (-torch.arange(4) * 2.0 / size)  # the four fastest rotary pairs
+    strength = math.sqrt(2 * math.sqrt(size))
 
     # a query at angle 0 and a key at angle 1 or 2 meet where the rotation by their distance is the
     # same
