@@ -1612,18 +1612,17 @@ def count(g, rng, task):
 
     The number is drawn first, or small ones would win.
     """
-    form, least, by_number = "color", 1, {0: []}
+    form = "color"
     if keys_of(g, "category"):
         form = pick(rng, ("category", "color", "category", "color", "pair"))
     if task == "vsi_counting":
-        form, least, by_number = "category", 2, {}
+        form = "category"
 
     # the groups by how many they are; what is absent counts 0
+    by_number = {0: []}
     for key in keys_of(g, form):
-        number = len(g.groups[key])
-        if number >= least:
-            by_number.setdefault(number, []).append(key)
-    number = pick(rng, list(by_number))
+        by_number.setdefault(len(g.groups[key]), []).append(key)
+    number = pick(rng, [number for number in by_number if number > 1 or task == "count"])
     key = absent(g, rng, form) if number == 0 else pick(rng, by_number.get(number, ()))
     if key is None:
         return None
