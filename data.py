@@ -1719,11 +1719,11 @@ def questions(scene, mix, count, rng):
     scene may give fewer.
     """
     samples = []
-    names, edges = list(mix), np.cumsum(list(mix.values()))  # a task owns the stretch up to its edge
-    for k in np.searchsorted(edges, rng.random(4 * count) * edges[-1], side="right").tolist():
+    weights = np.array(list(mix.values()))
+    for task in rng.choice(list(mix), 4 * count, p=weights / weights.sum()).tolist():
         if len(samples) == count:
             break
-        sample = TASKS[names[k]](scene, rng)
+        sample = TASKS[task](scene, rng)
         if sample is not None:
             sample.id = f"{scene.name}/{sample.task}/{len(samples)}"
             samples.append(sample)
