@@ -299,13 +299,12 @@ def farthest_point_sampling(points: Tensor, count: int) -> Tensor:
     farthest from the centroid.
     """
     # start at the rim, so that the choice does not depend on the order of the points
-    count = min(count, len(points))
-    chosen = torch.empty(count, dtype=torch.long, device=points.device)
     index = (points - points.mean(0)).square().sum(1).argmax()
+    chosen = index.new_empty(min(count, len(points)))
 
     # then always where the nearest chosen point is farthest
     distance = torch.full_like(points[:, 0], float("inf"))  # [N] squared, to the nearest chosen point
-    for i in range(count):
+    for i in range(len(chosen)):
         chosen[i] = index
         to_newest = (points - points[index]).square().sum(1)
         distance = torch.minimum(distance, to_newest)
