@@ -2398,10 +2398,9 @@ class SceneLanguageModel(nn.Module):
                 places.append(positions[s, own[:end]])
 
         # padded on the left, so that all end in the last column
-        question = pad_sequence(asked, True, IGNORE, "left")  # [Q, N]
-        place = pad_sequence(places, True, 0, "left")  # [Q, N]
-        present = question != IGNORE
-        question = question.where(present, self.text.pad)
+        question = pad_sequence(asked, True, self.text.pad, "left")  # [Q, N]
+        place = pad_sequence(places, True, -1, "left")  # [Q, N]
+        present = place >= 0
         N = question.shape[1]
 
         # read the questions behind copies of their scenes' prefixes
