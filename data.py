@@ -2156,8 +2156,8 @@ class SceneLanguageModel(nn.Module):
         return ()
 
     def feature_weights(self):
-        """Give the module whose weights `compute_features` depends on, or None."""
-        return None
+        """Give the module whose weights `compute_features` depends on."""
+        return nn.Module()
 
     def object_to_text(self, scene, object_id):
         """Write the object that a mark "<obj 3>" stands for."""
@@ -2253,8 +2253,7 @@ class SceneLanguageModel(nn.Module):
     def cache_key(self):
         """Hash the settings and weights that the features depend on."""
         digest = hashlib.sha256(repr(self.feature_settings()).encode())
-        weights = self.feature_weights()
-        for name, value in weights.named_parameters() if weights is not None else ():
+        for name, value in self.feature_weights().named_parameters():
             digest.update(name.encode() + value.detach().float().cpu().clone().numpy().tobytes())
         return digest.hexdigest()[:16]
 

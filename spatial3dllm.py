@@ -565,7 +565,7 @@ class Model(data.SceneLanguageModel):
         return (self.encoder_trains, self.config)
 
     def feature_weights(self):
-        return None if self.encoder_trains else self.encoder
+        return nn.Module() if self.encoder_trains else self.encoder
 
     # -- seeds to tokens
 
