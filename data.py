@@ -1879,7 +1879,7 @@ class TinyText:
 
         # every piece once; a run's words decide the rest, in an order of their own
         identifiers = [f"<obj{i:03d}>" for i in range(100)]
-        counts = [str(i) for i in range(301)]
+        counts = map(str, range(301))
         self.words = sorted(set(words))
         pieces = ["<pad>", "<eos>", "<unk>", *identifiers, *numbers, *counts, *".,?!:;=-()", *self.words]
         self.pieces = list(dict.fromkeys(pieces))
