@@ -705,8 +705,8 @@ def ray_cast(lo, hi, pose, size, bounds, half_fov=HALF_FOV):
         inside                        2 .. 3         last entry 2 < first exit 3: a hit at t = 2, on the y face
 
     Args: lo, hi [B, 3] corners of the boxes; pose [4, 4] camera to world; bounds [2, 3], the room
-    around it all, seen from inside. Returns, for P = size * size pixels: depth [P] float32, box [P]
-    (B = the room), face [P] in the order of NORMALS.
+    around it all, seen from inside. Returns, all [size, size]: depth float32, box (B = the room),
+    face in the order of NORMALS.
     """
     right, down, forward, eye = pose[:3].T
     step = (2 * np.arange(size) + 1 - size) / size * half_fov  # pixel centers at depth 1
@@ -740,8 +740,7 @@ def ray_cast(lo, hi, pose, size, bounds, half_fov=HALF_FOV):
 
     # towards -x a ray meets a +x normal, on a box and on a wall
     backwards = np.take_along_axis(rays, axis[None], 0)[0] < 0
-    face = 2 * axis + backwards
-    return depth.ravel(), found.ravel(), face.ravel()
+    return depth, found, 2 * axis + backwards
 
 
 def _sample_surface(lo, hi, owner, bounds, count, rng):
@@ -809,8 +808,8 @@ def _palette(placed, rng):
 
 
 def _paint(palette, box, face, rng):
-    """Color points by their boxes and faces [P], with slight noise: [P, 3] uint8."""
-    color = palette[box, face] + rng.integers(-5, 6, (len(face), 1), dtype=np.int8)
+    """Color points by their boxes and faces [...], with slight noise: [..., 3] uint8."""
+    color = palette[box, face] + rng.integers(-5, 6, (*face.shape, 1), dtype=np.int8)
     return np.clip(color, 0, 255).astype(np.uint8)
 
 
@@ -855,13 +854,12 @@ def room(seed, objects=None, views=12, size=96, points=4096):
     if views:
         poses = _cameras(rng, views, side, low, high)
         cast = [ray_cast(lo, hi, pose, size, bounds) for pose in poses]
-        depth, box, face = (np.concatenate(part) for part in zip(*cast, strict=True))
-        shape = (views, size, size)
-        color = _paint(palette, box, face, rng).reshape(*shape, 3)
-        masks = owner[box].astype(np.int32).reshape(shape)
+        depth, box, face = (np.stack(part) for part in zip(*cast, strict=True))  # [V, size, size] each
+        color = _paint(palette, box, face, rng)
+        masks = owner[box].astype(np.int32)
         focal = size / 2 / HALF_FOV
         K = np.tile([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]], (views, 1, 1))
-        scene.frames = Frames(color, depth.reshape(shape), masks, K, poses)
+        scene.frames = Frames(color, depth, masks, K, poses)
 
     if points:
         xyz, box, face = _sample_surface(lo, hi, owner[:-1], bounds, points, rng)
@@ -902,7 +900,7 @@ def category_icon(category, color, size):
 
     # the room around it is black
     shaded = np.array([*_shade(category, COLORS[color]), np.zeros((6, 3))])  # [m + 1, 6, 3]
-    return shaded[box, face].astype(np.uint8).reshape(size, size, 3)
+    return shaded[box, face].astype(np.uint8)
 
 
 # ---- 4 questions and baselines -------------------------------------------------------------------
