@@ -603,7 +603,7 @@ def _furnish(rng, count, side, height):
 
         # the first candidate inside the room that keeps clear of everything
         gap = 0.02 if where == "top" else 0.06
-        margin = np.array([gap, gap, 0.0])
+        margin = [gap, gap, 0.0]
         taken_low, taken_high = np.array(taken).reshape(-1, 2, 3).swapaxes(0, 1)  # [k, 3] each
         clash = (low - margin)[:, None] < taken_high - 1e-6
         clash &= (high + margin)[:, None] > taken_low + 1e-6
@@ -842,7 +842,7 @@ def room(seed, objects=None, views=12, size=96, points=4096):
     high = np.array([part[1].max(0) for part in parts])
     boxes = np.concatenate([(low + high) / 2, high - low], 1)
     ids = np.arange(1, count + 1)
-    things = [Thing(*about) for about in zip(ids.tolist(), categories, colors, boxes, strict=True)]
+    things = list(map(Thing, ids.tolist(), categories, colors, boxes))
     bounds = np.array([[*-side / 2, 0.0], [*side / 2, height]])
     scene = Scene(f"room{seed:06d}", "rooms", things, bounds=bounds)
 
