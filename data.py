@@ -2381,18 +2381,18 @@ class SceneLanguageModel(nn.Module):
         P = int((block == 0).sum(1).max())
         shared = block[:, :P] == 0  # [S, P]
         cache = DynamicCache()
-        prefix, place = ids[:, :P].where(shared, self.text.pad), positions[:, :P].where(shared, 0)
-        self.forward_llm(prefix, place, packed_mask(shared.long() - 1), seen, nothing, cache)
+        prefix = ids[:, :P].where(shared, self.text.pad)
+        self.forward_llm(prefix, positions[:, :P], packed_mask(shared.long() - 1), seen, nothing, cache)
 
         # a row per question: its positions up to the one that carries the first label
         row, asked, places = [], [], []
         for s in range(len(block)):
             for q in range(1, int(block[s].max()) + 1):
                 own = (block[s] == q).nonzero()[:, 0]
-                end = int((labels[s, own] != IGNORE).int().argmax()) + 1
+                own = own[: (labels[s, own] == IGNORE).sum() + 1]
                 row.append(s)
-                asked.append(ids[s, own[:end]])
-                places.append(positions[s, own[:end]])
+                asked.append(ids[s, own])
+                places.append(positions[s, own])
 
         # padded on the left, so that all end in the last column
         question = pad_sequence(asked, True, self.text.pad, "left")  # [Q, N]
