@@ -1018,7 +1018,7 @@ TEMPLATES = {
     "subtract": ("{numbers} =",),
     "norm": ("{numbers} =",),
 }
-WORDS = (  # the words that code below writes besides those of the tables
+WORDS = (  # the words that code below writes besides those of the tables; of HEADINGS those that SIDES lacks
     "a an the thing things on near from floor wall yes no this there it is back means at least degrees to turn a b c d"
 )
 
@@ -1702,8 +1702,6 @@ def adopt(paper):
 def vocabulary(categories=CATEGORIES, more=()):
     """List every word that a question, its reasoning or its answer may hold, or one of `more` texts does."""
     texts = [WORDS, *more, *COLORS, *SELECT, *itertools.chain(*SIDES, *TEMPLATES.values())]
-    for sectors in HEADINGS.values():
-        texts += [answer for answer, *_ in sectors]
     for category in filter(None, categories):
         texts += [category, plural(category)]
     return sorted(set(re.findall(r"[a-z]+(?:'[a-z]+)?", " ".join(texts).lower())))
