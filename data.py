@@ -1176,7 +1176,7 @@ class SceneGraph:
 
         "chair", "red chair", "chair nearest to the bed", "largest red thing".
         """
-        words = {i: _words(self, i) for i in range(len(self.things))}
+        words = {i: self.names.get(i) or _comparison(self, i) for i in range(len(self.things))}
         return {i: text for i, text in words.items() if text}
 
 
@@ -1242,11 +1242,8 @@ def selection(g, how, key, anchor):
     return f"{phrase(*key)} {how} the {g.category(anchor)}"
 
 
-def _words(g, i):
-    """Find words that fit object i alone: a name, a relation to a unique object or a superlative."""
-    if i in g.names:
-        return g.names[i]
-
+def _comparison(g, i):
+    """Find words that fit object i alone by comparing: a relation to a unique object or a superlative."""
     # the first that fits, in the order in which people would say it
     o = g.things[i]
     kind = (o.category, "")
