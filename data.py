@@ -656,7 +656,7 @@ def _cameras(rng, count, side, low, high):
 
     # 24 candidates for each, towards the middle of the room: what hangs on a wall is seen from the front
     inside = np.array([*side / 2 - 0.3, 0])
-    xy = target * np.array([*1 - 2 / side, 0]) + rng.uniform(-1.5, 1.5, (count, 24, 3))
+    xy = target * [*1 - 2 / side, 0] + rng.uniform(-1.5, 1.5, (count, 24, 3))
     eye = np.clip(xy, -inside, inside) + rng.uniform([0, 0, 1.4], [0, 0, 2.2], (count, 24, 3))
 
     # how far a candidate is from the nearest box, and whether one is in its line of sight (slab test)
@@ -733,10 +733,9 @@ def ray_cast(lo, hi, pose, size, bounds, half_fov=HALF_FOV):
         enter = entries.max(0)
         leave = np.maximum(a, b).min(0)
         hit = (enter < leave) & (enter > 0.01) & (enter <= depth[window])
-        if hit.any():
-            depth[window][hit] = enter[hit]
-            found[window][hit] = box
-            axis[window][hit] = entries.argmax(0)[hit]
+        depth[window][hit] = enter[hit]
+        found[window][hit] = box
+        axis[window][hit] = entries.argmax(0)[hit]
 
     # towards -x a ray meets a +x normal, on a box and on a wall
     backwards = np.take_along_axis(rays, axis[None], 0)[0] < 0
@@ -784,7 +783,7 @@ def _sample_surface(lo, hi, owner, bounds, count, rng):
         inside = (probe > bounds[0]).all(1) & (probe < bounds[1]).all(1)
         seen = inside & ~hidden.any(1)
         kept.append((xyz[seen], box[seen], face[seen]))
-        found += int(seen.sum())
+        found += seen.sum()
     return [np.concatenate(part)[:count] for part in zip(*kept, strict=True)]
 
 
