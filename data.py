@@ -2779,7 +2779,7 @@ class Reader(SceneLanguageModel):
         for scene in scenes:
             # what things are called
             things, boxes = zip(*self.shown(scene), strict=True)
-            names = [("", "") if o is None else (o.category, o.color) for o in things]
+            names = [(o.category, o.color) if o else () for o in things]
             pairs = torch.tensor([name_pair(self.text, *pair) for pair in names], device=self.device)
             words = table[pairs].sum(1)  # [K, D]
 
