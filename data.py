@@ -3422,11 +3422,12 @@ def read_views(path, scale=None, max_frames=32, longest=None, vggt=VGGT, **docum
     # what a user says holds before what the layout documents
     layout = replace(layout, **documented)
     frames, notes = read_frames(path, layout, views, max_frames, longest)
-    has_depth, has_pose = frames.depth is not None, frames.poses is not None
+    known = {name: array for name, array in vars(frames).items() if array is not None}
+    has_depth, has_pose = "depth" in known, "poses" in known
 
     # VGGT sees the rest in the images, in the unit of what is known; without any it is guessed
-    if any(array is None for array in vars(frames).values()):
-        frames = fill_in(path, frames, vggt)
+    if len(known) < len(vars(frames)):
+        frames = replace(see(path, frames, vggt), **known)
     metric = has_depth or (has_pose and layout.metric)
     guess = 1.0 if metric else GUESS / np.median(frames.depth[frames.depth > 0])
     rescale(frames, guess * (scale or 1.0))
@@ -3712,7 +3713,7 @@ def read_scannet(folder, max_frames=32, longest=math.inf, geometry="files", vggt
     The axis alignment is the only transform. Instance = objectId + 1; wall, floor and ceiling are
     no objects; boxes are the extent of an object's points. Masks are read from instance-filt/ or
     else rendered. geometry: "vggt" takes depth and cameras from VGGT, whose weights `vggt` names
-    (`see_anew`). Raises DataError.
+    (`see`). Raises DataError.
     """
     folder = Path(folder).absolute()
     mesh, segs, aggregation, info = scan_files(folder)
@@ -3781,8 +3782,13 @@ def scan_frames(scene, world, layout, views, max_frames, longest, vggt):
     frames, notes = read_frames(scene.name, layout, views, max_frames, longest, fine=True)
     scene.notes += [note for note in notes if note not in scene.notes]
 
+    # of what VGGT sees as fine as the color, every n-th pixel is kept: 640 at most
     if vggt:
-        frames = see_anew(scene.name, frames, vggt)
+        frames = see(scene.name, frames, vggt)
+        n = math.ceil(max(frames.depth.shape[1:]) / 640)
+        pixels = np.s_[:, n // 2 :: n, n // 2 :: n]
+        frames.depth, frames.masks = frames.depth[pixels], frames.masks[pixels]
+        frames.intrinsics = np.diag([1 / n, 1 / n, 1]) @ frames.intrinsics
 
     # masks from files, or of the points that a frame sees
     frames.poses = world @ frames.poses
@@ -3912,30 +3918,29 @@ def rescale(frames, unit):
     frames.poses[:, :3, 3] *= unit
 
 
-def fill_in(where, frames, vggt):
-    """Put VGGT's depth, intrinsics and poses in place of those that are None, in the unit of
-    those that are known.
+def see(where, frames, vggt):
+    """See depth, intrinsics and poses in the color of frames by VGGT, in the unit of what they hold of these.
 
-    The unit is the median ratio of known to found depth, else of the cameras' distances from
-    their middle. A fifth of the found depth, the least certain, is dropped. Raises DataError
-    without VGGT.
+    The unit is the median ratio of known to found depth; else what is found is moved as one body to
+    known poses (`register`), so that a scan's boxes still hold. A fifth of the found depth, the least
+    certain, is dropped. Raises DataError without VGGT.
     """
-    known = {name: array for name, array in vars(frames).items() if array is not None}
     try:
         # what the images show, in a unit of their own
         depth, confidence, K, poses = vggt_geometry(frames.color, load_vggt(vggt))
     except DataError as error:
-        lacking = sorted(vars(frames).keys() - known)
+        lacking = [name for name, array in vars(frames).items() if array is None]
         raise DataError(f"{where}: has no {', '.join(lacking)}; {error}") from None
     sure = (depth > 0) & (confidence >= np.quantile(confidence, 0.2))
-    seen = Frames(frames.color, np.where(sure, depth, 0), frames.masks, K, poses)
+    seen = replace(frames, depth=np.where(sure, depth, 0), intrinsics=K, poses=poses)
 
+    # its own unit becomes that of what is known
     if frames.depth is not None:
         both = sure & (frames.depth > 0)
         rescale(seen, np.median(frames.depth[both] / depth[both]))
     elif frames.poses is not None:
         register(seen, frames.poses)
-    return replace(seen, **known)
+    return seen
 
 
 def register(frames, poses):
@@ -3953,20 +3958,6 @@ def register(frames, poses):
     world[:3, :3] = Rotation.from_matrix(turns).mean().as_matrix()
     world[:3, 3] = (poses - world @ frames.poses)[:, :3, 3].mean(0)
     frames.poses = world @ frames.poses
-
-
-def see_anew(where, frames, vggt):
-    """Put VGGT's depth and cameras in place of all that is known but for where the cameras stood.
-
-    What it finds is moved as one body (`register`), so that a scan's boxes still hold. Depth is kept at
-    640 pixels at most.
-    """
-    seen = fill_in(where, replace(frames, depth=None, intrinsics=None, poses=None), vggt)
-    register(seen, frames.poses)
-    n = math.ceil(max(seen.depth.shape[1:]) / 640)
-    pixels = np.s_[:, n // 2 :: n, n // 2 :: n]
-    K = np.diag([1 / n, 1 / n, 1]) @ seen.intrinsics
-    return Frames(seen.color, seen.depth[pixels], seen.masks[pixels], K, seen.poses)
 
 
 # ---- 9 superpoints and segments ------------------------------------------------------------------
