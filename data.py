@@ -3054,10 +3054,14 @@ def in_time(images, times, values):
     return picked
 
 
-def timed_views(images, depths, times, poses, cameras):
-    """Frames whose depth and pose are those nearest in time: each kind has a clock of its own."""
+def timed_views(images, depths, rows, cameras):
+    """Frames whose depth and pose are those nearest in time: each kind has a clock of its own.
+
+    rows [N, 7 or 8] of a trajectory: time, position, and a turn as in `rigid`.
+    """
     depths = in_time(images, map(stamp, depths), depths)
-    return map(FrameFiles, images, depths, in_time(images, times, poses), cameras)
+    poses = in_time(images, rows[:, 0], [rigid(row[1:4], row[4:]) for row in rows])
+    return map(FrameFiles, images, depths, poses, cameras)
 
 
 def named_views(mark, images, depth, pose):
@@ -3079,9 +3083,10 @@ def replica(mark):
     # one camera, and a pose for every number of a frame
     above = [folder / "cam_params.json" for folder in mark.parents]
     K = json_camera(read_json(next(filter(Path.exists, above)))["camera"])
-    poses, results = read_numbers(mark, 16).reshape(-1, 4, 4), mark.parent / "results"
-    images, depths = pictures(results, "frame*"), pictures(results, "depth*")
-    return timed_views(images, depths, range(len(poses)), poses, itertools.repeat(K))
+    poses = dict(enumerate(read_numbers(mark, 16).reshape(-1, 4, 4)))
+    for image in pictures(mark.parent / "results", "frame*"):
+        depth = image.with_name(f"depth{image.stem[5:]}.png")
+        yield FrameFiles(image, depth, poses.get(stamp(image)), K)
 
 
 TUM_CAMERAS = {  # part of a sequence's name -> its published camera
@@ -3097,23 +3102,21 @@ def tum(mark):
     # the published camera of a sequence is known by its name
     base, rows = mark.parent, read_numbers(mark, 8)
     name = next(name for name in TUM_CAMERAS if name in base.resolve().name)
-    poses = [rigid(row[1:4], row[4:]) for row in rows]
     cameras = itertools.repeat(pinhole(*TUM_CAMERAS[name]))
-    return timed_views(pictures(base / "rgb"), pictures(base / "depth"), rows[:, 0], poses, cameras)
+    return timed_views(pictures(base / "rgb"), pictures(base / "depth"), rows, cameras)
 
 
 def arkitscenes(mark):
     """lowres_wide/, lowres_depth/, lowres_wide_intrinsics/ named ID_SECONDS; lines "second rx ry
     rz x y z"."""
     base, rows = mark.parent, read_numbers(mark, 7)
-    poses = [rigid(row[4:], row[1:4]) for row in rows]
     images, depths = pictures(base / "lowres_wide"), pictures(base / "lowres_depth")
 
     # a file of intrinsics, named a millisecond off, holds width, height and the camera
     files = sorted((base / "lowres_wide_intrinsics").glob("*.pincam"))
     cameras = [pinhole(*read_numbers(file, 6)[0, 2:]) for file in files]
     cameras = in_time(images, map(stamp, files), cameras)
-    return timed_views(images, depths, rows[:, 0], poses, cameras)
+    return timed_views(images, depths, rows[:, [0, 4, 5, 6, 1, 2, 3]], cameras)
 
 
 def stray_scanner(mark):
@@ -3122,10 +3125,9 @@ def stray_scanner(mark):
     base, rows = mark.parent, read_numbers(mark, 9)
 
     # names are the numbers of the second column
-    numbers, poses = rows[:, 1], [rigid(row[2:5], row[5:]) for row in rows]
-    images = pictures(base / "rgb") or [base / f"rgb.mp4/{number:.0f}" for number in numbers]
+    images = pictures(base / "rgb") or [base / f"rgb.mp4/{number:.0f}" for number in rows[:, 1]]
     camera = itertools.repeat(base / "camera_matrix.csv")
-    return timed_views(images, pictures(base / "depth"), numbers, poses, camera)
+    return timed_views(images, pictures(base / "depth"), rows[:, 1:], camera)
 
 
 def polycam(mark):
