@@ -3192,7 +3192,7 @@ class Layout:
     """How a program lays out its frames, and what it documents about their numbers."""
 
     name: str
-    marks: tuple[str, ...]  # patterns of the file or folder that tells it
+    marks: str  # patterns, blanks between, of the file or folder that tells it
     views: Callable  # what matched -> FrameFiles
     depth_scale: float = 1000.0  # units of the depth images per meter
     up: str = "auto"  # axis of the poses' world that points up
@@ -3201,23 +3201,23 @@ class Layout:
 
 
 LAYOUTS = (  # the first that fits is taken
-    Layout("NAME.color.png, NAME.depth.png, NAME.pose.txt (7-Scenes)", ("*.color.*",),
+    Layout("NAME.color.png, NAME.depth.png, NAME.pose.txt (7-Scenes)", "*.color.*",
            partial(named_views, images="*.color.*", depth="{}.depth.png", pose="{}.pose.txt")),
-    Layout("results/, traj.txt (Replica of NICE-SLAM)", ("traj.txt",), replica, 6553.5, "+z"),
-    Layout("rgb/, depth/, groundtruth.txt (TUM RGB-D)", ("groundtruth.txt",), tum, 5000.0, "+z"),
-    Layout("lowres_wide/ (ARKitScenes)", ("lowres_wide.traj", "*/lowres_wide.traj"), arkitscenes,
+    Layout("results/, traj.txt (Replica of NICE-SLAM)", "traj.txt", replica, 6553.5, "+z"),
+    Layout("rgb/, depth/, groundtruth.txt (TUM RGB-D)", "groundtruth.txt", tum, 5000.0, "+z"),
+    Layout("lowres_wide/ (ARKitScenes)", "lowres_wide.traj */lowres_wide.traj", arkitscenes,
            up="+z", convention="opencv_inverse"),
-    Layout("odometry.csv, depth/ (Stray Scanner)", ("odometry.csv",), stray_scanner, up="+y"),
-    Layout("keyframes/ (Polycam)", ("keyframes",), polycam, up="+y", convention="opengl"),
-    Layout("transforms.json (nerfstudio)", ("transforms.json",), nerfstudio, up="+z",
+    Layout("odometry.csv, depth/ (Stray Scanner)", "odometry.csv", stray_scanner, up="+y"),
+    Layout("keyframes/ (Polycam)", "keyframes", polycam, up="+y", convention="opengl"),
+    Layout("transforms.json (nerfstudio)", "transforms.json", nerfstudio, up="+z",
            convention="opengl", metric=False),
-    Layout("images/, sparse/ (COLMAP text)", ("images.txt", "sparse/**/images.txt"), colmap,
+    Layout("images/, sparse/ (COLMAP text)", "images.txt sparse/**/images.txt", colmap,
            convention="opencv_inverse", metric=False),
-    Layout("color/, depth/, pose/, intrinsic/ (ScanNet)", ("color", "rgb", "images"),
+    Layout("color/, depth/, pose/, intrinsic/ (ScanNet)", "color rgb images",
            partial(named_views, images="*", depth="depth/{}.png", pose="pose/{}.txt")),
-    Layout("NAME.jpg, NAME.png, NAME.txt (EmbodiedScan)", ("depth_intrinsic.txt", "intrinsic.txt"),
+    Layout("NAME.jpg, NAME.png, NAME.txt (EmbodiedScan)", "depth_intrinsic.txt intrinsic.txt",
            partial(named_views, images="*.jpg", depth="{}.png", pose="{}.txt")),
-    Layout("images alone", ("*",), photographs),
+    Layout("images alone", "*", photographs),
 )  # fmt: skip
 KNOWN_LAYOUTS = "; ".join(layout.name for layout in LAYOUTS)
 
@@ -3234,9 +3234,9 @@ def find_frames(folder):
     Returns (None, []) where there is no image.
     """
     if folder.is_file():
-        return Layout("video", (), video_views), video_views(folder)
+        return Layout("video", "", video_views), video_views(folder)
     for layout in LAYOUTS:
-        for pattern in layout.marks:
+        for pattern in layout.marks.split():
             # the first file that only this program writes tells its layout
             for mark in sorted(folder.glob(pattern))[:1]:
                 with reading(mark, layout.name):
