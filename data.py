@@ -4102,20 +4102,19 @@ def object_segments(points, normals, colors, superpoints):
     set on procedural rooms.
     Args: points, normals [N, 3] meters, z up; colors [N, 3] u8; superpoints [N].
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
+    import trimesh
 
     # superpoints are cut where the color jumps: a picture on a cupboard
-    N, colors = len(points), opponent_colors(colors)
+    colors = opponent_colors(colors)
     a, b = neighbor_pairs(points, 8, reach=3.5)
     jump = np.linalg.norm(colors[a] - colors[b], axis=1)
     alike = (superpoints[a] == superpoints[b]) & (jump < 0.08)
-    graph = coo_array((alike[alike], (a[alike], b[alike])), shape=(N, N))
-    count, piece = connected_components(graph, directed=False)
+    joined = np.column_stack([a, b])[alike]
+    piece = trimesh.graph.connected_component_labels(joined, len(points))
     size = np.bincount(piece)
     color = np.stack([np.bincount(piece, channel) for channel in colors.T], axis=1) / size[:, None]
     shell = find_shell(points, normals, colors, superpoints)
-    in_room = np.bincount(piece, shell) >= 0.5 * size  # [count]
+    in_room = np.bincount(piece, shell) >= 0.5 * size  # of every piece
 
     # where two pieces touch: the share of pairs of points at which the surface is concave
     gap = points[a] - points[b]
@@ -4125,21 +4124,23 @@ def object_segments(points, normals, colors, superpoints):
     cost = np.linalg.norm(color[x] - color[y], axis=1) / 0.2 + np.bincount(contact, concave) / edges
     cost[(x == y) | in_room[x] | in_room[y]] = np.inf
 
+    # how far every piece reaches along each axis, forwards and backwards
+    reach = np.full((len(size), 6), -np.inf)
+    np.maximum.at(reach, piece, np.hstack([points, -points]))
+
     # join the cheapest pair first
-    low, high = np.full((count, 3), np.inf), np.full((count, 3), -np.inf)
-    np.minimum.at(low, piece, points)
-    np.maximum.at(high, piece, points)
-    root = np.arange(count)
+    root = np.arange(len(size))
     for i in np.argsort(cost)[: (cost <= 1).sum()]:
         p, q = root[x[i]], root[y[i]]
-        lowest, highest = np.minimum(low[p], low[q]), np.maximum(high[p], high[q])
-        if (highest - lowest).max() <= 2.6:
+        both = np.maximum(reach[p], reach[q])
+        if (both[:3] + both[3:]).max() <= 2.6:
             root[root == q] = p
-            low[p], high[p] = lowest, highest
+            reach[p] = both
 
     # number what is large enough
-    size = np.bincount(root, size, count)  # 0 for what joined another
-    return keep_labels(root[piece], ~in_room & (size >= 12) & ((high - low).max(1) >= 0.12))
+    size = np.bincount(root, size, len(size))  # 0 for what joined another
+    length = (reach[:, :3] + reach[:, 3:]).max(1)
+    return keep_labels(root[piece], ~in_room & (size >= 12) & (length >= 0.12))
 
 
 def keep_labels(labels, kept):
