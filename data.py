@@ -4042,12 +4042,13 @@ def over_segment(points, normals=None, faces=None, threshold=0.01, min_size=20):
     return np.unique([find(x) for x in range(N)], return_inverse=True)[1]
 
 
-def extent(points):
-    """Return the axis-aligned box [6] of points [N, 3].
+def extent(points, trim=0.0):
+    """Return the axis-aligned box [6] of points [N, 3], without those that are NaN.
 
-    Its sides are 1 mm or more: what is flat would have a side of 0, which has no logarithm in a loss.
+    The share `trim` of them at every side is left out. The box's sides are 1 mm or more: what is flat
+    would have a side of 0, which has no logarithm in a loss.
     """
-    low, high = np.array([points.min(0), points.max(0)], float)
+    low, high = np.nanquantile(points, (trim, 1 - trim), axis=0)
     return np.concatenate([(low + high) / 2, np.maximum(high - low, 0.001)])
 
 
@@ -4233,7 +4234,7 @@ def with_instances(scene, instances, masks, what, trim=0.0):
     objects = []
     for i in np.unique(instances[instances > 0]).tolist():
         own = instances == i
-        box = extent(np.quantile(scene.points[own], (trim, 1 - trim), axis=0))
+        box = extent(scene.points[own], trim)
         objects.append(Thing(i, "", color_name(scene.colors, own), box))
 
     # frames that lie on disk get their masks when they are looked at
@@ -4367,10 +4368,10 @@ def tracked(frames, objects, sam2):
     with every object shows none.
     """
     tracks, points = find_tracks(frames, sam2)
-    seen, boxes = np.isfinite(points).all(-1), np.stack([o.box for o in objects])
+    boxes = np.stack([o.box for o in objects])
     number = np.zeros(tracks.max() + 1, np.int32)
     for t in range(1, len(number)):
-        box = extent(np.quantile(points[seen & (tracks == t)], (0.02, 0.98), axis=0))
+        box = extent(points[tracks == t], 0.02)
         iou = box_iou(box[None], boxes)[0]
         if iou.max() >= 0.25:
             number[t] = objects[iou.argmax()].id
