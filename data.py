@@ -3443,13 +3443,10 @@ def read_views(path, scale=None, max_frames=32, longest=None, vggt=VGGT, **docum
         )
 
     # the cloud is what the frames show, and both are turned upright
-    points, colors, normals = fuse(frames)
-    world, said = align_to_gravity(points, normals, layout.up, frames.poses)
-    frames.poses = world @ frames.poses
-    notes.append(said)
     name, source = path.resolve().stem, "rgbd" if has_depth and has_pose else "video"
-    scene = Scene(name, source, [], colors=colors, notes=notes, **move(points, normals, world))
-    scene.frames, scene.metric = frames, metric or scale is not None
+    scene = Scene(name, source, [], frames=frames, notes=notes, **fuse(frames))
+    align_to_gravity(scene, layout.up)
+    scene.metric = metric or scale is not None
     return check_scene(scene, trusted=scale is not None or "depth_scale" in documented)
 
 
@@ -3469,12 +3466,12 @@ def unit(vectors):
     return (vectors / np.maximum(length, 1e-9)).astype(np.float32)
 
 
-def move(points, normals, world):
-    """Move a cloud by a rigid 4x4: points, normals and bounds as keyword arguments of Scene."""
-    points = (points @ world[:3, :3].T + world[:3, 3]).astype(np.float32)
-    normals = (normals @ world[:3, :3].T).astype(np.float32)
-    bounds = np.array([points.min(0), points.max(0)], float)
-    return dict(points=points, normals=normals, bounds=bounds)
+def move(scene, world):
+    """Move a scene's cloud by a rigid 4x4, in place, and find its bounds."""
+    turn = world[:3, :3].T
+    points = (scene.points @ turn + world[:3, 3]).astype(np.float32)
+    scene.points, scene.normals = points, (scene.normals @ turn).astype(np.float32)
+    scene.bounds = np.array([points.min(0), points.max(0)], float)
 
 
 def voxel_of(points, voxel):
@@ -3497,7 +3494,8 @@ def voxel_downsample(rows, voxel, limit):
 
 def fuse(frames):
     """Fuse frames to one cloud: points [N, 3] f32, colors [N, 3] u8, unit normals [N, 3] f32
-    towards the cameras, one point in voxels of 2.5 cm, or of a pixel's footprint if larger."""
+    towards the cameras, one point in voxels of 2.5 cm, or of a pixel's footprint if larger; as keyword
+    arguments of Scene."""
     points = unproject(frames.depth, frames.intrinsics, frames.poses)
 
     # normals from differences of the point map: NaN beside missing depth, grazing ones at the
@@ -3518,7 +3516,8 @@ def fuse(frames):
     cell = voxel_of(rows[:, :3], voxel)
     solid = np.bincount(cell)[cell] >= min(3.0, 0.2 * (voxel / footprint) ** 2)
     rows = voxel_downsample(rows[solid], voxel, 100_000)
-    return rows[:, :3].astype(np.float32), rows[:, 3:6].round().astype(np.uint8), unit(rows[:, 6:])
+    points, colors = rows[:, :3].astype(np.float32), rows[:, 3:6].round().astype(np.uint8)
+    return dict(points=points, colors=colors, normals=unit(rows[:, 6:]))
 
 
 def estimate_normals(points):
@@ -3607,9 +3606,9 @@ def read_cloud(path, up="auto", scale=None):
 
     # what lies twice at a place is one point
     rows = voxel_downsample(np.concatenate([points, shown], axis=1)[near], 0.005, 200_000)
-    normals = estimate_normals(rows[:, :3])
-    world, said = align_to_gravity(rows[:, :3], normals, up)
-    scene = Scene(path.stem, "ply", [], notes=[*notes, said], **move(rows[:, :3], normals, world))
+    points = rows[:, :3]
+    scene = Scene(path.stem, "ply", [], points=points, normals=estimate_normals(points), notes=notes)
+    align_to_gravity(scene, up)
     if colors is not None:
         scene.colors = rows[:, 3:].round().astype(np.uint8)
     return check_scene(scene, trusted=scale is not None)
@@ -3654,16 +3653,16 @@ def up_of_cloud(points, normals):
     return np.sign(weight[axis]) * np.eye(3)[axis]
 
 
-def align_to_gravity(points, normals, up, poses=None):
-    """Find the rigid 4x4 that turns a cloud z-up, walls along x and y, floor at z = 0; and a line
-    that says how.
+def align_to_gravity(scene, up):
+    """Turn a scene z-up, walls along x and y, floor at z = 0, in place, and note how.
 
-    `up`: an axis that a user or a layout names, or "auto"; poses: of the cameras that saw the cloud.
+    `up`: an axis that a user or a layout names, or "auto".
     """
     from scipy.spatial.transform import Rotation
 
     # what the data say; a user or a layout is believed, but told
-    found = up_of_cloud(points, normals) if poses is None else up_of_cameras(normals, poses)
+    points, normals, frames = scene.points, scene.normals, scene.frames
+    found = up_of_cameras(normals, frames.poses) if frames else up_of_cloud(points, normals)
     axis = max(UP, key=lambda name: UP[name] @ found)
     direction, said = found, f"what is level and lies low, near {axis}"
     if up != "auto":
@@ -3688,7 +3687,12 @@ def align_to_gravity(points, normals, up, poses=None):
     if len(level):
         z = level
     world[2, 3] = -np.median(z[np.abs(z - np.percentile(z, 3)) < 0.08])
-    return world, f"turned z-up by {said}"
+
+    # the cameras turn along
+    move(scene, world)
+    if frames:
+        frames.poses = world @ frames.poses
+    scene.notes.append(f"turned z-up by {said}")
 
 
 # ---- 7.5 ScanNet
@@ -3727,7 +3731,8 @@ def read_scannet(folder, max_frames=32, longest=math.inf, geometry="files", vggt
             world = np.array(aligned[1].split(), float).reshape(4, 4)
     if normals is None:
         normals = unit(vertex_normals(points, faces))
-    scene = Scene(folder.name, "scannet", [], colors=colors, **move(points, normals, world))
+    scene = Scene(folder.name, "scannet", [], points=points, colors=colors, normals=normals)
+    move(scene, world)
 
     # objects are groups of segments; scans of the test split have neither
     scene.instances = np.zeros(len(points), np.int64)
@@ -4188,8 +4193,7 @@ def seen_cloud(scene):
     """Give a room the cloud that its cameras see, in place of the one that is drawn from its objects."""
     if scene.source != "rooms" or scene.frames is None:
         return scene
-    points, colors, normals = fuse(scene.frames)
-    return replace(scene, points=points, colors=colors, normals=normals)
+    return replace(scene, **fuse(scene.frames))
 
 
 def visible_cloud(scene):
