@@ -4626,29 +4626,27 @@ def open_scene(path, masks=None, sam2=None, **options):
         flag, known = min(strange).replace("_", "-"), ", ".join(sorted(takes)) or "none"
         raise DataError(f"--{flag}: has no part in {path}; known here: {known}")
     scene = reader(path, **options)
-    if masks == "sam2" and scene.objects and isinstance(scene.frames, LazyFrames):
-        load = partial(tracked, scene.frames, scene.objects, sam2 or SAM2)
-        scene.frames = LazyFrames(load, f"{scene.frames.key} {sam2 or SAM2}")
-        return scene
-    if scene.objects and masks not in (None, "none"):
+    frames, weights = scene.frames, sam2 or SAM2
+
+    # labelled objects stay; tracks may only show them, in frames that lie on disk
+    if scene.objects and masks == "sam2" and frames:
+        scene.frames = LazyFrames(partial(tracked, frames, scene.objects, weights), f"{frames.key} {weights}")
+    elif scene.objects and masks not in (None, "none"):
         raise DataError(f"--masks {masks}: {path} has labelled objects; leave the flag out")
     if scene.objects or reader is load_scene or masks == "none":
         return scene
 
     # where they are sought; who names weights of SAM 2 wants it
-    frames = scene.frames
-    labelled = frames is not None and frames.masks.any()
+    labelled = frames and frames.masks.any()
     masks = masks or ("sam2" if sam2 else "files" if labelled else "segments")
     if masks == "segments":
-        scene = with_own_segments(scene)
-    elif masks == "files" and labelled:
-        scene = with_tracks(scene, frames.masks)
-    elif masks == "sam2" and frames is not None:
-        scene = with_tracks(scene, find_tracks(frames, sam2 or SAM2)[0])
-    else:
-        lacking = "it has no frames, or no instance-filt/ with masks"
-        raise DataError(f"--masks {masks}: {path}: {lacking}; choose files, segments or sam2")
-    return check_scene(scene, trusted=True)
+        return with_own_segments(scene)
+    if masks == "files" and labelled:
+        return with_tracks(scene, frames.masks)
+    if masks == "sam2" and frames:
+        return with_tracks(scene, find_tracks(frames, weights)[0])
+    lacking = "it has no frames, or no instance-filt/ with masks"
+    raise DataError(f"--masks {masks}: {path}: {lacking}; choose files, segments or sam2")
 
 
 FRAME_ARRAYS = ("color", "depth", "masks", "intrinsics", "poses")
