@@ -3482,14 +3482,19 @@ def voxel_of(points, voxel):
     return np.unique(number, return_inverse=True)[1]
 
 
+def average(rows, group):
+    """Average the rows [N, C] of every group 0..n-1 of [N] by `group_mean`: [n, C] float64."""
+    mean, _ = group_mean(torch.from_numpy(rows).double(), torch.from_numpy(group), group.max() + 1)
+    return mean.numpy()
+
+
 def voxel_downsample(rows, voxel, limit):
     """Average rows [N, C], whose first columns are x, y, z, in the least voxels, from `voxel` meters
     up, that leave at most `limit`: rows [n, C]."""
     # coarser until it fits
     while (cell := voxel_of(rows[:, :3], voxel)).max() >= limit:
         voxel *= 1.2
-    mean, _ = group_mean(torch.from_numpy(rows).double(), torch.from_numpy(cell), cell.max() + 1)
-    return mean.numpy()
+    return average(rows, cell)
 
 
 def fuse(frames):
@@ -4117,8 +4122,7 @@ def object_segments(points, normals, colors, superpoints):
     alike = (superpoints[a] == superpoints[b]) & (jump < 0.08)
     joined = np.column_stack([a, b])[alike]
     piece = trimesh.graph.connected_component_labels(joined, len(points))
-    size = np.bincount(piece)
-    color = np.stack([np.bincount(piece, channel) for channel in colors.T], axis=1) / size[:, None]
+    size, color = np.bincount(piece), average(colors, piece)
     shell = find_shell(points, normals, colors, superpoints)
     in_room = np.bincount(piece, shell) >= 0.5 * size  # of every piece
 
