@@ -3391,11 +3391,16 @@ def read_frames(where, layout, views, max_frames, longest, fine=False):
     return Frames(*(None if c[0] is None else np.stack(c) for c in columns)), notes
 
 
+def world_points(frames):
+    """Give the point [V, H, W, 3] that every pixel of frames shows, by `unproject`."""
+    return unproject(frames.depth, frames.intrinsics, frames.poses)
+
+
 def agreement(frames):
     """Share of some frames' depth that others confirm to 10 cm, among what these do not
     see hidden."""
     # see some points of some frames from all other frames
-    points = unproject(frames.depth, frames.intrinsics, frames.poses)
+    points = world_points(frames)
     some = range(0, len(points), 1 + len(points) // 8)
     beyond = [np.zeros(1)]  # meters from a point to the surface that another frame sees in its place
     for v, other in itertools.permutations(some, 2):
@@ -3501,7 +3506,7 @@ def fuse(frames):
     """Fuse frames to one cloud: points [N, 3] f32, colors [N, 3] u8, unit normals [N, 3] f32
     towards the cameras, one point in voxels of 2.5 cm, or of a pixel's footprint if larger; as keyword
     arguments of Scene."""
-    points = unproject(frames.depth, frames.intrinsics, frames.poses)
+    points = world_points(frames)
 
     # normals from differences of the point map: NaN beside missing depth, grazing ones at the
     # edges of things
@@ -4166,7 +4171,7 @@ def render_masks(points, instances, frames):
     """
     reach = max(0.05, 2 * np.median(nearest(points, points, 2)[0][:, -1]))
     masks = np.zeros(frames.depth.shape, np.int32)
-    pixels = unproject(frames.depth, frames.intrinsics, frames.poses)
+    pixels = world_points(frames)
     for mask, depth, seen in zip(masks, frames.depth, pixels, strict=True):
         # one frame at a time: the search takes much memory
         distance, near = nearest(seen[depth > 0], points)
@@ -4365,7 +4370,7 @@ def find_tracks(frames, sam2):
     """Track what frames show through them: masks [V, H, W], 0 = none, and the points [V, H, W, 3] they lie on."""
     tracks = sam2_masks(frames.color, load_sam2(sam2))
     tracks = np.stack([resize(frame, frames.depth.shape[1:]) for frame in tracks])  # color may be finer
-    points = unproject(frames.depth, frames.intrinsics, frames.poses)
+    points = world_points(frames)
     return merge_tracks(tracks, points), points
 
 
