@@ -3690,8 +3690,7 @@ def align_to_gravity(scene, up):
         turn = Rotation.from_euler("z", -askew / 4) * turn
 
     # the floor is the lowest level surface that is no crumb
-    world = np.eye(4)
-    world[:3, :3] = turn.as_matrix()
+    world = rigid(0, turn.as_quat())
     z = points @ world[2, :3]
     level = z[np.abs(wall[:, 2]) > 0.9]
     if len(level):
@@ -3970,9 +3969,8 @@ def register(frames, poses):
     rescale(frames, true / max(found, 1e-9))
 
     # every camera says how to turn; then middle comes to lie on middle
-    turns = poses[:, :3, :3] @ frames.poses[:, :3, :3].swapaxes(1, 2)
-    world = np.eye(4)
-    world[:3, :3] = Rotation.from_matrix(turns).mean().as_matrix()
+    turns = poses @ np.linalg.inv(frames.poses)
+    world = rigid(0, Rotation.from_matrix(turns[:, :3, :3]).mean().as_quat())
     world[:3, 3] = (poses - world @ frames.poses)[:, :3, 3].mean(0)
     frames.poses = world @ frames.poses
 
