@@ -3064,7 +3064,7 @@ def timed_views(images, depths, rows, cameras):
     return map(FrameFiles, images, depths, poses, cameras)
 
 
-def named_views(mark, images, depth, pose):
+def named_views(images, depth, pose, mark):
     """Frames whose other files bear the name of their image, with one camera, best the depth's."""
     base = mark.parent
     cameras = [*base.glob("*intrinsic*.txt"), *base.glob("intrinsic/intrinsic*.txt")]
@@ -3202,7 +3202,7 @@ class Layout:
 
 LAYOUTS = (  # the first that fits is taken
     Layout("NAME.color.png, NAME.depth.png, NAME.pose.txt (7-Scenes)", "*.color.*",
-           partial(named_views, images="*.color.*", depth="{}.depth.png", pose="{}.pose.txt")),
+           partial(named_views, "*.color.*", "{}.depth.png", "{}.pose.txt")),
     Layout("results/, traj.txt (Replica of NICE-SLAM)", "traj.txt", replica, 6553.5, "+z"),
     Layout("rgb/, depth/, groundtruth.txt (TUM RGB-D)", "groundtruth.txt", tum, 5000.0, "+z"),
     Layout("lowres_wide/ (ARKitScenes)", "lowres_wide.traj */lowres_wide.traj", arkitscenes,
@@ -3214,9 +3214,9 @@ LAYOUTS = (  # the first that fits is taken
     Layout("images/, sparse/ (COLMAP text)", "images.txt sparse/**/images.txt", colmap,
            convention="opencv_inverse", metric=False),
     Layout("color/, depth/, pose/, intrinsic/ (ScanNet)", "color rgb images",
-           partial(named_views, images="*", depth="depth/{}.png", pose="pose/{}.txt")),
+           partial(named_views, "*", "depth/{}.png", "pose/{}.txt")),
     Layout("NAME.jpg, NAME.png, NAME.txt (EmbodiedScan)", "depth_intrinsic.txt intrinsic.txt",
-           partial(named_views, images="*.jpg", depth="{}.png", pose="{}.txt")),
+           partial(named_views, "*.jpg", "{}.png", "{}.txt")),
     Layout("images alone", "*", photographs),
 )  # fmt: skip
 KNOWN_LAYOUTS = "; ".join(layout.name for layout in LAYOUTS)
