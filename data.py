@@ -4004,20 +4004,16 @@ def neighbor_pairs(points, k, reach=np.inf):
     return tuple(np.unique(np.sort(pairs, axis=1), axis=0).T)
 
 
-def over_segment(points, normals=None, faces=None, threshold=0.01, min_size=20):
+def over_segment(points, normals=None, faces=None):
     """Segment a cloud or mesh into superpoints: labels [N] int64, contiguous from 0.
 
     The weight of an edge from a to b is 1 - n_a . n_b, squared where the surface is convex (n_b
     points along b - a), so that round things hold together. The edges are a mesh's, whose normals are
     `vertex_normals`, or join the 10 nearest neighbors of a bare cloud, there with the mean weight of
     both directions.
-    Args: points [N, 3]; normals [N, 3]; faces [F, 3]; threshold and min_size, the smallest number of
-    points, which ScanNet calls kThresh and segMinVerts.
+    Args: points [N, 3]; normals [N, 3] of a bare cloud; faces [F, 3] of a mesh.
     Source: Felzenszwalb & Huttenlocher, IJCV 2004, with the rules of ScanNet's Segmentator.
     """
-    N = len(points)
-    if faces is not None:
-        normals = vertex_normals(points, faces)
 
     # edges, and how much the surface bends along them
     def weigh(a, b):
@@ -4029,10 +4025,12 @@ def over_segment(points, normals=None, faces=None, threshold=0.01, min_size=20):
         a, b = neighbor_pairs(points, 10)
         weight = (weigh(a, b) + weigh(b, a)) / 2
     else:
-        a, b = faces[:, [0, 0, 2]].ravel(), faces[:, [1, 2, 1]].ravel()
+        normals = vertex_normals(points, faces)
+        a, b = faces[:, [0, 1, 0, 2, 2, 1]].reshape(-1, 2).T
         weight = weigh(a, b)
 
-    # a segment is a tree of points, known by its root
+    # a segment is a tree of points, known by its root; ScanNet's kThresh is 0.01, its segMinVerts 20
+    N, threshold, min_size = len(points), 0.01, 20
     parent, size, limit = list(range(N)), [1] * N, [threshold] * N
 
     def find(x):
