@@ -4282,16 +4282,16 @@ def automatic_masks(model, image):
     return [mask["segmentation"] for mask in found]
 
 
-def sam2_masks(images, model, keyframe_every=8, most=100):
-    """Track everything in a video [V, H, W, 3] u8: tracks [V, H, W] int32, 0 = none, ids 1..most.
+def sam2_masks(images, model, keyframe_every=8):
+    """Track everything in a video [V, H, W, 3] u8: tracks [V, H, W] int32, 0 = none, ids 1..100 at most.
 
     Masks that `automatic_masks` sees on every `keyframe_every`-th frame are
     followed both ways. A pixel goes to the track with the highest score. What is smaller than a
     thousandth of a frame is not seen, what is larger than half of it is a wall from near. What leaves
     the view and comes back is a new track: `merge_tracks`.
     """
-    V, H, W = images.shape[:3]
-    tracks, best, count = np.zeros((V, H, W), np.int32), np.zeros((V, H, W), np.float32), 0
+    V, shape, count = len(images), images.shape[:3], 0
+    tracks, best = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
     half = torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode(), half:
         # SAM 2 reads frames from a folder only
@@ -4304,7 +4304,7 @@ def sam2_masks(images, model, keyframe_every=8, most=100):
             taken, first = tracks[key] > 0, count
             for mask in sorted(automatic_masks(model, images[key]), key=np.count_nonzero, reverse=True):
                 fresh = mask & ~taken
-                if 0.001 <= mask.mean() <= 0.5 and 2 * fresh.sum() > mask.sum() and count < most:
+                if 0.001 <= mask.mean() <= 0.5 and 2 * fresh.sum() > mask.sum() and count < 100:
                     count += 1
                     model.add_new_mask(state, key, count, fresh)
                     taken |= mask
@@ -4323,7 +4323,7 @@ def sam2_masks(images, model, keyframe_every=8, most=100):
     # crumbs on a frame are not seen there
     for frame in tracks:
         area = np.bincount(frame.ravel())
-        frame[area[frame] < 0.001 * H * W] = 0
+        frame[area[frame] < 0.001 * frame.size] = 0
     return tracks
 
 
@@ -4341,10 +4341,11 @@ def merge_tracks(tracks, points, share=0.3):
     # the voxels in which most points of a track's frames are its own
     measured = np.isfinite(points).all(-1)
     frame, cell, track = np.nonzero(measured)[0], voxel_of(points[measured], 0.05), tracks[measured]
-    occupied = np.zeros((len(ids), cell.max() + 1), np.float32)
+    cells = cell.max() + 1
+    occupied = np.zeros((len(ids), cells), np.float32)
     for t in ids[1:]:
-        own = np.bincount(cell[track == t], minlength=occupied.shape[1])
-        shown = np.bincount(cell[present[t, frame]], minlength=occupied.shape[1])
+        own = np.bincount(cell[track == t], minlength=cells)
+        shown = np.bincount(cell[present[t, frame]], minlength=cells)
         occupied[t] = 2 * own > shown
 
     # join the largest shares first
@@ -4422,7 +4423,7 @@ def with_tracks(scene, tracks):
 
     # how many points of a track there are, and how many of them belong to walls and floor
     instances, n = vote(scene.points, tracks, scene.frames), tracks.max() + 1
-    total, flat = np.bincount(instances, minlength=n), np.bincount(instances[shell], minlength=n)
+    total, flat = np.bincount(instances, minlength=n), np.bincount(instances, shell, n)
     kept = (total >= 8) & (2 * flat < total)
     kept[0] = False
     masks = keep_labels(tracks, kept).astype(np.int32)
