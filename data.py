@@ -4433,7 +4433,7 @@ def with_tracks(scene, tracks):
 # ---- 10 pictures ---------------------------------------------------------------------------------
 
 CORNERS = np.array(list(itertools.product((-0.5, 0.5), repeat=3)))  # [8, 3] of a box of size 1
-OUTLINE = [0, 1, 3, 2, 0, 4, 5, 1, 5, 7, 3, 7, 6, 2, 6, 4]  # a way along all edges, from corner to corner
+OUTLINE = CORNERS[[0, 1, 3, 2, 0, 4, 5, 1, 5, 7, 3, 7, 6, 2, 6, 4]]  # [16, 3], a way along all its edges
 ANSWERS = ("crimson", "royalblue", "seagreen", "darkorange")  # colors of the first answer, the second, ...
 
 
@@ -4445,8 +4445,8 @@ def axes_of(axis):
 def draw_boxes(axis, boxes, **style):
     """Draw the edges of boxes [n, 6] on an axis of `scene_figure`."""
     for box in boxes:
-        corners = box[:3] + CORNERS * box[3:]
-        axis.plot(*corners[OUTLINE, : axes_of(axis)].T, **style)
+        way = box[:3] + OUTLINE * box[3:]
+        axis.plot(*way[:, : axes_of(axis)].T, **style)
 
 
 def scene_figure(scene, title, lines=()):
@@ -4459,15 +4459,16 @@ def scene_figure(scene, title, lines=()):
 
     # the ceiling would hide the room; from above the highest is drawn last
     cloud, frames = seen_cloud(scene), scene.frames
-    some = np.argsort(cloud.points[:, 2])
-    some = some[cloud.points[some, 2] < cloud.points[some[0], 2] + 2.3]
+    z = cloud.points[:, 2]
+    some = np.argsort(z)
+    some = some[z[some] < z.min() + 2.3]
 
     # 30,000 points show enough
     some = some[:: 1 + len(some) // 30_000]
     points, colors = cloud.points[some], shown_colors(cloud)[some] / 255
 
     # the cloud above, frames below
-    below = 0.01 if frames is None else 1.0
+    below = 1.0 if frames else 0.01
     figure = Figure(figsize=(15, 8 + 3 * below), layout="constrained")
     grid = figure.add_gridspec(2, 4, height_ratios=(3, below))
     top = figure.add_subplot(grid[0, :2], aspect="equal", xlabel="x in meters", ylabel="y in meters")
@@ -4478,7 +4479,7 @@ def scene_figure(scene, title, lines=()):
     view.set_axis_off()
 
     # the first and the last frame, each with its objects beside it
-    if frames is not None:
+    if frames:
         images = (frames.color[0], frames.masks[0] % 20, frames.color[-1], frames.masks[-1] % 20)
         for column, image in enumerate(images):
             axis = figure.add_subplot(grid[1, column])
