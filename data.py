@@ -3372,8 +3372,8 @@ def read_frames(where, layout, views, max_frames, longest, fine=False):
     longest = longest or (320 if len(known) == 4 else 640)
     chosen = np.linspace(0, len(views) - 1, min(max_frames, len(views))).round().astype(int)
     rows, lost = [], Counter()
-    for view in [views[i] for i in chosen]:
-        row = "a missing file"
+    for i in chosen:
+        view, row = views[i], "a missing file"
         if all(view[part] is not None for part in known):
             row = read_view(view, layout, longest, fine)
         if isinstance(row, str):
@@ -3421,7 +3421,6 @@ def read_views(path, scale=None, max_frames=32, longest=None, vggt=VGGT, **docum
     documented: up (UP or "auto"), convention (CONVENTIONS), depth_scale, in place of those of the
     layout. Raises DataError.
     """
-    path = Path(path)
     layout, views = find_frames(path)
     if layout is None:
         raise DataError(f"{path}: holds no frames; known layouts: {KNOWN_LAYOUTS}")
@@ -3535,7 +3534,7 @@ def estimate_normals(points):
     the centroid."""
     # the axis along which neighbors differ least
     near = points[nearest(points, points, 24)[1]].astype(np.float32)
-    near = near - near.mean(1, keepdims=True)
+    near -= near.mean(1, keepdims=True)
     normals = np.linalg.eigh(near.swapaxes(1, 2) @ near)[1][..., 0]
 
     # walls and tops face the middle of a room
@@ -3593,7 +3592,6 @@ def read_cloud(path, up="auto", scale=None):
     """
     import trimesh
 
-    path = Path(path)
     points, colors, _, faces = load_mesh(path)
     points = points * (scale or 1.0)
     shown = np.zeros_like(points) if colors is None else colors
@@ -3730,7 +3728,7 @@ def read_scannet(folder, max_frames=32, longest=math.inf, geometry="files", vggt
     else rendered. geometry: "vggt" takes depth and cameras from VGGT, whose weights `vggt` names
     (`see`). Raises DataError.
     """
-    folder = Path(folder).absolute()
+    folder = folder.absolute()
     mesh, segs, aggregation, info = scan_files(folder)
     points, colors, normals, faces = load_mesh(mesh)
     with reading(info, "scan description with an axisAlignment of 16 numbers"):
@@ -3820,7 +3818,7 @@ def write_scannet(scene, out):
     Depth is rounded to 1 mm. Color is written as PNG, so that nothing is lost; two extra keys per
     object (alignedBox, color) hold what ScanNet has no place for.
     """
-    folder = Path(out) / scene.name
+    folder = out / scene.name
     for part in ("color", "depth", "pose", "intrinsic", "instance-filt"):
         (folder / part).mkdir(parents=True, exist_ok=True)
 
@@ -4196,7 +4194,7 @@ def in_view(points, frames, v):
 
 def seen_cloud(scene):
     """Give a room the cloud that its cameras see, in place of the one that is drawn from its objects."""
-    if scene.source != "rooms" or scene.frames is None:
+    if scene.source != "rooms" or not scene.frames:
         return scene
     return replace(scene, **fuse(scene.frames))
 
@@ -4248,7 +4246,7 @@ def with_instances(scene, instances, masks, what, trim=0.0):
 
     # frames that lie on disk get their masks when they are looked at
     frames = scene.frames
-    if frames is not None:
+    if frames:
         load = partial(masked, frames, masks, scene.points, instances)
         lazy = isinstance(frames, LazyFrames)
         frames = LazyFrames(load, f"{frames.key} {what}") if lazy else load()
@@ -4662,7 +4660,7 @@ FRAME_ARRAYS = ("color", "depth", "masks", "intrinsics", "poses")
 def save_scene(scene, path):
     """Write a scene as one .npz file, without pickle; objects and notes go as JSON."""
     arrays = {name: array for name, array in vars(scene).items() if isinstance(array, np.ndarray)}
-    for name in FRAME_ARRAYS if scene.frames is not None else ():
+    for name in FRAME_ARRAYS if scene.frames else ():
         arrays[f"frames.{name}"] = getattr(scene.frames, name)
 
     # what is no array goes as JSON
@@ -4818,8 +4816,8 @@ def main(arguments=None):
     elif args.command == "rooms":
         for seed in range(args.seed, args.seed + args.count):
             scene = room(seed, args.objects, size=240, views=16, points=20_000)
-            named = replace(scene, name=f"scene{seed:04d}_00")
-            print(write_scannet(named, args.out / "scans"))
+            scene.name = f"scene{seed:04d}_00"
+            print(write_scannet(scene, args.out / "scans"))
     elif cache_scenes(args.path, args.out, **scene_options(args)):
         return 2
 
