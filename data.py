@@ -3075,14 +3075,18 @@ def named_views(images, depth, pose, mark):
         yield FrameFiles(image, base / depth.format(name), base / pose.format(name), camera, mask)
 
 
+def above(mark, name):
+    """Find what lies beside a file, or in the nearest folder above it."""
+    return next(filter(Path.exists, (folder / name for folder in mark.parents)))
+
+
 def replica(mark):
     """results/frame*.jpg and depth*.png; traj.txt has a pose of 16 numbers per line.
 
     cam_params.json lies beside it or above.
     """
     # one camera, and a pose for every number of a frame
-    above = [folder / "cam_params.json" for folder in mark.parents]
-    K = json_camera(read_json(next(filter(Path.exists, above)))["camera"])
+    K = json_camera(read_json(above(mark, "cam_params.json"))["camera"])
     poses = dict(enumerate(read_numbers(mark, 16).reshape(-1, 4, 4)))
     for image in pictures(mark.parent / "results", "frame*"):
         depth = image.with_name(f"depth{image.stem[5:]}.png")
@@ -3158,9 +3162,6 @@ def nerfstudio(mark):
 def colmap(mark):
     """cameras.txt and images.txt of a sparse model; export undistorted images, for lens
     distortion is not undone."""
-    # the images lie above the model
-    base = next(folder / "images" for folder in mark.parents if (folder / "images").is_dir())
-
     # a model of one focal length writes it once
     cameras = {}
     for id, model, _, _, *numbers in read_words(mark.with_name("cameras.txt")):
@@ -3168,12 +3169,13 @@ def colmap(mark):
             numbers.insert(0, numbers[0])
         cameras[id] = pinhole(*numbers[:4])
 
-    # every second line is an image
+    # every second line is an image, which lies above the model
+    images = above(mark, "images")
     for words in read_words(mark):
         if len(words) == 10:  # an image; the line behind it lists its points, three words each
             w, x, y, z, *position = map(float, words[1:8])
             pose = rigid(position, (x, y, z, w))
-            yield FrameFiles(base / words[9], None, pose, cameras[words[8]])
+            yield FrameFiles(images / words[9], None, pose, cameras[words[8]])
 
 
 def photographs(mark):
@@ -3194,23 +3196,23 @@ class Layout:
     name: str
     marks: str  # patterns, blanks between, of the file or folder that tells it
     views: Callable  # what matched -> FrameFiles
-    depth_scale: float = 1000.0  # units of the depth images per meter
     up: str = "auto"  # axis of the poses' world that points up
     convention: str = "opencv"
+    depth_scale: float = 1000.0  # units of the depth images per meter
     metric: bool = True  # poses are in meters
 
 
 LAYOUTS = (  # the first that fits is taken
     Layout("NAME.color.png, NAME.depth.png, NAME.pose.txt (7-Scenes)", "*.color.*",
            partial(named_views, "*.color.*", "{}.depth.png", "{}.pose.txt")),
-    Layout("results/, traj.txt (Replica of NICE-SLAM)", "traj.txt", replica, 6553.5, "+z"),
-    Layout("rgb/, depth/, groundtruth.txt (TUM RGB-D)", "groundtruth.txt", tum, 5000.0, "+z"),
+    Layout("results/, traj.txt (Replica of NICE-SLAM)", "traj.txt", replica, "+z", depth_scale=6553.5),
+    Layout("rgb/, depth/, groundtruth.txt (TUM RGB-D)", "groundtruth.txt", tum, "+z", depth_scale=5000.0),
     Layout("lowres_wide/ (ARKitScenes)", "lowres_wide.traj */lowres_wide.traj", arkitscenes,
-           up="+z", convention="opencv_inverse"),
-    Layout("odometry.csv, depth/ (Stray Scanner)", "odometry.csv", stray_scanner, up="+y"),
-    Layout("keyframes/ (Polycam)", "keyframes", polycam, up="+y", convention="opengl"),
-    Layout("transforms.json (nerfstudio)", "transforms.json", nerfstudio, up="+z",
-           convention="opengl", metric=False),
+           "+z", "opencv_inverse"),
+    Layout("odometry.csv, depth/ (Stray Scanner)", "odometry.csv", stray_scanner, "+y"),
+    Layout("keyframes/ (Polycam)", "keyframes", polycam, "+y", "opengl"),
+    Layout("transforms.json (nerfstudio)", "transforms.json", nerfstudio,
+           "+z", "opengl", metric=False),
     Layout("images/, sparse/ (COLMAP text)", "images.txt sparse/**/images.txt", colmap,
            convention="opencv_inverse", metric=False),
     Layout("color/, depth/, pose/, intrinsic/ (ScanNet)", "color rgb images",
