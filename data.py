@@ -3820,8 +3820,10 @@ def write_scannet(scene, out):
     Depth is rounded to 1 mm. Color is written as PNG, so that nothing is lost; two extra keys per
     object (alignedBox, color) hold what ScanNet has no place for.
     """
-    folder = out / scene.name
-    for part in ("color", "depth", "pose", "intrinsic", "instance-filt"):
+    folder, frames = out / scene.name, scene.frames
+    depth, masks = (frames.depth * 1000).round().astype(np.uint16), frames.masks.astype(np.uint16)
+    images = {"color": frames.color, "depth": depth, "instance-filt": masks}
+    for part in (*images, "pose", "intrinsic"):
         (folder / part).mkdir(parents=True, exist_ok=True)
 
     # points, and no axisAlignment: a room stands along the axes
@@ -3839,14 +3841,11 @@ def write_scannet(scene, out):
     aggregation.write_text(json.dumps({"segGroups": groups}))
 
     # a file of every kind per frame
-    frames = scene.frames
     np.savetxt(folder / "intrinsic/intrinsic_depth.txt", frames.intrinsics[0])
-    depth = (frames.depth * 1000).round().astype(np.uint16)
     for i, pose in enumerate(frames.poses):
         np.savetxt(folder / f"pose/{i}.txt", pose)
-        Image.fromarray(frames.color[i]).save(folder / f"color/{i}.png")
-        Image.fromarray(depth[i]).save(folder / f"depth/{i}.png")
-        Image.fromarray(frames.masks[i].astype(np.uint16)).save(folder / f"instance-filt/{i}.png")
+        for part, pixels in images.items():
+            Image.fromarray(pixels[i]).save(folder / part / f"{i}.png")
     return folder
 
 
