@@ -3339,7 +3339,7 @@ def read_view(view, layout, longest, fine=False):
         pose = read_pose(view.pose, layout.convention)
         if pose is None:
             return "a pose that is not finite, or mirrored"
-    if view.depth is not None:
+    if view.depth:
         depth = read_depth(view.depth, layout.depth_scale)
         if not depth.any():
             return "no depth"
@@ -3354,7 +3354,7 @@ def read_view(view, layout, longest, fine=False):
     # bring all to one size; the intrinsics follow
     H, W = shrink(sizes[0], longest)
     mask = np.zeros((H, W), np.int32)
-    if view.mask is not None:
+    if view.mask:
         mask = resize(read_image(view.mask).astype(np.int32), (H, W))
     if depth is not None:
         depth = resize(depth, (H, W))
@@ -3459,7 +3459,7 @@ def read_views(path, scale=None, max_frames=32, longest=None, vggt=VGGT, **docum
 def resize(image, size):
     """Resize to (H, W): colors [h, w, 3] are averaged over a pixel's area; of depth and ids [h,
     w] the nearest is taken."""
-    method = Image.Resampling.BOX if image.ndim == 3 else Image.Resampling.NEAREST
+    method = Image.BOX if image.ndim == 3 else Image.NEAREST
     return np.asarray(Image.fromarray(image).resize(size[::-1], method))
 
 
@@ -3597,7 +3597,6 @@ def read_cloud(path, up="auto", scale=None):
     points, colors, _, faces = load_mesh(path)
     points = points * (scale or 1.0)
     shown = np.zeros_like(points) if colors is None else colors
-    notes = []
 
     # the corners of large faces do not show a wall: faces give a point in 3 x 3 cm
     if faces is not None:
@@ -3611,13 +3610,13 @@ def read_cloud(path, up="auto", scale=None):
     low, high = np.nanpercentile(points, (1, 99), axis=0)
     points = points - (low + high) / 2
     near = (np.abs(points) <= 10 * (high - low).max()).all(1)
-    if not near.all():
-        notes.append(f"dropped {(~near).sum()} points that are not finite or far from all others")
 
     # what lies twice at a place is one point
     rows = voxel_downsample(np.concatenate([points, shown], axis=1)[near], 0.005, 200_000)
     points = rows[:, :3]
-    scene = Scene(path.stem, "ply", [], points=points, normals=estimate_normals(points), notes=notes)
+    scene = Scene(path.stem, "ply", [], points=points, normals=estimate_normals(points))
+    if not near.all():
+        scene.notes.append(f"dropped {(~near).sum()} points that are not finite or far from all others")
     align_to_gravity(scene, up)
     if colors is not None:
         scene.colors = rows[:, 3:].round().astype(np.uint8)
@@ -3735,9 +3734,8 @@ def read_scannet(folder, max_frames=32, longest=math.inf, geometry="files", vggt
     points, colors, normals, faces = load_mesh(mesh)
     with reading(info, "scan description with an axisAlignment of 16 numbers"):
         # scans for testing have none
-        aligned, world = re.search("axisAlignment = (.+)", info.read_text()), np.eye(4)
-        if aligned:
-            world = np.array(aligned[1].split(), float).reshape(4, 4)
+        aligned = re.search("axisAlignment = (.+)", info.read_text())
+        world = np.array(aligned[1].split(), float).reshape(4, 4) if aligned else np.eye(4)
     if normals is None:
         normals = unit(vertex_normals(points, faces))
     scene = Scene(folder.name, "scannet", [], points=points, colors=colors, normals=normals)
@@ -3916,14 +3914,15 @@ def vggt_geometry(images, model, longest=518):
 
     # depth [1, V, h, w, 1] and confidence [1, V, h, w]; cameras [1, V, 3, 4] and [1, V, 3, 3]
     maps = model.depth_head(tokens, images=x, patch_start_idx=first)
-    camera, K = pose_encoding_to_extri_intri(code, (h, w))
+    cameras = pose_encoding_to_extri_intri(code, (h, w))
+    camera, K = (c[0].double().cpu().numpy() for c in cameras)
 
     # arrays of the images' size
     maps = torch.stack([m.reshape(V, h, w).float() for m in maps])
     depth, confidence = F.interpolate(maps, (H, W)).cpu().numpy()
-    K = np.diag([W / w, H / h, 1]) @ K[0].double().cpu().numpy()
+    K = np.diag([W / w, H / h, 1]) @ K
     poses = np.tile(np.eye(4), (V, 1, 1))
-    poses[:, :3] = camera[0].double().cpu().numpy()  # world to camera
+    poses[:, :3] = camera  # world to camera
     return depth, confidence, K, np.linalg.inv(poses)
 
 
@@ -4040,9 +4039,9 @@ def over_segment(points, normals=None, faces=None):
     # lightest edges first; two segments join if the edge is no heavier than either's limit: its
     # heaviest inner edge + threshold / size. Then what stayed too small joins its most similar neighbor
     order = np.argsort(weight, kind="stable")
-    edges = list(zip(a[order].tolist(), b[order].tolist(), weight[order].tolist(), strict=True))
+    edges = [column[order].tolist() for column in (a, b, weight)]
     for crumbs in (False, True):
-        for x, y, w in edges:
+        for x, y, w in zip(*edges, strict=True):
             x, y = find(x), find(y)
             fits = min(size[x], size[y]) < min_size if crumbs else w <= min(limit[x], limit[y])
             if x != y and fits:
@@ -4155,7 +4154,7 @@ def object_segments(points, normals, colors, superpoints):
 
 def keep_labels(labels, kept):
     """Renumber the labels with kept[label] from 1 in their order; the others become 0."""
-    number = np.where(kept, np.cumsum(kept), 0)
+    number = np.cumsum(kept) * kept
     return number[labels]
 
 
@@ -4363,11 +4362,10 @@ def merge_tracks(tracks, points, share=0.3):
 
 
 def find_tracks(frames, sam2):
-    """Track what frames show through them: masks [V, H, W], 0 = none, and the points [V, H, W, 3] they lie on."""
+    """Track what frames show through them: masks [V, H, W], 0 = none."""
     tracks = sam2_masks(frames.color, load_sam2(sam2))
     tracks = np.stack([resize(frame, frames.depth.shape[1:]) for frame in tracks])  # color may be finer
-    points = world_points(frames)
-    return merge_tracks(tracks, points), points
+    return merge_tracks(tracks, world_points(frames))
 
 
 def tracked(frames, objects, sam2):
@@ -4376,7 +4374,7 @@ def tracked(frames, objects, sam2):
     Boxes of tracks span the 2nd to 98th percentile of their points. A track that has an IoU of less than 0.25
     with every object shows none.
     """
-    tracks, points = find_tracks(frames, sam2)
+    tracks, points = find_tracks(frames, sam2), world_points(frames)
     boxes = np.stack([o.box for o in objects])
     number = np.zeros(tracks.max() + 1, np.int32)
     for t in range(1, len(number)):
@@ -4650,7 +4648,7 @@ def open_scene(path, masks=None, sam2=None, **options):
     if masks == "files" and labelled:
         return with_tracks(scene, frames.masks)
     if masks == "sam2" and frames:
-        return with_tracks(scene, find_tracks(frames, weights)[0])
+        return with_tracks(scene, find_tracks(frames, weights))
     lacking = "it has no frames, or no instance-filt/ with masks"
     raise DataError(f"--masks {masks}: {path}: {lacking}; choose files, segments or sam2")
 
