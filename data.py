@@ -3226,8 +3226,8 @@ KNOWN_LAYOUTS = "; ".join(layout.name for layout in LAYOUTS)
 
 def existing(part):
     """Return a part of FrameFiles, or None where its file is missing."""
-    missing = isinstance(part, Path) and not (part.exists() or part.parent.is_file())
-    return None if missing else part
+    there = not isinstance(part, Path) or part.exists() or part.parent.is_file()
+    return part if there else None
 
 
 def find_frames(folder):
@@ -3424,7 +3424,7 @@ def read_views(path, scale=None, max_frames=32, longest=None, vggt=VGGT, **docum
     layout. Raises DataError.
     """
     layout, views = find_frames(path)
-    if layout is None:
+    if not layout:
         raise DataError(f"{path}: holds no frames; known layouts: {KNOWN_LAYOUTS}")
 
     # what a user says holds before what the layout documents
@@ -3453,7 +3453,7 @@ def read_views(path, scale=None, max_frames=32, longest=None, vggt=VGGT, **docum
     scene = Scene(name, source, [], frames=frames, notes=notes, **fuse(frames))
     align_to_gravity(scene, layout.up)
     scene.metric = metric or scale is not None
-    return check_scene(scene, trusted=scale is not None or "depth_scale" in documented)
+    return check_scene(scene, trusted=scale or "depth_scale" in documented)
 
 
 def resize(image, size):
@@ -3620,7 +3620,7 @@ def read_cloud(path, up="auto", scale=None):
     align_to_gravity(scene, up)
     if colors is not None:
         scene.colors = rows[:, 3:].round().astype(np.uint8)
-    return check_scene(scene, trusted=scale is not None)
+    return check_scene(scene, trusted=scale)
 
 
 # ---- 7.4 gravity
@@ -3656,7 +3656,7 @@ def up_of_cloud(points, normals):
 
     # rooms are 2 to 3.5 meters high, and clouds are z-up by custom
     size = np.maximum(high - low, 1e-6)
-    weight *= np.minimum(1, np.minimum(size / 2, 3.5 / size))
+    weight *= np.minimum(size / 2, 3.5 / size).clip(max=1)
     weight[2] = 2.5 * max(weight[2], 0.02)
     axis = np.abs(weight).argmax()
     return np.sign(weight[axis]) * np.eye(3)[axis]
@@ -3995,8 +3995,7 @@ def neighbor_pairs(points, k, reach=np.inf):
     Pairs farther apart than `reach` times the median distance to the nearest neighbor are left out: they
     are gaps.
     """
-    distance, near = nearest(points, points, k + 1)
-    distance, near = distance[:, 1:], near[:, 1:]  # the nearest is the point itself
+    distance, near = (a[:, 1:] for a in nearest(points, points, k + 1))  # the nearest is the point itself
     close = distance <= max(reach * np.median(distance[:, 0]), 1e-9)
     pairs = np.column_stack([np.nonzero(close)[0], near[close]])
     return tuple(np.unique(np.sort(pairs, axis=1), axis=0).T)
