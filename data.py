@@ -3658,8 +3658,7 @@ def up_of_cloud(points, normals):
     size = np.maximum(high - low, 1e-6)
     weight *= np.minimum(size / 2, 3.5 / size).clip(max=1)
     weight[2] = 2.5 * max(weight[2], 0.02)
-    axis = np.abs(weight).argmax()
-    return np.sign(weight[axis]) * np.eye(3)[axis]
+    return max(UP.values(), key=lambda axis: axis @ weight)
 
 
 def align_to_gravity(scene, up):
@@ -4352,7 +4351,7 @@ def merge_tracks(tracks, points, share=0.3):
     root = ids.copy()
     for i in np.argsort(-overlap[a, b], kind="stable"):
         p, q = root[a[i]], root[b[i]]
-        if p != q and not (present[p] & present[q]).any():
+        if not (present[p] & present[q]).any():  # never of one with itself
             present[p] |= present[q]
             root[root == q] = p
 
