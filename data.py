@@ -2982,8 +2982,9 @@ def check_scene(scene, trusted=False):
     numbers = [scene.points, scene.normals, scene.bounds, *(o.box for o in scene.objects)]
     total = sum(array.sum() for array in numbers if array is not None)
     if len(lengths) > 1 or min(lengths) < 2 or not np.isfinite(total):
-        what = f"arrays of {lengths} points, or numbers that are not finite"
-        raise DataError(f"{scene.name}: {what}; export it again")
+        raise DataError(
+            f"{scene.name}: arrays of {lengths} points, or numbers that are not finite; export it again"
+        )
 
     # a wrong unit shows in the size, which everybody can judge
     size = np.ptp(scene.points, axis=0)
@@ -3276,8 +3277,9 @@ def read_depth(path, scale):
     """Read depth [H, W] in float32 meters; 0 = missing, as 65535 is in the file."""
     depth = read_image(path)
     if depth.ndim != 2 or depth.itemsize == 1:
-        what = f"{depth.dtype} {depth.shape} is a picture of depth (8 bits end at 255)"
-        raise DataError(f"{path}: {what}; export 16 bits")
+        raise DataError(
+            f"{path}: {depth.dtype} {depth.shape} is a picture of depth (8 bits end at 255); export 16 bits"
+        )
     return np.where(depth == 65535, 0, depth).astype(np.float32) / scale
 
 
@@ -3348,8 +3350,9 @@ def read_view(view, layout, longest, fine=False):
         sizes.insert(0, depth.shape)
         tall, wide = np.divide(*sizes)
         if abs(tall / wide - 1) > 0.03:
-            what = f"depth and color have different shapes {sizes}"
-            raise DataError(f"{view.depth}: {what}; export depth registered to color")
+            raise DataError(
+                f"{view.depth}: depth and color have different shapes {sizes}; export depth registered to color"
+            )
 
     # bring all to one size; the intrinsics follow
     H, W = shrink(sizes[0], longest)
