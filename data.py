@@ -3597,6 +3597,7 @@ def read_cloud(path, up="auto", scale=None):
     """
     import trimesh
 
+    path = Path(path)
     points, colors, _, faces = load_mesh(path)
     points = points * (scale or 1.0)
     shown = np.zeros_like(points) if colors is None else colors
@@ -3731,7 +3732,7 @@ def read_scannet(folder, max_frames=32, longest=math.inf, geometry="files", vggt
     else rendered. geometry: "vggt" takes depth and cameras from VGGT, whose weights `vggt` names
     (`see`). Raises DataError.
     """
-    folder = folder.absolute()
+    folder = Path(folder).absolute()
     mesh, segs, aggregation, info = scan_files(folder)
     points, colors, normals, faces = load_mesh(mesh)
     with reading(info, "scan description with an axisAlignment of 16 numbers"):
@@ -3755,7 +3756,7 @@ def read_scannet(folder, max_frames=32, longest=math.inf, geometry="files", vggt
     vggt = vggt or (VGGT if geometry == "vggt" else None)
     for place in (folder, *(root / "posed_images" / folder.name for root in folder.parents[:2])):
         layout, views = find_frames(place)
-        if max_frames and any(view.depth for view in views):
+        if max_frames and any(view.depth and view.pose is not None for view in views):
             load = partial(scan_frames, scene, world, layout, views, max_frames, longest, vggt)
             files = [file for view in views for file in view if isinstance(file, Path)]
             key = f"{file_key([mesh, *files])} {max_frames} {longest} {vggt}"
