@@ -3426,6 +3426,7 @@ def read_views(path, scale=None, max_frames=32, longest=None, vggt=VGGT, **docum
     documented: up (UP or "auto"), convention (CONVENTIONS), depth_scale, in place of those of the
     layout. Raises DataError.
     """
+    path = Path(path)
     layout, views = find_frames(path)
     if not layout:
         raise DataError(f"{path}: holds no frames; known layouts: {KNOWN_LAYOUTS}")
