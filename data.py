@@ -3822,7 +3822,7 @@ def write_scannet(scene, out):
     Depth is rounded to 1 mm. Color is written as PNG, so that nothing is lost; two extra keys per
     object (alignedBox, color) hold what ScanNet has no place for.
     """
-    folder, frames = out / scene.name, scene.frames
+    folder, frames = Path(out) / scene.name, scene.frames
     depth, masks = (frames.depth * 1000).round().astype(np.uint16), frames.masks.astype(np.uint16)
     images = {"color": frames.color, "depth": depth, "instance-filt": masks}
     for part in (*images, "pose", "intrinsic"):
