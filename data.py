@@ -806,17 +806,21 @@ def _palette(placed, rng):
     return np.array([*faces, shell]).astype(np.int16)
 
 
-def _paint(palette, box, face, rng):
-    """Color points by their boxes and faces [...], with slight noise: [..., 3] uint8."""
-    color = palette[box, face] + rng.integers(-5, 6, (*face.shape, 1), dtype=np.int8)
-    return np.clip(color, 0, 255).astype(np.uint8)
+def _noise(rng, *shape):
+    return rng.integers(-5, 6, (*shape, 1), dtype=np.int8)
 
 
-def room(seed, objects=None, views=12, size=96, points=4096):
+def _paint(palette, box, face, noise):
+    """Color points by their boxes and faces [...], with slight noise [..., 1]: [..., 3] uint8."""
+    return np.clip(palette[box, face] + noise, 0, 255).astype(np.uint8)
+
+
+def room(seed, objects=None, views=12, size=96, points=4096, render=True):
     """Make a furnished room around x = y = 0; the same seed gives the same room on every machine.
 
     objects: how many, door and window included (default 8 to 16); the room grows with them. views
-    of size x size pixels; views = 0 or points = 0 leave the frames or the cloud out. Object boxes
+    of size x size pixels; views = 0 or points = 0 leave the frames or the cloud out, and so does
+    render = False, which leaves all else as it is with frames. Object boxes
     are the exact extent of their parts and disjoint (small things stand exactly on the tops of big
     ones); no two objects share category and color. Superpoints are the faces of parts, cut at every
     meter. Raises DataError for a number of objects that cannot be furnished.
@@ -852,9 +856,11 @@ def room(seed, objects=None, views=12, size=96, points=4096):
 
     if views:
         poses = _cameras(rng, views, side, low, high)
+        noise = _noise(rng, views, size, size)
+    if views and render:
         cast = [ray_cast(lo, hi, pose, size, bounds) for pose in poses]
         depth, box, face = (np.stack(part) for part in zip(*cast, strict=True))  # [V, size, size] each
-        color = _paint(palette, box, face, rng)
+        color = _paint(palette, box, face, noise)
         masks = owner[box].astype(np.int32)
         focal = size / 2 / HALF_FOV
         K = np.tile([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]], (views, 1, 1))
@@ -865,7 +871,7 @@ def room(seed, objects=None, views=12, size=96, points=4096):
         scene.points = xyz.astype(np.float32)
         scene.normals = NORMALS[face]
         scene.instances = owner[box]
-        scene.colors = _paint(palette, box, face, rng)
+        scene.colors = _paint(palette, box, face, _noise(rng, points))
         piece = np.column_stack([np.floor(xyz).astype(int), 6 * box + face])
         scene.superpoints = np.unique(piece[:, [2, 3, 0, 1]], axis=0, return_inverse=True)[1].ravel()
     return scene
@@ -4532,18 +4538,18 @@ def draw_scene(scene, path, lines=(), tokens=None, answers=()):
 SOURCES = ("rooms", "scannet", "rgbd", "ply", "cached")
 
 
-def load_scenes(source, split, root=None, count=800, workers=0, share=map, **options):
+def load_scenes(source, split, root=None, count=800, workers=0, share=map, frames=True, **options):
     """Load the scenes of a split, "train" or "test", of one of SOURCES: rooms, scans, or own
     scenes below `root`.
 
     Those that scannetv2_val.txt of the root names are for testing; without that file every fifth is,
     and one that is alone is for both. Scenes that cannot be read, or in which no object is found, are
     left out, and said. share: maps in place of `map`, so that processes can share the reading.
-    options: of `open_scene`. Raises DataError where none is left.
+    frames: False makes rooms without. options: of `open_scene`. Raises DataError where none is left.
     """
     # rooms are made, all else is read
     if source == "rooms":
-        return rooms(ROOM_SEEDS[split][:count], workers + 1)
+        return rooms(ROOM_SEEDS[split][:count], workers + 1, render=frames)
     if root is None:
         raise DataError(f"--data {source}: name the folder with --root")
     root = Path(root)

@@ -1645,7 +1645,7 @@ def evaluate_run(args: argparse.Namespace):
     # scenes that the run did not train in, and some it did, whose answers the blind baseline knows
     load_scenes = partial(data.load_scenes, record["data"], root=record["root"], **options)
     count, objects, place = record["scene_counts"], args.objects, out
-    blind = load_scenes("train", count=min(300, count["train"]))
+    blind = load_scenes("train", count=min(300, count["train"]), frames=False)
     if objects is None:
         scenes = load_scenes("test", count=count["test"])
     else:  # fresh rooms, none of them a default one, with as many points per object
