@@ -87,9 +87,9 @@ class Thing:
 
 @dataclass
 class Frames:
-    """V posed RGB-D views of one size; a scan's color may be finer than its depth."""
+    """V posed RGB-D views of one size; a scan's color may be finer than its depth, which the intrinsics fit."""
 
-    color: np.ndarray  # [V, H, W, 3] uint8
+    color: np.ndarray  # [V, H, W, 3] uint8, of a scan perhaps with a larger H and W of its own
     depth: np.ndarray  # [V, H, W] float32 meters along the camera's z axis, 0 = missing
     masks: np.ndarray  # [V, H, W] int32 object ids, 0 = none
     intrinsics: np.ndarray  # [V, 3, 3] float64
@@ -135,8 +135,8 @@ class Scene:
     frames: Frames | LazyFrames | None = None
     bounds: Array = None  # [2, 3] lowest and highest corner of the room or cloud
     metric: bool = True  # False: unknown scale, metric questions are refused
-    # the augmentation already applied to boxes and points; features cached before it apply it to
-    # their coordinates
+    # the augmentation already applied to boxes and points; coordinates in cached features are without it, and who
+    # reads them applies it
     turn: np.ndarray = field(default_factory=lambda: np.eye(3))
     identifiers: dict[int, int] = field(default_factory=dict)  # object id -> 0..99, per scene and epoch
     notes: list[str] = field(default_factory=list)  # what the reader did: transforms, dropped poses
@@ -1308,7 +1308,7 @@ def make_sample(function, task, scene, rng):
 
 
 def generator(*tasks):
-    """Register a function (scene graph, rng, task) -> what `make_sample` writes, or None, for its tasks."""
+    """Register a function (scene graph, rng, task) -> a dict for `make_sample`, or None, for its tasks."""
 
     def register(function):
         for task in tasks:
@@ -1967,7 +1967,7 @@ class Source:
     """A row of a paper's mixture of official files: what is taken of which benchmark's training file."""
 
     benchmark: str  # a row of the evaluator that reads official files
-    printed: int  # how many questions the paper counts
+    printed: int  # how many questions the paper counts, or the files are said to hold
     asks: str = "text"  # the form of the answers taken: text, id, number or choice
     fit: float = 0.0  # IoU that the best proposal must have with the target, where proposals come as a file
     most: int | None = None  # of more, a random draw
@@ -2256,7 +2256,10 @@ class SceneLanguageModel(nn.Module):
         return digest.hexdigest()[:16]
 
     def cache_features(self, scenes, folder=None, rank=0, world=1):
-        """Do the frozen work of a rank's share of the scenes; the others' is then read from the folder."""
+        """Do the frozen work of a rank's share of the scenes; the others' is then read from the folder.
+
+        It also lists the tokens `names` that the loss on names tells apart.
+        """
         from tqdm import tqdm
 
         # what may have to be named: nothing, things, identifiers
@@ -2318,7 +2321,10 @@ class SceneLanguageModel(nn.Module):
         return collate(written, self.text, lengths, self.stage.reasoning)
 
     def forward_llm(self, ids, positions, mask, seen, prompts, cache=None):
-        """Run the language model over ids [R, N], scene and prompt tokens in place of the placeholders: [R, N, D]."""
+        """Run the language model over ids [R, N], scene and prompt tokens in place of the placeholders: [R, N, D].
+
+        R rows: scenes with all their questions in training, single questions or tokens in generation.
+        """
         embeds = self.llm.get_input_embeddings()(ids.clamp(min=0))  # [R, N, D]
         scene_tokens = seen["tokens"][seen["valid"]].to(embeds)
         embeds = embeds.masked_scatter((ids == SCENE)[..., None], scene_tokens)
@@ -2330,7 +2336,7 @@ class SceneLanguageModel(nn.Module):
         return [batch[name].to(self.device) for name in ("ids", "labels", "positions", "block")]
 
     def forward(self, batch):
-        """Sum the next-token loss over answer tokens.
+        """Sum the next-token loss over answer tokens, plus a paper's auxiliary loss once for each of them.
 
         Returns: {"loss", "weight" = answer tokens, "correct" = those predicted right, "tokens" = all that were read}.
         """
@@ -2437,15 +2443,15 @@ def naming(features, table, names, pairs):
     """Compare features with the words for what they show, a category and a color, among all names.
 
     Args: features [R, D]; table, word vectors of the language model; names [n], sorted tokens; pairs [R, 2] of them.
-    Returns, of every feature [R]: the loss (told from all other names, and alike the sum of its two words), and
+    Returns, of every feature [R]: the loss (classified among all names, and like the sum of its two words), and
     whether one of its words comes first.
     """
     z, words = F.normalize(features.float(), dim=-1), table.detach().float()
     logits = 25 * z @ F.normalize(words[names], dim=-1).T  # [R, n]; 25: a sharp softmax of cosines
     target = torch.searchsorted(names, pairs)  # [R, 2]
-    told = -logits.log_softmax(-1).gather(1, target).mean(1)  # [R]
-    apart = 1 - F.cosine_similarity(z, words[pairs].sum(1), dim=-1)  # [R]
-    return told + apart, (logits.argmax(-1, keepdim=True) == target).any(1)
+    classified = -logits.log_softmax(-1).gather(1, target).mean(1)  # [R]
+    unlike = 1 - F.cosine_similarity(z, words[pairs].sum(1), dim=-1)  # [R]
+    return classified + unlike, (logits.argmax(-1, keepdim=True) == target).any(1)
 
 
 def overfit_demo(model, scene, samples, steps, lr):

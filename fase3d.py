@@ -11,21 +11,22 @@ tokens and one for text tokens, and a Fourier filter for vision tokens.
 
   points p [N,3], color + normal f [N,6] -> MLP(f) + Fourier(p) -> mean per superpoint S [M,d]    (1)
     S along 4 curves, windows of 128 -> rFFT * gate -> irFFT -> mean over curves, added to S  (2)(3)(5)
-    all points along the 4 curves, windows of 64 -> votes between superpoints -> graph   sec. 3.3, (9)
+    all points along the 4 curves, windows of 64 -> votes between superpoints -> graph        sec. 3.3
     T seeds -> 1-hop pooling of S in Hilbert order -> LayerNorm, phi -> z' -> MLP -> tokens [T,D]
     a click or box center c [3] with its 16 nearest tokens -> one coordinate token [D]
   [tokens][coordinate token][question] -> frozen LLM, first 8 FFNs: dLoRA + filter -> answer      (4)
 
-Axes: N points, M superpoints, C curves, W windows, L window length, H heads, T tokens, E edges,
-P prompts, B scenes (in data.py S, their tokens there K), d width of the tokenizer, D width of the
-language model. The tokenizer works scene by scene and needs no padding.
+Axes: N points, M superpoints, C curves, W windows, L window length, H heads, T merged tokens of a scene, E
+edges, P prompts, B scenes, d width of the tokenizer, D width of the language model. (In data.py S are scenes, K
+their tokens and T is the whole sequence; here S are superpoints' features, as in the paper.) The tokenizer works
+scene by scene and needs no padding. "Places" are coordinates, in meters or, where said, in 0..1 of the box.
 
 | paper                                       | here                                         |
 | sec. 3.1 token initialization, (1)          | fourier_code, superpoint_mean, Initial       |
 | (6) quantization, Morton and Hilbert keys   | quantize, morton, hilbert, CURVES            |
 | (5) FFT, (2) filtered windows, (3) curves   | windowed_filter, enhance, Enhancer           |
 | superpoint graph by window voting           | vote_graph, nearest_edges                    |
-| (9)-(11) its cost in time and memory        | docstring of vote_graph, tests/bench.py      |
+| (9)-(11) its cost in time and memory        | vote_graph's docstring, tests/bench.py       |
 | token merging: seeds, suppression, pooling  | choose_seeds, graph_pool, Merger             |
 | places of tokens and prompts                | Model.place of data.fourier_waves            |
 | 3D coordinate token                         | CoordinateToken, Model.prompt_tokens         |
@@ -52,9 +53,9 @@ What the paper leaves open, and what we chose
 - Graph: a window is 32 points before and 32 after its center, a new center every 16 points.
   Votes propose neighbors and weigh edges, but distance chooses: the k = 8 nearest of those proposed, of
   equals those with more votes; an edge stays if either end keeps it, with the larger vote.
-- Seeds: farthest points, the first one farthest from the centroid. The second in one superpoint gives its
-  place to the largest superpoint next to no seed: the paper says "uncovered", not in which order. In a room
-  of 50,000 points that is about every second token.
+- Seeds: farthest points, the first one farthest from the centroid. Where two of them lie in one superpoint, the
+  later is replaced by the largest superpoint that is adjacent to no seed: the paper says "uncovered", not in
+  which order. In a room of 50,000 points so are about half of the tokens.
 - Edge weight: max(0, cos(S_i, S_j)) * log(1 + v_ij) / log(1 + largest vote of the scene).
 - A token is LayerNorm(MLP(z')) + `Model.place` of its position in meters, a linear map that also encodes
   clicks and boxes, so that a place can be found by what it shares with a token. The LayerNorm starts at
@@ -202,7 +203,10 @@ class Initial(nn.Module):
 
 
 def quantize(points: Tensor, bits: int) -> Tensor:
-    """Divide the cloud's box into 2^bits cells per axis, Eq. (6): [N, 3] -> cells [N, 3] int64."""
+    """Divide the cloud's box into 2^bits cells per axis, Eq. (6): [N, 3] -> cells [N, 3] int64.
+
+    As the paper has it, (2^bits - 1) x is rounded down: the last cell holds the far end alone.
+    """
     points = points.double()
     box = torch.stack([points.amin(0), points.amax(0)])  # [2, 3]
     return ((2**bits - 1) * unit_box(points, box)).floor().long()  # [N, 3]
@@ -252,7 +256,7 @@ def hilbert(cells: Tensor, bits: int) -> Tensor:
     return key
 
 
-CURVES = {  # name -> (keys, axes in the order in which they enter), used from the top. The first
+CURVES = {  # name -> (how cells are numbered, axes in the order in which they enter), used from the top. The first
     # axis leads a Hilbert key, the last a Morton key: height leads "z", and turns fastest in
     # "vertical z"
     "z": (morton, (0, 1, 2)),
@@ -266,10 +270,10 @@ CURVES = {  # name -> (keys, axes in the order in which they enter), used from t
 
 def curve_order(points: Tensor, curve: str, bits: int) -> Tensor:
     """Sort points [N, 3] along a curve, those of one cell by x, y, z: their order [N]."""
-    keys, axes = CURVES[curve]
-    key = keys(quantize(points, bits)[:, axes], bits)
-    axes = points.numpy().T[::-1]
-    return torch.from_numpy(np.lexsort((*axes, key.numpy())))  # the last counts first
+    number, axes = CURVES[curve]
+    key = number(quantize(points, bits)[:, axes], bits)
+    ties = points.numpy().T[::-1]
+    return torch.from_numpy(np.lexsort((*ties, key.numpy())))  # the last counts first
 
 
 def canonical_order(points: Tensor) -> Tensor:
@@ -278,24 +282,17 @@ def canonical_order(points: Tensor) -> Tensor:
 
 
 # ---- 3 FFT context enhancer, Eq. (2), (3), (5) ---------------------------------------------------
-#
-# Windows of L = 4 every L / 2 over the sequence a b c d e, padded so that every token is in two:
-#
-#   [. . a b]            Each window is weighted by Hann (0, 1/2, 1, 1/2) before the filter and again
-#       [a b c d]        behind it, and what two windows say of a token is added. With a gate of 1
-#           [c d e .]    a gets a (1 + 0) = a, but b gets b (1/4 + 1/4) = b / 2: Hann squared does not
-#               [e . . .]  add up to a constant. Divided by that sum, gate 1 gives the sequence back.
 
 
 def windowed_filter(x: Tensor, gate: Tensor) -> Tensor:
     """Multiply the spectrum of sequences by a gate inside overlapping windows, Eq. (2).
 
-    Six tokens in windows of L = 4, a new one every L / 2, so that every token lies in two of them:
+    Six superpoints in windows of L = 4, a new one every L / 2, so that each lies in two of them:
 
-        . . 1 2
-            1 2 3 4         Hann weights 0, 0.5, 1, 0.5 before the FFT and after it; what two windows
-                3 4 5 6     give to a token is added and divided by the sum of its squared weights:
-                    5 6 . . a gate of one gives the tokens back
+        . . 1 2             Hann weights 0, 1/2, 1, 1/2 before the FFT and after it; what two windows
+            1 2 3 4         give to a superpoint is added. With a gate of one, 1 gets 1 + 0 of itself, but
+                3 4 5 6     2 gets 1/4 + 1/4: the squares do not add up to a constant. Divided by their
+                    5 6 . . sum, such a gate gives the sequence back
 
     Args: x [C, M, d]; gate [H, L/2 + 1] >= 0, one per head of d / H channels. Returns: [C, M, d].
     """
@@ -308,8 +305,8 @@ def windowed_filter(x: Tensor, gate: Tensor) -> Tensor:
     window = F.pad(x, padding).unfold(1, L, stride)  # [C, W, d, L]
     present = F.pad(x.new_ones(M, 1), padding).unfold(0, L, stride)  # [W, 1, L]
 
-    # a window's mean passes by the gate of frequency zero, the rest through the FFT: then padding
-    # counts nowhere
+    # the mean is taken out, and multiplied by the gate of frequency zero by itself: with it in, the zeros of
+    # padding would look like a step
     hann = torch.hann_window(L, device=x.device)  # [L]
     gain = gate.repeat_interleave(d // gate.shape[0], 0)  # [d, L/2 + 1]
     mean = window.sum(-1, keepdim=True) / present.sum(-1, keepdim=True)  # [C, W, d, 1]
@@ -372,7 +369,7 @@ def vote_graph(
     """Count how often points of two superpoints meet in a window along a curve.
 
     Every `stride`-th point is a center and votes for the superpoint of each of the window / 2
-    points before and after it, if that is another one: O(C N window / stride), plus sorting.
+    points before and after it, if that is another one: O(C N window / stride) in time and memory, plus sorting.
 
     Args: points [N, 3]; superpoints [N] of 0..M-1. Returns: pairs from -> to [E, 2], votes [E].
     """
@@ -420,7 +417,7 @@ def nearest_edges(pairs: Tensor, votes: Tensor, centers: Tensor, k: int) -> tupl
 
 
 def choose_seeds(points: Tensor, superpoints: Tensor, edges: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Choose the superpoints that become tokens, spread over the scene (graph-aware suppression).
+    """Choose the superpoints that become tokens, spread over the scene; none beside a seed while others are left.
 
     Args: points [N, 3]; superpoints [N] of 0..M-1; edges [E, 2] both ways.
     Returns: seeds [T] and their positions [T, 3], T = min(count, M).
@@ -428,17 +425,16 @@ def choose_seeds(points: Tensor, superpoints: Tensor, edges: Tensor, count: int)
     anchor = data.farthest_point_sampling(points, count)
     seed = superpoints[anchor]
 
-    # of two points in one superpoint the later gives its place to a superpoint next to no seed, the largest
-    # first; when there is none left, to a neighbor of seeds
+    # then all others, the largest first; neighbors of seeds come last, since their size is made negative
     size = torch.bincount(superpoints)
     size[edges[torch.isin(edges[:, 0], seed), 1]] -= len(points)
     rest = size.argsort(descending=True, stable=True)
 
-    # so each superpoint counts where it comes first
+    # of a superpoint that comes twice only the first stays: what farthest points repeat, the others replace
     seed = torch.cat([seed, rest])
-    position = torch.cat([anchor, nearest_to_center(points, superpoints)[rest]])
+    point = torch.cat([anchor, nearest_to_center(points, superpoints)[rest]])
     first = np.sort(np.unique(seed, return_index=True)[1])[:count]
-    return seed[first], points[position[first]]
+    return seed[first], points[point[first]]
 
 
 def nearest_to_center(points: Tensor, owner: Tensor) -> Tensor:
@@ -489,8 +485,8 @@ class Merger(nn.Module):
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Project pooled z [T, d]: z' [T, d] for coordinate tokens, and tokens [T, D]."""
-        z = self.phi(z)  # [T, d]
-        return z, self.adapter(z)  # [T, d], [T, D]
+        z_prime = self.phi(z)  # [T, d]
+        return z_prime, self.adapter(z_prime)  # [T, d], [T, D]
 
 
 # ---- 6 positions and the coordinate token --------------------------------------------------------
@@ -511,7 +507,7 @@ class CoordinateToken(nn.Module):
     def forward(self, c: Tensor, box: Tensor, z: Tensor, places: Tensor, k: int) -> Tensor:
         """Encode positions c [P, 3] in one scene, each with its k nearest tokens: [P, D].
 
-        box [2, 3] low and high corner of the cloud; z [T, d] merged tokens at places [T, 3] meters.
+        box [2, 3] low and high corner of the cloud; z [T, d] merged tokens, after phi, at places [T, 3] meters.
         """
         d = z.shape[1]
         # the nearest tokens, each with the code of where it lies as seen from c
@@ -525,8 +521,8 @@ class CoordinateToken(nn.Module):
 
 # ---- 7 the frozen language model: Fourier filter and dLoRA ---------------------------------------
 #
-# Both act on the tokens of one kind. `token_index` is one dictionary for all layers: kind -> which
-# of the tokens are of that kind [n]. It is filled before every pass and kept until the next:
+# Both act on the tokens of one kind. `token_index` is one dictionary for all layers: kind -> indices [n] of
+# the tokens of that kind among all tokens of a batch in a row. It is filled before every pass and kept until the next:
 # gradient checkpointing runs the layers again during the backward pass and must find it.
 
 
@@ -641,7 +637,7 @@ def adapt(llm: nn.Module, config: Config, token_index: dict):
     if config.adapted_layers and not adapted:
         raise DataError(f"{type(llm).__name__}: its FFN has none of {', '.join(sorted(FFN))}")
 
-    # one pair after the other, in every layer: what is left out above then changes no other draw
+    # one kind of pair after the other, through all layers: a kind that is left out changes no draw before it
     for name in dict.fromkeys(names.values()):
         for layer in adapted:
             layer.add(name, config.rank)
@@ -671,7 +667,7 @@ class Model(SceneLanguageModel):
         self.initial = Initial(3 * config.color + 3 * config.normals, config.hidden, config.dim)
         self.enhancer = Enhancer(config.heads, config.window)
         self.merger = Merger(config.dim, D, scale)
-        self.place = nn.Linear(36, D, bias=False)  # of data.fourier_waves: 18 waves, cos^2 + sin^2 = 1
+        self.place = nn.Linear(36, D, bias=False)  # of 3 axes x 6 waves x (cos, sin): their squares sum to 18
         nn.init.normal_(self.place.weight, std=scale / math.sqrt(18))
         self.coordinate = CoordinateToken(config.dim, D, scale)
         self.qformer = None
@@ -724,7 +720,7 @@ class Model(SceneLanguageModel):
     # -- geometry of a scene: computed once, cached
 
     def feature_settings(self):
-        """Name all settings: a run has one folder for its features, and its settings do not change."""
+        """Name all settings, more than geometry needs: a run's settings never change, so that costs nothing."""
         return tuple(vars(self.config).items())
 
     def compute_features(self, scene):
@@ -740,7 +736,7 @@ class Model(SceneLanguageModel):
         if scene.superpoints is None and c.superpoint:
             raise DataError(f"{scene.name}: no superpoints; make them with data.over_segment")
 
-        # draw from the sorted points, turned back: neither their order nor mirroring matters
+        # draw from the sorted points: neither their order nor turning matters, since @ turn undoes @ turn.T
         points = torch.from_numpy(scene.points @ scene.turn).float()
         rng = np.random.default_rng(len(points))
         drawn = rng.choice(len(points), min(c.points, len(points)), replace=False)
@@ -785,8 +781,6 @@ class Model(SceneLanguageModel):
     def point_features(self, scene: Scene, index: np.ndarray) -> Tensor:
         """Give color and normals of the points `index`, in -1..1: [N, channels]; 0 = no color."""
         config, parts = self.config, []
-
-        # colors run from -1 to 1
         if config.color:
             if scene.colors is None and not config.no_color:
                 raise DataError(
@@ -802,7 +796,7 @@ class Model(SceneLanguageModel):
             parts.append(scene.normals[index])  # every reader of clouds finds them
         return torch.from_numpy(np.concatenate(parts, 1)).float()
 
-    def superpoints(self, scene: Scene) -> tuple[Tensor, Tensor]:
+    def superpoint_features(self, scene: Scene) -> tuple[Tensor, Tensor]:
         """Compute a scene's superpoints in context S [M, d], and the box [2, 3] of its points."""
         found = self.load_features(scene)
         index = found["index"].numpy()
@@ -817,7 +811,7 @@ class Model(SceneLanguageModel):
 
     def scene_tokens(self, scene: Scene) -> dict[str, Tensor]:
         """Merge a scene's superpoints: {"tokens" [T, D] without place, "z" [T, d], "box" [2, 3]}."""
-        S, box = self.superpoints(scene)
+        S, box = self.superpoint_features(scene)
         found = self.load_features(scene)
         keys = ("seed", "token", "member", "strength")
         seed, *graph = [found[key].to(S.device) for key in keys]
@@ -834,7 +828,7 @@ class Model(SceneLanguageModel):
         return len(self.load_features(scene)["seed"])
 
     def encode(self, scenes):
-        """Encode scenes: "tokens" [B, T, D], "valid" [B, T], "places" [B, T, 3], "z", "box"."""
+        """Encode scenes: "tokens" [B, T, D], "valid" [B, T], "places" [B, T, 3], "z" [B, T, d], "box" [B, 2, 3]."""
         found = []
         for scene in scenes:
             own = self.scene_tokens(scene)
@@ -906,7 +900,7 @@ class Model(SceneLanguageModel):
         # edges count as in graph pooling
         found = self.load_features(scene)
         index, edges = found["index"].numpy(), found["edges"]
-        S = self.superpoints(scene)[0].cpu()
+        S = self.superpoint_features(scene)[0].cpu()
         weight = edge_weight(S, *edges.T, found["edge_strength"])
         label = spectral_clusters(edges.numpy(), weight.numpy(), len(S), count)
         label = label[found["owner"].numpy()]
@@ -994,9 +988,9 @@ NAME = {
     "id_category": 0.5,
     "id_color": 0.5,
 }  # "what is this?" with a click: a caption in short
-GENERALIST = {  # official files of stage 1, and how many questions they hold: of 3D-LLM as the
-    # paper counts (with descriptions of validation rooms: the leak filter takes those out), of the
-    # others the size of their training split
+GENERALIST = {  # official files of stage 1, and how many questions are expected in them: of 3D-LLM as many as
+    # the paper counts, which include descriptions of validation rooms (`evaluate.mixture` leaves those out); of
+    # the others the size of their training split
     "3D-LLM descriptions": Source("3dllm/description", 1033, splits=("train", "val")),
     "3D-LLM planning": Source("3dllm/planning", 1864),
     "3D-LLM dialogue": Source("3dllm/dialogue", 2955),
@@ -1036,7 +1030,9 @@ STAGES = {
             files=GENERALIST,
             **SCHEDULE,
         ),
-        Stage("2 task", {}, PARTS, "tokens", iterations=30_000, **SCHEDULE),  # asks what `recipe` puts in
+        Stage(
+            "2 task", {}, PARTS, "tokens", iterations=30_000, **SCHEDULE
+        ),  # {}: `recipe` puts in what it asks
     ],
 }
 
@@ -1070,10 +1066,10 @@ def make_qformer(dim: int, heads: int) -> nn.Module:
     return nn.TransformerDecoderLayer(dim, heads, 2 * dim, **how)
 
 
-SELECTORS = {  # Table E: how seeds are chosen; they merge by the graph, not at all, by attention
-    "graph": choose_seeds,
-    "fps": farthest_seeds,
-    "qformer": choose_seeds,
+SELECTORS = {  # Table E: how seeds are chosen
+    "graph": choose_seeds,  # and merged with their neighbors in the graph
+    "fps": farthest_seeds,  # and not merged
+    "qformer": choose_seeds,  # and merged by attention
 }
 ADAPTERS = {  # Table 4: kind of token -> its low-rank pair
     "none": {},
@@ -1139,7 +1135,7 @@ def demo():
 
     # from points to tokens
     with torch.no_grad():
-        S, _ = model.superpoints(scene)
+        S, _ = model.superpoint_features(scene)
         found = model.load_features(scene) | model.scene_tokens(scene)
     print(f"points [N, 3]         {list(scene.points.shape)}")
     print(f"superpoints S [M, d]  {list(S.shape)}")
@@ -1155,8 +1151,8 @@ def demo():
 
 # ==== tiny preset: trains from nothing on a CPU; not in the paper, skip on a first reading ====
 #
-# Its language model has read rooms in words (data.Reader) and is frozen for good. First a token learns to
-# name what its seed lies on ("tokenizer"); then come the paper's two stages.
+# Its language model was trained on rooms described in words (data.Reader) and is frozen for good. First a
+# token learns to name what its seed lies on ("tokenizer"); then come the paper's two stages.
 
 
 class TinyModel(Model):

@@ -19,8 +19,9 @@ scene's side no embedding table is learned.
                                                            language model --> text                      (6)
 
 Axes: V frames, H W pixels, h w patches (one per merged token of the tower), L triplets, G groups, K proxies,
-C = D width, T text, n objects, R pieces and symbols of stage 0, E width of the tiny tower. The paper's c^H and
-c^WxL are a proxy's height and its place on the floor, not pixels.
+C = D width (of the tower's tokens, so of the language model), T text, n objects, R pieces and symbols of stage 0,
+E width of the tiny tower. In Eq. (4) R is a rotation and F a network; the paper's c^H and c^WxL are a proxy's
+height and its place on the floor, not pixels.
 
 | paper                                  | here                                          |
 | sec. 3.1 patch triplets                | patch_triplets                                |
@@ -29,8 +30,8 @@ c^WxL are a proxy's height and its place on the floor, not pixels.
 | (3) proxies, the means of clusters     | make_proxies                                  |
 | allocation K_g ~ |G_g| / L             | allocate                                      |
 | (5) BFS serialization                  | bfs_order                                     |
-| (4) z' = R(c^H) z + F(c^WxL)           | rotate_height, HorizontalFourier              |
-| G_sem, G_id (symbol images)            | draw_category, draw_identifier, Model.symbols |
+| (4) z' = R(c^H) z + F(c^WxL)           | rotate_height, HorizontalFourier, Model.encode |
+| G_sem, G_id (symbol images)            | draw_category, draw_identifier, Model.symbols  |
 | (6) next-token loss on answers         | data.SceneLanguageModel.forward               |
 | supp. Table 1, four stages             | STAGES                                        |
 | supp. Table 2, SpaceSpan-318K          | SPACESPAN                                     |
@@ -40,17 +41,17 @@ c^WxL are a proxy's height and its place on the floor, not pixels.
 What the paper leaves open, and what we chose
 - "KNN" clustering: farthest-point seeds inside the group (first: the patch nearest its centroid), every patch
   to its nearest seed, mean of features and of coordinates. Lloyd's steps would make it k-means (`lloyd`).
-- Patches without a mask form one more group (label 0): floor and walls keep tokens, but get no identifier.
-- Allocation is exact: a floor for every group (lower where the floors alone exceed the budget), the rest in
-  proportion by largest remainders, never more than a group has.
+- Patches without a mask form one more group (label 0): ground and walls keep tokens, but get no identifier.
+- Allocation is exact: a least number (`floor`) for every group (lower where those alone exceed the budget), the
+  rest in proportion by largest remainders, never more than a group has.
 - BFS runs over groups on the symmetric 6-NN graph of their centroids, from the group nearest the origin,
   nearer neighbors first; inside a group over its proxies, from the one nearest the last token. When a
   connected part of the graph is done, the point nearest to any visited one comes next.
 - R rotates feature pairs by height / 5 cm * 10000^(-2i/C): R(0) = I and norms are kept. F is a learnable
   Fourier embedding (Li et al. 2021). Both act from stage II on.
-- Around a loaded tower F starts at 0.3 of the RMS of proxies' features, and symbols at their full RMS
-  (`Model.measure_gains`): at 5e-6 a step what starts small stays small. A meter along x, y or z then moves a
-  token by comparable amounts (tested).
+- With loaded weights and the paper's rate of 5e-6 a term that starts small stays small. So F starts at 0.3 of
+  the RMS of proxies' features, and symbols at their full RMS (`Model.measure_gains`): a meter along x, y or z
+  then moves a token by comparable amounts (tested).
 - Proxies take ordinary sequential positions in MRoPE (t = h = w), like words.
 - Inter-frame attention: the tower's full-attention blocks see all frames of a scene at once. No parameters.
 - 16x21 (32x42) merged tokens = frames resized to exactly 448x588 (896x1176), whatever the camera.
@@ -169,8 +170,9 @@ def patch_index(pixels: Tensor, h: int, w: int) -> Tensor:
 def patch_labels(masks: Tensor, h: int, w: int) -> Tensor:
     """Find the label that covers most of every patch: masks [V, H, W] >= 0 -> [V, h, w].
 
-    Of labels that cover the same, the highest wins: an object before 0, "none". So it does where no pixel is.
+    Of labels that cover the same, the highest wins: an object before 0, "none".
     """
+    # `most_frequent` prefers the lowest, so labels count downwards from the highest
     V, most = len(masks), masks.max()
     lowest = data.most_frequent((most - masks).flatten(), patch_index(masks, h, w), V * h * w)
     return (most - lowest).view(V, h, w)
@@ -282,7 +284,7 @@ def make_proxies(
     lloyd: int = 0,
     semantic_grouping: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn the patches of a scene into a sequence of proxies: sections 3.1 to 3.3 but for the positions.
+    """Turn the patches of a scene into a sequence of proxies: sections 3.1 to 3.3 without the encoding of places.
 
     Args: features [V, h, w, C]; points [V, H, W, 3] meters, NaN = missing; masks [V, H, W] object ids,
     0 = none; budget, floor: see `allocate`; lloyd: see `farthest_seeds`; semantic_grouping: False takes all for
@@ -290,8 +292,8 @@ def make_proxies(
     """
     # patches with a feature, a point and a label, and the proxy that each belongs to
     f, p, m = patch_triplets(features, points, masks)
-    one = torch.zeros_like(m)
-    proxy = cluster(p, m if semantic_grouping else one, budget, floor, lloyd)  # [L]
+    same = torch.zeros_like(m)  # the labels of a single group
+    proxy = cluster(p, m if semantic_grouping else same, budget, floor, lloyd)  # [L]
 
     # Eq. (3): a proxy is the mean of its patches
     kept = proxy >= 0
@@ -301,7 +303,7 @@ def make_proxies(
 
     # and shows the object of most of them, which with semantic grouping is the object of all
     group = data.most_frequent(m[kept], proxy, K)  # [K]
-    order = bfs_order(c, group if semantic_grouping else one[:K])  # [K]
+    order = bfs_order(c, group if semantic_grouping else same[:K])  # [K]
     return z[order], c[order], group[order]
 
 
@@ -347,7 +349,7 @@ def breadth_first(points: np.ndarray, start: np.ndarray, neighbors: int = 6) -> 
     np.put_along_axis(linked, near[:, 1 : neighbors + 1], True, axis=1)
     linked |= linked.T
 
-    # `order` is what has been found so far, its part from `head` on the queue
+    # `order` is what has been found so far; order[head:] is the queue
     order = [int(np.square(points - start).sum(1).argmin())]
     head, waiting = 0, np.ones(n, bool)
     waiting[order] = False
@@ -387,7 +389,7 @@ class HorizontalFourier(nn.Module):
 
     F(x) = W2 GELU(W1 r), r = [cos(x Wr), sin(x Wr)] / sqrt(2 P) with P learned frequencies. Wr starts as N(0, 1)
     per meter, and W2 with the standard deviation of a language model's weights, so that a step of 5e-6 changes
-    both by the same share. The size of F is set outside (`Model.measure_gains`).
+    it by the same share as those. The scale of F is set outside (`Model.measure_gains`).
     """
 
     def __init__(self, features: int, width: int):
@@ -439,7 +441,7 @@ def draw_identifier(number: int, size: int) -> Tensor:
 
 @functools.cache
 def draw_category(category: str, color: str, size: int) -> Tensor:
-    """Draw G_sem's picture [size, size, 3] uint8: the category's icon, else its words.
+    """Draw G_sem's picture [size, size, 3] uint8: the category's icon, else its words; a cube without a category.
 
     The tower of a vision-language model reads text, and two categories never share a picture.
     """
@@ -462,7 +464,8 @@ IDENTIFIERS = [("id", number) for number in range(100)]
 def batched_attention(module, q, k, v, attention_mask, scaling, cu_seq_lens_q, **others):
     """Attend within many short sequences, all of one length in one call, where transformers makes a call for each.
 
-    A scene of 32 frames of 16 x 21 tokens has 21,504 windows in the tower's blocks, of two sizes.
+    32 frames of 16 x 21 tokens have 768 windows, of two sizes, in each of 28 blocks; in the four blocks with full
+    attention a sequence is a frame, or all frames at once.
 
     Args: q, k, v [1, heads, L, d]; sequence i runs from cu_seq_lens_q[i] to the next. Returns: [1, L, heads, d]
     and no weights, as transformers expects.
@@ -531,7 +534,7 @@ class Model(data.SceneLanguageModel):
             config.llm, dtype=config.dtype, attn_implementation="sdpa"
         )
 
-        # transformers says where windows begin to what it takes for a flash attention, by its name
+        # transformers tells where windows begin only to attentions with "flash" in their name
         AttentionInterface.register("flash_batched", batched_attention)
         llm.model.visual.config._attn_implementation = "flash_batched"
         if rank:
@@ -593,7 +596,7 @@ class Model(data.SceneLanguageModel):
         return torch.stack([self.symbol_features[key] for key in keys])
 
     def category_keys(self, objects: Sequence[Thing]) -> list[tuple]:
-        """Name the objects' symbols: no colors, as in the paper's icons, unless no object has a category."""
+        """Name the objects' symbols: white icons, as the paper's; colored cubes where no object has a category."""
         named = any(o.category for o in objects)
         return [("category", o.category, "white" if named else o.color) for o in objects]
 
@@ -664,6 +667,10 @@ class Model(data.SceneLanguageModel):
         return len(scene.identifiers)
 
     def encode(self, scenes):
+        """Give "tokens" [S, K, D] and "valid" [S, K]: what is seen, where (Eq. 4), and its identifier.
+
+        A token is a proxy, or in stages I to III an object.
+        """
         self.measure_gains(scenes)
         f_id = self.gains[1] * self.symbols(IDENTIFIERS)  # [100, D]
         f_id = F.pad(f_id, (0, 0, 0, 1))  # [101, D] the last row, -1: no identifier
@@ -689,7 +696,7 @@ class Model(data.SceneLanguageModel):
         return self.proxy_tokens(scene) if self.uses_features() else self.symbol_tokens(scene)
 
     def symbol_tokens(self, scene):
-        """Stages I-III: one "chess piece" per object, its category at its center."""
+        """Stages I-III: one token per object, its category's symbol at its center."""
         # objects without an identifier (beyond a hundred) cannot be asked about
         objects = [o for o in scene.objects if o.id in scene.identifiers]
         centers = np.stack([o.box[:3] for o in objects])  # [n, 3]
@@ -699,7 +706,7 @@ class Model(data.SceneLanguageModel):
         return f_sem[order], torch.from_numpy(centers[order]).to(f_sem), number[order]
 
     def proxy_tokens(self, scene):
-        """Stage IV: proxies, turned with the scene."""
+        """Stage IV: proxies; their places were kept unturned, and are turned with the scene now."""
         found = self.load_features(scene)
         c = found["c"] @ torch.from_numpy(scene.turn).float().T  # [K, 3]
         number = [scene.identifiers.get(i, -1) for i in found["group"].tolist()]
@@ -711,7 +718,9 @@ class Model(data.SceneLanguageModel):
             self.llm.get_decoder(),
             cache,
             inputs_embeds=embeds,
-            attention_mask={"full_attention": mask},
+            attention_mask={
+                "full_attention": mask
+            },  # by kind of layer: then transformers makes none of its own
             position_ids=positions.expand(3, -1, -1),
         )
 
@@ -779,17 +788,17 @@ RELATIONS = {  # MMScan's questions about where things are to each other: symbol
     "MMScan VG": Source("mmscan/vg", 57_000, "id", most=57_000, fit=0.5, kind="Space"),
 }
 GENERATED = {  # where those files are not given: generated questions in SpaceSpan's shares, in thousands
-    "color": 13,
+    "color": 13,  # this and the next for ScanQA
     "what": 13,
-    "situated": 26,
-    "caption": 32,
-    "ground": 32,
-    "multi": 39,
-    "where": 29,
+    "situated": 26,  # SQA3D
+    "caption": 32,  # Scan2Cap
+    "ground": 32,  # ScanRefer
+    "multi": 39,  # Multi3DRefer
+    "where": 29,  # this and the next for MMScan QA
     "exist": 28,
-    "ground_relation": 29,
+    "ground_relation": 29,  # this and the next for MMScan VG
     "ground_multiple": 28,
-    "count": 10,
+    "count": 10,  # this and the rest for SR-91K
     "vsi_abs_distance": 10,
     "vsi_object_size": 5,
     "vsi_room_size": 5,
@@ -835,7 +844,7 @@ PAPER_STAGES = [
         epochs=1,
         samples=318_000,
         batch=128,
-        per_scene=8,  # eight scenes for each of eight GPUs, in two micro-batches
+        per_scene=8,  # so 16 scenes: one for each of eight GPUs in each of two micro-batches
         accumulate=2,
         files=SPACESPAN,
     ),
@@ -863,8 +872,8 @@ def attention_map(model: Model, scene: Scene, sample: Sample) -> Tensor:
     seen = model.encode([scene])
 
     # only eager attention returns its weights, and it adds the mask to the scores
-    hidden = torch.finfo(model.llm.dtype).min
-    mask = torch.where(data.packed_mask(block), 0.0, hidden).to(model.llm.dtype)
+    blocked = torch.finfo(model.llm.dtype).min
+    mask = torch.where(data.packed_mask(block), 0.0, blocked).to(model.llm.dtype)
     language, caught = model.llm.get_decoder(), []
     last = language.layers[-1].self_attn
     hook = last.register_forward_hook(lambda module, inputs, out: caught.append(out[1]))

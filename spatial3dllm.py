@@ -5,14 +5,14 @@ of its parts are public: neither equations nor sizes, losses or schedules. The p
 after the nearest public relatives, and every choice is listed.
 
 Idea. A cloud of points becomes a few hundred *referents*, tokens that know where they are. Each
-gathers the points that vote for the same object (intra-referent), hears its neighbors
+gathers the seeds (points with features) that vote for the same object (intra-referent), hears its neighbors
 (inter-referent) and looks back at the whole scene (contextual). A language model reads them and
 writes locations as text: boxes, distances, edited layouts. Things are named by description ("the
 red chair") or by their box in text, never by an identifier.
 
   cloud p [N, 3], f [N, 7] = color, normal, height
     | PointNet2: four set abstractions, two feature propagations; trained by its own stage, frozen
-  seeds f [M, C] at p [M, 3]
+  seeds f [M, C] at p [M, 3], the points that keep features
     | IntraReferent: seeds vote for centers of objects; balls around the first R votes, pooled
   referents h [R, C] at their votes q [R, 3]
     | InterReferentGraph: two graph convolutions over the nearest referents
@@ -60,8 +60,9 @@ What is not public, and what we chose (all sizes below are ours or a relative's)
   0.2, goes on beside the questions, for all that stands behind the encoder, which stays frozen. A trained
   encoder starts another run (`train.py --init RUN --stages`).
 - A frozen encoder sees a scene as it was scanned, and so do the modules behind it; where training
-  turns the scene, the boxes and votes are turned after them. What features still hold of the first frame
-  then fits no answer, so the language model learns to take places from the code of the boxes alone.
+  turns or mirrors the scene (`data.augment`), only the boxes and votes they found are turned after them. What
+  features still know of the scanned orientation then contradicts the answers, so the language model learns to
+  take places from the code of the boxes alone.
 - Language: LoRA of rank 32 on q, k, v, o and the schedule of the same group's 3DMIT (2 epochs,
   batch 128, 5e-4); loss on the answer only. Boxes in meters with two decimals.
 - All of MODLE: see its section. The tiny preset: see the last section; none of it touches a loaded
@@ -97,7 +98,7 @@ class Config:
 
     llm: str | None = None  # name or folder of a Llama (Vicuna); None builds a tiny one
     points: int = 40_000  # of the cloud that are read; VoteNet 40,000
-    centers: tuple = (2048, 1024, 512, 256)  # of the four set abstractions; seeds: the second
+    centers: tuple = (2048, 1024, 512, 256)  # how many, of the four set abstractions; seeds: the second
     radii: tuple = (0.2, 0.4, 0.8, 1.2)  # meters, of their balls
     samples: tuple = (64, 32, 16, 16)  # nearest points per ball
     feature: int = 256  # channels C of seeds and referents
@@ -148,8 +149,8 @@ class Config:
 def ball_query(q, p, radius, samples):
     """Find the nearest `samples` points p [N, 3] within `radius` of every center q [M, 3].
 
-    Returns: indices [M, samples]; places left over repeat the nearest point, which a maximum does
-    not feel.
+    Returns: indices [M, samples]; where a ball holds fewer, the nearest point is repeated, which a maximum
+    does not feel.
     """
     distance, index = data.knn(q, p, samples)
     return torch.where(distance <= radius, index, index[:, :1])
@@ -158,7 +159,7 @@ def ball_query(q, p, radius, samples):
 def interpolation(fine, coarse):
     """Find the three nearest coarse points of every fine one, and weights by inverse distance.
 
-    Args: fine [M, 3], coarse [N, 3]. Returns: indices [M, 3], weights [M, 3].
+    Args: fine [N, 3], coarse [M, 3]. Returns: indices [N, 3] into the coarse, weights [N, 3].
     """
     distance, index = data.knn(fine, coarse, 3)
     weight = 1 / (distance + 1e-8)
@@ -258,7 +259,7 @@ class PointNet2(nn.Module):
         """
         # down: fewer centers with wider balls
         first = gather(p, cloud["order"])  # [B, M1, 3]
-        levels = []
+        levels = [f]
         for i, layer in enumerate(self.down):
             index = cloud[f"ball{i}"]
             q = first[:, : index.shape[1]]  # [B, M, 3]
@@ -267,7 +268,7 @@ class PointNet2(nn.Module):
 
         # up again to the second level
         for i, layer in zip((3, 2), self.up, strict=True):
-            f = layer(f, levels[i - 1], cloud[f"near{i}"], cloud[f"weight{i}"])  # [B, finer, C]
+            f = layer(f, levels[i], cloud[f"near{i}"], cloud[f"weight{i}"])  # [B, finer, C]
         return f, first[:, : f.shape[1]]  # [B, M2, C], [B, M2, 3]
 
 
@@ -308,7 +309,7 @@ class IntraReferent(nn.Module):
 
 
 def neighbor_graph(q, k):
-    """Build D^-1/2 A D^-1/2 of the graph that links every referent with itself and its k nearest.
+    """Build G = deg^-1/2 adj deg^-1/2 of the graph that links every referent with itself and its k nearest.
 
     Args: q [B, R, 3] centers. Returns: [B, R, R], symmetric.
     """
@@ -318,12 +319,12 @@ def neighbor_graph(q, k):
     linked = torch.maximum(linked, linked.mT)  # [B, R, R]
     # itself: of two referents at one place the other may have come first
     linked.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-    degree = linked.sum(-1).rsqrt()  # [B, R]
-    return degree[..., None] * linked * degree[..., None, :]  # [B, R, R]
+    inverse_root = linked.sum(-1).rsqrt()  # [B, R] of the degree
+    return inverse_root[..., None] * linked * inverse_root[..., None, :]  # [B, R, R]
 
 
 class InterReferentGraph(nn.Module):
-    """H <- H + ReLU(D^-1/2 A D^-1/2 LN(H) W), a few times."""
+    """h <- h + ReLU(G LN(h) W), a few times, with G of `neighbor_graph`."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -334,7 +335,7 @@ class InterReferentGraph(nn.Module):
 
     def forward(self, h, q):
         """Pass messages between referents h [B, R, C] at q [B, R, 3]: [B, R, C]."""
-        graph = neighbor_graph(q.detach(), self.k)  # [B, R, R]
+        graph = neighbor_graph(q.detach(), self.k)  # [B, R, R]; who is near is a choice without a gradient
         for norm, layer in zip(self.norms, self.layers, strict=True):
             h = h + F.relu(graph @ layer(norm(h)))  # [B, R, C]
         return h
@@ -355,7 +356,9 @@ class ReferentSceneAttention(nn.Module):
         self.register_buffer("frequencies", frequencies)
         self.position = nn.Linear(config.fourier, C, bias=False)
         self.query, self.key, self.value, self.out = (nn.Linear(C, C) for _ in range(4))
-        self.place = nn.Linear(3, C, bias=False)
+        self.place = nn.Linear(
+            3, C, bias=False
+        )  # the way to what is seen, in meters, as part of what is seen
         self.mlp = mlp(C, 2 * C, C)
 
     def split(self, x):
@@ -398,11 +401,14 @@ def weighted_mean(loss, weight):
 def detection_loss(seen: dict, true, named, on, table, names):
     """Say how far off votes, boxes and names are.
 
-    Args: seen, of `Model.see`: "votes" [B, M, 3] of seeds, "boxes" [B, R, 6] and "tokens" [B, R, D]
-    of referents, which are the first R seeds. Of every seed its true box true [B, M, 6] (on walls
-    and floor its own place; the size there counts for nothing), the first tokens named [B, M, 2] of its
-    category and color (<unk> for nothing), whether it lies on an object on [B, M]. table, names: word vectors
-    and the tokens that may be named, as for `data.naming`.
+    Args:
+    seen: what `Model.see` gives; "votes" [B, M, 3] of seeds, "boxes" [B, R, 6] and "tokens" [B, R, D] of
+        referents, which are the first R seeds.
+    true [B, M, 6]: box of the object that a seed lies on; on walls and floor its center is the seed itself, and
+        its size counts for nothing.
+    named [B, M, 2]: first tokens of that object's category and color; <unk> for nothing.
+    on [B, M]: whether a seed lies on an object.
+    table, names: word vectors and the tokens that may be named, as for `data.naming`.
     Returns, of every scene [B]: the mean loss, and the share of referents on objects whose nearest word
     is their category or color.
     """
@@ -423,8 +429,8 @@ def detection_loss(seen: dict, true, named, on, table, names):
     boxed = boxed + 0.5 * weighted_mean(sized, on.float())
 
     # names, in the words of the language model
-    told, right = data.naming(seen["tokens"].flatten(0, 1), table, names, named.flatten(0, 1))  # [B * R]
-    loss = weighted_mean(told.view_as(on), torch.where(on, 1.0, 0.3)) + 2 * (voted + boxed)
+    naming, right = data.naming(seen["tokens"].flatten(0, 1), table, names, named.flatten(0, 1))  # [B * R]
+    loss = weighted_mean(naming.view_as(on), torch.where(on, 1.0, 0.3)) + 2 * (voted + boxed)
     return loss, weighted_mean(right.view_as(on).float(), on.float())
 
 
@@ -521,12 +527,13 @@ class Model(data.SceneLanguageModel):
         Returns: "f" [N, 7] color, normal, height; "p" [N, 3]; object ids "instances" [M] of the
         seeds; and `cloud_geometry`.
         """
-        c, back = self.config, scene.turn.astype(np.float32)
+        c, turn = self.config, scene.turn.astype(np.float32)
         if scene.points is None or not len(scene.points):
             raise DataError(f"{scene.name}: no points, and Spatial 3D-LLM reads a cloud")
 
-        # the same points under every turn: turned back, sorted, drawn
-        p = scene.points @ back  # [N, 3]
+        # the same points under every turn: sorted and drawn as they were scanned. A turn multiplied rows by
+        # turn.T, so turn itself undoes it
+        p = scene.points @ turn  # [N, 3]
         kept = np.lexsort(p.T)
         kept = kept[np.sort(np.random.default_rng(0).permutation(len(kept))[: c.points])]
         kept = np.resize(kept, c.points)
@@ -535,7 +542,7 @@ class Model(data.SceneLanguageModel):
         # what a cloud lacks: no direction, medium gray, no object
         normal, color, instances = np.zeros_like(p), np.full(p.shape, 0.5), np.zeros(len(p), int)
         if scene.normals is not None:
-            normal = scene.normals[kept] @ back  # [N, 3]
+            normal = scene.normals[kept] @ turn  # [N, 3]
         if scene.colors is not None:
             color = scene.colors[kept] / 255  # [N, 3]
         if scene.instances is not None:
@@ -579,7 +586,10 @@ class Model(data.SceneLanguageModel):
         turn = turn.float().to(self.device)
         with torch.autocast(self.device.type, enabled=False):  # meters stay float32
             found = self.stack([self.load_features(scene) for scene in scenes])
-            f, p = found["f"].float(), found["p"]
+            f, p = (
+                found["f"].float(),
+                found["p"],
+            )  # the cloud [B, N, .] if the encoder trains, else seeds [B, M, .]
             if self.encoder_trains:
                 f = torch.cat([f[..., :3], f[..., 3:6] @ turn.mT, f[..., 6:]], -1)  # [B, N, 7]
                 f, p = self.encoder(f, p @ turn.mT, found)  # [B, M, C], [B, M, 3]
@@ -627,7 +637,9 @@ class Model(data.SceneLanguageModel):
         return self.config.referents
 
     def encode(self, scenes):
-        """Give "tokens" [B, K, D], "valid" [B, K] and, in training, the detection loss [B]."""
+        """Give "tokens" [B, K, D], "valid" [B, K] and, in training, the weighted detection loss [B] as
+        "auxiliary_loss".
+        """
         seen = self.see(scenes)
         tokens = self.add_locations(seen["tokens"], seen["boxes"])  # [B, K, D]
         out = {"tokens": tokens, "valid": torch.ones_like(tokens[..., 0], dtype=torch.bool)}
@@ -665,7 +677,7 @@ class Model(data.SceneLanguageModel):
         return detection_loss(seen, true, named, on, self.embeddings, names)
 
     def encoder_loss(self, scenes):
-        """Give the detection loss of a stage without questions, per scene."""
+        """Sum the detection loss over scenes, for a stage without questions; its weight is their number."""
         loss, right = self.teach(scenes, self.see(scenes))
         return {"loss": loss.sum(), "weight": len(scenes), "correct": right.sum()}
 
@@ -755,7 +767,7 @@ TOPS = {
     "counter", "cabinet", "kitchen cabinet", "tv stand", "file cabinet",
 }  # fmt: skip
 
-# In these functions g is a scene graph, i and j are places in g.things, boxes are [m, 6].
+# In these functions g is a scene graph, i and j are indices into g.things, boxes are [m, 6].
 
 
 def shared(boxes, others):
@@ -768,7 +780,8 @@ def shared(boxes, others):
 def collide(boxes, others, slack):
     """Say which boxes stand in which of others [n, 6]: [m, n] bool.
 
-    They do if along every axis they share more than `slack` meters or than half of the thinner one.
+    They do if along every axis they share more than `slack` meters, or than half of the thinner one if that is
+    less. In what is FLAT, a rug, everything may stand.
     """
     thin = np.minimum(boxes[:, None, 3:], others[:, 3:]) / 2  # [m, n, 3]
     return (shared(boxes, others) > np.minimum(thin, slack)).all(-1) & (others[:, 5] >= FLAT)
@@ -936,7 +949,9 @@ def edit_reasoning(g, i, j, kind, target):
     z = 0.0
     if kind == "top":
         z = other[2] + other[5] / 2
-        parts.append(stack_reasoning(other[2], other[5]).rpartition(" ")[0])
+        parts.append(
+            stack_reasoning(other[2], other[5]).rpartition(" ")[0]
+        )  # the next part begins with its sum
     else:
         start = edit_start(kind, box, other)
         words, axis, amount = read_move(start, target)
@@ -1076,13 +1091,13 @@ for task in GENERATORS:
 
 # ---- 9 the recipe --------------------------------------------------------------------------------
 
-INSTRUCTIONS = {  # files and how many questions they hold; the paper's own mixture is not public
+INSTRUCTIONS = {  # files and how many questions are expected in them; the paper's own mixture is not public
     "MODLE distance": Source("modle/distance", 105_688),
     "MODLE movement": Source("modle/move", 92_477),
     "MODLE placement": Source("modle/place", 64_854),
     "ScanQA": Source("scanqa", 25_563),
     "SQA3D": Source("sqa3d", 26_623),
-    "ScanRefer": Source("scanrefer", 36_665, "id"),
+    "ScanRefer": Source("scanrefer", 36_665, "id"),  # the targets' ids; `object_to_text` writes them as boxes
     "Scan2Cap": Source("scan2cap", 36_665),
     "3D-LLM planning": Source("3dllm/planning", 1864),
     "3D-LLM descriptions": Source("3dllm/description", 1033),

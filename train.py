@@ -104,6 +104,7 @@ SCHEDULES = {  # share of the way from final_lr up to lr, at progress 0..1 after
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the flags; `args.command` holds those that say what the run is, which --resume must repeat."""
+    # what a checkpoint is worth depends on these
     command = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add = command.add_argument
     add("--model", required=True, choices=MODELS, help="paper")
@@ -142,6 +143,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=("float32", "bfloat16"),
         help="of the arithmetic (default: bfloat16 on a GPU, else float32)",
     )
+
+    # the trainer itself keeps a core busy, and so does every other process on this machine
     spare = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1
     add(
         "--workers",
@@ -595,6 +598,7 @@ def compute_gradients(
 
 def update(optimizer: torch.optim.Optimizer, numbers: dict, position: dict) -> bool:
     """Take the optimizer's step if all is finite, else count it as skipped."""
+    # one gradient that is not finite would spoil Adam's moments for good
     finite = math.isfinite(numbers["loss"]) and math.isfinite(numbers["norm"])
     if finite:
         for group in optimizer.param_groups:
@@ -699,6 +703,7 @@ RESULTS = ("checkpoint/*", "predictions/**/*.jsonl", "loss.png", "metrics.json",
 
 def open_run(args: argparse.Namespace, rank: int) -> tuple[object, dict | None]:
     """Lock the run folder and read the state to go on from: (lock, state or None)."""
+    # a run goes on as the command that began it says; another command is another run
     out, state = args.out, None
     if args.resume:
         state = data.read_state(out)
@@ -737,6 +742,7 @@ class Log:
         kept = self.path.read_text().splitlines(True)[:total]
         self.path.write_text("".join(kept))
 
+        # what the run is, for people; who resumes or scores it reads the state
         (args.out / "config.json").write_text(json.dumps(record, indent=1))
         self.board = None
         if args.tensorboard:
