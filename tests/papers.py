@@ -186,6 +186,11 @@ def alike(a, b, atol=1e-5):
     return torch.allclose(a, b, atol=atol)
 
 
+def start_as_reader(model):
+    """Let a model start from an untrained language model that reads rooms in words."""
+    model.start_from(data.named_weights(data.Reader(model.config, model.text)))
+
+
 def questions_of(scenes, mix, count=3):
     """Ask `count` questions of a mix about each scene: [(scene, samples)]."""
     rng = np.random.default_rng(0)
