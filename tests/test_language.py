@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import data
 import train
-from data import Reader, Stage, TinyText
+from data import Reader, Stage, TinyText, read_tensors
 
 SIZES = (32, 2, 4, 64)
 
@@ -24,10 +24,9 @@ def text():
     return TinyText(data.vocabulary())
 
 
-@pytest.fixture(scope="module")
-def scenes():
+@pytest.fixture
+def scenes(rng):
     """Two rooms whose things are pointed at by clicks, and one where they are by boxes."""
-    rng = np.random.default_rng(0)
     found = [data.augment(data.room(seed, views=0, points=0), rng) for seed in range(3)]
     for scene in found:
         scene.identifiers = {o.id: 2 * k for k, o in enumerate(scene.objects)}
@@ -36,7 +35,6 @@ def scenes():
 
 
 def reader(text, scene_input):
-    torch.manual_seed(0)
     model = Reader(data.Config(reader=SIZES), text)
     model.configure_stage(Stage("a", {"what": 1.0}, ("lm",), scene_input, reasoning=True))
     return model.eval()
@@ -51,15 +49,15 @@ def test_a_token_is_the_words_of_a_thing_and_where_it_is(text, scenes):
         shown = [o for o, _ in model.shown(scene)]
         assert len(scene.objects) == len(shown) == valid.sum() == model.scene_length(scene)
         for k, o in enumerate(shown):
-            gaps = [np.abs(o.box - p.box)[:3].sum() for p in shown[k + 1 :]]
+            gaps = [abs(o.box - p.box)[:3].sum() for p in shown[k + 1 :]]
             assert not gaps or gaps[0] == min(gaps)
 
             # per axis the cosines of six waves, then their sines
             words = text.encode(f"{o.category} {o.color}")
             place = o.box if scene is scenes[2] else o.box[:3]
             phase = 2 * np.pi * place[:, None] / (0.5 * 2 ** np.arange(6))
-            waves = np.concatenate([np.cos(phase), np.sin(phase)], 1).flatten()
-            code = model.code.weight[:, : len(waves)] @ torch.from_numpy(waves).float()
+            waves = torch.from_numpy(np.hstack([np.cos(phase), np.sin(phase)])).float().flatten()
+            code = model.code.weight[:, : len(waves)] @ waves
             named = layer_norm(table[words].sum(0), (32,))
             assert alike(tokens[k], named + code, 1e-4)
 
@@ -69,30 +67,29 @@ def test_pieces_lie_in_their_things_and_some_show_nothing(text, scenes):
     model = reader(text, "pieces")
     for scene in scenes:
         pieces = model.shown(scene)
-        assert {o.id for o, _ in pieces if o} == {o.id for o in scene.objects}
-        nothing = [box for o, box in pieces if o is None]
-        assert len(nothing) == len(scene.objects) < len(pieces) / 2
-        for o, box in pieces:
-            if o:
-                away = np.abs(box[:3] - o.box[:3])
-                assert (away <= o.box[3:] / 2).all()
-                assert model.clicks(scene) or np.array_equal(box, o.box)
+        shown = [(o, box) for o, box in pieces if o]
+        assert {o.id for o, _ in shown} == {o.id for o in scene.objects}
+        assert len(pieces) - len(shown) == len(scene.objects) < len(pieces) / 2
+        for o, box in shown:
+            away = abs(box - o.box)[:3]
+            assert (away <= o.box[3:] / 2).all()
+            assert model.clicks(scene) or np.array_equal(box, o.box)
 
 
-def test_a_click_is_asked_only_what_it_can_point_at(text, scenes, rng):
+def test_a_click_is_asked_only_what_it_can_point_at(text, scenes):
     """No answer names a thing or a box, no question two things; boxes in text can do all of it."""
     mix = dict.fromkeys(("id_color", "ground", "relation", "modle_move", "count"), 1.0)
     model = reader(text, "boxes")
-    groups = [(scene, data.questions(scene, mix, 40, rng)) for scene in scenes]
-    batch = model.batch(groups)
+    batch = model.batch(papers.questions_of(scenes, mix, 40))
+    first, second, boxed = batch["samples"]
     kept = [{s.task for s in samples} for samples in batch["samples"]]
     assert kept == [{"id_color", "count"}, {"id_color", "count"}, set(mix)]
-    clicked = [s for samples in batch["samples"][:2] for s in samples if s.task == "id_color"]
+    clicked = [s for s in first + second if s.task == "id_color"]
     assert len(batch["prompts"]) == len(clicked) > 5
     for s in clicked:
         assert "this" in s.question
         assert s.prompt is not None
-    for s in batch["samples"][2]:
+    for s in boxed:
         assert "[" in s.question or s.task not in ("id_color", "relation")
 
 
@@ -102,14 +99,17 @@ def test_the_token_of_a_number_starts_as_the_code_of_its_value(text):
     table = model.llm.get_input_embeddings().weight.detach()
     for k, value in enumerate((1.25, -2.0, 0.75, 1.5, 0.5, 2.0)):
         waves = data.fourier_waves(torch.tensor([value]))
-        code = model.code.weight[:, 12 * k : 12 * k + 12] @ waves
+        code = model.code.weight.split(12, dim=1)[k] @ waves
         tokens = [token for token, (axis, _) in text.number.items() if axis == "xyzwdh"[k]]
         nearest = (table[tokens] @ code).argmax()
         assert abs(text.number[tokens[nearest]][1] - value) <= 0.125
 
 
-@pytest.mark.parametrize(("name", "axes"), [("proxy3d", 2), ("fase3d", 3), ("spatial3dllm", 6)])
-def test_every_paper_starts_from_its_weights_and_places(name, axes):
+@pytest.mark.parametrize(
+    ("name", "axes", "part"),
+    [("proxy3d", 2, "fourier"), ("fase3d", 3, "place"), ("spatial3dllm", 6, "code")],
+)
+def test_every_paper_starts_from_its_weights_and_places(name, axes, part):
     """Around other names and modules: the same language model, and the same place has the same code."""
     model = papers.make(name, reader=SIZES)
     own = Reader(model.config, model.text)
@@ -123,12 +123,8 @@ def test_every_paper_starts_from_its_weights_and_places(name, axes):
     # where something is
     place = torch.tensor([[1.2, -0.7, 0.4, 0.5, 0.6, 0.7]])[:, :axes]
     waves = data.fourier_waves(place)
-    if name == "proxy3d":
-        code = model.fourier(place)
-    elif name == "fase3d":
-        code = model.place(waves)
-    else:
-        code = model.code(waves)
+    given = place if name == "proxy3d" else waves
+    code = getattr(model, part)(given)
     expected = waves @ weights["code.weight"][:, : 12 * axes].T
     assert alike(code, expected, 1e-4)
 
@@ -152,31 +148,31 @@ def first(tmp_path_factory):
 
 def test_the_first_paper_makes_it_and_the_next_one_finds_it(first):
     out, made = first
-    log, weights = made / "log.jsonl", data.read_tensors(made, "weights")
+    log, weights = made / "log.jsonl", read_tensors(made, "weights")
     written = log.stat().st_mtime_ns
 
     # another paper, and the frozen language model in the first one's checkpoint
     assert run("spatial3dllm", out.with_name("second")) == 0
     assert [made] == list(out.parent.glob("language-*"))
     assert log.stat().st_mtime_ns == written
-    held = data.read_tensors(out, "weights")
+    held = read_tensors(out, "weights")
     assert torch.equal(held["llm.model.norm.weight"], weights["llm.model.norm.weight"])
 
     # other sizes need another; --fresh makes it again, with the same result
-    other = ["--set", "reader=(32, 2, 4, 16)", "filter_heads=4"]
-    assert run("fase3d", out.with_name("other"), *other) == 0
+    assert run("fase3d", out.with_name("other"), "--set", "reader=(32, 2, 4, 16)", "filter_heads=4") == 0
     assert len(list(out.parent.glob("language-*"))) == 2
     assert run("spatial3dllm", out.with_name("fresh"), "--fresh") == 0
     assert log.stat().st_mtime_ns > written
-    assert_close(data.read_tensors(made, "weights"), weights, rtol=0, atol=0)
+    assert_close(read_tensors(made, "weights"), weights, rtol=0, atol=0)
 
 
 def test_one_that_was_stopped_goes_on(first, tmp_path, monkeypatch):
     """A run that ends in the middle leaves a checkpoint, from which the next one continues to the same weights."""
     save = train.save_checkpoint
 
-    def break_off(out, model, optimizer, state, rank):
-        save(out, model, optimizer, state, rank)
+    def break_off(*given):
+        save(*given)
+        *_, state, _ = given
         if state["position"]["total"] == 3:
             raise KeyboardInterrupt
 
@@ -187,7 +183,7 @@ def test_one_that_was_stopped_goes_on(first, tmp_path, monkeypatch):
 
     monkeypatch.undo()
     assert run("fase3d", tmp_path / "a") == 0
-    weights = (data.read_tensors(folder, "weights") for folder in (made, first[1]))
+    weights = (read_tensors(folder, "weights") for folder in (made, first[1]))
     assert_close(*weights, rtol=0, atol=0)
 
 
