@@ -3,22 +3,34 @@
 What holds for all papers (packed questions, loss, generation, caches, ablations) is in test_contract.py.
 """
 
-import math
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import papers
 import pytest
 import torch
 import torch.nn.functional as F
-from papers import alike, make, refused, wake
+from papers import alike, refused, wake
 from torch import nn
 
 import data
 import fase3d
 from fase3d import ADAPTERS, CURVES, FILTERS, STAGES, TUNED, Config
 from proxy3d import rms
+
+make = partial(papers.make, "fase3d")
+
+
+@pytest.fixture
+def scene(scenes):
+    return scenes[0]
+
+
+@pytest.fixture
+def model():
+    return make().eval()
 
 
 @pytest.fixture(scope="module", params=["fase3d", "spatial3dllm", "opt"])
@@ -33,10 +45,8 @@ def folder(request, tmp_path_factory):
 def test_the_fourier_code_equals_its_formula():
     """sin of all phases, then cos: phase 100 x / 1000^(i / F), axis by axis."""
     x = torch.rand(3)
-    phase = []
-    for c in x.tolist():
-        phase += [100 * c / 1000 ** (i / 4) for i in range(4)]
-    expected = [*map(math.sin, phase), *map(math.cos, phase)]
+    phase = [100 * c / 1000 ** (i / 4) for c in x.tolist() for i in range(4)]
+    expected = [*np.sin(phase), *np.cos(phase)]
     assert fase3d.fourier_code(x, 24).tolist() == pytest.approx(expected, abs=2e-5)
 
 
@@ -46,8 +56,9 @@ def test_superpoint_features_equal_equation_1_point_by_point():
     f = torch.randn(50, 6)
     p = torch.rand(50, 3)
     owner = torch.arange(50) * 5 % 7
-    S = initial(f, p, owner, int(owner.max()) + 1)
-    x = initial.out(initial.lift(f)) + fase3d.fourier_code(p, 12)  # [N, d] of every point
+    S = initial(f, p, owner, 7)
+    lifted = initial.out(initial.lift(f))
+    x = lifted + fase3d.fourier_code(p, 12)  # [N, d] of every point
     for m in range(7):
         assert alike(S[m], x[owner == m].mean(0))
 
@@ -76,18 +87,23 @@ def test_hilbert_keys_number_a_cube_of_cells_in_steps_to_face_neighbors(bits, co
 def test_morton_keys_equal_the_paper():
     """sum_j x_j 2^(3j) + y_j 2^(3j+1) + z_j 2^(3j+2), x_j being bit j of x."""
     cells = torch.randint(0, 2**16, (200, 3))
-    expected = torch.zeros(200, dtype=torch.int64)
-    for j in range(16):
-        for axis, c in enumerate(cells.T):
-            expected += (c // 2**j % 2) * 2 ** (3 * j + axis)
-    assert torch.equal(fase3d.morton(cells, 16), expected)
+    j = torch.arange(16)
+    axis = torch.arange(3)[:, None]
+    bits = cells[..., None] // 2**j % 2  # [N, 3, 16]
+    expected = bits * 2 ** (3 * j + axis)
+    assert torch.equal(fase3d.morton(cells, 16), expected.sum((1, 2)))
 
 
 def test_quantization_equals_equation_6():
     """floor((2^b - 1)(c - min) / (max - min)); an axis without extent is 0."""
-    points = torch.tensor([[0.0, 2.0, -1.0], [1.0, 2.0, 0.0], [0.5, 2.0, 1.0], [0.26, 2.0, 0.99]])
-    cells = [[0, 0, 0], [3, 0, 1], [1, 0, 3], [0, 0, 2]]
-    assert fase3d.quantize(points, 2).tolist() == cells
+    cells = {
+        (0.0, 2.0, -1.0): [0, 0, 0],
+        (1.0, 2.0, 0.0): [3, 0, 1],
+        (0.5, 2.0, 1.0): [1, 0, 3],
+        (0.26, 2.0, 0.99): [0, 0, 2],
+    }
+    points = torch.tensor([*cells])
+    assert fase3d.quantize(points, 2).tolist() == [*cells.values()]
 
 
 def test_every_curve_is_the_plain_one_of_permuted_axes_and_another_than_the_rest():
@@ -96,9 +112,10 @@ def test_every_curve_is_the_plain_one_of_permuted_axes_and_another_than_the_rest
     shuffled = points[torch.randperm(300)]
     orders = set()
     for turn, axes in ("", [0, 1, 2]), ("transposed ", [1, 0, 2]), ("vertical ", [2, 0, 1]):
+        permuted = points[:, axes]
         for curve in ("z", "hilbert"):
             order = fase3d.curve_order(points, turn + curve, 10)
-            assert torch.equal(order, fase3d.curve_order(points[:, axes], curve, 10))
+            assert torch.equal(order, fase3d.curve_order(permuted, curve, 10))
             orders.add(tuple(order.tolist()))
 
             # whatever the order of the input, also within one cell
@@ -116,7 +133,7 @@ def windowed_filter_slowly(x, gate):
     L = 2 * (gate.shape[1] - 1)
     hann = np.hanning(L + 1)[:-1]
     G = gate.repeat(d // len(gate), 0).T  # [L/2 + 1, d]
-    out = np.zeros((n, d))
+    out = np.zeros_like(x)
     norm = np.zeros((n, 1))
     for start in range(-L // 2, n, L // 2):
         t = np.arange(max(start, 0), min(start + L, n))
@@ -126,8 +143,9 @@ def windowed_filter_slowly(x, gate):
         mean = x[t].mean(0)
         window = np.zeros((L, d))
         window[t - start] = (x[t] - mean) * w
-        y = np.fft.irfft(np.fft.rfft(window, axis=0) * G, L, axis=0)[t - start]
-        out[t] += (y + mean * G[0] * w) * w
+        spectrum = np.fft.rfft(window, axis=0)
+        y = np.fft.irfft(spectrum * G, L, axis=0)
+        out[t] += (y[t - start] + mean * G[0] * w) * w
         norm[t] += w**2  # what the windows add up to
     return out / norm
 
@@ -159,7 +177,7 @@ def test_the_gate_starts_as_a_low_pass_of_each_heads_own_width():
     gate = F.softplus(enhancer.theta).detach().view(4, 9)
     assert alike(gate[:, 0], torch.ones(4))
     assert (gate.diff(dim=1) < 0).all()
-    assert (gate[1:, 1:] > gate[:-1, 1:]).all()
+    assert (gate[:, 1:].diff(dim=0) > 0).all()
     assert gate[0, 1] == pytest.approx(0.5)
     assert gate[3, 8] == pytest.approx(0.5)
 
@@ -200,23 +218,20 @@ def test_the_graph_equals_a_brute_force_vote_count(window, stride):
 @pytest.mark.parametrize("k", [1, 3, 100])
 def test_the_edges_kept_are_the_nearest_then_most_voted_and_symmetric(k):
     """Against sorting in a loop; centers on a grid give ties of distance, which votes decide."""
-    centers = full_grid(2)[torch.randperm(64)[:20]].float()
-    linked = torch.rand(20, 20) < 0.7
-    linked.fill_diagonal_(False)
-    pairs = linked.nonzero()
-    votes = torch.randint(1, 6, (len(pairs),))
-    proposed = counted(pairs, votes)
+    drawn = torch.randperm(64)[:20]
+    centers = full_grid(2)[drawn].float()
+    distance = torch.cdist(centers, centers).tolist()
+    votes = torch.randint(-1, 6, (20, 20)).relu()
+    votes.fill_diagonal_(0)
 
     # of each node's candidates the first ones; both ends share the larger vote
     expected = Counter()
-    for a in range(20):
-        candidates = []
-        for b in linked[a].nonzero()[:, 0].tolist():
-            distance = (centers[a] - centers[b]).square().sum()
-            candidates.append((float(distance), -proposed[a, b], b))
+    for a, row in enumerate(votes.tolist()):
+        candidates = [(distance[a][b], -v, b) for b, v in enumerate(row) if v]
         for _, v, b in sorted(candidates)[:k]:
             expected[a, b] = expected[b, a] = max(expected[a, b], -v)
-    found = fase3d.nearest_edges(pairs, votes, centers, k)
+    pairs = votes.nonzero()
+    found = fase3d.nearest_edges(pairs, votes[votes > 0], centers, k)
     assert counted(*found) == expected
 
 
@@ -228,17 +243,18 @@ def test_seeds_are_farthest_points_and_free_places_go_to_what_none_of_them_cover
     """Of farthest points in one superpoint the first counts; then the largest next to no seed; then neighbors."""
     for _ in range(4):
         points, owner = random_cloud()
-        near = torch.rand(2 * [int(owner.max()) + 1]) < 0.1
+        size = owner.bincount()
+        near = torch.rand(len(size), len(size)) < 0.1
         near = near | near.T
-        anchors = data.farthest_point_sampling(points, count).tolist()
+        anchors = data.farthest_point_sampling(points, count)
         expected = list(dict.fromkeys(owner[anchors].tolist()))
-        covered, size = near[expected].any(0), owner.bincount()
-        rest = sorted(range(len(size)), key=lambda s: (bool(covered[s]), -int(size[s]), s))
+        covered = near[expected].any(0)
+        rest = np.lexsort((-size, covered)).tolist()
         expected += [s for s in rest if s not in expected]
 
         seeds, places = fase3d.choose_seeds(points, owner, near.nonzero(), count)
         assert seeds.tolist() == expected[:count]
-        assert places[0].tolist() == points[anchors[0]].tolist()
+        assert torch.equal(places[0], points[anchors[0]])
         for s, place in zip(seeds, places, strict=True):
             assert (points[owner == s] == place).all(1).any(), "a point of its own"
 
@@ -250,7 +266,7 @@ def test_pooled_tokens_equal_the_formula_written_as_a_loop():
     token = torch.tensor([0, 0, 0, 2, 2, 2])  # of every edge at a seed; token 1 stands alone
     member = torch.tensor([1, 5, 8, 3, 12, 2])
     strength = torch.rand(6)
-    total = S[seed].clone()
+    total = S[seed]
     weight = torch.ones(3, 1)
     for t, m, s in zip(token, member, strength, strict=True):
         cos = F.cosine_similarity(S[seed[t]], S[m], dim=0)
@@ -262,12 +278,14 @@ def test_pooled_tokens_equal_the_formula_written_as_a_loop():
 
 
 @torch.no_grad()
-def test_tokens_enter_at_the_size_of_the_word_vectors(folder, scenes):
+def test_tokens_enter_at_the_size_of_the_word_vectors(folder, scene):
     """Merged tokens and places alike; tokens a hundred times smaller are not found by attention."""
-    model = make("fase3d", folder)
+    model = make(folder)
     words = rms(model.llm.get_input_embeddings().weight)
-    places = model.place(data.fourier_waves(torch.rand(500, 3) * 5))
-    assert rms(model.scene_tokens(scenes[0])["tokens"]) == pytest.approx(words, rel=0.02)
+    waves = data.fourier_waves(torch.rand(500, 3) * 5)
+    places = model.place(waves)
+    tokens = model.scene_tokens(scene)["tokens"]
+    assert rms(tokens) == pytest.approx(words, rel=0.02)
     assert rms(places) == pytest.approx(words, rel=0.2)
 
 
@@ -285,8 +303,9 @@ def test_the_coordinate_token_equals_a_loop_over_its_neighbors(k):
     size = box[1] - box[0]
     found = token(clicks, box, z, places, k)
     for c, out in zip(clicks, found, strict=True):
-        near = (places - c).norm(dim=1).argsort()[:k]
-        around = z[near] + fase3d.fourier_code((places[near] - c) / size, 12)
+        offset = places - c
+        near = offset.norm(dim=1).argsort()[:k]
+        around = z[near] + fase3d.fourier_code(offset[near] / size, 12)
         here = fase3d.fourier_code((c - box[0]) / size, 12)
         expected = token.mlp(torch.cat([here, around.mean(0)]))
         assert alike(out, expected, 1e-4)
@@ -342,9 +361,9 @@ def test_at_start_adapters_change_nothing_and_the_filter_rounds(folder, adapters
 
     plain = AutoModelForCausalLM.from_pretrained(folder).eval()
     expected = plain.base_model(inputs_embeds=EMBEDS).last_hidden_state
-    model = make("fase3d", folder, adapters=adapters, filter="none").eval()
+    model = make(folder, adapters=adapters, filter="none").eval()
     assert alike(hidden(model), expected, 1e-6)
-    filtered = make("fase3d", folder, adapters=adapters, filter="both").eval()
+    filtered = make(folder, adapters=adapters, filter="both").eval()
     assert (hidden(filtered) - expected).abs().max() < 1e-5
 
 
@@ -352,38 +371,36 @@ def test_at_start_adapters_change_nothing_and_the_filter_rounds(folder, adapters
 @torch.no_grad()
 def test_an_adapter_moves_what_can_see_a_token_of_its_kind_only(folder, kind):
     """With B or -B: nothing in front of the first such token."""
-    model = wake(make("fase3d", folder)).eval()
+    model = wake(make(folder)).eval()
     layers = [m for m in model.llm.modules() if isinstance(m, fase3d.DecoupledLoRA)]
     assert len(layers) in (4, 6), "every map of two FFNs"
     before = hidden(model)
     for layer in layers:
         layer.lora[kind][1].weight.mul_(-1)
-    moved = (hidden(model) - before).abs().amax(-1) > 1e-5
-    assert torch.equal(moved, KINDS[kind].cumsum(1) > 0)
+    change = (hidden(model) - before).abs().amax(-1)
+    assert torch.equal(change > 1e-5, KINDS[kind].cumsum(1) > 0)
 
 
 @pytest.mark.parametrize("where", FILTERS)
 def test_the_filter_acts_on_the_tokens_it_is_for(folder, where):
     """In front of the adapted FFNs."""
-    model = wake(make("fase3d", folder, adapters="none", filter=where)).eval()
-    filters = [m for m in model.llm.modules() if isinstance(m, fase3d.FourierFilter)]
-    assert len(filters) == 2
+    model = wake(make(folder, adapters="none", filter=where)).eval()
+    first, _ = (m for m in model.llm.modules() if isinstance(m, fase3d.FourierFilter))
     hidden(model)  # one pass says which token is which
-    moved = (filters[0](EMBEDS) - EMBEDS).abs().amax(-1) > 1e-5
-    expected = {"none": VISION & ~VISION, "vision": VISION, "both": VISION | ~VISION}
-    assert torch.equal(moved, expected[where])
+    change = (first(EMBEDS) - EMBEDS).abs().amax(-1)
+    expected = {"none": VISION & False, "vision": VISION, "both": VISION | True}
+    assert torch.equal(change > 1e-5, expected[where])
 
 
 def test_a_language_model_with_another_ffn_is_refused(folder, monkeypatch):
     """In one line that names the linear maps that are known."""
     monkeypatch.setattr(fase3d, "FFN", {"w1", "w2"})
     with refused(r"^\w+ForCausalLM: its FFN has none of w1, w2$"):
-        make("fase3d", folder)
+        make(folder)
 
 
-def test_gates_and_gains_are_vectors_so_that_they_do_not_decay():
+def test_gates_and_gains_are_vectors_so_that_they_do_not_decay(model):
     """The optimizer decays what has two dimensions; decay would open the gate by itself."""
-    model = make("fase3d")
     assert model.enhancer.theta.dim() == 1
     assert all(gain.dim() == 1 for gain in model.parts()["filter"])
 
@@ -391,23 +408,22 @@ def test_gates_and_gains_are_vectors_so_that_they_do_not_decay():
 def test_the_language_model_itself_trains_with_full_adapters_only():
     """Table 4; a checkpoint then holds it."""
     for adapters in ADAPTERS:
-        model = make("fase3d", adapters=adapters)
-        assert model.llm.model.norm.weight.requires_grad == (adapters == "full")
+        norm = make(adapters=adapters).llm.model.norm
+        assert norm.weight.requires_grad == (adapters == "full")
 
 
 # ---- 8 the model: scenes to tokens ---------------------------------------------------------------
 
 
-def test_tokens_lie_along_a_hilbert_curve(scenes):
+def test_tokens_lie_along_a_hilbert_curve(model, scene):
     """The language model's positions are an order; near tokens should be near in it."""
-    place = make("fase3d").load_features(scenes[0])["place"]
+    place = model.load_features(scene)["place"]
     order = fase3d.curve_order(place, "hilbert", 10)
     assert torch.equal(order, torch.arange(len(place)))
 
 
-def test_a_seed_lies_on_its_superpoint_and_shows_the_most_frequent_object_there(scenes):
+def test_a_seed_lies_on_its_superpoint_and_shows_the_most_frequent_object_there(model, scene):
     """The truth of the tokenizer's own stage."""
-    model, scene = make("fase3d"), scenes[0]
     found = model.load_features(scene)
     places = model.token_centers(scene)
     for s, shown, place in zip(found["seed"], found["shows"], places, strict=True):
@@ -418,22 +434,20 @@ def test_a_seed_lies_on_its_superpoint_and_shows_the_most_frequent_object_there(
 
 
 @pytest.mark.parametrize("switch", ["color", "normals", "superpoint"])
-def test_what_a_model_does_not_look_at_may_be_missing(scenes, switch):
-    bare = replace(scenes[0], name="bare", **{switch.rstrip("s") + "s": None})
-    model = make("fase3d", **{switch: False}).eval()
-    tokens = [model.encode([scene])["tokens"] for scene in (scenes[0], bare)]
+def test_what_a_model_does_not_look_at_may_be_missing(scene, switch):
+    missing = switch.rstrip("s") + "s"
+    bare = replace(scene, name="bare", **{missing: None})
+    model = make(**{switch: False}).eval()
+    tokens = [model.encode([s])["tokens"] for s in (scene, bare)]
     assert torch.equal(*tokens)
 
 
-def test_a_model_that_saw_colorless_scenes_answers_about_one(scenes, rng):
+def test_a_model_that_saw_colorless_scenes_answers_about_one(scene, rng):
     """Half of the training scenes hide it, by their identifiers; hidden and missing look the same."""
-    model = make("fase3d", no_color=0.5)
+    model = make(no_color=0.5)
     index = np.arange(50)
-    hidden = []
-    for _ in range(60):
-        scene = data.augment(scenes[0], rng)
-        if not model.point_features(scene, index)[:, :3].any():
-            hidden.append(scene)
+    seen = [data.augment(scene, rng) for _ in range(60)]
+    hidden = [s for s in seen if not model.point_features(s, index)[:, :3].any()]
     assert 18 <= len(hidden) <= 42
 
     # as if it had none
@@ -449,9 +463,8 @@ def test_a_model_that_saw_colorless_scenes_answers_about_one(scenes, rng):
 # ---- questions -----------------------------------------------------------------------------------
 
 
-def test_a_marked_object_is_asked_about_by_a_click_or_its_box(scenes, rng):
+def test_a_marked_object_is_asked_about_by_a_click_or_its_box(model, scene, rng):
     """In training half of the time a click on one of its points; else its box. One per question."""
-    model, scene = make("fase3d"), scenes[0]
     thing = scene.objects[2]
     sample = data.Sample("q", scene.name, "id_category", f"what is {data.mark(thing)}?", "")
     mine = scene.points[scene.instances == thing.id]
@@ -475,7 +488,7 @@ def test_a_marked_object_is_asked_about_by_a_click_or_its_box(scenes, rng):
 # ---- recipe and alternatives ---------------------------------------------------------------------
 
 
-def test_farthest_seeds_lie_apart_and_are_not_merged(scenes):
+def test_farthest_seeds_lie_apart_and_are_not_merged(scene):
     """Table E compares geometric sampling with merging: a token is its seed's superpoint."""
     points, owner = random_cloud()
     centers = fase3d.superpoint_mean(points, owner)
@@ -483,18 +496,19 @@ def test_farthest_seeds_lie_apart_and_are_not_merged(scenes):
     assert torch.equal(seeds, data.farthest_point_sampling(centers, 5))
     assert torch.equal(places, centers[seeds])
 
-    model = make("fase3d", selector="fps").eval()
-    S, _ = model.superpoints(scenes[0])
-    seed = model.load_features(scenes[0])["seed"]
+    model = make(selector="fps").eval()
+    S, _ = model.superpoints(scene)
+    seed = model.load_features(scene)["seed"]
     z, _ = model.merger(S[seed])
-    assert torch.equal(model.scene_tokens(scenes[0])["z"], z)
+    assert torch.equal(model.scene_tokens(scene)["z"], z)
 
 
 def test_a_q_former_token_knows_its_place():
     """A query starts from its seed: permuted seeds give permuted tokens."""
-    qformer = make("fase3d", selector="qformer").eval().qformer
+    qformer = make(selector="qformer").eval().qformer
     S = torch.randn(30, 24)
-    seed, order = torch.randperm(30)[:7], torch.randperm(7)
+    seed = torch.randperm(30)[:7]
+    order = torch.randperm(7)
     z = qformer(S[seed], S)
     assert alike(qformer(S[seed[order]], S), z[order])
     assert (z[0] - z[1]).abs().max() > 0.1
@@ -502,11 +516,16 @@ def test_a_q_former_token_knows_its_place():
 
 def test_the_papers_recipe():
     """Sec. 4.1: 100,000 iterations on everything, 30,000 on one task, each with the same schedule."""
+    same = dict(
+        batch=8,
+        lr=1e-4,
+        final_lr=1e-6,
+        schedule="cosine",
+        weight_decay=0.1,
+        trains=("tokenizer", "place", "prompt", "adapters", "filter"),
+    )
     for stage, steps in zip(STAGES["paper"], (100_000, 30_000), strict=True):
-        assert (stage.iterations, stage.batch) == (steps, 8)
-        assert (stage.lr, stage.final_lr) == (1e-4, 1e-6)
-        assert (stage.schedule, stage.weight_decay) == ("cosine", 0.1)
-        assert stage.trains == ("tokenizer", "place", "prompt", "adapters", "filter")
+        assert stage == replace(stage, iterations=steps, **same)
 
 
 @pytest.mark.parametrize("preset", STAGES)
@@ -527,28 +546,28 @@ def test_spectral_clusters_cut_where_the_weights_are_small(sizes, rng):
     """Cliques joined by weak bridges: as many clusters as cliques are the cliques."""
     owner = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
     _, first = np.unique(owner, return_index=True)
-    graph = (owner[:, None] == owner).astype(float)
+    graph = np.equal.outer(owner, owner).astype(float)
     graph[np.ix_(first, first)] = 0.05
     np.fill_diagonal(graph, 0)
-    weight = graph[graph > 0]
-    label = fase3d.spectral_clusters(np.argwhere(graph), weight, len(owner), len(sizes))
+    edges = np.argwhere(graph)
+    label = fase3d.spectral_clusters(edges, graph[graph > 0], len(owner), len(sizes))
     pairs = set(zip(owner, label, strict=True))
     assert len(pairs) == len(set(label)) == len(sizes)
 
 
 @pytest.mark.parametrize("count", [48, 6])
-def test_proposals_are_clusters_of_superpoints_with_the_extent_of_their_points(scenes, count):
+def test_proposals_are_clusters_of_superpoints_with_the_extent_of_their_points(model, scene, count):
     """At most 48, with a color but no category, every drawn point in one; the same when asked again."""
-    model, scene = make("fase3d").eval(), scenes[0]
-    found = model.propose(scene, count)
-    assert np.array_equal(model.propose(scene, count).instances, found.instances)
+    found, again = (model.propose(scene, count) for _ in range(2))
+    assert np.array_equal(again.instances, found.instances)
     assert 1 < len(found.objects) <= count
     assert {o.id for o in found.objects} == set(found.instances.tolist()) - {0}
     for o in found.objects:
         assert not o.category
         assert o.color in data.COLORS
         mine = scene.points[found.instances == o.id]
-        box = np.concatenate([(mine.min(0) + mine.max(0)) / 2, np.ptp(mine, 0)])
+        low, high = mine.min(0), mine.max(0)
+        box = [*(low + high) / 2, *high - low]
         assert np.allclose(o.box, box, atol=0.0011)  # no side is shorter than a millimeter
 
     # a superpoint is never cut
