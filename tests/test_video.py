@@ -16,7 +16,7 @@ import torch
 from numpy.testing import assert_allclose
 from papers import refused
 from PIL import Image
-from test_readers import assert_equal_scenes, place, save, write_cloud, write_rgbd
+from test_readers import assert_equal_scenes, place, said, save, write_cloud, write_rgbd
 
 import data
 from data import open_scene, read_views, room
@@ -57,6 +57,12 @@ def number(images, count):
     return np.round(gray / (200 // count)).astype(int).tolist()
 
 
+def write_rooms(folder, seeds, **size):
+    """Rooms as clouds that are named by their seeds."""
+    for i in seeds:
+        write_cloud(room(i, views=0, **size), folder / f"{i}.ply")
+
+
 def read_images(path, count=32, longest=640):
     frames, notes = data.read_frames(path, *data.find_frames(path), count, longest)
     return frames.color, notes
@@ -67,7 +73,7 @@ def read_images(path, count=32, longest=640):
 
 def test_frames_are_evenly_spaced_in_time_not_in_number(tmp_path):
     """Half of the frames lie in the first tenth of the time; they make a tenth of what is read."""
-    seconds = np.concatenate([np.linspace(0, 1, 50, endpoint=False), np.linspace(1, 10, 50)])
+    seconds = [*np.arange(50) / 50, *np.linspace(1, 10, 50)]
     path = encode(tmp_path / "a.mp4", numbered(100), seconds)
     found = number(read_images(path, count=10)[0], 100)
     assert sum(n < 50 for n in found) == 1 and found == sorted(found) and len(found) >= 9
@@ -183,8 +189,8 @@ def write_colmap(frames, folder, unit=2.5):
     poses[:, :3, 3] /= unit
     for i, pose in enumerate(np.linalg.inv(poses)):
         save(folder / f"images/{i}.png", frames.color[i])
-        *position, x, y, z, w = place(pose)
-        lines.append(" ".join(map(str, [i + 1, w, x, y, z, *position, 1, f"{i}.png"])))
+        tx, ty, tz, qx, qy, qz, qw = place(pose)
+        lines.append(f"{i + 1} {qw} {qx} {qy} {qz} {tx} {ty} {tz} 1 {i}.png")
         lines.append("1.0 2.0 -1 3.0 4.0 7")
     model = folder / "sparse/0"
     model.mkdir(parents=True)
@@ -219,9 +225,10 @@ def test_without_both_the_scale_is_guessed(places):
     true = read_views(places / "whole")
     for kind in ("images", "video.mp4", "colmap"):
         found = read_views(places / kind)
-        assert not found.metric and "guessed" in found.notes[-1] and found.frames.depth.shape == (12, 96, 96)
+        depth = found.frames.depth
+        assert not found.metric and "guessed" in found.notes[-1] and depth.shape == (12, 96, 96)
         assert (extent(found) / extent(true)).std() < 0.05  # the same room in another unit
-        assert np.median(found.frames.depth[found.frames.depth > 0]) == pytest.approx(data.GUESS, rel=0.02)
+        assert np.median(depth[depth > 0]) == pytest.approx(data.GUESS, rel=0.02)
         scaled = read_views(places / kind, scale=2.0)  # a length that is twice the guessed one
         assert scaled.metric
         assert_allclose(extent(scaled), 2 * extent(found), rtol=0.03)
@@ -269,7 +276,7 @@ def small_vggt(width=32):
                                out_channels=[8, 16, 16, 16], intermediate_layer_idx=[0, 1, 2, 3])  # fmt: skip
     last = [m for m in model.camera_head.pose_branch.modules() if isinstance(m, torch.nn.Linear)][-1]
     torch.nn.init.normal_(last.weight, std=0.002)
-    last.bias.data.copy_(torch.tensor([0, 0, 0, 0, 0, 0, 0.25, 0.25, 0.25]))  # added four times: 1 radian
+    last.bias.data = 0.25 * (torch.arange(9) > 5)  # the field of view, added four times: 1 radian
     return model.eval()
 
 
@@ -279,9 +286,9 @@ def test_vggts_own_parts_give_depth_and_cameras_in_our_conventions():
     depth, confidence, K, poses = data.vggt_geometry(images, small_vggt(), longest=70)
     assert depth.shape == confidence.shape == (3, 48, 60)
     assert (depth > 0).all() and (confidence >= 1).all()
-    assert_allclose(K[:, :2, 2], np.tile([30, 24], (3, 1)), rtol=1e-5)
+    assert_allclose(K[:, :2, 2], [[30, 24]] * 3, rtol=1e-5)
     turn = poses[:, :3, :3]
-    assert_allclose(turn @ turn.swapaxes(1, 2), np.tile(np.eye(3), (3, 1, 1)), atol=1e-5)
+    assert_allclose(turn @ turn.swapaxes(1, 2), [np.eye(3)] * 3, atol=1e-5)
     assert np.isfinite(poses).all()
 
 
@@ -335,8 +342,7 @@ def test_scenes_are_kept_once_and_what_failed_is_said_and_tried_again(tmp_path, 
 
 
 def test_processes_share_the_scenes(tmp_path, monkeypatch):
-    for i in range(3):
-        write_cloud(room(i, views=0, points=2000), tmp_path / f"{i}.ply")
+    write_rooms(tmp_path, range(3), points=2000)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, names in (("1", ["1.ply.npz"]), ("0", ["0.ply.npz", "1.ply.npz", "2.ply.npz"])):
         monkeypatch.setenv("RANK", rank)
@@ -359,8 +365,7 @@ def test_a_scene_survives_being_kept(tmp_path):
 
 def test_own_scenes_are_trained_on_without_those_in_which_nothing_was_found(tmp_path, capsys):
     """Boxes then have sides that a loss can take the logarithm of."""
-    for i in range(3):
-        write_cloud(room(i, views=0), tmp_path / f"{i}.ply")
+    write_rooms(tmp_path, range(3))
     flat = room(0, views=0)
     flat.points[:, 2] = 0
     flat.colors[:] = 120
@@ -374,8 +379,7 @@ def test_own_scenes_are_trained_on_without_those_in_which_nothing_was_found(tmp_
 
 
 def test_scenes_that_cannot_be_read_are_said_and_left_out_unless_none_is_left(tmp_path, capsys):
-    for i in (0, 2):
-        write_cloud(room(i, views=0), tmp_path / f"{i}.ply")
+    write_rooms(tmp_path, (0, 2))
     (tmp_path / "1.ply").write_bytes(b"torn")
     assert len(data.load_scenes("ply", "train", tmp_path)) == 1
     said = capsys.readouterr().out
@@ -399,4 +403,4 @@ def test_a_scene_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypa
 def test_options_reach_the_scenes_of_a_folder(frames, tmp_path):
     write_rgbd(frames, tmp_path / "a", scale=4000)
     (scene,) = data.load_scenes("rgbd", "test", tmp_path, depth_scale=4000.0, up="-y")
-    assert "up = -y" in "".join(scene.notes) and scene.frames.depth.max() < 10
+    assert "up = -y" in said(scene) and scene.frames.depth.max() < 10
