@@ -10,6 +10,7 @@ paper's basis should be no better.
 """
 
 import argparse
+import itertools
 import math
 from dataclasses import replace
 from functools import partial
@@ -59,7 +60,7 @@ class BehindGap(fase3d.TinyModel):
 def run(base, steps, train_scenes, test_scenes, job):
     """Train one row at one rank with one seed; its loss per token of held-out answers."""
     torch.set_num_threads(1)
-    name, rank, seed = job
+    rank, seed, name = job
     adapters, filter, _ = ROWS[name]
     width = SETTINGS["reader"][0] // fase3d.Config.tiny().filter_heads
     bases = {"decoupled + random basis": orthogonal(width, 1), "decoupled + no basis": torch.eye(width)}
@@ -77,10 +78,11 @@ def run(base, steps, train_scenes, test_scenes, job):
     model.cache_features(train_scenes, base / "cache")
 
     # gains have to travel by one where the maps beside them move by hundredths
-    gains = {name: p for name, p in model.named_parameters() if name.endswith(".gain") and p.requires_grad}
-    pairs = [p for name, p in model.named_parameters() if p.requires_grad and name not in gains]
-    optimizer = torch.optim.AdamW([{"params": pairs, "factor": 1}, {"params": list(gains.values()), "factor": 20}],
-                                  weight_decay=0.0)  # fmt: skip
+    groups = [{"params": [], "factor": factor} for factor in (1, 20)]
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups[name.endswith(".gain")]["params"].append(p)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     dataset = train.QuestionDataset(model.train(), train_scenes, stage, (seed, 0))
     for step, (micro_batch,) in enumerate(train.load_steps(dataset, range(steps), 0)):
         out = model(micro_batch["batch"])
@@ -111,7 +113,7 @@ def main():
     data.adopt(fase3d)
     train_scenes = data.rooms(data.ROOM_SEEDS["train"][:400], args.jobs)
     test_scenes = data.rooms(data.ROOM_SEEDS["val"][:60], args.jobs)
-    jobs = [(name, rank, seed) for rank in args.ranks for seed in range(args.seeds) for name in ROWS]
+    jobs = itertools.product(args.ranks, range(args.seeds), ROWS)
     with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
         losses = pool.map(partial(run, base, args.steps, train_scenes, test_scenes), jobs, chunksize=1)
     losses = np.array(losses).reshape(len(args.ranks), args.seeds, len(ROWS))
@@ -123,9 +125,10 @@ def main():
     for rank, own in zip(args.ranks, losses, strict=True):
         print(f"rank {rank}")
         for k, (name, row) in enumerate(ROWS.items()):
-            less = own[:, k] - own[:, 3 if k > 3 else 0]
-            spread = own[:, k].std(ddof=1) if args.seeds > 1 else math.nan
-            print(f"  {name:28s} {own[:, k].mean():.4f} ± {spread:.4f}   to {'decoupled' if k > 3 else 'text':9s} "
+            loss = own[:, k]
+            less = loss - own[:, 3 if k > 3 else 0]
+            spread = loss.std(ddof=1) if args.seeds > 1 else math.nan
+            print(f"  {name:28s} {loss.mean():.4f} ± {spread:.4f}   to {'decoupled' if k > 3 else 'text':9s} "
                   f"{less.mean():+.4f} ± {less.std(ddof=min(1, args.seeds - 1)):.4f}   paper {row[2]}")  # fmt: skip
 
 
