@@ -8,6 +8,7 @@ answers cannot. What Fase3D's adapters and filter are worth is in gap.py.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -17,12 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import papers  # noqa: F401  (finds the modules below)
 import torch
 
-HERE = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(HERE))
-import data  # noqa: E402
-import evaluate  # noqa: E402
+import data
+import evaluate
 
 STUDIES = {  # model -> stages trained once; those trained per run, with their steps; settings of all runs; scores, the
     # first beside the paper's; variants: name -> (settings, the paper's number), the first is what all differ from
@@ -33,12 +33,12 @@ STUDIES = {  # model -> stages trained once; those trained per run, with their s
         "scores": {"rooms/grounding": "acc@0.5/scanrefer", "rooms/caption": "cider@0.5/chat-scene"},
         "paper": "ScanRefer Acc@0.5, 16x21 / 450 tokens (Table 4)",
         "variants": {
-            "semantic grouping": ([], 52.6),
-            "no semantic grouping": (["semantic_grouping=false"], 31.0),
-            "48 for 96 proxies": (["budget=48"], None),
-            "144 for 96 proxies": (["budget=144"], None),
-            "5 proxies per object at least": (["floor=5"], None),
-            "10 proxies per object at least": (["floor=10"], None),
+            "semantic grouping": ("", 52.6),
+            "no semantic grouping": ("semantic_grouping=false", 31.0),
+            "48 for 96 proxies": ("budget=48", None),
+            "144 for 96 proxies": ("budget=144", None),
+            "5 proxies per object at least": ("floor=5", None),
+            "10 proxies per object at least": ("floor=10", None),
         },
     },
     "fase3d": {
@@ -51,18 +51,18 @@ STUDIES = {  # model -> stages trained once; those trained per run, with their s
                    "rooms/caption": "cider@0.5/ll3da"},
         "paper": "ScanQA CIDEr, from scratch (Tables 3, B, C and E)",
         "variants": {
-            "superpoints + FFT, 4 curves": ([], 86.91),
-            "points": (["superpoint=false", "enhancer=false"], 76.04),
-            "superpoints": (["enhancer=false"], 79.70),
-            "points + FFT": (["superpoint=false"], 82.97),
-            "1 curve": (["curves=1"], 79.06),
-            "2 curves": (["curves=2"], 85.64),
-            "6 curves": (["curves=6"], 87.14),
-            "16 of 64 tokens": (["tokens=16"], 79.53),
-            "32 of 64 tokens": (["tokens=32"], 83.92),
-            "80 for 64 tokens": (["tokens=80"], 87.20),
-            "Q-Former for the graph": (["selector=qformer"], 77.41),
-            "farthest points for the graph": (["selector=fps"], 82.54),
+            "superpoints + FFT, 4 curves": ("", 86.91),
+            "points": ("superpoint=false enhancer=false", 76.04),
+            "superpoints": ("enhancer=false", 79.70),
+            "points + FFT": ("superpoint=false", 82.97),
+            "1 curve": ("curves=1", 79.06),
+            "2 curves": ("curves=2", 85.64),
+            "6 curves": ("curves=6", 87.14),
+            "16 of 64 tokens": ("tokens=16", 79.53),
+            "32 of 64 tokens": ("tokens=32", 83.92),
+            "80 for 64 tokens": ("tokens=80", 87.20),
+            "Q-Former for the graph": ("selector=qformer", 77.41),
+            "farthest points for the graph": ("selector=fps", 82.54),
         },
     },
     "spatial3dllm": {
@@ -73,13 +73,13 @@ STUDIES = {  # model -> stages trained once; those trained per run, with their s
                    "rooms/modle_place": "acc@0.25/box", "rooms/grounding": "acc@0.25/scanrefer"},
         "paper": "its tables are not public",
         "variants": {
-            "all three modules": ([], None),
-            "no intra-referent": (["intra=false"], None),
-            "no inter-referent": (["inter=off"], None),
-            "no contextual": (["context=false"], None),
-            "none of the three": (["intra=false", "inter=off", "context=false"], None),
-            "concatenation for the graph": (["inter=concat"], None),
-            "no positions": (["positions=false"], None),
+            "all three modules": ("", None),
+            "no intra-referent": ("intra=false", None),
+            "no inter-referent": ("inter=off", None),
+            "no contextual": ("context=false", None),
+            "none of the three": ("intra=false inter=off context=false", None),
+            "concatenation for the graph": ("inter=concat", None),
+            "no positions": ("positions=false", None),
         },
     },
 }  # fmt: skip
@@ -95,7 +95,8 @@ def train(model, out, *more, settings, threads=1):
     command = [sys.executable, "train.py", "--model", model, "--out", str(out), "--overwrite", *more]
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
     with open(f"{out}.log", "w") as log:
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=HERE, env=env).returncode
+        here = Path(data.__file__).parent
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=here, env=env).returncode
     if code:
         sys.exit(f"ablate.py: {' '.join(command[1:])} ended with {code}; see {out}.log")
     (out / "done").touch()
@@ -149,17 +150,16 @@ def main():
 
     def run(job):
         """Train and score one variant with one seed: its folder."""
-        name, seed = job
+        seed, name = job
         out = root / f"{re.sub('[^a-z0-9]+', '_', name.lower())}-{seed}"
         start = ["--init", str(root / "shared")] if study["shared"] else []  # else the language model alone
         train(args.model, out, *start, "--stages", ",".join(steps), "--seed", str(seed), "--workers", "0",
-              *scenes, settings=settings + study["variants"][name][0])  # fmt: skip
+              *scenes, settings=settings + study["variants"][name][0].split())  # fmt: skip
         return out
 
     variants, seeds = list(study["variants"]), range(1, args.seeds + 1)
-    jobs = [(name, seed) for seed in seeds for name in variants]
     with ThreadPoolExecutor(args.jobs) as pool:
-        folders = list(pool.map(run, jobs))
+        folders = list(pool.map(run, itertools.product(seeds, variants)))
 
     # what each came to: its scores x 100, and the loss x 100
     rooms, found = data.rooms(data.ROOM_SEEDS["val"][:50], args.jobs), []
