@@ -24,6 +24,11 @@ import fase3d
 import proxy3d
 import spatial3dllm
 
+ROOT = str(Path(data.__file__).parent)
+CUDA = torch.cuda.is_available()
+CARD = torch.cuda.get_device_name() if CUDA else "no GPU"
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+
 
 def timed(work, *args, times=3):
     """Seconds of the fastest of some calls, on a GPU until it has done them, and what a call returns."""
@@ -31,7 +36,7 @@ def timed(work, *args, times=3):
     for _ in range(times):
         start = time.perf_counter()
         found = work(*args)
-        if torch.cuda.is_available():
+        if CUDA:
             torch.cuda.synchronize()
         spent.append(time.perf_counter() - start)
     return min(spent), found
@@ -116,7 +121,6 @@ def bench_proxy3d(args):
 
 # ---- Proxy3D around Qwen2.5-VL at its own sizes, and what a GPU makes of it
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # multiply-adds x 2 a second in bfloat16, dense
 TEXT = {  # Qwen2.5-VL's public configuration
     "3B": dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
@@ -184,7 +188,8 @@ def bench_latency(args):
             images = [model.resize_frames(torch.from_numpy(s.frames.color).to(DEVICE)) for s in scenes[:B]]
             encoder, _ = timed(encode, images)
             whole, _ = timed(compute, scenes[:B])
-            batch = model.batch([ask(scene, GROUND) for scene in scenes[:B]])
+            asked = [ask(scene, GROUND) for scene in scenes[:B]]
+            batch = model.batch(asked)
             llm, _ = timed(model.generate, batch, 8)
 
             # every patch as a token of its own
@@ -192,7 +197,7 @@ def bench_latency(args):
             z, c = torch.randn(L, model.width).half(), torch.rand(L, 3)
             patches = {"z": z, "c": c, "group": torch.zeros(L).int()}
             kept, model.feature_cache = model.feature_cache, {scene.name: patches for scene in scenes}
-            every, _ = timed(model.generate, model.batch([ask(scene, GROUND) for scene in scenes[:B]]), 8)
+            every, _ = timed(model.generate, model.batch(asked), 8)
             model.feature_cache = kept
             print(
                 f"  {B:5d} {encoder:9.3f} {whole - encoder:11.3f} {llm:14.3f} {every:12.3f} {(whole + llm) / B:12.3f}"
@@ -216,8 +221,7 @@ def step(model, batch, optimizer):
 
 def bench_training(args):
     """Time a step of stage IV: 3B in full, 7B with LoRA, eight scenes with eight questions each."""
-    card = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
-    peak = next((flops for name, flops in PEAK.items() if name in card), math.nan)
+    peak = next((flops for name, flops in PEAK.items() if name in CARD), math.nan)
     stage = proxy3d.STAGES["paper_450"][-1]
     rows, views, count = ({"little": 0}, 2, 2) if args.little else ({"3B": 0, "7B": 64}, 32, 8)
     scenes = [numbered_room(seed, views=views, size=240) for seed in range(count)]
@@ -235,7 +239,7 @@ def bench_training(args):
         spent, tokens = timed(step, model, batch, optimizer)[0], batch["ids"].numel()
         weights = sum(p.numel() for p in model.llm.get_decoder().parameters())
         used = (4 if lora else 6) * weights * tokens / spent / peak
-        memory = torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else math.nan
+        memory = torch.cuda.max_memory_allocated() / 2**30 if CUDA else math.nan
         print(f"stage IV, {size}, {'LoRA of rank ' + str(lora) if lora else 'in full'}: {spent:.3f} s a step, "
               f"{tokens / spent:,.0f} tokens/s, MFU {used:.2f}, {memory:.1f} GB at most")  # fmt: skip
         del model, optimizer
@@ -243,8 +247,7 @@ def bench_training(args):
 
 def bench_gpu(args):
     """Measure what a GPU is for, at the real sizes with random weights: training, latency at 7B, Fase3D's tokens."""
-    card = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "no GPU"
-    print(f"{card}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
+    print(f"{CARD}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
     bench_training(args)
     with tempfile.TemporaryDirectory() as folder:
         args.llm = save_random("little" if args.little else "7B", Path(folder))
@@ -267,21 +270,25 @@ def hilbert_by_bits(cells, bits):
     """Compute the same keys with a column per bit, the form in which public code mostly has the algorithm."""
     x = ((cells[..., None] >> torch.arange(bits - 1, -1, -1)) & 1).bool()  # [N, 3, bits]
     for level in range(bits):
+        rest = x[..., level + 1 :]
+        first = rest[:, 0]
         for axis in range(3):
-            turned = x[:, axis, level]
-            x[:, 0, level + 1 :] ^= turned[:, None]
-            swap = ~turned[:, None] & (x[:, 0, level + 1 :] ^ x[:, axis, level + 1 :])
-            x[:, axis, level + 1 :] ^= swap
-            x[:, 0, level + 1 :] ^= swap
+            turned = x[:, axis, level, None]
+            other = rest[:, axis]
+            first ^= turned
+            swap = ~turned & (first ^ other)
+            other ^= swap
+            first ^= swap
     gray = x.transpose(1, 2).flatten(1).long()  # [N, 3 bits]
     key = gray.cumsum(1) % 2  # each bit of the key is the parity of its own and all higher bits
     return (key << torch.arange(3 * bits - 1, -1, -1)).sum(1)
 
 
-def superpoint_graph(points, owner, k=8, stride=16):
-    """Find edges [E, 2] from bare points, by window voting along four curves."""
-    pairs, votes = fase3d.vote_graph(points, owner, list(fase3d.CURVES)[:4], window=64, stride=stride)
-    return fase3d.nearest_edges(pairs, votes, fase3d.superpoint_mean(points, owner), k)[0]
+def superpoint_graph(points, owner, stride=16):
+    """Find edges [E, 2] to 8 neighbors from bare points, by window voting along four curves."""
+    curves = list(fase3d.CURVES)[:4]
+    proposed = fase3d.vote_graph(points, owner, curves, 64, stride)
+    return fase3d.nearest_edges(*proposed, fase3d.superpoint_mean(points, owner), 8)[0]
 
 
 def bench_curves(args):
@@ -314,9 +321,9 @@ def bench_curves(args):
     print(f"  fitted: graph ~ N^{power[0]:.2f}, KD-tree ~ N^{power[1]:.2f}")
 
 
-def nearest_pairs(distance, k):
-    """Join every node with its k nearest, in both directions."""
-    near = distance.fill_diagonal_(math.inf).topk(k, largest=False).indices.tolist()
+def nearest_pairs(distance):
+    """Join every node with its 8 nearest, in both directions."""
+    near = distance.fill_diagonal_(math.inf).topk(8, largest=False).indices.tolist()
     return {pair for a, others in enumerate(near) for b in others for pair in ((a, b), (b, a))}
 
 
@@ -331,12 +338,12 @@ def bench_graph(args):
     for p, o in zip(points.split(500), owner.split(500), strict=True):
         pair = o[:, None] * M + owner
         near.scatter_reduce_(0, pair.flatten(), torch.cdist(p, points).flatten(), "amin")
-    exact = nearest_pairs(near.view(M, M), 8)
+    exact = nearest_pairs(near.view(M, M))
 
     centers = fase3d.superpoint_mean(points, owner)
-    found = {"nearest centers": nearest_pairs(torch.cdist(centers, centers), 8)}
+    found = {"nearest centers": nearest_pairs(torch.cdist(centers, centers))}
     for stride in (16, 4, 1):
-        spent, edges = timed(superpoint_graph, points, owner, 8, stride)
+        spent, edges = timed(superpoint_graph, points, owner, stride)
         found[f"voting, stride {stride:2d}, {1000 * spent:6.0f} ms"] = set(map(tuple, edges.tolist()))
     print(
         f"edges against the exact graph, 8 neighbors, the paper's stride 16; {len(points):,} points, {M} superpoints"
@@ -346,6 +353,7 @@ def bench_graph(args):
         print(f"  {name:27s} precision {right / len(edges):.3f}   recall {right / len(exact):.3f}")
 
 
+@torch.no_grad()
 def bench_tokenizer(args):
     """Compare the paper's tokenizer with its count, and its parts with attention in their places."""
     N, M = (2000, 300) if args.little else (50_000, 1024)
@@ -356,17 +364,16 @@ def bench_tokenizer(args):
 
     paper, model = fase3d.Config(), make_paper_fase3d(N)
     found = model.load_features(scene)
-    owner, orders = found["owner"], found["orders"]
-    seed, *graph = (found[key] for key in ("seed", "token", "member", "strength"))
+    owner, orders, place, seed, *graph = (
+        found[key] for key in ("owner", "orders", "place", "seed", "token", "member", "strength")
+    )
     features = model.point_features(scene, found["index"].numpy())
     box = torch.stack([points.amin(0), points.amax(0)])
     places = fase3d.unit_box(points[found["index"]], box)
-    torch.set_grad_enabled(False)
     S = model.initial(features, places, owner, M)  # [M, d]
     z = fase3d.graph_pool(S, seed, *graph)  # [T, d]
     attention = torch.nn.MultiheadAttention(paper.dim, paper.heads, batch_first=True)
     former = fase3d.make_qformer(paper.dim, paper.heads)
-    place = found["place"]
 
     # name: module or None, call, name of the row that it stands in for
     rows = {
@@ -398,7 +405,6 @@ def bench_tokenizer(args):
             prompt += parameters, multiply_adds
         print(f"  {name:40s} {parameters:12,d} parameters {multiply_adds / 1e6:9.1f} M multiply-adds "
               f"{1000 * timed(work)[0]:9.1f} ms")  # fmt: skip
-    torch.set_grad_enabled(True)
     # the paper counts what grows by one map of the language model's width: tokens, no coordinate token
     for name, (parameters, multiply_adds) in (("all", whole), ("the scene's tokens alone", whole - prompt)):
         print(f"  {name}: {parameters / 1e6:.2f} M parameters, {multiply_adds / 1e9:.2f} G "
@@ -449,14 +455,10 @@ def bench_spatial3dllm(args):
 # ---- own segments
 
 
-def best_iou(found, true):
-    """Give each true label (1 and up) its IoU with the found one that fits it best; arrays of one shape, 0 = none."""
-    best = {}
-    for i in np.unique(true[true > 0]).tolist():
-        own = true == i
-        rivals = [found == j for j in np.unique(found[own & (found > 0)])]
-        best[i] = max(((own & other).sum() / (own | other).sum() for other in rivals), default=0.0)
-    return best
+def best_iou(found, own):
+    """Give the points of an object its IoU with the found label that fits it best; arrays of one shape, 0 = none."""
+    rivals = [found == j for j in np.unique(found[own & (found > 0)])]
+    return max(((own & other).sum() / (own | other).sum() for other in rivals), default=0.0)
 
 
 def dbscan(scene):
@@ -489,12 +491,11 @@ def bench_segments(args):
             f, scene = room.frames, data.visible_cloud(room)
             pixels = data.unproject(f.depth, f.intrinsics, f.poses)[f.depth > 0]
             true = f.masks[f.depth > 0][data.nearest(scene.points, pixels)[1][:, 0]]
-            seen = [i for i in np.unique(true[true > 0]) if (true == i).sum() >= 10]
+            seen = [true == i for i in np.unique(true[true > 0]) if (true == i).sum() >= 10]
             objects += len(seen)
             for name, segment in methods.items():
                 found = segment(scene)
-                iou = best_iou(found, true)
-                scores[name] += [iou[i] for i in seen]
+                scores[name] += [best_iou(found, own) for own in seen]
                 counts[name] += found.max()
         print(
             f"{objects} objects of {len(seeds)} test rooms, {views} views of {size} x {size} pixels: IoU as points"
@@ -531,7 +532,7 @@ print((time.perf_counter() - start) / ({steps} - 2))
 
 def bench_load(args):
     """Train on two threads beside a process that keeps a core busy: a short spin at barriers, or OpenMP's own."""
-    program = READING.format(root=str(Path(data.__file__).parent), steps=4 if args.little else 60)
+    program = READING.format(root=ROOT, steps=4 if args.little else 60)
     busy = [sys.executable, "-c", "while True: pass"]
     os.environ.pop("GOMP_SPINCOUNT", None)
     for load in (0, 1):
@@ -561,7 +562,7 @@ print(len(scenes), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 def bench_memory(args):
     """Compute and keep the features of more and more scenes: the peak memory of a process."""
-    paths = [str(Path(__file__).parent), str(Path(data.__file__).parent)]
+    paths = [str(Path(__file__).parent), ROOT]
     counts = {"rooms": (50, 200, 800), "scannet": (10, 40, 160)}  # scans: four of five are for training
     if args.little:
         counts = {"rooms": (2, 4), "scannet": (2,)}
