@@ -474,7 +474,7 @@ def batched_attention(module, q, k, v, attention_mask, scaling, cu_seq_lens_q, *
     out = torch.empty_like(q[0])
     for n in length.unique().tolist():
         rows = start[length == n, None] + torch.arange(n, device=q.device)  # [S, n]
-        alike = [x[0][:, rows].transpose(0, 1) for x in (q, k, v)]  # [S, heads, n, d] each
+        alike = torch.cat([q, k, v])[:, :, rows].transpose(1, 2)  # [3, S, heads, n, d]
         out[:, rows] = F.scaled_dot_product_attention(*alike, scale=scaling).transpose(0, 1)
     return out.transpose(0, 1)[None], None
 

@@ -497,7 +497,7 @@ def test_farthest_seeds_lie_apart_and_are_not_merged(scene):
     assert torch.equal(places, centers[seeds])
 
     model = make(selector="fps").eval()
-    S, _ = model.superpoints(scene)
+    S, _ = model.superpoint_features(scene)
     seed = model.load_features(scene)["seed"]
     z, _ = model.merger(S[seed])
     assert torch.equal(model.scene_tokens(scene)["z"], z)
