@@ -2290,7 +2290,8 @@ class SceneLanguageModel(nn.Module):
 
         # a mapped file takes memory where it is looked at: a loader process asks for lengths alone
         if path:
-            found = load_file(path)
+            with reading(path, "file of features, which is made anew once it is deleted"):
+                found = load_file(path)
         self.feature_cache[scene.name] = found
         return found
 

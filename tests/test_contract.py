@@ -401,6 +401,13 @@ def test_cached_features_are_read_back_equal_and_shared_by_ranks(model, scenes, 
         monkeypatch.setattr(model, "compute_features", lambda scene: pytest.fail("computed again"))
         assert torch.equal(model.encode(scenes)["tokens"], expected)
 
+        # one that is damaged is named, with the remedy
+        model.feature_cache = {}
+        damaged = min(tmp_path.glob("*/*.safetensors"))
+        damaged.write_bytes(damaged.read_bytes()[:50])
+        with refused(f"{damaged.name}: .*made anew once it is deleted"):
+            model.encode(scenes)
+
 
 def test_scenes_of_one_name_get_files_of_their_own_and_none_outside_the_folder(model, scenes, tmp_path):
     """A folder of features may outlive its scenes, and names of scenes come from files of strangers."""
