@@ -859,18 +859,11 @@ def train(args: argparse.Namespace, scenes: tuple = (), text=None) -> nn.Module:
     if args.data == "scannet":
         options.setdefault("max_frames", getattr(config, "frames", 32))
     counts = {"train": args.train_scenes, "test": args.test_scenes}
+    load = partial(data.load_scenes, args.data, share=distributed.share, **options)
+
+    # a paper without a setting for frames trains on points alone
     train_scenes, test_scenes = scenes or (
-        data.load_scenes(
-            args.data,
-            split,
-            args.root,
-            count,
-            args.workers,
-            distributed.share,
-            frames=split == "test"
-            or hasattr(config, "frames"),  # who has no setting for them trains on points
-            **options,
-        )
+        load(split, args.root, count, args.workers, frames=split == "test" or hasattr(config, "frames"))
         for split, count in counts.items()
     )
     if not train_scenes or not (test_scenes or args.no_eval):
