@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import safetensors.numpy
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -877,13 +878,28 @@ def room(seed, objects=None, views=12, size=96, points=4096, render=True):
     return scene
 
 
-def rooms(seeds, workers=2, **options):
+def _room(seed, folder, **options):
+    """Make a room, and keep its frames in a file of the folder, if there is one."""
+    scene = room(seed, **options)
+    if folder and scene.frames:
+        path = folder / f"{scene.name}.safetensors"
+        write_whole(path, lambda file: file.write(safetensors.numpy.save(vars(scene.frames))))
+        scene.frames = LazyFrames(partial(_load_frames, path), scene.name)
+    return scene
+
+
+def _load_frames(path):
+    return Frames(**safetensors.numpy.load_file(path))
+
+
+def rooms(seeds, workers=2, folder=None, **options):
     """Make `room(seed, **options)` for all seeds, in their order, by `workers` forked processes (0: in this one).
 
-    Workers use numpy's elementwise functions only, so each keeps to one thread and forking a
-    process that runs threads is safe.
+    folder: where their frames are kept, since those of hundreds take a gigabyte of memory. Workers use
+    numpy's elementwise functions only, so each keeps to one thread and forking a process that runs
+    threads is safe.
     """
-    seeds, make = list(seeds), partial(room, **options)
+    seeds, make = list(seeds), partial(_room, folder=folder, **options)
     if workers < 2 or len(seeds) < 8 or "fork" not in multiprocessing.get_all_start_methods():
         return [make(seed) for seed in seeds]
     with multiprocessing.get_context("fork").Pool(workers) as pool:
@@ -4545,18 +4561,23 @@ def draw_scene(scene, path, lines=(), tokens=None, answers=()):
 SOURCES = ("rooms", "scannet", "rgbd", "ply", "cached")
 
 
-def load_scenes(source, split, root=None, count=800, workers=0, share=map, frames=True, **options):
+def load_scenes(
+    source, split, root=None, count=800, workers=0, share=map, frames=True, folder=None, **options
+):
     """Load the scenes of a split, "train" or "test", of one of SOURCES: rooms, scans, or own
     scenes below `root`.
 
     Those that scannetv2_val.txt of the root names are for testing; without that file every fifth is,
     and one that is alone is for both. Scenes that cannot be read, or in which no object is found, are
     left out, and said. share: maps in place of `map`, so that processes can share the reading.
-    frames: False makes rooms without. options: of `open_scene`. Raises DataError where none is left.
+    frames: False makes rooms without; folder: where rooms keep them, None = in memory. options: of
+    `open_scene`. Raises DataError where none is left.
     """
     # rooms are made, all else is read
     if source == "rooms":
-        return rooms(ROOM_SEEDS[split][:count], workers + 1, render=frames)
+        if options:
+            raise DataError(f"--data rooms: takes no {', '.join(options)}; these say how scenes are read")
+        return rooms(ROOM_SEEDS[split][:count], workers + 1, folder, render=frames)
     if root is None:
         raise DataError(f"--data {source}: name the folder with --root")
     root = Path(root)

@@ -859,7 +859,8 @@ def train(args: argparse.Namespace, scenes: tuple = (), text=None) -> nn.Module:
     if args.data == "scannet":
         options.setdefault("max_frames", getattr(config, "frames", 32))
     counts = {"train": args.train_scenes, "test": args.test_scenes}
-    load = partial(data.load_scenes, args.data, share=distributed.share, **options)
+    folder = args.out / "cache" / "rooms"
+    load = partial(data.load_scenes, args.data, share=distributed.share, folder=folder, **options)
 
     # a paper without a setting for frames trains on points alone
     train_scenes, test_scenes = scenes or (

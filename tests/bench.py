@@ -552,7 +552,7 @@ import resource, sys, tempfile
 from pathlib import Path
 sys.path[:0] = {paths!r}
 import bench, data, proxy3d
-scenes = data.load_scenes({source!r}, "train", {folder!r}, {count})
+scenes = data.load_scenes({source!r}, "train", {folder!r}, {count}, folder=Path({folder!r}))
 model = bench.make_model(proxy3d)
 with tempfile.TemporaryDirectory() as folder:
     model.cache_features(scenes, Path(folder))

@@ -13,10 +13,12 @@ from data import (
     MATERIALS,
     PARTS,
     ROOM_SEEDS,
+    DataError,
     box_ends,
     box_iou,
     category_icon,
     fingerprint,
+    load_scenes,
     ray_cast,
     room,
     rooms,
@@ -30,12 +32,21 @@ def scenes():
     return [room(seed) for seed in range(900_000, 900_012)]
 
 
-def test_a_seed_is_a_room_whoever_makes_it():
-    """Workers, order and earlier calls must not leak into a room: a run on 2 processes trains on the same data."""
+def test_a_seed_is_a_room_whoever_makes_it(tmp_path):
+    """Workers, order and earlier calls must not leak into a room, nor where its frames are kept."""
     small = {"views": 2, "size": 32, "points": 256}
     alone, among = room(7, **small), rooms(range(10), workers=2, **small)
     assert fingerprint(alone) == fingerprint(among[7])
     assert repr(alone.objects) == repr(among[7].objects) != repr(among[8].objects)
+
+    kept = rooms([7], 0, tmp_path, **small)[0].frames
+    for name, array in vars(alone.frames).items():
+        np.testing.assert_array_equal(getattr(kept, name), array, strict=True)
+
+
+def test_rooms_take_no_options_of_readers():
+    with pytest.raises(DataError, match="--data rooms: takes no masks"):
+        load_scenes("rooms", "test", masks="sam2")
 
 
 def test_seeds_of_the_splits_are_disjoint():
