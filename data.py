@@ -1673,7 +1673,7 @@ def heading(g, rng, task):
     name = pick(rng, [name for name in HEADINGS if name.startswith(task)])
     kind = name.rpartition("_")[2]
     answer, low, high = pick(rng, HEADINGS[name])
-    for _ in range(8):
+    for _ in range(100):  # until it is behind as often as in front
         # three objects, each at least 0.8 m from the others on the floor plan
         chosen = several(rng, list(g.names) if task == "situated" else g.unique, 3)
         xy = g.boxes[chosen, :2].tolist()
@@ -2816,7 +2816,15 @@ class Reader(SceneLanguageModel):
             waves = fourier_waves(torch.from_numpy(np.stack(boxes)).to(self.device))  # [K, 72]
             if self.clicks(scene):
                 waves[:, 36:] = 0
-            tokens.append(F.layer_norm(words, words.shape[-1:]) + self.code(waves))
+            token = F.layer_norm(words, words.shape[-1:]) + self.code(waves)
+
+            # behind the first stage also what means nothing, as a paper's tokens carry much that is new to it
+            if self.training and self.stage.scene_input != "places":
+                rng = np.random.default_rng([6, *scene.identifiers.values()])
+                shift, noise = rng.random(2) * [1.0, 0.5]
+                strange = shift * rng.normal(size=token.shape[1]) + noise * rng.normal(size=token.shape)
+                token = token + torch.from_numpy(strange).to(token)
+            tokens.append(token)
         valid = [torch.ones_like(t[:, 0], dtype=torch.bool) for t in tokens]
         return {"tokens": pad_sequence(tokens, True), "valid": pad_sequence(valid, True)}
 
