@@ -43,7 +43,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import safetensors.numpy
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -97,14 +96,15 @@ class Frames:
     poses: np.ndarray  # [V, 4, 4] float64, camera to world
 
 
+@dataclass(eq=False)
 class LazyFrames:
     """Frames that are read from disk when one of their arrays is asked for.
 
     A thousand scans do not fit in memory, so only the frames read last are kept (`_read_frames`).
     """
 
-    def __init__(self, load, key):
-        self.load, self.key = load, key  # key: what the files are known by
+    load: Callable  # () -> Frames
+    key: str  # what the files are known by
 
     def __getattr__(self, name):
         # copying and pickling look for methods of their own before `load` is there
@@ -816,15 +816,16 @@ def _paint(palette, box, face, noise):
     return np.clip(palette[box, face] + noise, 0, 255).astype(np.uint8)
 
 
-def room(seed, objects=None, views=12, size=96, points=4096, render=True):
+def room(seed, objects=None, views=12, size=96, points=4096, render=True, folder=None):
     """Make a furnished room around x = y = 0; the same seed gives the same room on every machine.
 
     objects: how many, door and window included (default 8 to 16); the room grows with them. views
     of size x size pixels; views = 0 or points = 0 leave the frames or the cloud out, and so does
-    render = False, which leaves all else as it is with frames. Object boxes
-    are the exact extent of their parts and disjoint (small things stand exactly on the tops of big
-    ones); no two objects share category and color. Superpoints are the faces of parts, cut at every
-    meter. Raises DataError for a number of objects that cannot be furnished.
+    render = False, which leaves all else as it is with frames. folder: where the frames are kept,
+    since those of hundreds of rooms take a gigabyte of memory. Object boxes are the exact extent of
+    their parts and disjoint (small things stand exactly on the tops of big ones); no two objects
+    share category and color. Superpoints are the faces of parts, cut at every meter. Raises
+    DataError for a number of objects that cannot be furnished.
     """
     rng = np.random.Generator(np.random.PCG64(seed))
     count = int(rng.integers(8, 17))
@@ -858,14 +859,14 @@ def room(seed, objects=None, views=12, size=96, points=4096, render=True):
     if views:
         poses = _cameras(rng, views, side, low, high)
         noise = _noise(rng, views, size, size)
-    if views and render:
-        cast = [ray_cast(lo, hi, pose, size, bounds) for pose in poses]
-        depth, box, face = (np.stack(part) for part in zip(*cast, strict=True))  # [V, size, size] each
-        color = _paint(palette, box, face, noise)
-        masks = owner[box].astype(np.int32)
-        focal = size / 2 / HALF_FOV
-        K = np.tile([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]], (views, 1, 1))
-        scene.frames = Frames(color, depth, masks, K, poses)
+        if render:
+            cast = [ray_cast(lo, hi, pose, size, bounds) for pose in poses]
+            depth, box, face = (np.stack(part) for part in zip(*cast, strict=True))  # [V, size, size] each
+            color = _paint(palette, box, face, noise)
+            masks = owner[box].astype(np.int32)
+            focal = size / 2 / HALF_FOV
+            K = np.tile(pinhole(focal, focal, size / 2, size / 2), (views, 1, 1))
+            scene.frames = Frames(color, depth, masks, K, poses)
 
     if points:
         xyz, box, face = _sample_surface(lo, hi, owner[:-1], bounds, points, rng)
@@ -875,31 +876,20 @@ def room(seed, objects=None, views=12, size=96, points=4096, render=True):
         scene.colors = _paint(palette, box, face, _noise(rng, points))
         piece = np.column_stack([np.floor(xyz).astype(int), 6 * box + face])
         scene.superpoints = np.unique(piece[:, [2, 3, 0, 1]], axis=0, return_inverse=True)[1].ravel()
-    return scene
-
-
-def _room(seed, folder, **options):
-    """Make a room, and keep its frames in a file of the folder, if there is one."""
-    scene = room(seed, **options)
     if folder and scene.frames:
-        path = folder / f"{scene.name}.safetensors"
-        write_whole(path, lambda file: file.write(safetensors.numpy.save(vars(scene.frames))))
-        scene.frames = LazyFrames(partial(_load_frames, path), scene.name)
+        path = folder / f"{scene.name}.npz"
+        save_scene(scene, path)
+        scene.frames = LazyFrames(partial(load_frames, path), scene.name)
     return scene
 
 
-def _load_frames(path):
-    return Frames(**safetensors.numpy.load_file(path))
-
-
-def rooms(seeds, workers=2, folder=None, **options):
+def rooms(seeds, workers=2, **options):
     """Make `room(seed, **options)` for all seeds, in their order, by `workers` forked processes (0: in this one).
 
-    folder: where their frames are kept, since those of hundreds take a gigabyte of memory. Workers use
-    numpy's elementwise functions only, so each keeps to one thread and forking a process that runs
-    threads is safe.
+    Workers use numpy's elementwise functions only, so each keeps to one thread and forking a
+    process that runs threads is safe.
     """
-    seeds, make = list(seeds), partial(_room, folder=folder, **options)
+    seeds, make = list(seeds), partial(room, **options)
     if workers < 2 or len(seeds) < 8 or "fork" not in multiprocessing.get_all_start_methods():
         return [make(seed) for seed in seeds]
     with multiprocessing.get_context("fork").Pool(workers) as pool:
@@ -2211,9 +2201,9 @@ class SceneLanguageModel(nn.Module):
         raise NotImplementedError
 
     def pictures(self, scenes, folder):
-        """Draw four scenes with their tokens; return the files."""
+        """Draw scenes, whose objects are numbered, with their tokens; return the files."""
         paths = []
-        for scene in scenes[:4]:
+        for scene in scenes:
             paths.append(folder / f"{safe_name(scene.name)}.png")
             draw_scene(scene, paths[-1], tokens=self.token_centers(scene))
         return paths
@@ -3131,20 +3121,13 @@ def replica(mark):
         yield FrameFiles(image, depth, poses.get(stamp(image)), K)
 
 
-TUM_CAMERAS = {  # part of a sequence's name -> its published camera
-    "freiburg1": (517.3, 516.5, 318.6, 255.3),
-    "freiburg2": (520.9, 521.0, 325.1, 249.7),
-    "freiburg3": (535.4, 539.2, 320.1, 247.6),
-    "": (525.0, 525.0, 319.5, 239.5),  # TUM's for all others
-}
+TUM_CAMERA = pinhole(525.0, 525.0, 319.5, 239.5)  # for all its sequences, since depth is registered
 
 
 def tum(mark):
     """rgb/ and depth/ named by seconds; lines "second x y z qx qy qz qw"."""
-    # the published camera of a sequence is known by its name
     base, rows = mark.parent, read_numbers(mark, 8)
-    name = next(name for name in TUM_CAMERAS if name in base.resolve().name)
-    cameras = itertools.repeat(pinhole(*TUM_CAMERAS[name]))
+    cameras = itertools.repeat(TUM_CAMERA)
     return timed_views(pictures(base / "rgb"), pictures(base / "depth"), rows, cameras)
 
 
@@ -4585,7 +4568,7 @@ def load_scenes(
     if source == "rooms":
         if options:
             raise DataError(f"--data rooms: takes no {', '.join(options)}; these say how scenes are read")
-        return rooms(ROOM_SEEDS[split][:count], workers + 1, folder, render=frames)
+        return rooms(ROOM_SEEDS[split][:count], workers + 1, render=frames, folder=folder)
     if root is None:
         raise DataError(f"--data {source}: name the folder with --root")
     root = Path(root)
@@ -4640,7 +4623,7 @@ def add_scene_options(parser):
 
 def scene_options(args):
     """Pick those of SCENE_OPTIONS that were given."""
-    return {name: getattr(args, name) for name in SCENE_OPTIONS if getattr(args, name) is not None}
+    return {k: value for k, value in vars(args).items() if k in SCENE_OPTIONS and value is not None}
 
 
 def choose_reader(path):
@@ -4698,7 +4681,7 @@ def open_scene(path, masks=None, sam2=None, **options):
     raise DataError(f"--masks {masks}: {path}: {lacking}; choose files, segments or sam2")
 
 
-FRAME_ARRAYS = ("color", "depth", "masks", "intrinsics", "poses")
+FRAME_ARRAYS = list(Frames.__annotations__)
 
 
 def save_scene(scene, path):

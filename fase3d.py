@@ -916,9 +916,9 @@ class Model(SceneLanguageModel):
         return {"clusters": self.propose}
 
     def pictures(self, scenes, folder):
-        """Draw of two scenes the curves, and the superpoint graph with its seeds, too."""
+        """Draw the curves, and the superpoint graph with its seeds, too."""
         paths = super().pictures(scenes, folder)
-        for scene in scenes[:2]:
+        for scene in scenes:
             # superpoints as the scene is turned now
             found = self.load_features(scene)
             points = torch.from_numpy(scene.points)[found["index"]]

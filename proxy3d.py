@@ -731,14 +731,9 @@ class Model(data.SceneLanguageModel):
 
     def pictures(self, scenes, folder):
         """Draw where the model looks to answer a question about each scene, too."""
-        numbered = []
-        for scene in scenes[:4]:
-            rng = np.random.default_rng(0)
-            numbered.append(replace(scene, identifiers=data.number_objects(scene, rng)))
-        paths = super().pictures(numbered, folder)
-
-        # the second kind of question needs no categories
-        for scene in numbered:
+        paths = super().pictures(scenes, folder)
+        for scene in scenes:
+            # the second kind of question needs no categories
             samples = data.question_set([scene], ["ground", "ground_superlative"], 1, 0)[:1]
             if samples:
                 answers = self.generate(self.batch([(scene, samples)]))
@@ -1050,19 +1045,16 @@ class TinyModel(Model):
     def untrained_tower(self):
         """The same model, but what it sees comes from a tower at its initial weights."""
         # another tower, and nothing that the trained one saw
-        trained = self.tower
-        kept = self.feature_cache, self.symbol_features, self.feature_folder
-        tower = copy.deepcopy(trained)
+        before = self.tower, self.feature_cache, self.symbol_features, self.feature_folder
+        tower = copy.deepcopy(self.tower)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             data.start_weights(tower)
-        self.tower = tower
-        self.feature_cache, self.symbol_features, self.feature_folder = {}, {}, None
+        self.tower, self.feature_cache, self.symbol_features, self.feature_folder = tower, {}, {}, None
         try:
             yield
         finally:
-            self.tower = trained
-            self.feature_cache, self.symbol_features, self.feature_folder = kept
+            self.tower, self.feature_cache, self.symbol_features, self.feature_folder = before
 
     # -- stage 0
 

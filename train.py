@@ -359,8 +359,8 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 
 def scene_line(scenes: list[Scene]) -> str:
     """Say what scenes take; frames that are read when they are looked at take nothing."""
-    parts = [part for s in scenes for part in (s, s.frames) if part]
-    held = sum(a.nbytes for part in parts for a in vars(part).values() if isinstance(a, np.ndarray))
+    arrays = [a for s in scenes for part in (s, s.frames) if part for a in vars(part).values()]
+    held = sum(a.nbytes for a in arrays if isinstance(a, np.ndarray))
     return f"{len(scenes)} scenes to train in, {held / len(scenes) / 2**20:.1f} MB of memory each"
 
 
@@ -870,7 +870,7 @@ def train(args: argparse.Namespace, scenes: tuple = (), text=None) -> nn.Module:
     if not train_scenes or not (test_scenes or args.no_eval):
         raise DataError(f"--data {args.data}: give a scene to train in and one to score in, or --no-eval")
     if len(train_scenes) == 1:
-        print0("\n".join(["note: one scene cannot show learning", *train_scenes[0].notes]))
+        print0("note: one scene cannot show learning; `python data.py check` says how it was read")
 
     # what stages ask about them: generated questions, or those of official files
     if not any(o.category for scene in train_scenes for o in scene.objects):
@@ -1035,7 +1035,8 @@ def train(args: argparse.Namespace, scenes: tuple = (), text=None) -> nn.Module:
         with unsharded(model):
             score(args.out)
             if rank == 0:
-                model.pictures(test_scenes, args.out / "pictures")
+                few = [evaluate.number_objects(scene, args.seed) for scene in test_scenes[:4]]
+                model.pictures(few, args.out / "pictures")
                 evaluate.write_report(args.out)
         distributed.barrier()  # a process that ends before the first looks like one that failed
     print0(f"{args.out}: done, {position['seconds'] / 60:.1f} minutes of training")

@@ -62,6 +62,17 @@ def test_a_token_is_the_words_of_a_thing_and_where_it_is(text, scenes):
             assert alike(tokens[k], named + code, 1e-4)
 
 
+def test_behind_the_first_stage_training_shows_something_strange_too(text, scenes):
+    """Drawn by the scene, not by the process: one shift of all its tokens, and a smaller noise in each."""
+    for scene_input, strange in (("places", False), ("pieces", True)):
+        model = reader(text, scene_input)
+        plain = model.encode(scenes[:1])["tokens"][0]
+        more = model.train().encode(scenes[:1])["tokens"][0] - plain
+        assert_close(model.encode(scenes)["tokens"][0, : len(more)], plain + more)
+        assert bool(more.any()) == strange
+        assert not strange or more.mean(0).std() > more.std(0).mean() / 2
+
+
 def test_pieces_lie_in_their_things_and_some_show_nothing(text, scenes):
     """As the papers see: several tokens of a thing, walls between them."""
     model = reader(text, "pieces")

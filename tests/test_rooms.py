@@ -39,7 +39,7 @@ def test_a_seed_is_a_room_whoever_makes_it(tmp_path):
     assert fingerprint(alone) == fingerprint(among[7])
     assert repr(alone.objects) == repr(among[7].objects) != repr(among[8].objects)
 
-    kept = rooms([7], 0, tmp_path, **small)[0].frames
+    kept = rooms([7], folder=tmp_path, **small)[0].frames
     for name, array in vars(alone.frames).items():
         np.testing.assert_array_equal(getattr(kept, name), array, strict=True)
 
