@@ -2732,7 +2732,8 @@ class Reader(SceneLanguageModel):
 
     A token is the sum of the words for category and color, brought to their size, and a linear map of where
     the thing is. The text points at things as two of the papers do: by a click, a token of the place before
-    the question, or by the box in numbers, which the tokens then carry too.
+    the question, or by the box in numbers, which the tokens then carry too. A paper's tokens will be a little
+    strange to it (an identifier, a turn by height), so it learns to answer in spite of a shift and of noise.
     """
 
     scene_inputs = ("places", "boxes", "pieces")
