@@ -3079,7 +3079,7 @@ def in_time(images, times, values):
     times, picked = np.fromiter(times, float), []
     for wanted in map(stamp, images):
         away = np.abs(times - wanted)
-        picked.append(values[away.argmin()] if away.min() <= 0.02 else None)
+        picked.append(values[away.argmin()] if min(away, default=1) <= 0.02 else None)
     return picked
 
 

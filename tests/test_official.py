@@ -219,7 +219,11 @@ RED = row(1, answers=["red"])
         ("scanqa", [RED, {"scene_id": "s"}], "row 2: .*missing 3 required .*question_id"),
         ("scanqa", ["x"], "row 1: .*must be a mapping"),
         ("scanqa", [], "no rows of JSON"),
-        ("vsibench", [row(1, id=1, scene_name="s", question_type="x", ground_truth="B")], "row 1: .*could not"),
+        (
+            "vsibench",
+            [row(1, id=1, scene_name="s", question_type="x", ground_truth="B")],
+            "row 1: .*could not",
+        ),
         ("scanrefer", [row(1, object_id="one")], "row 1: .*invalid literal"),
     ],
 )

@@ -193,6 +193,13 @@ def test_every_layout_gives_the_same_room(frames, tmp_path, monkeypatch, write, 
     assert_same_room(read_views(tmp_path), frames)
 
 
+def test_times_of_images_without_any_depth_give_frames_without_depth(frames, tmp_path):
+    write_tum(frames, tmp_path)
+    shutil.rmtree(tmp_path / "depth")
+    layout, views = data.find_frames(tmp_path)
+    assert "TUM" in layout.name and all(view.depth is None and view.pose is not None for view in views)
+
+
 def test_a_video_beside_the_depth_gives_its_frames(frames, tmp_path):
     from test_video import encode  # skips without PyAV
 
