@@ -4021,7 +4021,7 @@ def neighbor_pairs(points, k, reach=np.inf):
     are gaps.
     """
     distance, near = (a[:, 1:] for a in nearest(points, points, k + 1))  # the nearest is the point itself
-    close = distance <= max(reach * np.median(distance[:, 0]), 1e-9)
+    close = distance <= reach * (np.median(distance[:, 0]) + 1e-9)
     pairs = np.column_stack([np.nonzero(close)[0], near[close]])
     return tuple(np.unique(np.sort(pairs, axis=1), axis=0).T)
 
