@@ -3248,8 +3248,7 @@ KNOWN_LAYOUTS = "; ".join(layout.name for layout in LAYOUTS)
 
 def existing(part):
     """Return a part of FrameFiles, or None where its file is missing."""
-    there = not isinstance(part, Path) or part.exists() or part.parent.is_file()
-    return part if there else None
+    return part if not isinstance(part, Path) or part.exists() or part.parent.is_file() else None
 
 
 def find_frames(folder):
@@ -3394,8 +3393,8 @@ def read_frames(where, layout, views, max_frames, longest, fine=False):
     Dropped and counted in the notes are frames that lack a file that others have, whose pose is not
     finite, or whose depth is empty. Raises DataError where none is left.
     """
-    known = [part for part in range(4) if any(view[part] is not None for view in views)]
-    longest = longest or (320 if len(known) == 4 else 640)
+    known = [part for part in range(5) if any(view[part] is not None for view in views)]
+    longest = longest or (320 if known[3:4] == [3] else 640)  # VGGT sees what is lacking of the first four
     chosen = np.linspace(0, len(views) - 1, min(max_frames, len(views))).round().astype(int)
     rows, lost = [], Counter()
     for i in chosen:

@@ -276,10 +276,12 @@ def test_frames_that_are_lost_are_dropped_and_counted(folder):
     (folder / "frame-000005.depth.png").unlink()
     (folder / "frame-000006.pose.txt").unlink()
     (folder / "._frame-000000.color.png").write_bytes(b"what a Mac leaves")
+    for i in range(7):  # the last is not labelled
+        save(folder / f"instance-filt/frame-{i:06d}.png", np.ones((64, 64), np.uint8))
     scene = read_views(folder)
-    assert len(scene.frames.depth) == 4 and np.isfinite(scene.points).all()
+    assert len(scene.frames.depth) == 3 and np.isfinite(scene.points).all()
     notes = said(scene)
-    assert "dropped 2 of 8 frames with a missing file" in notes and "1 of 8 frames with no depth" in notes
+    assert "dropped 3 of 8 frames with a missing file" in notes and "1 of 8 frames with no depth" in notes
     assert "dropped 1 of 8 frames with a pose that is not finite" in notes
 
 
