@@ -876,6 +876,8 @@ def room(seed, objects=None, views=12, size=96, points=4096, render=True, folder
         scene.colors = _paint(palette, box, face, _noise(rng, points))
         piece = np.column_stack([np.floor(xyz).astype(int), 6 * box + face])
         scene.superpoints = np.unique(piece[:, [2, 3, 0, 1]], axis=0, return_inverse=True)[1].ravel()
+
+    # frames go to a file, and are read when they are looked at
     if folder and scene.frames:
         path = folder / f"{scene.name}.npz"
         save_scene(scene, path)
@@ -3393,8 +3395,11 @@ def read_frames(where, layout, views, max_frames, longest, fine=False):
     Dropped and counted in the notes are frames that lack a file that others have, whose pose is not
     finite, or whose depth is empty. Raises DataError where none is left.
     """
+    # a part of FrameFiles that some frames have, all that are read must have
     known = [part for part in range(5) if any(view[part] is not None for view in views)]
     longest = longest or (320 if known[3:4] == [3] else 640)  # VGGT sees what is lacking of the first four
+
+    # evenly spaced ones, and why some of them are of no use
     chosen = np.linspace(0, len(views) - 1, min(max_frames, len(views))).round().astype(int)
     rows, lost = [], Counter()
     for i in chosen:
