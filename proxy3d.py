@@ -26,7 +26,7 @@ height and its place on the floor, not pixels.
 | paper                                  | here                                          |
 | sec. 3.1 patch triplets                | patch_triplets                                |
 | (1) groups of patches by object        | cluster                                       |
-| (2) clusters and their centers         | farthest_seeds; means: c                      |
+| (2) clusters and their centers         | farthest_seeds, seeds_together; means: c      |
 | (3) proxies, the means of clusters     | make_proxies                                  |
 | allocation K_g ~ |G_g| / L             | allocate                                      |
 | (5) BFS serialization                  | bfs_order                                     |
@@ -223,37 +223,42 @@ def allocate(sizes: Sequence[int], budget: int, floor: int = 2) -> list[int]:
 def cluster(points: Tensor, labels: Tensor, budget: int, floor: int = 2, lloyd: int = 0) -> Tensor:
     """Group patches by label and cluster each group on coordinates alone, Eq. (1) and (2).
 
-    Args: points [L, 3] meters; labels [L] any integers; lloyd: see `farthest_seeds`.
-    Returns: the proxy 0..K-1 of every patch [L], in the order of labels; -1 in a group that got no proxy, as
-    happens where there are more groups than tokens. K = min(budget, L) unless patches coincide.
-    Raises ValueError without patches.
+    Args: points [L, 3] meters; labels [L] any integers; lloyd: how often the points' means then take the seeds'
+    place, as k-means does. Returns: the proxy 0..K-1 of every patch [L], in the order of labels; -1 in a group
+    that got no proxy, as happens where there are more groups than tokens. K = min(budget, L) unless patches
+    coincide. Raises ValueError without patches.
     """
     if len(points) == 0:
         raise ValueError("cluster: no patches with a measured point; check the scene's depth")
-    _, group, sizes = np.unique(labels.cpu(), return_inverse=True, return_counts=True)
-    xyz = points.float().cpu().numpy()
+    _, group, sizes = labels.unique(return_inverse=True, return_counts=True)
+    counts = torch.tensor(allocate(sizes.tolist(), budget, floor), device=points.device)  # [G]
 
-    # proxies are numbered group by group
-    proxy, K = np.full(len(xyz), -1), 0
-    for g, count in enumerate(allocate(sizes, budget, floor)):
-        if count:
-            mine = group == g
-            owner = farthest_seeds(xyz[mine], count, lloyd)
+    # the patches of groups that got a proxy, group by group
+    order = group.argsort(stable=True)
+    order = order[counts[group[order]] > 0]
+    _, group, sizes = group[order].unique_consecutive(return_inverse=True, return_counts=True)
+    counts, p = counts[counts > 0], points[order].float()
 
-            # a cluster that nobody joined is no proxy
-            filled, owner = np.unique(owner, return_inverse=True)
-            proxy[mine] = K + owner
-            K += len(filled)
-    return torch.from_numpy(proxy).to(points.device)
+    # proxies are numbered group by group; a cluster that nobody joined is none
+    seeds = seeds_in_turn if p.device.type == "cpu" else seeds_together
+    owner = (counts.cumsum(0) - counts)[group] + seeds(p, sizes, counts)
+    _, owner = owner.unique(return_inverse=True)
+
+    for _ in range(lloyd):
+        # far apart along a fourth axis, no patch is nearest to a mean of another group
+        apart = torch.cat([p, 1000 * group[:, None]], 1).double()
+        means, _ = data.group_mean(apart, owner, int(owner.max()) + 1)  # [K, 4]
+        _, owner = data.knn(apart, means, 1)[1][:, 0].unique(return_inverse=True)
+    return torch.full_like(labels, -1, dtype=torch.long).scatter(0, order, owner)
 
 
-def farthest_seeds(points: np.ndarray, count: int, lloyd: int = 0) -> np.ndarray:
+def farthest_seeds(points: np.ndarray, count: int) -> np.ndarray:
     """Choose seeds one by one, each farthest from those before; give every point its nearest seed.
 
     The first seed is the point nearest the centroid. The nearest seed comes for free: a point changes hands
-    when a new seed is nearer. With Lloyd's steps the points' means then take the seeds' place, again and again.
+    when a new seed is nearer.
 
-    Args: points [n, 3], count <= n; lloyd: how many steps. Returns: seed 0..count-1 of every point [n].
+    Args: points [n, 3], count <= n. Returns: seed 0..count-1 of every point [n].
     """
     axes = np.ascontiguousarray(points.T)  # [3, n] contiguous reads
     seed = np.square(points - points.mean(0)).sum(1).argmin()
@@ -267,12 +272,41 @@ def farthest_seeds(points: np.ndarray, count: int, lloyd: int = 0) -> np.ndarray
 
         # next: the point that all seeds are far from
         seed = nearest.argmax()
-
-    p = torch.from_numpy(points)
-    for _ in range(lloyd):
-        means, _ = data.group_mean(p, torch.from_numpy(owner), count)  # [count, 3]
-        owner = torch.cdist(p, means).argmin(1).numpy()
     return owner
+
+
+def seeds_in_turn(points: Tensor, sizes: Tensor, counts: Tensor) -> Tensor:
+    """Call `farthest_seeds` for one group after the other: a CPU's way.
+
+    Args: points [L, 3], group by group; sizes [G] points and counts [G] seeds of the groups.
+    Returns: seed 0..counts[g]-1 of every point [L].
+    """
+    groups = zip(points.split(sizes.tolist()), counts.tolist(), strict=True)
+    return torch.cat([torch.from_numpy(farthest_seeds(p.numpy(), count)) for p, count in groups])
+
+
+def seeds_together(points: Tensor, sizes: Tensor, counts: Tensor) -> Tensor:
+    """Do as `seeds_in_turn` for all groups at once: a GPU's way, in as many rounds as the largest count.
+
+    A group is a row of a table as wide as the largest group: on a CPU padding would cost more than it saves.
+    """
+    real = torch.arange(int(sizes.max()), device=points.device) < sizes[:, None]  # [G, n]
+    table = points.new_zeros(*real.shape, 3)
+    table[real] = points
+
+    # as in `farthest_seeds`; padding is never far
+    middle = table.sum(1) / sizes[:, None]  # [G, 3]
+    far = -(table - middle[:, None]).square().sum(2)  # [G, n]
+    nearest = torch.where(real, torch.inf, -torch.inf)
+    seed = torch.where(real, far, -torch.inf).argmax(1)  # [G]
+    owner = torch.zeros_like(nearest, dtype=torch.long)
+    for j in range(int(counts.max())):
+        newest = table[torch.arange(len(seed)), seed]  # [G, 3]
+        distance = (table - newest[:, None]).square().sum(2)
+        owner[(distance < nearest) & (j < counts)[:, None]] = j
+        nearest = torch.minimum(nearest, distance)
+        seed = nearest.argmax(1)
+    return owner[real]
 
 
 def make_proxies(
@@ -287,7 +321,7 @@ def make_proxies(
     """Turn the patches of a scene into a sequence of proxies: sections 3.1 to 3.3 without the encoding of places.
 
     Args: features [V, h, w, C]; points [V, H, W, 3] meters, NaN = missing; masks [V, H, W] object ids,
-    0 = none; budget, floor: see `allocate`; lloyd: see `farthest_seeds`; semantic_grouping: False takes all for
+    0 = none; budget, floor: see `allocate`; lloyd: see `cluster`; semantic_grouping: False takes all for
     one group. Returns: z [K, C] mean features, c [K, 3] mean points, group [K] object ids, in BFS order.
     """
     # patches with a feature, a point and a label, and the proxy that each belongs to

@@ -30,6 +30,8 @@ from proxy3d import (
     qwen_tokens,
     rms,
     rotate_height,
+    seeds_in_turn,
+    seeds_together,
 )
 
 MIX = {"coordinate": 2.0, "id_category": 1.0, "relation": 1.0}
@@ -121,6 +123,17 @@ def test_farthest_seeds_equal_a_loop():
         assert np.array_equal(farthest_seeds(points, 9), gap[:, chosen].argmin(1))
 
 
+@pytest.mark.parametrize("digits", [0, 3])
+def test_all_groups_at_once_get_the_seeds_that_they_get_one_by_one(digits):
+    """As a GPU takes them; also where points coincide or are equally far, digits = 0."""
+    for _ in range(20):
+        sizes = torch.randint(1, 40, (6,))
+        counts = torch.tensor(allocate(sizes.tolist(), int(torch.randint(6, 120, ()))))
+        points = torch.randn(int(sizes.sum()), 3).round(decimals=digits)
+        together = seeds_together(points, sizes, counts)
+        assert torch.equal(together, seeds_in_turn(points, sizes, counts))
+
+
 def grouped_points():
     """Points, and labels with a gap and a negative one."""
     names = torch.tensor([0, 17, 3, -2])
@@ -145,7 +158,7 @@ def test_lloyd_steps_lower_the_distance_to_the_means():
     points = torch.randn(200, 3)
 
     def spread(lloyd):
-        owner = torch.from_numpy(farthest_seeds(points.numpy(), 8, lloyd))
+        owner = cluster(points, torch.zeros(200), 8, lloyd=lloyd)
         means, _ = data.group_mean(points, owner, 8)
         return (points - means[owner]).square().sum()
 
@@ -618,6 +631,7 @@ def test_every_shape_in_a_comment_is_true(folder, scenes):
             model.cache_features(scenes)
             model(model.batch(groups))
         attention_map(model, scenes[0], groups[0][1][0])
+        seeds_together(torch.randn(9, 3), torch.tensor([2, 7]), torch.tensor([1, 4]))
         model = make(folder)
         model(model.batch(groups))
 
