@@ -37,7 +37,7 @@ import subprocess
 import sys
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from html import escape
@@ -79,7 +79,7 @@ CLEANED = {  # word -> word of the cleaner that six code bases score ScanQA and 
 
 
 @cache  # references and guesses are cleaned again and again
-def clean(text: str) -> str:
+def clean(text):
     """Clean an answer as LEO does.
 
     Lower case, no punctuation but , ' - :, typos mended, digits to words, no articles.
@@ -94,11 +94,11 @@ def clean(text: str) -> str:
     return re.sub(r"\bbackwards\b", "backward", text)
 
 
-def first_word(text: str) -> str:
+def first_word(text):
     return text.split(" ")[0].rstrip(".").strip()
 
 
-def official_number(text: str) -> float:
+def official_number(text):
     """Read a number as VSI-Bench does, else NaN.
 
     What stands before the first space, without final dots, must be a float.
@@ -109,7 +109,7 @@ def official_number(text: str) -> float:
         return np.nan
 
 
-def number(text: str) -> float:
+def number(text):
     """Read a number as lmms-eval does: the first in digits or in English words, else NaN."""
     # digits and words in the order in which they stand
     tokens = re.findall(r"-?\d+(?:\.\d+)?|[a-z]+", text.lower())
@@ -132,7 +132,7 @@ def number(text: str) -> float:
     return total + current
 
 
-def boxes(text: str) -> list[np.ndarray]:
+def boxes(text):
     """Read every bracketed [cx, cy, cz, w, d, h] in meters.
 
     One with NaN or without volume is an empty box, which fits nothing.
@@ -140,7 +140,7 @@ def boxes(text: str) -> list[np.ndarray]:
     return [box if box is not None and (box[3:] > 0).all() else np.zeros(6) for box in data.tuples(text, 6)]
 
 
-def with_boxes(text: str, scene: Scene) -> str:
+def with_boxes(text, scene):
     """Write an answer's identifiers out as boxes, so that metrics know one form.
 
     Identifiers of no object are dropped, as the official scripts do.
@@ -154,12 +154,12 @@ def with_boxes(text: str, scene: Scene) -> str:
 # Functions of (the answer's text, its Sample, the true Scene) that return a number.
 
 
-def box_ious(a: list[np.ndarray], b: list[np.ndarray]) -> np.ndarray:
+def box_ious(a, b):
     """Compute the IoU [n, m] of two lists of boxes [6]; either may be empty."""
     return data.box_iou(np.reshape(a, (-1, 6)), np.reshape(b, (-1, 6)))
 
 
-def true_boxes(ids: Iterable[int], scene: Scene) -> list[np.ndarray]:
+def true_boxes(ids, scene):
     """Find the boxes [6] of objects; one that the scan lacks has an empty box, which nothing hits."""
     box_of = {o.id: o.box for o in scene.objects}
     return [box_of.get(i, np.zeros(6)) for i in ids]
@@ -232,7 +232,7 @@ def strict(answer, references):
     return {"em": float(answer in references)}
 
 
-def overlaps(answer: str, reference: str) -> bool:
+def overlaps(answer, reference):
     """Test whether one contains the other once spaces are gone; "" is in everything."""
     a, b = ("".join(text.split()) for text in (answer, reference))
     return a in b or b in a
@@ -278,7 +278,7 @@ DIALECTS = {
 }
 
 
-def space_punctuation(text: str) -> str:
+def space_punctuation(text):
     return text.replace(".", " . ").replace(",", " , ").lower()
 
 
@@ -292,7 +292,7 @@ CAPTION_DIALECTS = {
 PAPER_DIALECT = {"proxy3d": "chat-scene", "fase3d": "ll3da", "spatial3dllm": "ll3da"}
 
 
-def with_java(work: Callable, *arguments):
+def with_java(work, *arguments):
     """Compute what needs Java, or None where it does not work: other scores must not be lost."""
     try:
         if not shutil.which("java"):
@@ -302,7 +302,7 @@ def with_java(work: Callable, *arguments):
         print(f"note: no {work.__name__}: {error}", file=sys.stderr)
 
 
-def one_line(text: str) -> str:
+def one_line(text):
     """Make text safe for Java programs that read lines.
 
     It is printable, valid UTF-8 and without METEOR's separator.
@@ -311,7 +311,7 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def tokenize(groups: list[list[str]]) -> list[list[str]]:
+def tokenize(groups):
     """Split groups of texts with pycocoevalcap's PTB tokenizer.
 
     Tokens are lower case, without punctuation, joined by spaces.
@@ -325,7 +325,7 @@ def tokenize(groups: list[list[str]]) -> list[list[str]]:
     return tokens
 
 
-def meteor(pairs: Iterable[tuple]) -> list[float]:
+def meteor(pairs):
     """Compute METEOR of several (references, answers) with one Java process, gone afterwards."""
     from pycocoevalcap.meteor.meteor import Meteor
 
@@ -343,7 +343,7 @@ def meteor(pairs: Iterable[tuple]) -> list[float]:
             scorer.lock.release()
 
 
-def text_scores(sets: dict[str, tuple]) -> tuple[dict, list]:
+def text_scores(sets):
     """Compute CIDEr, BLEU-1..4, ROUGE-L and METEOR by pycocoevalcap.
 
     sets: {suffix: (answers, references, ptb)}, with a list of texts for every question; CIDEr
@@ -386,7 +386,7 @@ def text_scores(sets: dict[str, tuple]) -> tuple[dict, list]:
     return scores, each
 
 
-def proposal_fit(scene: Scene, shown: Scene, object_id: int) -> float:
+def proposal_fit(scene, shown, object_id):
     """Find the best IoU with an object among the proposals that fit no other object better (LL3DA)."""
     # true objects are their own proposals
     if shown is scene or not scene.objects:
@@ -416,7 +416,7 @@ class Questions:
     # what a reader of the scores must know: text -> how many
     remarks: Counter = field(default_factory=Counter)
 
-    def each(self, *columns) -> Iterable[tuple]:
+    def each(self, *columns):
         """Give every question with its scenes and its entry of every column."""
         for sample, *entries in zip(self.samples, *columns, strict=True):
             yield sample, self.scenes[sample.scene], self.shown[sample.scene], *entries
@@ -445,29 +445,29 @@ class Benchmark:
     def __init__(self, **changes):
         vars(self).update(changes)
 
-    def rows(self, path: Path, split: str) -> list:
+    def rows(self, path, split):
         """Give the rows of an official file, or of its part that is named like the split."""
         return read_rows(path, split)
 
     # read(**fields), of each benchmark with official files: turn the fields of a row into a question; None:
     # the row does not belong here
 
-    def finish(self, samples: list[Sample], folders: list[Path]) -> list[Sample]:
+    def finish(self, samples, folders):
         """Do what needs all rows, or a file in one of the folders."""
         return samples
 
-    def parts(self, sample: Sample) -> tuple:
+    def parts(self, sample):
         """Name the parts of the table that a question belongs to: its task where there are several,
         else its kind.
         """
         part = sample.task if len(self.tasks) > 1 else sample.kind
         return (part,) if part else ()
 
-    def write_prompt(self, sample: Sample) -> str:
+    def write_prompt(self, sample):
         prompt = self.choice_prompt if sample.options else self.prompt
         return prompt.format(question=sample.question, options="\n".join(sample.options or ()))
 
-    def score(self, answer: str, sample: Sample, scene: Scene) -> dict:
+    def score(self, answer, sample, scene):
         """Score one answer by every metric, and its words in every dialect."""
         found = {name: metric(answer, sample, scene) for name, metric in self.metrics.items()}
         for name, dialect in self.dialects.items():
@@ -476,7 +476,7 @@ class Benchmark:
             found |= {f"{key}/{name}": value for key, value in matched.items()}
         return found
 
-    def text_sets(self, questions: Questions, answers: list[str]) -> dict:
+    def text_sets(self, questions, answers):
         """Prepare the sets of `text_scores`, for scores of all answers together."""
         sets = {}
         for name, d in self.dialects.items():
@@ -583,7 +583,7 @@ BENCHMARKS = {
 }
 
 
-def find_benchmark(name: str) -> Benchmark:
+def find_benchmark(name):
     return data.choose(BENCHMARKS, name, "benchmark")
 
 
@@ -593,7 +593,7 @@ def adopt(paper):
         BENCHMARKS[name] = Benchmark(**{"metrics": LENGTH} | row)
 
 
-def choose_dialects(benchmark: Benchmark, names: Iterable[str], paper: str = "") -> Benchmark:
+def choose_dialects(benchmark, names, paper=""):
     """Give a benchmark some of its dialects: those named ("all": every one), else the paper's, else
     its first.
     """
@@ -611,7 +611,7 @@ def choose_dialects(benchmark: Benchmark, names: Iterable[str], paper: str = "")
 # numbered objectId + 1 (0 is "no object").
 
 
-def read_rows(path: Path, key: str = "") -> list:
+def read_rows(path, key=""):
     """Read the rows of a .json (a list, or what lies under `key`), .jsonl or .csv file.
 
     A line that is not JSON is None; an object is one row.
@@ -624,7 +624,7 @@ def read_rows(path: Path, key: str = "") -> list:
     if path.suffix == ".csv":
         return list(csv.DictReader(text.splitlines(True)))
 
-    def parsed(text: str):
+    def parsed(text):
         try:
             return json.loads(text)
         except (ValueError, RecursionError):
@@ -643,7 +643,7 @@ def read_rows(path: Path, key: str = "") -> list:
     return held
 
 
-def make_sample(id: object, scene: str, task: str, question: str, answers: list[str], **more) -> Sample:
+def make_sample(id, scene, task, question, answers, **more):
     """Make a question of an official file; the blind baseline falls back on its first two words."""
     texts = [scene, question, *answers]
     written = all(isinstance(t, str) and t.strip() for t in texts)
@@ -657,7 +657,7 @@ WORD = "{question}\nAnswer the question using a single word or phrase."
 OPTIONS = "Options:\n{options}\nAnswer with the option's letter from the given choices directly."
 
 
-def splits(name: str, **counts: int | None) -> dict:
+def splits(name, **counts):
     """Name the files of splits, the same but for the split, with their numbers of questions."""
     return {split: (name.replace("*", split), count) for split, count in counts.items()}
 
@@ -737,7 +737,7 @@ class OpenEQA(TextBenchmark):
         return make_sample(question_id, scene, "qa", question, answers, kind=category)
 
 
-def object_of(scene: str, object_id: object) -> int:
+def object_of(scene, object_id):
     """Turn ScanNet's objectId into an object's id; scene0217_00 lists its 31 objects twice."""
     number = int(object_id)
     return number + 1 - (31 if scene == "scene0217_00" and number > 30 else 0)
@@ -920,7 +920,7 @@ BENCHMARKS |= {
 }
 
 
-def read_official(name: str, path: Path, root: Path | None = None, split: str = "") -> list[Sample]:
+def read_official(name, path, root=None, split=""):
     """Read the questions of a file, or of a split's file anywhere below a folder.
 
     split: by default the one that papers report, which must be there; of a named one the folder may
@@ -965,7 +965,7 @@ def read_official(name: str, path: Path, root: Path | None = None, split: str = 
 # ---- 6 predict -----------------------------------------------------------------------------------
 
 
-def number_objects(scene: Scene, seed: int | None = None) -> Scene:
+def number_objects(scene, seed=None):
     """Give objects identifiers: ScanNet's objectIds, or with a seed random ones.
 
     The random ones are the same at every evaluation.
@@ -977,7 +977,7 @@ def number_objects(scene: Scene, seed: int | None = None) -> Scene:
     return replace(scene, identifiers=identifiers)
 
 
-def read_boxes(path: Path) -> dict[str, Scene]:
+def read_boxes(path):
     """Read scenes of nothing but boxes.
 
     The file is {scene: {objectId: [cx, cy, cz, w, d, h]}} or {scene: [box, ..]}; a box's identifier
@@ -993,15 +993,7 @@ def read_boxes(path: Path) -> dict[str, Scene]:
     return scenes
 
 
-def load(
-    name: str,
-    annotations: Path,
-    root: Path | None = None,
-    partial: bool = False,
-    dialects: Iterable[str] = (),
-    paper: str = "",
-    **options,
-) -> Questions:
+def load(name, annotations, root=None, partial=False, dialects=(), paper="", **options):
     """Read an official file and the scenes that it asks about.
 
     root: the folder of the scans, or a file of true boxes (`read_boxes`); None: no scene is needed.
@@ -1050,9 +1042,7 @@ def load(
     return Questions(name, benchmark, samples, scenes, scenes, blind, fingerprint(annotations))
 
 
-def with_proposals(
-    questions: Questions, how: str, model: Model | None = None, seed: int | None = None
-) -> Questions:
+def with_proposals(questions, how, model=None, seed=None):
     """Number all objects, and show other proposals in their place.
 
     These are "segments", those that the model names, a file's boxes, or a folder's masks.
@@ -1084,13 +1074,13 @@ def with_proposals(
     return replace(questions, name=f"{questions.name}@{file.stem}", scenes=scenes, shown=shown)
 
 
-def as_shown(sample: Sample, scene: Scene, shown: Scene) -> Sample:
+def as_shown(sample, scene, shown):
     """Write a question in the proposals' terms: a mark becomes that of the best fitting proposal."""
     offered = [o for o in shown.objects if o.id in shown.identifiers]
     if not offered:
         return sample
 
-    def best(object_id: int) -> str:
+    def best(object_id):
         iou = box_ious([o.box for o in offered], true_boxes([object_id], scene))
         return f"<obj {offered[iou.argmax()].id}>"
 
@@ -1098,11 +1088,11 @@ def as_shown(sample: Sample, scene: Scene, shown: Scene) -> Sample:
     return replace(sample, **{key: data.substitute(getattr(sample, key), best) for key in texts})
 
 
-def rank_and_world() -> tuple[int, int]:
+def rank_and_world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def predict(model: Model, questions: Questions) -> dict[str, str]:
+def predict(model, questions):
     """Answer greedily: {id: text}, the same on every rank.
 
     A rank takes every world-th scene: nothing is padded, nothing answered twice.
@@ -1137,7 +1127,7 @@ def predict(model: Model, questions: Questions) -> dict[str, str]:
 # ---- 7 score and table ---------------------------------------------------------------------------
 
 
-def summarize(benchmark: Benchmark, samples: list[Sample], scored: list[dict]) -> dict[str, float]:
+def summarize(benchmark, samples, scored):
     """Average scores per question: {"metric/protocol": .., "metric/protocol/part": ..}."""
     # over all questions, which are the part "", and over each part
     groups = defaultdict(list)
@@ -1158,7 +1148,7 @@ def summarize(benchmark: Benchmark, samples: list[Sample], scored: list[dict]) -
     }
 
 
-def measure(questions: Questions, answers: dict[str, str]) -> tuple[dict, list]:
+def measure(questions, answers):
     """Score answers {id: text}: all scores, and a value per question (its first score, else its
     CIDEr).
 
@@ -1179,7 +1169,7 @@ def measure(questions: Questions, answers: dict[str, str]) -> tuple[dict, list]:
     return values | found, each
 
 
-def chance_scores(questions: Questions) -> dict:
+def chance_scores(questions):
     """Compute what guessing gets on these very questions (`data.chance`).
 
     Scores are left out where nothing says what to guess from.
@@ -1199,12 +1189,12 @@ def chance_scores(questions: Questions) -> dict:
     return {name: value for name, value in found.items() if not np.isnan(value)}
 
 
-def plain(text: str, scene: Scene) -> str:
+def plain(text, scene):
     """Write marked objects by their identifiers, where no paper writes them in words of its own."""
     return data.substitute(text, lambda i: f"<OBJ{scene.identifiers.get(i, 999):03d}>")
 
 
-def score(questions: Questions, answers: dict[str, str], others: dict[str, dict]) -> dict:
+def score(questions, answers, others):
     """Make a benchmark's entry of metrics.json from answers {id: text}.
 
     others: other models' answers, by column. Under "rows" it has a row per question: id, scene,
@@ -1261,7 +1251,7 @@ def score(questions: Questions, answers: dict[str, str], others: dict[str, dict]
     }
 
 
-def table(entries: dict[str, dict]) -> str:
+def table(entries):
     """Lay out every score beside chance, blind and others, and what a reader must know."""
     names = dict.fromkeys(c for e in entries.values() for c, found in e["columns"].items() if found)
     lines, notes = [["benchmark", "score", "model", *names, "count"]], []
@@ -1299,7 +1289,7 @@ TEXT_FIELDS = (
 )
 
 
-def read_predictions(path: Path, questions: Questions, partial: bool = False) -> dict[str, str]:
+def read_predictions(path, questions, partial=False):
     """Read anybody's answers to the questions: {id: text}.
 
     One line says how the file was understood. Raises DataError.
@@ -1341,19 +1331,19 @@ def read_predictions(path: Path, questions: Questions, partial: bool = False) ->
     return answers
 
 
-def revision() -> str:
+def revision():
     """Name the commit of the code, with "-dirty" where files differ from it."""
     git = f"git -C '{Path(__file__).parent}' describe --always --dirty --abbrev=40"
     status, text = subprocess.getstatusoutput(git)
     return "unknown" if status else text
 
 
-def fingerprint(path: Path) -> str:
+def fingerprint(path):
     """Name a file with its checksum, which tells two releases apart; a folder by its name."""
     return f"{path.name} crc32 {zlib.crc32(path.read_bytes()):08x}" if path.is_file() else path.name
 
 
-def save(path: Path, entries: dict[str, dict], **facts):
+def save(path, entries, **facts):
     """Write metrics.json = {benchmark: entry, "provenance": facts} and
     predictions/<benchmark>.jsonl.
 
@@ -1376,7 +1366,7 @@ def save(path: Path, entries: dict[str, dict], **facts):
     path.write_text(json.dumps(old | entries | {"provenance": facts}, indent=1) + "\n")
 
 
-def write_report(out: Path):
+def write_report(out):
     """Write report.html of a run: its tables, worst answers, and links to its pictures."""
     if rank_and_world()[0]:
         return
@@ -1407,7 +1397,7 @@ def write_report(out: Path):
 # scene0011_00.
 
 
-def evaluation_rooms(names: set[str], folder: Path, root: Path, held: list[Scene]) -> set[str]:
+def evaluation_rooms(names, folder, root, held):
     """Name the rooms that must not be trained in.
 
     They are those of ScanNet's val and test lists, of the scenes held out by the run, and of every
@@ -1431,14 +1421,7 @@ def evaluation_rooms(names: set[str], folder: Path, root: Path, held: list[Scene
     return {scene.split("_")[0] for scene in scenes}
 
 
-def mixture(
-    sources: dict[str, data.Source],
-    folder: Path,
-    root: Path,
-    train: list[Scene],
-    held: list[Scene],
-    seed: int = 0,
-) -> tuple[dict[str, list[Sample]], list[str]]:
+def mixture(sources, folder, root, train, held, seed=0):
     """Give questions by scene, and a line per source that says what was kept and dropped.
 
     MODLE's are made where no file holds them. Every accepted answer is a question, with its benchmark's
@@ -1516,7 +1499,7 @@ IN_METERS = re.compile(  # words of a question whose answer is a measure: of a s
 )
 
 
-def load_run(folder: Path) -> tuple[Model, dict]:
+def load_run(folder):
     """Load a run's model, as its last stage sees, and the record of how it was made."""
     # the paper's own questions and benchmarks come with it
     record = data.read_state(folder)["run"]
@@ -1536,13 +1519,13 @@ def load_run(folder: Path) -> tuple[Model, dict]:
     return model.eval(), record
 
 
-def in_training_arithmetic(model: Model, record: dict) -> torch.autocast:
+def in_training_arithmetic(model, record):
     """Compute as the run's training did."""
     dtype = getattr(torch, record["dtype"])
     return torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
 
 
-def evaluate_questions(model: Model, asked: list[Questions], out: Path, record: dict) -> dict[str, dict]:
+def evaluate_questions(model, asked, out, record):
     """Ask, score, write OUT/metrics.json and OUT/predictions, and print the table.
 
     The model is asked as its stage sees, in the arithmetic it was trained in. Every rank calls it;
@@ -1584,17 +1567,7 @@ def evaluate_questions(model: Model, asked: list[Questions], out: Path, record: 
     return entries
 
 
-def evaluate_scenes(
-    model: Model,
-    scenes: list[Scene],
-    out: Path,
-    *,
-    record: dict,
-    names: Iterable[str] = (),
-    proposals: str = "gt",
-    blind_scenes: list[Scene] = (),
-    dialects: Iterable[str] = (),
-) -> dict[str, dict]:
+def evaluate_scenes(model, scenes, out, *, record, names=(), proposals="gt", blind_scenes=(), dialects=()):
     """Ask a model, as its stage sees, generated questions about scenes it never saw.
 
     names: benchmarks, by default all of which that stage trained a task. blind_scenes: whose answers
@@ -1622,7 +1595,7 @@ def evaluate_scenes(
     return evaluate_questions(model, asked, out, record)
 
 
-def evaluate_run(args: argparse.Namespace):
+def evaluate_run(args):
     """Score a finished run: in its test scenes, in rooms of N objects, or on official files."""
     # questions of official files, in their scans
     model, record = load_run(args.run)
@@ -1659,7 +1632,7 @@ def evaluate_run(args: argparse.Namespace):
     write_report(out)
 
 
-def score_file(args: argparse.Namespace):
+def score_file(args):
     """Score a file of answers; no model is asked.
 
     Identifiers are ScanNet's objectIds, or count a file's boxes.
@@ -1679,7 +1652,7 @@ def score_file(args: argparse.Namespace):
         save(args.out, entries, predictions=fingerprint(args.predictions))
 
 
-def ask_scene(args: argparse.Namespace):
+def ask_scene(args):
     """Answer questions about a scene of one's own, and draw it."""
     # the scene, as sharp as the model looks at it
     model, record = load_run(args.run)
@@ -1723,13 +1696,13 @@ def ask_scene(args: argparse.Namespace):
         print(f"picture: {path}")
 
 
-def place(text: str) -> np.ndarray:
+def place(text):
     """Read a place [3] from "X,Y,Z"."""
     return np.array(text.split(","), float).reshape(3)
 
 
 @data.command
-def main(arguments: list[str] | None = None):
+def main(arguments=None):
     parser = argparse.ArgumentParser(
         description="Scores of a finished run, or of a file of answers; or ask a scene."
     )

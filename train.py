@@ -58,7 +58,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -75,7 +74,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
@@ -102,7 +101,7 @@ SCHEDULES = {  # share of the way from final_lr up to lr, at progress 0..1 after
 # ---- 1 command line ------------------------------------------------------------------------------
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv=None):
     """Read the flags; `args.command` holds those that say what the run is, which --resume must repeat."""
     # what a checkpoint is worth depends on these
     command = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -159,7 +158,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def override(target, key: str, text: str):
+def override(target, key, text):
     """Copy a dataclass with one field read from text.
 
     Values are written as in Python, 3, 1e-4, (16, 21), true, none; what is none of these is a word, and so is
@@ -200,7 +199,7 @@ MAY_BE_0 = (
 SHARES = ("warmup", "no_color", "betas", "lora_dropout")
 
 
-def check_numbers(settings: dict, what: str):
+def check_numbers(settings, what):
     """Refuse numbers that are negative, not finite, or of no meaning for their setting."""
     for name, value in settings.items():
         numbers = value if isinstance(value, tuple) else (value,)
@@ -218,7 +217,7 @@ def check_numbers(settings: dict, what: str):
                 raise DataError(f"{what} {name} = {value}: give a number from {least} to {most:g}")
 
 
-def configure(args: argparse.Namespace, paper) -> tuple[object, list[Stage]]:
+def configure(args, paper):
     """Apply --llm, --set and --stages to the paper's preset: (Config, stages)."""
     stages = {stage.name: stage for stage in data.choose(paper.STAGES, args.preset, "preset")}
     config = getattr(paper.Config, args.preset)()
@@ -247,7 +246,7 @@ def configure(args: argparse.Namespace, paper) -> tuple[object, list[Stage]]:
     return config, chosen
 
 
-def stage_steps(stages: list[Stage], scenes: int, total: int | None = None) -> list[int]:
+def stage_steps(stages, scenes, total=None):
     """Count every stage's optimizer steps; with `total` scaled to sum to it, at least one each."""
     steps = []
     for stage in stages:
@@ -293,7 +292,7 @@ class Distributed:
         self.barrier()
         Distributed.met = True
 
-    def share(self, make: Callable, items: list) -> Iterable:
+    def share(self, make, items):
         """Do as `map` does, each process a share of the items; every process gets all that was made."""
         if self.world == 1:
             return map(make, items)
@@ -302,7 +301,7 @@ class Distributed:
         dist.all_gather_object(parts, [make(item) for item in items[self.rank :: self.world]])
         return list(itertools.chain(*itertools.zip_longest(*parts)))[: len(items)]
 
-    def print0(self, text: str):
+    def print0(self, text):
         """Print once for all processes, above a progress bar."""
         if self.rank == 0:
             with tqdm.external_write_mode():
@@ -317,7 +316,7 @@ class Distributed:
         for number in SIGNALS:
             signal.signal(number, self.on_signal)
 
-    def on_signal(self, number: int, frame):
+    def on_signal(self, number, frame):
         """Let the step in hand end, which then saves; outside of steps end at once."""
         if multiprocessing.parent_process():  # a process that makes rooms ends without a word
             sys.exit(1)
@@ -326,12 +325,12 @@ class Distributed:
             raise KeyboardInterrupt(number)
 
 
-def seed(*numbers: int):
+def seed(*numbers):
     """Seed torch on every device; numpy's generators are made where they are used."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
-def shard_model(model: nn.Module, device: torch.device, dtype: torch.dtype):
+def shard_model(model, device, dtype):
     """Shard in place with FSDP2: block by block, then what is left."""
     # on a CPU autocast leaves some operations in the weights' own type, so those stay as they are
     low = dtype if device.type == "cuda" else None
@@ -344,7 +343,7 @@ def shard_model(model: nn.Module, device: torch.device, dtype: torch.dtype):
 
 
 @contextlib.contextmanager
-def unsharded(model: nn.Module) -> Iterator[None]:
+def unsharded(model):
     """Hold whole weights on every rank, without gradients: ranks may run different forwards."""
     modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
     for module in modules:
@@ -357,14 +356,14 @@ def unsharded(model: nn.Module) -> Iterator[None]:
         module.set_reshard_after_forward(module is not model, recurse=False)
 
 
-def scene_line(scenes: list[Scene]) -> str:
+def scene_line(scenes):
     """Say what scenes take; frames that are read when they are looked at take nothing."""
     arrays = [a for s in scenes for part in (s, s.frames) if part for a in vars(part).values()]
     held = sum(a.nbytes for a in arrays if isinstance(a, np.ndarray))
     return f"{len(scenes)} scenes to train in, {held / len(scenes) / 2**20:.1f} MB of memory each"
 
 
-def memory_line(model: nn.Module, shards: int) -> str:
+def memory_line(model, shards):
     """Say what trains, and what a device holds of weights, gradients and Adam's two moments."""
     trained = [p for p in model.parameters() if p.requires_grad]
     millions = sum(p.numel() for p in trained) / 1e6
@@ -379,7 +378,7 @@ def memory_line(model: nn.Module, shards: int) -> str:
 # ---- 3 what a step asks --------------------------------------------------------------------------
 
 
-def ask_without_names(stage: Stage, paper) -> Stage:
+def ask_without_names(stage, paper):
     """Mix in questions about geometry and color; where objects have no names others cannot be drawn."""
     instead = getattr(paper, "UNLABELLED", data.UNLABELLED)
     weight = sum(stage.tasks.values()) / len(instead)
@@ -408,24 +407,24 @@ class QuestionDataset(torch.utils.data.Dataset):
         self.by_name = {scene.name: scene for scene in self.scenes}
         self.shuffled = lru_cache(maxsize=3)(self.shuffle)
 
-    def shuffle(self, epoch: int) -> list:
+    def shuffle(self, epoch):
         """Order an epoch's scenes."""
         return np.random.default_rng([0, *self.key, epoch]).permutation(len(self.scenes)).tolist()
 
-    def take(self, step: int, count: int) -> list:
+    def take(self, step, count):
         """Take a step's `count` items out of shuffled epochs that follow one another without end."""
         size = len(self.shuffled(0))
         places = [divmod(place, size) for place in range(step * count, (step + 1) * count)]
         return [self.shuffled(epoch)[i] for epoch, i in places]
 
-    def slots(self, step: int) -> list[tuple]:
+    def slots(self, step):
         """Choose a step's (scene, number of questions); without questions a slot is a scene."""
         stage = self.stage
         per_scene = stage.per_scene if stage.tasks else 1
         counts = [min(per_scene, stage.batch - begun) for begun in range(0, stage.batch, per_scene)]
         return list(zip(self.take(step, len(counts)), counts, strict=True))
 
-    def ask(self, rng: np.random.Generator, which: int, count: int) -> tuple[Scene, list[Sample]]:
+    def ask(self, rng, which, count):
         """Turn a scene, number its objects anew, and draw questions about it."""
         stage = self.stage
         for scene in self.scenes[which:] + self.scenes[:which]:
@@ -435,7 +434,7 @@ class QuestionDataset(torch.utils.data.Dataset):
                 return scene, samples
         raise DataError(f"stage {stage.name}: no scene allows any of {', '.join(stage.tasks)}")
 
-    def __getitem__(self, i: int) -> dict:
+    def __getitem__(self, i):
         step, part = divmod(i, self.stage.accumulate)
         slots = list(enumerate(self.slots(step)))
         own = slots[self.rank + self.world * part :: self.world * self.stage.accumulate]
@@ -453,7 +452,7 @@ class QuestionDataset(torch.utils.data.Dataset):
         batch["scenes"] = [self.changes(scene) for scene in batch["scenes"]]
         return {"batch": batch, "questions": questions, "weight": float(bool(own))}
 
-    def changes(self, scene: Scene) -> tuple[str, dict]:
+    def changes(self, scene):
         """Tell what the draw changed of a scene: (its name, the fields that differ)."""
         base = self.by_name[scene.name]
         changed = {name: value for name, value in vars(scene).items() if value is not getattr(base, name)}
@@ -464,7 +463,7 @@ class QuestionDataset(torch.utils.data.Dataset):
 class OfficialQuestions(QuestionDataset):
     """Questions of official files, every one once an epoch, in place of generated ones."""
 
-    def shuffle(self, epoch: int) -> list[tuple[int, Sample]]:
+    def shuffle(self, epoch):
         """Order an epoch's questions, each with its scene."""
         rng, runs = np.random.default_rng([2, *self.key, epoch]), []
         for which, scene in enumerate(self.scenes):
@@ -477,13 +476,13 @@ class OfficialQuestions(QuestionDataset):
         rng.shuffle(runs)
         return list(itertools.chain(*runs))
 
-    def slots(self, step: int) -> list[tuple]:
+    def slots(self, step):
         """Choose a step's (scene, questions): exactly as many questions as its batch."""
         taken = self.take(step, self.stage.batch)
         by_scene = itertools.groupby(taken, key=lambda pair: pair[0])
         return [(which, [sample for _, sample in pairs]) for which, pairs in by_scene]
 
-    def ask(self, rng: np.random.Generator, which: int, samples: list[Sample]) -> tuple:
+    def ask(self, rng, which, samples):
         """Turn a scene, but never mirror it, since people wrote left and right; boxes in an answer stay."""
         scene = self.scenes[which]
         turned = data.augment(scene, rng, mirror=False)
@@ -492,7 +491,7 @@ class OfficialQuestions(QuestionDataset):
         return turned, samples
 
 
-def start_worker(worker: int):
+def start_worker(worker):
     """Let a loader process outlive a signal to the group, whose step must end, but not its parent."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -500,7 +499,7 @@ def start_worker(worker: int):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
 
 
-def load_steps(dataset: QuestionDataset, steps: range, workers: int) -> Iterator[list[dict]]:
+def load_steps(dataset, steps, workers):
     """Yield the micro-batches of each step, drawn ahead by loader processes."""
     # a step is a batch of micro-batches
     n = dataset.stage.accumulate
@@ -523,7 +522,7 @@ def load_steps(dataset: QuestionDataset, steps: range, workers: int) -> Iterator
 # ---- 4 one step ----------------------------------------------------------------------------------
 
 
-def learning_rate(stage: Stage, step: int, steps: int) -> float:
+def learning_rate(stage, step, steps):
     """Rate of step 0, 1, ...: a linear warm-up, then the stage's schedule."""
     warm = round(stage.warmup * steps)
     if step < warm:
@@ -532,7 +531,7 @@ def learning_rate(stage: Stage, step: int, steps: int) -> float:
     return stage.final_lr + (stage.lr - stage.final_lr) * share
 
 
-def make_optimizer(model: nn.Module, stage: Stage) -> torch.optim.AdamW:
+def make_optimizer(model, stage):
     """AdamW over what the stage trains; weight decay on matrices only."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -542,13 +541,7 @@ def make_optimizer(model: nn.Module, stage: Stage) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=stage.lr, betas=stage.betas)
 
 
-def compute_gradients(
-    net: nn.Module,
-    micro_batches: list[dict],
-    clip: float,
-    dtype: torch.dtype,
-    distributed: Distributed,
-) -> tuple[dict, float, bool]:
+def compute_gradients(net, micro_batches, clip, dtype, distributed):
     """Leave in the parameters the gradient of the loss per term, over all ranks and micro-batches.
 
     Raw sums go backward; DDP and FSDP average them over ranks, so world / (global number of terms) is what
@@ -596,7 +589,7 @@ def compute_gradients(
     return numbers, tokens, stop > 0
 
 
-def update(optimizer: torch.optim.Optimizer, numbers: dict, position: dict) -> bool:
+def update(optimizer, numbers, position):
     """Take the optimizer's step if all is finite, else count it as skipped."""
     # one gradient that is not finite would spoil Adam's moments for good
     finite = math.isfinite(numbers["loss"]) and math.isfinite(numbers["norm"])
@@ -615,14 +608,14 @@ def update(optimizer: torch.optim.Optimizer, numbers: dict, position: dict) -> b
 # ---- 5 checkpoints -------------------------------------------------------------------------------
 
 
-def sync(path: Path):
+def sync(path):
     """Wait until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
 
 
-def gather(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+def gather(tensors, rank):
     """Copy whole tensors to the CPU of the first rank; every rank takes part."""
     whole = {}
     for name, t in tensors.items():
@@ -634,13 +627,7 @@ def gather(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
     return whole
 
 
-def save_checkpoint(
-    out: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    state: dict,
-    rank: int = 0,
-):
+def save_checkpoint(out, model, optimizer, state, rank=0):
     """Write weights, Adam's moments and `state`; every rank takes part.
 
     Replacing state.json, when all that it names is on the disk, is what commits them.
@@ -681,7 +668,7 @@ def save_checkpoint(
         raise DataError(f"{folder}: saving failed ({error}); make room, then --resume") from None
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, run: Path):
+def load_optimizer(optimizer, model, run):
     """Read Adam's moments, spread over the ranks like the parameters they belong to."""
     weights = data.named_weights(model)
     for entry, value in data.read_tensors(run, "optimizer").items():
@@ -701,7 +688,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, run: Path
 RESULTS = ("checkpoint/*", "predictions/**/*.jsonl", "loss.png", "metrics.json", "report.html")
 
 
-def open_run(args: argparse.Namespace, rank: int) -> tuple[object, dict | None]:
+def open_run(args, rank):
     """Lock the run folder and read the state to go on from: (lock, state or None)."""
     # a run goes on as the command that began it says; another command is another run
     out, state = args.out, None
@@ -729,7 +716,7 @@ def open_run(args: argparse.Namespace, rank: int) -> tuple[object, dict | None]:
 class Log:
     """config.json, log.jsonl (names: see the top of this file), and TensorBoard where asked."""
 
-    def __init__(self, args: argparse.Namespace, record: dict, total: int):
+    def __init__(self, args, record, total):
         # a new run starts from an empty folder
         self.path = args.out / "log.jsonl"
         if total == 0:
@@ -750,7 +737,7 @@ class Log:
 
             self.board = SummaryWriter(args.out / "tensorboard")
 
-    def write(self, line: dict):
+    def write(self, line):
         """Append a line, with the peak memory of the GPU."""
         peak = torch.cuda.max_memory_allocated() / 2**30
         with self.path.open("a") as file:
@@ -760,7 +747,7 @@ class Log:
                 self.board.add_scalar(key, line[key], line["total"])
 
 
-def draw_loss(out: Path):
+def draw_loss(out):
     """Draw loss.png from log.jsonl: the loss per answer token against steps, a color per stage."""
     from matplotlib.figure import Figure
 
@@ -780,7 +767,7 @@ def draw_loss(out: Path):
 # ---- 7 the run -----------------------------------------------------------------------------------
 
 
-def make_text(config, scenes: list[Scene], listed: dict[str, dict]) -> data.TinyText | data.HubText:
+def make_text(config, scenes, listed):
     """Take the pre-trained model's own tokenizer, else one of all words that may be asked."""
     if config.llm:
         return data.HubText(config.llm)
@@ -789,7 +776,7 @@ def make_text(config, scenes: list[Scene], listed: dict[str, dict]) -> data.Tiny
     return data.TinyText(data.vocabulary(categories, (f"{s.question} {s.answer}" for s in official)))
 
 
-def rooms_to_read(args: argparse.Namespace, count: int, scenes: list[Scene]) -> list[Scene]:
+def rooms_to_read(args, count, scenes):
     """Make rooms without pictures; in every other one things have names that the scenes have and rooms have not."""
     rooms = data.rooms(data.ROOM_SEEDS["train"][:count], args.workers + 1, views=0, points=0)
     names = {o.category for scene in scenes for o in scene.objects}
@@ -801,7 +788,7 @@ def rooms_to_read(args: argparse.Namespace, count: int, scenes: list[Scene]) -> 
     return rooms
 
 
-def read_rooms(args: argparse.Namespace, config, text: data.TinyText, scenes: list[Scene]) -> Path:
+def read_rooms(args, config, text, scenes):
     """Find the run of the language model that has read rooms in words; train it where there is none yet.
 
     Its folder lies beside that of this run and is named by what it depends on: data.py, the vocabulary, sizes,
@@ -830,7 +817,7 @@ def read_rooms(args: argparse.Namespace, config, text: data.TinyText, scenes: li
     return out
 
 
-def train(args: argparse.Namespace, scenes: tuple = (), text=None) -> nn.Module:
+def train(args, scenes=(), text=None):
     """Train all stages of a paper, score the result, and return the model.
 
     Its position, and a checkpoint of model and optimizer, are all that a resume needs. scenes: those to train
@@ -937,7 +924,7 @@ def train(args: argparse.Namespace, scenes: tuple = (), text=None) -> nn.Module:
     }
     log = Log(args, record, position["total"]) if rank == 0 else None
 
-    def save(optimizer: torch.optim.Optimizer | None):
+    def save(optimizer):
         """Write a checkpoint; every rank takes part."""
         state = {"position": position, "run": record, "processes": world}
         if rank == 0:
@@ -1043,7 +1030,7 @@ def train(args: argparse.Namespace, scenes: tuple = (), text=None) -> nn.Module:
     return model
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv=None):
     """Run a command: status 0, 2 and one line for what the user can mend, 128 + n after signal n."""
     # what ends a run in an expected way is one line; anything else is a bug and shows its traceback
     args = parse_args(argv)
