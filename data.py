@@ -816,13 +816,14 @@ def _paint(palette, box, face, noise):
     return np.clip(palette[box, face] + noise, 0, 255).astype(np.uint8)
 
 
-def room(seed, objects=None, views=12, size=96, points=4096, render=True, folder=None):
+def room(seed, objects=None, views=12, size=96, points=None, render=True, folder=None):
     """Make a furnished room around x = y = 0; the same seed gives the same room on every machine.
 
-    objects: how many, door and window included (default 8 to 16); the room grows with them. views
-    of size x size pixels; views = 0 or points = 0 leave the frames or the cloud out, and so does
-    render = False, which leaves all else as it is with frames. folder: where the frames are kept,
-    since those of hundreds of rooms take a gigabyte of memory. Object boxes are the exact extent of
+    objects: how many, door and window included, or the least and the most (default 8 to 16); the room
+    grows with them, and so does its cloud (default 4096 points). views of size x size pixels; views = 0
+    or points = 0 leave the frames or the cloud out, and so does render = False, which leaves all else
+    as it is with frames. folder: where the frames are kept, since those of hundreds of rooms take a
+    gigabyte of memory. Object boxes are the exact extent of
     their parts and disjoint (small things stand exactly on the tops of big ones); no two objects
     share category and color. Superpoints are the faces of parts, cut at every meter. Raises
     DataError for a number of objects that cannot be furnished.
@@ -832,10 +833,15 @@ def room(seed, objects=None, views=12, size=96, points=4096, render=True, folder
     side, height = rng.uniform(4.0, 6.5, 2), 2.6
     if objects is not None:
         most = len(CATEGORIES) * len(COLORS) * 2 // 3  # beyond, too few pairs of category and color are left
-        if not 3 <= objects <= most:
+        ends = np.broadcast_to(objects, 2)
+        if not 3 <= ends[0] <= ends[1] <= most:
             raise DataError(f"room: objects = {objects}; give 3 to {most}")
-        count = objects
-        side = side * max(1.0, np.sqrt(1.3 * objects / (side[0] * side[1])))
+
+        # as many small rooms as large ones: between 8 and 16 as many as between 16 and 32
+        count = round(np.exp(rng.uniform(*np.log(ends))))
+        side = side * max(1.0, np.sqrt(1.3 * count / (side[0] * side[1])))
+    if points is None:
+        points = 4096 if objects is None else max(4096, 340 * count)
 
     # the room grows until everything has a place; shuffled, so that an id says nothing about the
     # category
@@ -2774,11 +2780,14 @@ class Reader(SceneLanguageModel):
         """List what the tokens stand for: a thing, or None for a wall, and the box [6] that a token carries."""
         # neighbors next to each other: from a thing to the nearest that is left
         rng = np.random.default_rng(list(scene.identifiers.values()))
-        left = several(rng, scene.objects, len(scene.objects))
-        line = [left.pop()]
-        while left:
-            gaps = [np.abs(o.box[:3] - line[-1].box[:3]).sum() for o in left]
-            line.append(left.pop(int(np.argmin(gaps))))
+        order = several(rng, scene.objects, len(scene.objects))
+        center = np.array([o.box[:3] for o in order])
+        gap = np.abs(center[:, None] - center).sum(2)  # [n, n]
+        line, last = [], -1
+        for _ in order:
+            line.append(order[last])
+            gap[:, last] = np.inf
+            last = gap[last].argmin()
         if self.stage.scene_input != "pieces":
             return [(o, o.box) for o in line]
 
@@ -4571,9 +4580,9 @@ def load_scenes(
     """
     # rooms are made, all else is read
     if source == "rooms":
-        if options:
-            raise DataError(f"--data rooms: takes no {', '.join(options)}; these say how scenes are read")
-        return rooms(ROOM_SEEDS[split][:count], workers + 1, render=frames, folder=folder)
+        if strange := options.keys() - {"objects"}:
+            raise DataError(f"--data rooms: takes no {', '.join(strange)}; these say how scenes are read")
+        return rooms(ROOM_SEEDS[split][:count], workers + 1, render=frames, folder=folder, **options)
     if root is None:
         raise DataError(f"--data {source}: name the folder with --root")
     root = Path(root)
@@ -4618,6 +4627,7 @@ SCENE_OPTIONS = {  # flags of a scene of one's own -> arguments of argparse
     "masks": dict(choices=("files", "segments", "sam2"), help="where objects come from: instance-filt/ "
                   "beside the frames (default where it lies), segments of the cloud (else), SAM 2"),
     "sam2": dict(help=f"name of SAM 2's weights (default: {SAM2})"),
+    "objects": dict(type=int, nargs="+", help="of --data rooms: how many, or the least and the most (default: 8 16)"),
 }  # fmt: skip
 
 

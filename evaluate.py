@@ -1,6 +1,6 @@
 """Scores under named protocols: ask a trained model, or score anybody's answers without a model.
 
-    python evaluate.py --run RUN [--benchmark rooms/qa ..] [--proposals gt|segments|FILE|DIR] [--objects N]
+    python evaluate.py --run RUN [--benchmark rooms/qa ..] [--proposals gt|segments|FILE|DIR] [--objects N ..]
     python evaluate.py --run RUN --benchmark scanqa --annotations FILE --root SCANS
     python evaluate.py --benchmark scanqa --annotations FILE --predictions FILE [--dialect all]
     python evaluate.py --run RUN --scene PATH --ask "How many chairs are there?"
@@ -1611,14 +1611,12 @@ def evaluate_run(args):
 
     # scenes that the run did not train in, and some it did, whose answers the blind baseline knows
     load_scenes = partial(data.load_scenes, record["data"], root=record["root"], **options)
-    count, objects, place = record["scene_counts"], args.objects, out
+    count, place = record["scene_counts"], out
     blind = load_scenes("train", count=min(300, count["train"]), frames=False)
-    if objects is None:
-        scenes = load_scenes("test", count=count["test"])
-    else:  # fresh rooms, none of them a default one, with as many points per object
-        first, place = data.ROOM_SEEDS["test"].start + 10_000 + 100 * objects, out / f"objects-{objects}"
-        points = max(4096, 340 * objects)
-        scenes = [data.room(first + i, objects, points=points) for i in range(count["test"])]
+    if args.objects:
+        place = out / f"objects-{'-'.join(map(str, args.objects))}"
+        load_scenes = partial(load_scenes, objects=args.objects)
+    scenes = load_scenes("test", count=count["test"])
     evaluate_scenes(
         model,
         scenes,
@@ -1726,7 +1724,6 @@ def main(arguments=None):
         help="what stands for objects: gt, segments, of fase3d clusters, a file of boxes {scene: "
         "[[cx, cy, cz, w, d, h], ..]}, or a folder of masks in ScanNet's format (Mask3D)",
     )
-    add("--objects", type=int, metavar="N", help="with --run: ask in fresh rooms of N objects")
     add("--dialect", nargs="+", default=[], choices=[*DIALECTS, "all"], help="whose way to score text")
     add("--partial", action="store_true", help="accept fewer questions or answers than there should be")
     add("--ask", action="append", help="a question; repeatable (default: typed, one a line)")

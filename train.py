@@ -778,7 +778,8 @@ def make_text(config, scenes, listed):
 
 def rooms_to_read(args, count, scenes):
     """Make rooms without pictures; in every other one things have names that the scenes have and rooms have not."""
-    rooms = data.rooms(data.ROOM_SEEDS["train"][:count], args.workers + 1, views=0, points=0)
+    seeds = data.ROOM_SEEDS["train"][:count]
+    rooms = data.rooms(seeds, args.workers + 1, objects=args.objects, views=0, points=0)
     names = {o.category for scene in scenes for o in scene.objects}
     strange = sorted(names - {"", *data.STRUCTURE, *data.CATEGORIES})
     for k, room in enumerate(rooms[::2] if strange else ()):
@@ -802,7 +803,7 @@ def read_rooms(args, config, text, scenes):
     code = Path(data.__file__).read_bytes()
     room = data.room(0, views=0, points=0)
     asked = [data.questions(room, stage.tasks, 100, np.random.default_rng(0)) for stage in stages]
-    made_of = repr((text.state(), config.reader, steps, count, asked)).encode()
+    made_of = repr((text.state(), config.reader, steps, count, args.objects, asked)).encode()
     out = args.out.parent / f"language-{hashlib.sha256(code + made_of).hexdigest()[:12]}"
 
     # a run that was stopped goes on, one that has ended is read
