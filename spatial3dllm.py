@@ -745,6 +745,30 @@ TEMPLATES = {
         "can you put the {what} on the middle of the {other}?",
     ),
 }
+UNSEEN = {  # wordings that no stage trains on, for benchmarks of their own
+    "unseen_distance": (
+        "what is the distance between the {what} and the {other}?",
+        "what is the distance from the {what} to the {other}, center to center?",
+        "how far is it from the {what} to the {other}?",
+        "how many meters apart are the {what} and the {other}?",
+        "in meters, how far is it from the {what} to the center of the {other}?",
+        "the {what} and the {other}: how far apart are the centers?",
+    ),
+    "unseen_move_axis": (
+        "please move the {what} {direction} by {amount} meters.",
+        "can you shift the {what} {amount} meters {direction}?",
+        "by {amount} meters, push the {what} {direction}.",
+    ),
+    "unseen_move_towards": (
+        "please shift the {what} {amount} meters {axis} towards the {other}.",
+        "can you move the {what} {axis} by {amount} meters, closer to the {other}?",
+    ),
+    "unseen_move_beside": (
+        "put the {what} next to the {other}, {direction} of its center by {amount} meters.",
+        "can you bring the {what} next to the {other}, {amount} meters {direction} of its center?",
+    ),
+}
+TEMPLATES |= UNSEEN
 DIRECTIONS = {  # words -> axis, sign
     "to the left": (0, -1),
     "to the right": (0, 1),
@@ -754,6 +778,7 @@ DIRECTIONS = {  # words -> axis, sign
 AXIS_WORDS = ("sideways", "lengthways")  # x, y
 TEMPLATES["modle_words"] = (*DIRECTIONS, *AXIS_WORDS)  # no question, but words that questions hold
 EDITS = {"modle_move": ("axis", "towards", "beside"), "modle_place": ("floor", "top")}
+EDITS["unseen_move"] = EDITS["modle_move"]
 AMOUNTS = np.arange(2, 31) / 10  # meters of a move
 AXIS = np.repeat([axis for axis, _ in DIRECTIONS.values()], len(AMOUNTS))  # of every possible move
 STEP = np.concatenate([sign * AMOUNTS for _, sign in DIRECTIONS.values()])  # meters along that axis
@@ -966,6 +991,8 @@ def edit_reasoning(g, i, j, kind, target):
 # `data.adopt` puts these among the shared tables, which questions are drawn from
 GENERATORS = {"modle_distance": data.distance, "modle_move": modle_edit, "modle_place": modle_edit}
 TASKS = {task: partial(data.make_sample, function, task) for task, function in GENERATORS.items()}
+TASKS["unseen_distance"] = partial(data.make_sample, data.distance, "unseen_distance")
+TASKS["unseen_move"] = partial(data.make_sample, modle_edit, "unseen_move")
 METRIC = set(TASKS)  # answers are meters
 UNLABELLED = ("ground_superlative", "modle_distance", "modle_move")  # asked of objects without names
 
@@ -1262,7 +1289,8 @@ STAGES["tiny"] = [
     ),
     Stage(
         "II referents",
-        {"ground": 0.08, "subtract": 0.06, **SUMS, **USUAL, **MODLE},
+        {"ground": 0.08, "subtract": 0.06, **SUMS, **USUAL, **MODLE, "modle_distance": 0.12,
+         "distance": 0.08},  # in everyday words too: then a distance is also understood in words never read
         ("scene", "code", "lm"), "referents", iterations=1000, batch=128, per_scene=8, lr=2e-3,
         schedule="trapezoid", weight_decay=0.01, reasoning=True,
     ),
