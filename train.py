@@ -63,9 +63,9 @@ from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 
-# OpenMP threads wait for each other at every barrier, by default spinning for long. Beside a busy core a
-# short spin is several times faster, on a quiet machine it may be slower (`tests/bench.py load` measures both;
-# a value of one's own in the environment is kept). It must be set before torch is loaded.
+# OpenMP threads wait for each other at every barrier, by default spinning for long: beside other work that
+# takes the time from the thread that is waited for. So they spin shortly, unless the environment has a value of
+# its own. It must be set before torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 

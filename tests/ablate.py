@@ -25,16 +25,20 @@ import data
 import evaluate
 
 STUDIES = {  # model -> stages trained once; those trained per run, with their steps; settings of all runs; scores, the
-    # first beside the paper's; variants: name -> (settings, the paper's number), the first is what all differ from
+    # first beside the paper's; variants: name -> (settings, the paper's number), the first is what all differ from;
+    # settings that the stages before depend on too, so that such a variant has these of its own
     "proxy3d": {
         "shared": ["0 tower", "I identifiers", "II coordinates", "III relations"],
         "last": {"IV proxies": 300},
         "settings": [],
+        "early": ("coordinate_stage=false", "inter_frame=true"),
         "scores": {"rooms/grounding": "acc@0.5/scanrefer", "rooms/caption": "cider@0.5/chat-scene"},
         "paper": "ScanRefer Acc@0.5, 16x21 / 450 tokens (Table 4)",
         "variants": {
             "semantic grouping": ("", 52.6),
             "no semantic grouping": ("semantic_grouping=false", 31.0),
+            "no coordinate stage": ("coordinate_stage=false", None),
+            "inter-frame attention": ("inter_frame=true", None),
             "48 for 96 proxies": ("budget=48", None),
             "144 for 96 proxies": ("budget=144", None),
             "5 proxies per object at least": ("floor=5", None),
@@ -137,12 +141,17 @@ def main():
     study, root = STUDIES[args.model], args.out.resolve() / args.model
     scenes = ["--train-scenes", str(args.train_scenes), "--test-scenes", str(args.test_scenes)]
 
-    # what all variants start from; one step is enough to have a language model
-    stages = study["shared"] or list(study["last"])[:1]
+    # what variants start from; one step is enough to have a language model
     steps = args.steps if study["shared"] else 1
-    short = [f"{stage}.iterations={steps}" for stage in stages] if steps else []
-    train(args.model, root / "shared", "--stages", ",".join(stages), "--no-eval", *scenes,
-          settings=short + study["settings"], threads=2)  # fmt: skip
+    shared = {}
+    for early in ("", *study.get("early", ())):
+        shared[early] = root / f"shared {early}".strip().replace(" ", "_")
+        stages = study["shared"] or list(study["last"])[:1]
+        if early == "coordinate_stage=false":
+            stages = [stage for stage in stages if "coordinates" not in stage]
+        short = [f"{stage}.iterations={steps}" for stage in stages] if steps else []
+        train(args.model, shared[early], "--stages", ",".join(stages), "--no-eval", *scenes,
+              settings=[*short, *study["settings"], *early.split()], threads=2)  # fmt: skip
 
     # every variant with every seed
     steps = {stage: args.steps or n for stage, n in study["last"].items()}
@@ -152,9 +161,10 @@ def main():
         """Train and score one variant with one seed: its folder."""
         seed, name = job
         out = root / f"{re.sub('[^a-z0-9]+', '_', name.lower())}-{seed}"
-        start = ["--init", str(root / "shared")] if study["shared"] else []  # else the language model alone
+        own = study["variants"][name][0]
+        start = ["--init", str(shared.get(own, root / "shared"))] if study["shared"] else []
         train(args.model, out, *start, "--stages", ",".join(steps), "--seed", str(seed), "--workers", "0",
-              *scenes, settings=settings + study["variants"][name][0].split())  # fmt: skip
+              *scenes, settings=settings + own.split())  # fmt: skip
         return out
 
     variants, seeds = list(study["variants"]), range(1, args.seeds + 1)

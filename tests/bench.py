@@ -5,7 +5,6 @@ measures how well our segments follow objects. --little runs every line once, on
 
 import argparse
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -122,7 +121,6 @@ def bench_proxy3d(args):
 
 # ---- Proxy3D around Qwen2.5-VL at its own sizes, and what a GPU makes of it
 
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # multiply-adds x 2 a second in bfloat16, dense
 TEXT = {  # Qwen2.5-VL's public configuration
     "3B": dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
                num_key_value_heads=2, vocab_size=151_936),
@@ -222,7 +220,6 @@ def step(model, batch, optimizer):
 
 def bench_training(args):
     """Time a step of stage IV: 3B in full, 7B with LoRA, eight scenes with eight questions each."""
-    peak = next((flops for name, flops in PEAK.items() if name in CARD), math.nan)
     stage = proxy3d.STAGES["paper_450"][-1]
     rows, views, count = ({"little": 0}, 2, 2) if args.little else ({"3B": 0, "7B": 64}, 32, 8)
     scenes = [numbered_room(seed, views=views, size=240) for seed in range(count)]
@@ -236,13 +233,10 @@ def bench_training(args):
         batch = model.batch([ask(scene, stage.tasks, 8) for scene in scenes])
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 
-        # forward, backward for activations and, in full training, for weights: 2 operations per weight each
         spent, tokens = timed(step, model, batch, optimizer)[0], batch["ids"].numel()
-        weights = sum(p.numel() for p in model.llm.get_decoder().parameters())
-        used = (4 if lora else 6) * weights * tokens / spent / peak
         memory = torch.cuda.max_memory_allocated() / 2**30 if CUDA else math.nan
         print(f"stage IV, {size}, {'LoRA of rank ' + str(lora) if lora else 'in full'}: {spent:.3f} s a step, "
-              f"{tokens / spent:,.0f} tokens/s, MFU {used:.2f}, {memory:.1f} GB at most")  # fmt: skip
+              f"{tokens / spent:,.0f} tokens/s, {memory:.1f} GB at most")  # fmt: skip
         del model, optimizer
 
 
@@ -507,46 +501,7 @@ def bench_segments(args):
                   f"{counts[name] / objects:.1f} segments per object")  # fmt: skip
 
 
-# ---- beside other work
-
-READING = """
-import sys, time, numpy as np, torch
-sys.path.insert(0, {root!r})
-import data
-torch.set_num_threads(2)
-text = data.TinyText(data.vocabulary())
-model = data.build(data.Config(), text)
-stage = data.STAGES["tiny"][0]
-model.configure_stage(stage)
-groups = []
-for scene in data.rooms(range(16), 0, views=0, points=0):
-    scene.identifiers = data.number_objects(scene, np.random.default_rng(0))
-    groups.append((scene, data.questions(scene, {{"color": 1.0, "exist": 1.0}}, 16, np.random.default_rng(0))))
-batch = model.batch(groups)
-for step in range({steps}):
-    if step == 2:
-        start = time.perf_counter()
-    model(batch)["loss"].backward()
-print((time.perf_counter() - start) / ({steps} - 2))
-"""
-
-
-def bench_load(args):
-    """Train on two threads beside a process that keeps a core busy: a short spin at barriers, or OpenMP's own."""
-    program = READING.format(root=ROOT, steps=4 if args.little else 60)
-    busy = [sys.executable, "-c", "while True: pass"]
-    os.environ.pop("GOMP_SPINCOUNT", None)
-    for load in (0, 1):
-        for spin in ({"GOMP_SPINCOUNT": "1000"}, {}):
-            others = [subprocess.Popen(busy) for _ in range(load)]
-            own = os.environ | spin
-            out = subprocess.run([sys.executable, "-c", program], env=own, capture_output=True, text=True)
-            for other in others:
-                other.kill()
-            print(
-                f"{load} busy cores beside, {spin or 'GOMP_SPINCOUNT not set'}: {float(out.stdout):.3f} s a step"
-            )
-
+# ---- memory
 
 KEEPING = """
 import resource, sys, tempfile
@@ -580,7 +535,6 @@ def bench_memory(args):
 
 BENCHES = {
     "memory": [bench_memory],
-    "load": [bench_load],
     "proxy3d": [bench_proxy3d],
     "fase3d": [bench_curves, bench_graph, bench_tokenizer],
     "spatial3dllm": [bench_spatial3dllm],

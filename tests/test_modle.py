@@ -35,7 +35,7 @@ def scenes():
 
 @pytest.fixture(scope="module")
 def asked(scenes):
-    return by_task(scenes, ASKED, 2, 5)
+    return by_task(scenes, [*ASKED, "unseen_move"], 2, 5)
 
 
 # ---- the slow check: its own parser, its own geometry --------------------------------------------
@@ -108,9 +108,16 @@ def test_distances_are_those_between_the_centers_of_what_the_words_mean(asked):
         check_number(s, scene)
 
 
+def test_no_stage_asks_in_the_wordings_of_the_unseen_benchmarks():
+    assert not [stage for stages in modle.STAGES.values() for stage in stages if "unseen" in str(stage.tasks)]
+    trained = {text for name, texts in modle.TEMPLATES.items() if name not in modle.UNSEEN for text in texts}
+    assert not trained & {text for texts in modle.UNSEEN.values() for text in texts}
+
+
 @pytest.mark.parametrize(
     ("task", "kinds"),
-    [("modle_move", {"axis", "towards", "beside"}), ("modle_place", {"floor", "top"})],
+    [(f"{name}_move", {"axis", "towards", "beside"}) for name in ("modle", "unseen")]
+    + [("modle_place", {"floor", "top"})],
 )
 def test_edits_end_where_their_words_say_and_only_where_there_is_room_and_support(asked, task, kinds):
     counts = Counter(s.kind for s, _ in asked[task])
