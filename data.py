@@ -1042,11 +1042,7 @@ WORDS = (  # the words that code below writes besides those of the tables; of HE
 )
 
 FLOOR, WALL, NOTHING = -1, -2, -3  # in SceneGraph.support
-STRUCTURE = {
-    "wall",
-    "floor",
-    "ceiling",
-}  # in labeled scans these are instances too; no question is about them
+STRUCTURE = {"wall", "floor", "ceiling"}  # instances too in labeled scans; no question is about them
 BUILT = {"door", "window"}  # parts of walls: where they are is not asked
 SYNONYMS = {
     "sofa": "couch",
@@ -1994,9 +1990,7 @@ class Stage:
     """The whole recipe of one training stage; a paper's table of stages is a list of these."""
 
     name: str
-    tasks: dict[
-        str, float
-    ]  # question mix: names of TASKS or of the paper's own; {} for an encoder without questions
+    tasks: dict[str, float]  # mix of questions, by names of TASKS or of the paper's own; {} asks none
     trains: tuple[str, ...]  # parts of the model that train: keys of its `parts()`
     scene_input: str = "proxies"  # what the model sees of a scene: one of its `scene_inputs`
     iterations: int | None = None  # optimizer steps, or
@@ -2013,12 +2007,8 @@ class Stage:
     clip: float = 1.0
     accumulate: int = 1  # micro-batches per step: memory only, never the result
     reasoning: bool = False  # write Sample.reasoning before the answer
-    score: tuple[
-        str, ...
-    ] = ()  # benchmarks to ask at the end of this stage, before the next changes the model
-    files: dict[str, Source] = field(
-        default_factory=dict
-    )  # official files asked instead, where a run is given them
+    score: tuple[str, ...] = ()  # benchmarks to ask at its end, before the next stage changes the model
+    files: dict[str, Source] = field(default_factory=dict)  # official files to ask instead
 
 
 def collate(groups, text, lengths, reasoning=False):
@@ -2327,9 +2317,8 @@ class SceneLanguageModel(nn.Module):
             return {"scenes": [scene for scene, _ in groups], "samples": []}
         written = []
         for scene, samples in groups:
-            rng = np.random.default_rng(
-                [5, *scene.identifiers.values()]
-            )  # the scene's own, whatever the rank
+            # random numbers of the scene's own, whatever the rank
+            rng = np.random.default_rng([5, *scene.identifiers.values()])
             prompted = [self.add_prompt(scene, sample, rng) for sample in samples]
             written.append((scene, [self.write_marks(scene, sample) for sample in prompted]))
         lengths = [self.scene_length(scene) for scene, _ in groups]
@@ -2576,7 +2565,7 @@ def stage_of(values: dict) -> Stage:
 # Meters as tokens, one per 1/16 m and axis: a bracketed triple "[1.25, -0.80, 0.45]" is an x, a y
 # and a z token (six numbers add w d h), "x1.25" names its axis, any other decimal is a length l.
 # Outside its axis' range a number becomes the range's end.
-NUMBERS = {
+NUMBERS = {  # meters
     "x": (-8, 8),
     "y": (-8, 8),
     "z": (-1, 4),
@@ -2584,7 +2573,7 @@ NUMBERS = {
     "d": (0, 8),
     "h": (0, 4),
     "l": (0, 16),
-}  # meters
+}
 BINS = 16  # number tokens per meter: 6.25 cm
 PLACE = re.compile(r"x#\d+ y#\d+ z#\d+(?: w#\d+ d#\d+ h#\d+)?")
 NUMBER = re.compile(r"([xyzwdhl])#(\d+)")

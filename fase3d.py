@@ -599,13 +599,7 @@ class DecoupledLoRA(nn.Module):
         return flat.view(out.shape)
 
 
-FFN = {
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-    "fc1",
-    "fc2",
-}  # linear maps of Qwen2 and Llama; of OPT
+FFN = {"gate_proj", "up_proj", "down_proj", "fc1", "fc2"}  # linear maps of Qwen2 and Llama; of OPT
 
 
 def adapt(llm: nn.Module, config: Config, token_index: dict):
@@ -969,25 +963,11 @@ def spectral_clusters(edges: np.ndarray, weight: np.ndarray, nodes: int, count: 
 # ---- 9 the paper's recipe ------------------------------------------------------------------------
 
 TASKS = {}  # no question types beyond data.TASKS
-UNLABELLED = (
-    "id_color",
-    "exist",
-    "count",
-)  # what stands in for questions that need names
+UNLABELLED = ("id_color", "exist", "count")  # what stands in for questions that need names
 
-QA = {
-    "color": 0.2,
-    "what": 0.2,
-    "where": 0.12,
-    "count": 0.12,
-    "exist": 0.16,
-    "situated": 0.04,
-}
+QA = {"color": 0.2, "what": 0.2, "where": 0.12, "count": 0.12, "exist": 0.16, "situated": 0.04}
 CAPTION = {"caption": 1.0}
-NAME = {
-    "id_category": 0.5,
-    "id_color": 0.5,
-}  # "what is this?" with a click: a caption in short
+NAME = {"id_category": 0.5, "id_color": 0.5}  # "what is this?" with a click: a caption in short
 GENERALIST = {  # official files of stage 1, and how many questions are expected in them: of 3D-LLM as many as
     # the paper counts, which include descriptions of validation rooms (`evaluate.mixture` leaves those out); of
     # the others the size of their training split
@@ -1079,11 +1059,7 @@ ADAPTERS = {  # Table 4: kind of token -> its low-rank pair
     "decoupled": {"vision": "vision", "text": "text"},
     "full": {},  # the language model itself trains with the adapters' stages
 }
-FILTERS = {
-    "none": (),
-    "vision": ["vision"],
-    "both": ["vision", "text"],
-}  # Table 4: kinds of token
+FILTERS = {"none": (), "vision": ["vision"], "both": ["vision", "text"]}  # Table 4: kinds of token
 
 
 # ---- 11 figures ----------------------------------------------------------------------------------

@@ -356,9 +356,7 @@ class ReferentSceneAttention(nn.Module):
         self.register_buffer("frequencies", frequencies)
         self.position = nn.Linear(config.fourier, C, bias=False)
         self.query, self.key, self.value, self.out = (nn.Linear(C, C) for _ in range(4))
-        self.place = nn.Linear(
-            3, C, bias=False
-        )  # the way to what is seen, in meters, as part of what is seen
+        self.place = nn.Linear(3, C, bias=False)  # the way to what is seen, as a part of what is seen
         self.mlp = mlp(C, 2 * C, C)
 
     def split(self, x):
@@ -586,10 +584,9 @@ class Model(data.SceneLanguageModel):
         turn = turn.float().to(self.device)
         with torch.autocast(self.device.type, enabled=False):  # meters stay float32
             found = self.stack([self.load_features(scene) for scene in scenes])
-            f, p = (
-                found["f"].float(),
-                found["p"],
-            )  # the cloud [B, N, .] if the encoder trains, else seeds [B, M, .]
+
+            # the cloud [B, N, .] if the encoder trains, else seeds [B, M, .]
+            f, p = found["f"].float(), found["p"]
             if self.encoder_trains:
                 f = torch.cat([f[..., :3], f[..., 3:6] @ turn.mT, f[..., 6:]], -1)  # [B, N, 7]
                 f, p = self.encoder(f, p @ turn.mT, found)  # [B, M, C], [B, M, 3]
@@ -974,9 +971,8 @@ def edit_reasoning(g, i, j, kind, target):
     z = 0.0
     if kind == "top":
         z = other[2] + other[5] / 2
-        parts.append(
-            stack_reasoning(other[2], other[5]).rpartition(" ")[0]
-        )  # the next part begins with its sum
+        sums = stack_reasoning(other[2], other[5])
+        parts.append(sums.rpartition(" ")[0])  # without the sum, with which the next part begins
     else:
         start = edit_start(kind, box, other)
         words, axis, amount = read_move(start, target)
