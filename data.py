@@ -833,8 +833,8 @@ def room(seed, objects=None, views=12, size=96, points=None, render=True, folder
     side, height = rng.uniform(4.0, 6.5, 2), 2.6
     if objects is not None:
         most = len(CATEGORIES) * len(COLORS) * 2 // 3  # beyond, too few pairs of category and color are left
-        ends = np.broadcast_to(objects, 2)
-        if not 3 <= ends[0] <= ends[1] <= most:
+        ends = np.resize(objects, 2)
+        if np.size(objects) > 2 or not 3 <= ends[0] <= ends[1] <= most:
             raise DataError(f"room: objects = {objects}; give 3 to {most}")
 
         # as many small rooms as large ones: between 8 and 16 as many as between 16 and 32
@@ -4638,7 +4638,7 @@ def choose_reader(path):
     if is_scan(path):
         return read_scannet, {"max_frames", "longest", "geometry", "vggt"}
     if path.is_dir() or kind in VIDEOS:
-        return read_views, set(SCENE_OPTIONS) - {"geometry"}
+        return read_views, set(SCENE_OPTIONS) - {"geometry", "objects"}
     if kind in CLOUDS:
         return read_cloud, {"up", "scale"}
     known = ", ".join((*CLOUDS, *VIDEOS))

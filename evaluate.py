@@ -1025,7 +1025,8 @@ def load(name, annotations, root=None, partial=False, dialects=(), paper="", **o
         for path in data.find_scans(root) or data.find_scenes(root):
             scene = path.stem.partition(".")[0]
             if scene in wanted:
-                own = options if data.is_scan(path) else {}
+                takes = data.choose_reader(path)[1]
+                own = {name: value for name, value in options.items() if name in takes}
                 scenes[scene] = data.open_scene(path, "none", **own)
     missing = wanted - scenes.keys()
     if missing and not (partial and wanted & scenes.keys()):

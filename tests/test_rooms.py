@@ -206,7 +206,7 @@ def test_a_room_grows_with_its_objects_as_far_as_there_are_colors():
         assert len({(o.category, o.color) for o in scene.objects}) == len(scene.objects) == count
     sizes = [len(room(seed, objects=(3, 48), views=0, points=0).objects) for seed in range(40)]
     assert 12 <= sum(n < 12 for n in sizes) <= 28, "as many below the middle of 3, 12, 48 as above"
-    for wrong in (5000, (9, 8)):
+    for wrong in (5000, (9, 8), (3, 4, 5)):
         with pytest.raises(ValueError, match=r"objects = .*; give 3 to \d+"):
             room(0, objects=wrong)
 
